@@ -1,0 +1,119 @@
+"""One configuration: built-in defaults < pipeline.yaml < `--set section.key=value` and flags; strict throughout."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from labels.errors import UserError
+from labels.settings import Pipeline
+
+DEFAULT_FILE = Path("pipeline.yaml")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as users mean it: `1e-3` is a number, and a key given twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for index, key in enumerate(keys):
+        if key in keys[:index]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.value[index][0].start_mark)
+    return dict(zip(keys, [loader.construct_object(value, deep=True) for _, value in node.value], strict=True))
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def load_pipeline(file: Path | None = None, overrides: Iterable[str] = ()) -> Pipeline:
+    """Resolve the configuration.
+
+    Args:
+        file: a YAML file; None takes ./pipeline.yaml if it is there, else the built-in defaults.
+        overrides: `section.key=value` strings, values in YAML, applied in order.
+
+    Raises:
+        UserError: naming the key, the value and what is allowed.
+    """
+    if file is None and DEFAULT_FILE.is_file():
+        file = DEFAULT_FILE
+    values: dict[str, Any] = _read(file) if file else {}
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Pipeline.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, file)) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(file.read_text(encoding="utf8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"no configuration file at {file}", mend="give --config an existing file, or leave it out") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not readable as YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds a {type(values).__name__}", allowed="sections with keys, as in pipeline.yaml")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    names = path.strip().split(".")
+    if not separator or not all(names):
+        raise UserError(f"--set {override!r} is not of the form section.key=value", allowed="e.g. train.batch_size=256")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not YAML: {error}") from None
+    at = values
+    for depth, name in enumerate(names[:-1]):
+        if at.get(name) is None:
+            at[name] = {}
+        at = at[name]
+        if not isinstance(at, dict):
+            raise UserError(f"--set {override!r}: {'.'.join(names[: depth + 1])} is a value, not a section")
+    at[names[-1]] = value
+
+
+def _explain(error: ValidationError, file: Path | None) -> str:
+    """Every fault on a line of its own: key, value, what is allowed."""
+    lines = [f"the configuration ({file or 'built-in defaults'} and --set) is not valid:"]
+    for fault in error.errors(include_url=False):
+        key = ".".join(map(str, fault["loc"])) or "(whole file)"
+        if fault["type"] == "extra_forbidden":
+            names = _keys_at(fault["loc"][:-1])
+            near = difflib.get_close_matches(str(fault["loc"][-1]), names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            lines.append(f"  {key}: unknown key; {hint}allowed: {', '.join(names)}")
+        elif fault["type"] == "value_error":
+            lines.append(f"  {key}: {fault['msg'].removeprefix('Value error, ')}")
+        else:
+            lines.append(f"  {key}: {fault['input']!r} is not allowed: {fault['msg']}")
+    return "\n".join(lines)
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Pipeline
+    for name in location:
+        model = model.model_fields[name].annotation
+    return list(model.model_fields)
+
+
+def dump_yaml(path: Path, settings: BaseModel) -> None:
+    """Write the resolved configuration beside a result; the file can be given back with --config."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(settings.model_dump(), sort_keys=False), encoding="utf8")

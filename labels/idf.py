@@ -1,0 +1,60 @@
+"""Inverse document frequency: the formulas, and reading the table that stage 1 wrote.
+
+N captions, V vocabulary entries, df(c) = number of captions that contain token c, natural logarithm.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from labels.errors import UserError
+from labels.schema import TOKENS
+
+Formula = Literal["smooth", "paper", "none"]
+
+
+def idf_weights(document_frequency: np.ndarray, captions: int, formula: Formula) -> np.ndarray:
+    """IDF of every token.
+
+    - `smooth`: log((N + 1) / (df + 1)), the reference code's form (x-cls/superclass, ClsLoss), here exact and offline.
+    - `paper`: log(N / (df + 1)), clamped at 0 where df = N (SuperClass, section 3.2).
+    - `none`: 1 for every token.
+
+    Args:
+        document_frequency: int64 [V].
+        captions: N.
+        formula: one of the three.
+
+    Returns:
+        float64 [V], not negative.
+    """
+    df = document_frequency.astype(np.float64)
+    if formula == "smooth":
+        return np.log((captions + 1.0) / (df + 1.0))
+    if formula == "paper":
+        return np.maximum(np.log(max(captions, 1) / (df + 1.0)), 0.0)
+    if formula == "none":
+        return np.ones_like(df)
+    raise UserError(f"unknown IDF formula {formula!r}", allowed="smooth, paper, none", mend="set labels.idf to one of them")
+
+
+def read_idf(path: Path) -> np.ndarray:
+    """The `idf` column of idf.parquet as float32 [V]; row number = token id.
+
+    Raises:
+        UserError: the file is missing, unreadable, or not such a table.
+    """
+    mend = "run `preprocess build-labels` for this OUT again"
+    if not path.is_file():
+        raise UserError(f"no IDF table at {path}", mend=mend)
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable as Parquet: {error}", mend=mend) from None
+    if table.schema.names != TOKENS.names:
+        raise UserError(f"{path} has the columns {table.schema.names}", allowed=f"{TOKENS.names}", mend=mend)
+    if not np.array_equal(table["token_id"].to_numpy(), np.arange(len(table))):
+        raise UserError(f"{path}: token_id is not 0, 1, 2, ... in order", mend=mend)
+    return table["idf"].to_numpy().astype(np.float32)

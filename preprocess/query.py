@@ -1,0 +1,93 @@
+"""`preprocess sql`: read-only SQL over OUT's tables, with no access to anything outside OUT."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import duckdb
+from rich.console import Console
+from rich.table import Table
+
+from labels.errors import UserError
+from labels.layout import Layout
+from preprocess.counts import quoted
+
+Format = Literal["table", "csv", "json"]
+_ROWS_AT_ONCE = 10_000
+_TABLE_ROWS = 1_000
+
+
+@contextmanager
+def open_tables(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A locked-down connection: tables tokens, corpus, shards, view labels; nothing can be written or reached outside OUT."""
+    layout = Layout(out.resolve())
+    if not layout.idf_duckdb.is_file():
+        raise UserError(f"{out} has no idf.duckdb", mend=f"run `preprocess build-labels DATA --out {out}` first")
+    try:
+        con = duckdb.connect(str(layout.idf_duckdb), read_only=True)
+    except duckdb.Error as error:
+        raise UserError(f"{layout.idf_duckdb} cannot be opened: {error}", mend="run `preprocess verify` on this OUT") from None
+    with con:
+        # The file's own view is relative to OUT, and DuckDB resolves that against the working directory when locked down.
+        con.execute(f"CREATE TEMP VIEW labels AS SELECT * FROM read_parquet({quoted(layout.labels / '*.parquet')})")
+        con.execute(f"SET allowed_directories = [{quoted(layout.out)}]")
+        con.execute("SET enable_external_access = false")
+        con.execute("SET lock_configuration = true")
+        yield con
+
+
+def run_query(out: Path, query: str, form: Format, stream: TextIO = sys.stdout) -> None:
+    """Run one query and print its rows as a table, CSV or JSON (a list of objects)."""
+    with open_tables(out) as con:
+        try:
+            result = con.execute(query)
+        except duckdb.Error as error:
+            raise UserError(
+                f"the query failed: {error}",
+                allowed="read-only SQL over tokens, corpus, shards and labels",
+            ) from None
+        names = [column[0] for column in result.description or []]
+        _PRINTERS[form](names, result, stream)
+
+
+def _batches(result: duckdb.DuckDBPyConnection) -> Iterator[list[tuple[Any, ...]]]:
+    while batch := result.fetchmany(_ROWS_AT_ONCE):
+        yield batch
+
+
+def _print_csv(names: list[str], result: duckdb.DuckDBPyConnection, stream: TextIO) -> None:
+    writer = csv.writer(stream)
+    writer.writerow(names)
+    for batch in _batches(result):
+        writer.writerows(batch)
+
+
+def _print_json(names: list[str], result: duckdb.DuckDBPyConnection, stream: TextIO) -> None:
+    separator = "["
+    for batch in _batches(result):
+        for row in batch:
+            stream.write(separator + json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False, default=str))
+            separator = ",\n "
+    stream.write("]\n" if separator != "[" else "[]\n")
+
+
+def _print_table(names: list[str], result: duckdb.DuckDBPyConnection, stream: TextIO) -> None:
+    table = Table(*names)
+    rows = result.fetchmany(_TABLE_ROWS)
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    console = Console(file=stream, markup=False, emoji=False, highlight=False)
+    console.print(table)
+    if len(rows) == _TABLE_ROWS and result.fetchone() is not None:
+        console.print(f"only the first {_TABLE_ROWS} rows are shown; --format csv or json gives all")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+_PRINTERS = {"table": _print_table, "csv": _print_csv, "json": _print_json}

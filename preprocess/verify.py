@@ -1,0 +1,124 @@
+"""`preprocess verify`: read back everything a build wrote and compare it with the manifest and with itself.
+
+A faulty file is removed from the finished ones by dropping its marker, so that the build command makes it anew.
+"""
+
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from labels import beton
+from labels.errors import UserError
+from labels.files import sha256_file
+from labels.idf import idf_weights
+from labels.layout import Layout
+from labels.manifest import BetonPart, Manifest, ShardPart, read_manifest
+from labels.schema import LABELS
+from labels.sparse import pad_rows
+from preprocess.query import open_tables
+
+
+def verify_build(out: Path) -> list[str]:
+    """All faults found, one line each, empty if OUT is whole: naming the file and what differs."""
+    manifest, layout = read_manifest(out), Layout(out)
+    frequency = np.zeros(manifest.tokenizer.vocabulary, np.int64)
+    faults: list[str] = []
+    for shard in manifest.shards:
+        found = _label_faults(layout, shard, manifest, frequency)
+        if found:
+            layout.label_marker(shard.name).unlink(missing_ok=True)
+        faults += found
+    if not faults:  # a damaged label file makes every count and label row differ: name the cause alone
+        found = _idf_faults(layout, manifest, frequency)
+        if found:
+            (layout.markers / "idf.json").unlink(missing_ok=True)
+        faults += found
+    by_name = {shard.name: shard for shard in manifest.shards}
+    for part in manifest.betons:
+        found = _beton_faults(layout, part, by_name[part.shard], manifest)
+        if found:
+            layout.beton_marker(part.number).unlink(missing_ok=True)
+        faults += found
+    if not layout.quarantine.is_file() or sha256_file(layout.quarantine) != manifest.quarantine_sha256:
+        faults.append(f"{layout.quarantine}: missing or changed since the build")
+    return faults
+
+
+def _changed(path: Path, expected: str) -> list[str]:
+    if not path.is_file():
+        return [f"{path}: missing"]
+    found = sha256_file(path)
+    return [] if found == expected else [f"{path}: changed since the build (SHA-256 {found[:16]}..., in the manifest {expected[:16]}...)"]
+
+
+def _label_faults(layout: Layout, shard: ShardPart, manifest: Manifest, frequency: np.ndarray) -> list[str]:
+    path = layout.label_file(shard.name)
+    if changed := _changed(path, shard.labels_sha256):
+        return changed
+    table = pq.read_table(path).combine_chunks()
+    if not table.schema.equals(LABELS):
+        return [f"{path}: its schema is not that of format {manifest.format}"]
+    if len(table) != shard.rows:
+        return [f"{path}: {len(table)} rows, in the manifest {shard.rows}"]
+    ids, offsets = _lists(table)
+    np.add.at(frequency, ids, 1)
+    rising = np.diff(ids.astype(np.int64)) > 0
+    starts = offsets[1:-1]
+    rising[starts[(starts > 0) & (starts < len(ids))] - 1] = True
+    if not rising.all():
+        return [f"{path}: a row's label ids are not sorted and unique"]
+    if np.isin(ids, manifest.tokenizer.excluded).any():
+        return [f"{path}: a special token stands among the labels"]
+    return []
+
+
+def _lists(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 [T] and offsets [N + 1] of the label_ids column."""
+    if not len(table):
+        return np.empty(0, np.int32), np.zeros(1, np.int32)
+    lists = table["label_ids"].chunk(0)
+    return lists.values.to_numpy(), lists.offsets.to_numpy()
+
+
+def _idf_faults(layout: Layout, manifest: Manifest, frequency: np.ndarray) -> list[str]:
+    if changed := _changed(layout.idf_parquet, manifest.idf_sha256):
+        return changed
+    table = pq.read_table(layout.idf_parquet)
+    faults = []
+    if not np.array_equal(table["document_frequency"].to_numpy(), frequency):
+        faults.append(f"{layout.idf_parquet}: its document frequencies are not those of the label files")
+    if not np.allclose(table["idf"].to_numpy(), idf_weights(frequency, manifest.captions, manifest.idf_formula), rtol=1e-12):  # type: ignore[arg-type]
+        faults.append(f"{layout.idf_parquet}: its idf column does not follow from its document frequencies")
+    try:
+        with open_tables(layout.out) as con:
+            same = con.sql("SELECT token_id, token, document_frequency, idf FROM tokens ORDER BY token_id").to_arrow_table()
+            captions = con.execute("SELECT captions FROM corpus").fetchone()
+            rows = con.execute("SELECT count(*) FROM labels").fetchone()
+    except (duckdb.Error, UserError) as error:
+        return [*faults, f"{layout.idf_duckdb}: not readable: {error}"]
+    if not same.equals(table.cast(same.schema)) or captions != (manifest.captions,) or rows != (manifest.captions,):
+        faults.append(f"{layout.idf_duckdb}: its tables are not those of idf.parquet and the label files")
+    return faults
+
+
+def _beton_faults(layout: Layout, part: BetonPart, shard: ShardPart, manifest: Manifest) -> list[str]:
+    path = layout.beton_file(part.number)
+    if changed := _changed(path, part.sha256):
+        return changed
+    data = np.memmap(path, np.uint8, mode="r")
+    header = data[: beton.HEADER.itemsize].view(beton.HEADER)[0]
+    if header["version"] != beton.VERSION or header["num_samples"] != part.samples:
+        return [f"{path}: version {header['version']}, {header['num_samples']} samples; in the manifest {beton.VERSION}, {part.samples}"]
+    end = beton.METADATA_OFFSET + part.samples * beton.METADATA.itemsize
+    metadata = data[beton.METADATA_OFFSET : end].view(beton.METADATA)
+    rows = metadata["index"] - shard.first_index
+    if part.samples and (rows.min() < 0 or rows.max() >= shard.rows or (np.diff(rows) <= 0).any()):
+        return [f"{path}: its indices are not rising rows of shard {shard.name}"]
+    expected = pad_rows(*_lists(pq.read_table(layout.label_file(shard.name)).combine_chunks()), manifest.label_limit)
+    at = metadata["labels_ptr"].astype(np.int64)[:, None] + np.arange(4 * manifest.label_limit)
+    if not np.array_equal(data[at].view("<i4"), expected[rows]):
+        return [f"{path}: its label rows are not those of the label file"]
+    return []

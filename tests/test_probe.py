@@ -1,0 +1,220 @@
+"""The linear probe: the same minimum as scikit-learn, no look at the test part, honest counting."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from test_encoders import write_run
+from test_eval_data import encoded, write_folders
+
+from labels.errors import UserError
+from labels.settings import Probe
+from train.evals import probe
+from train.evals.logistic import Axes, fit, start_at_zero
+from train.evals.probe import choose_weight_decay, linear_probe, majority, stratified_split, top_k
+from train.evals.run_probe import run_probe
+
+CPU = torch.device("cpu")
+SETTINGS = Probe(weight_decay=[1e-1, 1e-2, 1e-3], seeds=[0, 1], max_iterations=100)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Problems this small only lose by threads, and a great deal on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def blobs(n: int, width: int, classes: int, seed: int, spread: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
+    """Overlapping Gaussian classes of unequal scale in each direction; the class means do not depend on `seed`."""
+    centres = np.random.default_rng(99).normal(size=(classes, width))
+    random = np.random.default_rng(seed)
+    y = random.integers(0, classes, n)
+    return (centres[y] + spread * random.normal(size=(n, width))) * np.geomspace(0.01, 100, width) + 5, y
+
+
+def test_blobs_are_deterministic_and_overlap() -> None:
+    x, y = blobs(50, 6, 3, seed=0)
+    assert np.array_equal(x, blobs(50, 6, 3, seed=0)[0]) and set(y) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("weight_decay", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize(("n", "width"), [(120, 12), (30, 50)])
+def test_equal_to_scikit_learn_on_the_same_objective(weight_decay: float, n: int, width: int) -> None:
+    x, y = blobs(n, width, 4, seed=1)
+    raw = torch.from_numpy(x)
+    axes = Axes.of(raw)
+    found = fit(
+        axes(raw),
+        torch.from_numpy(y),
+        weight_decay=weight_decay,
+        curvature=axes.curvature,
+        start=start_at_zero(width, 4, CPU),
+        max_iterations=1000,
+        tolerance=1e-6,
+    )
+    standard = (x - x.mean(0)) / x.std(0)
+    reference = LogisticRegression(C=1 / (weight_decay * n), tol=1e-10, max_iter=20_000).fit(standard, y)
+    weight = (axes.rotation @ found.weight).numpy()  # back to the standardised features
+    assert np.allclose(weight, reference.coef_.T, atol=1e-3)  # the flattest direction of a weak weight decay
+    probabilities = found.logits(axes(raw)).softmax(1).numpy()
+    assert np.allclose(probabilities, reference.predict_proba(standard), atol=2e-5)
+    naive = -np.log(probabilities[np.arange(n), y]).mean() + weight_decay / 2 * (weight**2).sum()
+    assert found.loss == pytest.approx(naive, rel=1e-9)
+
+
+def test_float32_products_reach_the_same_minimum_in_chunks(monkeypatch) -> None:
+    x, y = blobs(200, 10, 3, seed=2)
+    raw, targets = torch.from_numpy(x), torch.from_numpy(y)
+    losses = []
+    for dtype, chunk in ((torch.float64, 2**25), (torch.float32, 2**25), (torch.float32, 3 * 7)):
+        monkeypatch.setattr("train.evals.logistic._CHUNK_LOGITS", chunk)
+        axes = Axes.of(raw.to(dtype))
+        options: dict[str, Any] = {"weight_decay": 1e-3, "curvature": axes.curvature, "max_iterations": 500}
+        solution = fit(axes(raw.to(dtype)), targets, start=start_at_zero(10, 3, CPU), **options)
+        assert solution.converged or dtype == torch.float32  # rounding may end the search a little earlier
+        losses.append(solution.loss)
+    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-6)
+
+
+def test_constant_features_do_no_harm() -> None:
+    x, y = blobs(100, 5, 3, seed=3)
+    plain = linear_probe(x, y, x, y, classes=3, settings=SETTINGS, seeds=[0], device=CPU)
+    flat = np.concatenate([x, np.full((100, 2), 0.1)], axis=1)
+    assert linear_probe(flat, y, flat, y, classes=3, settings=SETTINGS, seeds=[0], device=CPU)[0]["top1"] == plain[0]["top1"]
+
+
+def test_the_test_part_never_moves_the_choice() -> None:
+    x, y = blobs(150, 20, 7, seed=4, spread=3)
+    test_x, test_y = blobs(60, 20, 7, seed=5, spread=3)
+    results = [
+        linear_probe(x, y, features, targets, classes=7, settings=SETTINGS, seeds=[0, 1], device=CPU)
+        for features, targets in ((test_x, test_y), (test_x * 1e3, (test_y + 1) % 7), (test_x[:1], test_y[:1]))
+    ]
+    chosen = [[(one["weight_decay"], one["validation"], one["evaluations"]) for one in result] for result in results]
+    assert chosen[0] == chosen[1] == chosen[2]
+    assert results[0][0]["top1"] != results[1][0]["top1"]
+
+
+def test_the_choice_is_by_validation_accuracy_and_of_equals_the_strongest(monkeypatch) -> None:
+    x, y = blobs(60, 4, 3, seed=6)
+    axes = Axes.of(torch.from_numpy(x))
+    shares = iter([0.5, 0.7, 0.7])
+    monkeypatch.setattr(probe, "top_k", lambda *_: next(shares))
+    options: dict[str, Any] = {"classes": 3, "curvature": axes.curvature, "settings": SETTINGS, "seed": 0}
+    assert choose_weight_decay(axes(torch.from_numpy(x)), y, **options) == (1e-2, {1e-1: 0.5, 1e-2: 0.7, 1e-3: 0.7})
+
+
+def test_linear_probe_equals_scikit_learns_whole_protocol() -> None:
+    """Refit on the whole training part with the chosen weight decay: scikit-learn's accuracy on the test part."""
+    x, y = blobs(200, 15, 6, seed=7, spread=2)
+    test_x, test_y = blobs(100, 15, 6, seed=8, spread=2)
+    results = linear_probe(x, y, test_x, test_y, classes=6, settings=SETTINGS, seeds=[0, 1, 2], device=CPU)
+    assert [one["seed"] for one in results] == [0, 1, 2]
+    for one in results:
+        reference = LogisticRegression(C=1 / (one["weight_decay"] * 200), tol=1e-8, max_iter=5000)
+        reference.fit((x - x.mean(0)) / x.std(0), y)
+        logits = reference.decision_function((test_x - x.mean(0)) / x.std(0))
+        assert one["top1"] == pytest.approx((logits.argmax(1) == test_y).mean())
+        order = np.argsort(-logits, axis=1)
+        assert one["top5"] == pytest.approx(np.mean([label in row[:5] for label, row in zip(test_y, order, strict=True)]))
+        assert one["at_edge"] == (one["weight_decay"] in (1e-1, 1e-3))
+
+
+def test_a_negative_weight_decay_is_refused() -> None:
+    x, y = blobs(20, 3, 2, seed=0)
+    with pytest.raises(UserError, match=r"probe.weight_decay is \[-1.0\]\n  allowed: numbers of 0 or more"):
+        linear_probe(x, y, x, y, classes=2, settings=Probe(weight_decay=[-1.0]), seeds=[0], device=CPU)
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=60), st.floats(0.05, 0.95), st.integers(0, 3))
+def test_the_split_is_stratified_disjoint_and_seeded(labels: list[int], fraction: float, seed: int) -> None:
+    y = np.array(labels)
+    if np.bincount(y).max() < 2:
+        with pytest.raises(UserError, match="no class of the training part has two samples"):
+            stratified_split(y, fraction, seed)
+        return
+    fitting, validation = stratified_split(y, fraction, seed)
+    assert sorted([*fitting, *validation]) == list(range(len(y)))
+    assert set(y[fitting]) == set(labels)
+    for label in set(labels):
+        count, held = (y == label).sum(), (y[validation] == label).sum()
+        assert held == 0 if count == 1 else 1 <= held <= count - 1 and abs(held - fraction * count) <= 1
+    assert all(np.array_equal(a, b) for a, b in zip((fitting, validation), stratified_split(y, fraction, seed), strict=True))
+
+
+def test_other_seeds_split_otherwise() -> None:
+    y = np.arange(100) % 4
+    assert not np.array_equal(stratified_split(y, 0.2, 0)[1], stratified_split(y, 0.2, 1)[1])
+
+
+def test_top_k_equals_a_naive_count() -> None:
+    random = np.random.default_rng(0)
+    logits, y = random.normal(size=(40, 8)), random.integers(0, 8, 40)
+    for k in (1, 3, 5):
+        naive = np.mean([y[row] in sorted(range(8), key=lambda c: -logits[row, c])[:k] for row in range(40)])
+        assert top_k(torch.from_numpy(logits), torch.from_numpy(y), k) == pytest.approx(naive)
+
+
+def test_majority_is_the_training_parts() -> None:
+    train_y, test_y = np.array([2, 2, 2, 0, 1]), np.array([0, 0, 0, 2])
+    assert majority(train_y, test_y, classes=3) == {"top1": 0.25, "top5": None}
+    train_y = np.repeat(np.arange(7), [9, 8, 7, 6, 5, 1, 2])
+    assert majority(train_y, np.array([0, 5, 6, 4]), classes=7) == {"top1": 0.25, "top5": 0.5}
+
+
+def write_colours(directory: Path, seed: int, per_class: int) -> Path:
+    """Images whose mean colour gives the class away, with some noise."""
+    random = np.random.default_rng(seed)
+    write_folders(directory, {"blue": per_class, "green": per_class, "red": 2 * per_class}, start=seed * 1000)
+    for file in sorted(directory.rglob("*.png")):
+        colour = random.integers(0, 90, 3) + 120 * np.array([file.parent.name == name for name in ("red", "green", "blue")])
+        file.write_bytes(encoded(tuple(int(value) for value in colour)))
+    return directory
+
+
+def test_run_probe_reports_every_encoder(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    train_dir, test_dir = write_colours(tmp_path / "train", 1, 8), write_colours(tmp_path / "test", 2, 4)
+    write_run(tmp_path / "run", 5)
+    out = tmp_path / "deep" / "probe.json"
+    specs = [f"run:{tmp_path}/run", f"untrained:{tmp_path}/run", "pixels:4"]
+    result = run_probe(specs, train_dir, test_dir, SETTINGS, out=out)
+    assert json.loads(out.read_text()) == result
+    assert result["protocol"] == "L-BFGS logistic regression on cached features, stand-in for MAE's recipe"
+    assert result["classes"] == ["blue", "green", "red"] and result["train"]["samples"] == 32
+    assert result["test"]["samples_per_class"] == {"blue": 4, "green": 4, "red": 8}
+    rows = {row["encoder"]: row for row in result["results"]}
+    assert list(rows) == ["majority class", *specs]
+    assert rows["majority class"]["top1"] == 0.5
+    assert rows["pixels:4"]["top1"] > 0.9 and rows["pixels:4"]["description"]["architecture"] == "raw pixels"
+    drawn = {spec: {one["encoder_weights"] for one in rows[spec]["seeds"]} for spec in specs}
+    assert [len(drawn[spec]) for spec in specs] == [1, 2, 1]  # only the untrained trunk is drawn anew for each seed
+    assert rows[specs[1]]["seed_varies"] == "initialisation and validation split"
+    top1 = [one["top1"] for one in rows[specs[1]]["seeds"]]
+    assert rows[specs[1]]["top1"] == pytest.approx(np.mean(top1))
+    assert rows[specs[1]]["top1_std"] == pytest.approx(np.std(top1, ddof=1))
+    printed = capsys.readouterr().out
+    assert "majority class" in printed and "pixels:4" in printed and "50.0" in printed
+
+
+def test_run_probe_refuses_before_it_works(tmp_path: Path) -> None:
+    train_dir, test_dir = write_colours(tmp_path / "train", 1, 2), write_colours(tmp_path / "test", 2, 1)
+    cases: list[tuple[list[str], dict[str, Any], str]] = [
+        ([], {}, "no encoder is named"),
+        (["pixels:4"], {"out": tmp_path}, "is a directory"),
+        (["pixels:4"], {"weights": ["w.pth"]}, "--weights was given 1 times for 0 timm encoders (none)"),
+        (["timm:test_vit", "timm:test_resnet"], {"weights": ["w.pth"]}, "one --weights for each timm:NAME"),
+    ]
+    for specs, options, told in cases:
+        with pytest.raises(UserError) as caught:
+            run_probe(specs, train_dir, test_dir, SETTINGS, **options)
+        assert told in str(caught.value)

@@ -1,0 +1,101 @@
+"""The one training loop: read it from top to bottom. It knows batches, a model and a loss, not where they come from."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from labels.settings import Train
+from train.distributed import World
+from train.loader import Batch
+from train.metrics import Metrics
+from train.optim import learning_rate
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(model output, label_ids int [B, K]) -> scalar."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`steps` in all, `warmup_steps` of them, from `first_step` on."""
+
+    steps: int
+    warmup_steps: int
+    first_step: int
+
+
+def run_loop(
+    batches: Iterable[Batch],
+    model: nn.Module,
+    loss_function: LossFunction,
+    optimizer: torch.optim.Optimizer,
+    settings: Train,
+    budget: Budget,
+    world: World,
+    metrics: Metrics,
+    save: Callable[[int], None],
+    stopping: Callable[[], bool],
+) -> bool:
+    """Train until the budget is spent or somebody asks to stop.
+
+    Args:
+        batches: one a step, beginning with step `budget.first_step`.
+        model: images float [B, 3, S, S] -> output of `loss_function`'s kind.
+        loss_function, optimizer: of this model.
+        settings: the `train` section.
+        budget: steps.
+        world: this process among all.
+        metrics: where losses and rates go.
+        save: called with the number of finished steps when a checkpoint is due.
+        stopping: asked after every step; True saves and leaves.
+
+    Returns:
+        True if the budget was spent, False if it was stopped.
+    """
+    device, bf16 = world.device, use_bf16(settings.runtime.precision, world.device)
+    mean = torch.tensor(settings.data.mean, device=device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(settings.data.std, device=device).view(1, 3, 1, 1) * 255
+    save_steps = max(1, settings.checkpoint.every_samples // settings.batch_size)
+    model.train()
+    waiting_since = time.monotonic()
+    for step, batch in enumerate(batches, start=budget.first_step):
+        # -- input: uint8 to the device, normalised there
+        images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        label_ids = batch.label_ids.to(device, non_blocking=True)
+        waited = time.monotonic() - waiting_since
+        images = (images.float() - mean) / std
+
+        # -- forward, backward, step. Randomness inside the model depends on (seed, step, rank) alone
+        torch.manual_seed(settings.runtime.seed * 1_000_003 + step * world.size + world.rank)
+        lr = learning_rate(step, budget.steps, budget.warmup_steps, settings.optimizer.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            output = model(images)
+        loss = loss_function(output, label_ids)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+        # -- what was seen
+        metrics.record(loss, lr, waited, batch.bad)
+        finished = step + 1
+        stop = world.any(stopping()) if finished < budget.steps else False
+        due = finished % save_steps == 0 or finished == budget.steps or stop
+        if due or world.any(metrics.seconds_since_flush >= settings.log.every_seconds):
+            metrics.flush()  # before saving: a loss that is not finite must not become a checkpoint
+        if due:
+            save(finished)
+        if stop:
+            return False
+        waiting_since = time.monotonic()
+    return True
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """`auto`: bf16 autocast where the device computes in it, fp32 elsewhere."""
+    if precision != "auto":
+        return precision == "bf16"
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()

@@ -1,0 +1,70 @@
+"""The vision trunk and the classification head.
+
+B batch, W trunk width, V vocabulary. Structure after SuperClass (METHOD: x-cls/superclass, opencls/model.py):
+pooled feature -> LayerNorm(W) -> Linear(W, V); the pool of a ViT is the mean of the patch tokens after the final norm.
+"""
+
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from labels.errors import UserError
+from labels.settings import Model
+
+
+def build_trunk(model: Model) -> nn.Module:
+    """A timm model without classifier: uint8-normalised images [B, 3, S, S] -> pooled features [B, W].
+
+    A ViT pools by the mean of its patch tokens after the final norm (CLS kept in the blocks, left out of the mean);
+    other architectures keep timm's own average pool. `model.trunk_args` are passed to timm as they are.
+
+    Raises:
+        UserError: timm has no such model, or refuses the arguments.
+    """
+    if not timm.is_model(model.trunk):
+        near = timm.list_models(f"*{model.trunk.split('_')[0]}*")[:5]
+        raise UserError(
+            f"timm has no model named {model.trunk!r}",
+            allowed="any name of timm.list_models(), e.g. " + ", ".join(near or ["vit_base_patch16_clip_224"]),
+            mend="set train.model.trunk",
+        )
+    arguments: dict[str, Any] = {"num_classes": 0, **model.trunk_args}
+    if issubclass(_model_class(model.trunk), VisionTransformer):
+        # fc_norm=False keeps the final norm before the pool; timm moves it behind for global_pool="avg".
+        arguments = {"img_size": model.image_size, "global_pool": "avg", "fc_norm": False} | arguments
+    try:
+        return timm.create_model(model.trunk, pretrained=False, **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"timm cannot build {model.trunk!r} with {arguments}: {error}",
+            mend="mend train.model.trunk_args or train.model.image_size",
+        ) from None
+
+
+def _model_class(name: str) -> type:
+    """The class timm builds for a name. ViTs take img_size and a pool, convolutional trunks do not."""
+    module = timm.models.model_entrypoint(name).__module__
+    return VisionTransformer if module.endswith(".vision_transformer") else nn.Module
+
+
+class Classifier(nn.Module):
+    """Trunk and head: images [B, 3, S, S] -> logits [B, V]."""
+
+    def __init__(self, trunk: nn.Module, vocabulary: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = build_head(int(trunk.num_features), vocabulary)  # type: ignore[arg-type]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.trunk(images))
+
+
+def build_head(width: int, vocabulary: int) -> nn.Sequential:
+    """LayerNorm(W) -> Linear(W, V), weight drawn from N(0, W^-1/2), bias 0 (reference: opencls/model.py)."""
+    linear = nn.Linear(width, vocabulary)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.LayerNorm(width), linear)
