@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from labels.errors import UserError
+from labels.files import write_whole
 from labels.settings import Pipeline
 
 DEFAULT_FILE = Path("pipeline.yaml")
@@ -24,12 +25,16 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for index, key in enumerate(keys):
-        if key in keys[:index]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.value[index][0].start_mark)
-    return dict(zip(keys, [loader.construct_object(value, deep=True) for _, value in node.value], strict=True))
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not a word", key_node.start_mark)
+        if key in values:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+        values[key] = loader.construct_object(value_node, deep=True)
+    return values
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
@@ -113,7 +118,10 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def dump_yaml(path: Path, settings: BaseModel) -> None:
-    """Write the resolved configuration beside a result; the file can be given back with --config."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(settings.model_dump(), sort_keys=False), encoding="utf8")
+def dump_yaml(path: Path, settings: BaseModel, leave_out: dict[str, Any] | None = None) -> None:
+    """Write the resolved configuration beside a result, in one step; the file can be given back with --config.
+
+    `leave_out`: sections and keys that had no part in the result, as pydantic's `exclude` takes them.
+    """
+    text = yaml.safe_dump(settings.model_dump(exclude=leave_out), sort_keys=False)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf8"))

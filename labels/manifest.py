@@ -69,6 +69,12 @@ class Manifest(_Part):
         return sum(beton.samples for beton in self.betons)
 
 
+class _Format(BaseModel):
+    """The format number alone: another version may have other parts."""
+
+    format: int
+
+
 def write_manifest(layout: Layout, manifest: Manifest) -> None:
     """Put the manifest in place in one step."""
     write_json(layout.manifest, manifest.model_dump())
@@ -86,12 +92,13 @@ def read_manifest(out: Path) -> Manifest:
         raise UserError(f"{out} does not exist or is not a folder", allowed="the OUT of a finished build-labels", mend=mend)
     if not layout.manifest.is_file():
         raise UserError(f"{out} has no manifest.json: the build is unfinished or this is no OUT folder", mend=mend)
+    text = layout.manifest.read_bytes()
     try:
-        manifest = Manifest.model_validate_json(layout.manifest.read_bytes())
+        found = _Format.model_validate_json(text).format
+        if found != FORMAT_VERSION:
+            raise UserError(f"{layout.manifest} is of format {found}", allowed=f"format {FORMAT_VERSION}", mend=mend)
+        return Manifest.model_validate_json(text)
     except ValidationError as error:
         raise UserError(
             f"{layout.manifest} is damaged: {error.error_count()} faults, the first: {error.errors()[0]['msg']}", mend=mend
         ) from None
-    if manifest.format != FORMAT_VERSION:
-        raise UserError(f"{layout.manifest} is of format {manifest.format}", allowed=str(FORMAT_VERSION), mend=mend)
-    return manifest

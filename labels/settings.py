@@ -3,6 +3,7 @@
 The comments beside the keys stand in pipeline.yaml; a test holds its values equal to the defaults here.
 """
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -22,7 +23,7 @@ def parse_count(value: Any) -> Any:
             count = float(value[:-1]) * _UNITS[value[-1]]
         except ValueError:
             return value
-        return round(count) if abs(count - round(count)) < 1e-3 else value
+        return round(count) if math.isfinite(count) and abs(count - round(count)) < 1e-3 else value
     return value
 
 
@@ -34,9 +35,9 @@ Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
 class Section(BaseModel):
-    """Unknown keys and values of another type are errors."""
+    """Unknown keys, values of another type, infinities and NaN are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Paths(Section):
@@ -53,7 +54,7 @@ class Labels(Section):
 class Build(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     max_bad_fraction: Fraction = 0.1
-    duckdb_memory: str = "1GiB"
+    duckdb_memory: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?[KMGT]i?B$")] = "1GiB"
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
     max_pixels: Count = 100_000_000
 
@@ -71,7 +72,7 @@ class Data(Section):
     crop_ratio: Range = [0.75, 1.3333333333]
     flip: bool = False
     mean: Channels = [0.48145466, 0.4578275, 0.40821073]
-    std: Channels = [0.26862954, 0.26130258, 0.27577711]
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = [0.26862954, 0.26130258, 0.27577711]
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
@@ -90,7 +91,7 @@ class Loss(Section):
 
 class Optimizer(Section):
     lr: Annotated[float, Field(gt=0)] = 5e-4
-    betas: Range = [0.9, 0.98]
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.98]
     eps: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
     warmup_samples: Count = 512_000
@@ -137,7 +138,7 @@ class Train(Section):
 
 
 class Probe(Section):
-    weight_decay: Annotated[list[float], Field(min_length=1)] = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
+    weight_decay: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
     max_iterations: Positive = 200

@@ -40,10 +40,23 @@ class BetonTask:
     settings: Build
     options: str
 
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """What a marker must say for its beton to be this task's result."""
+        return {
+            "options": self.options,
+            "source": self.shard.source,
+            "shard": self.shard.name,
+            "first_index": self.first_index,
+            "labels_sha256": self.labels_sha256,
+        }
+
 
 def write_beton(task: BetonTask) -> dict[str, Any]:
     """Write one beton and its marker; return the marker."""
     layout = Layout(task.out)
+    path, marker_path = layout.beton_file(task.number), layout.beton_marker(task.number)
+    marker_path.unlink(missing_ok=True)  # an older marker must not vouch for the new file
     table = pq.read_table(layout.label_file(task.shard.name), columns=["key", "label_ids"]).combine_chunks()
     lists = table["label_ids"].chunk(0) if len(table) else None
     label_rows = (
@@ -52,7 +65,6 @@ def write_beton(task: BetonTask) -> dict[str, Any]:
         else np.empty((0, task.label_limit), np.int32)
     )
     faults: list[Fault] = []
-    path = layout.beton_file(task.number)
     with task.shard.open() as file:
         page_bytes = beton.page_bytes_for(_largest_image_bytes(file, task.shard) + 4 * task.label_limit)
         file.seek(0)
@@ -70,17 +82,14 @@ def write_beton(task: BetonTask) -> dict[str, Any]:
                     continue
                 writer.add(jpeg, width, height, label_rows[row], task.first_index + row)
     marker = {
-        "options": task.options,
+        **task.wanted,
         "number": task.number,
-        "shard": task.shard.name,
-        "first_index": task.first_index,
-        "labels_sha256": task.labels_sha256,
         "samples": writer.samples,
         "bytes": path.stat().st_size,
         "sha256": sha256_file(path),
         "faults": [[fault.key, fault.reason, fault.detail] for fault in faults],
     }
-    write_json(layout.beton_marker(task.number), marker)
+    write_json(marker_path, marker)
     return marker
 
 

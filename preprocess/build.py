@@ -12,9 +12,9 @@ from labels.manifest import Manifest, write_manifest
 from labels.settings import Pipeline
 from preprocess.engine import worker_count
 from preprocess.lock import only_writer
-from preprocess.outcome import check_enough, check_share, make_manifest, write_quarantine
+from preprocess.outcome import check_usable, fault_rows, make_manifest, write_config, write_quarantine
 from preprocess.passes import beton_pass, label_pass, shard_parts, write_idf
-from preprocess.plan import Build, check_same_options, remove_build
+from preprocess.plan import Build, check_out, check_same_options, remove_build
 from preprocess.shards import find_shards
 from preprocess.tokenizer import make_tokenizer
 
@@ -32,6 +32,7 @@ def build_labels(sources: list[str], out: Path, settings: Pipeline, *, betons: b
     Raises:
         UserError: bad input, other options in OUT, too many bad samples, nothing left.
     """
+    check_out(out)
     shards = find_shards(sources)
     build = Build(Layout(out), settings, make_tokenizer(settings.labels.tokenizer), worker_count(settings.build.workers))
     with only_writer(build.layout.lock):
@@ -40,13 +41,16 @@ def build_labels(sources: list[str], out: Path, settings: Pipeline, *, betons: b
         check_same_options(build)
         labelled = label_pass(build, shards)
         parts = shard_parts(shards, labelled)
-        check_enough(build, parts, labelled)
+        faults = fault_rows("labels", labelled)
+        check_usable(build, faults, sum(part.rows for part in parts))
         captions = write_idf(build, parts)
-        written = beton_pass(build, shards, parts) if betons else []
-        faults = [(part.name, "labels", *fault) for part, marker in zip(parts, labelled, strict=True) for fault in marker["faults"]]
-        faults += [(marker["shard"], "images", *fault) for marker in written for fault in marker["faults"]]
-        check_share(build, len(faults), sum(part.rows for part in parts) + sum(len(marker["faults"]) for marker in labelled))
+        written = []
+        if betons:
+            written = beton_pass(build, shards, parts)
+            faults += fault_rows("images", written)
+            check_usable(build, faults, sum(marker["samples"] for marker in written))
         write_quarantine(build.layout, faults)
+        write_config(build)
         manifest = make_manifest(build, parts, captions, written)
         write_manifest(build.layout, manifest)
     return manifest

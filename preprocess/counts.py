@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from labels.errors import UserError
 from labels.files import write_whole
 from labels.idf import Formula, idf_weights
 from labels.layout import Layout
@@ -30,7 +31,17 @@ def document_frequencies(files: list[Path], vocabulary: int, memory: str, spill:
 
     Returns:
         document frequency int64 [V], and the number of captions.
+
+    Raises:
+        UserError: `memory` is too little even with spilling.
     """
+    try:
+        return _count(files, vocabulary, memory, spill)
+    except duckdb.OutOfMemoryException as error:
+        raise UserError(f"build.duckdb_memory = {memory} is too little to count in: {error}", mend="raise it, e.g. to 1GiB") from None
+
+
+def _count(files: list[Path], vocabulary: int, memory: str, spill: Path) -> tuple[np.ndarray, int]:
     with duckdb.connect(config={"memory_limit": memory, "temp_directory": str(spill), "preserve_insertion_order": False}) as con:
         names = [str(file) for file in files]
         counted = con.sql(

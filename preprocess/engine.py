@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for_any
 from typing import TypeVar
 
 from labels.errors import UserError
@@ -33,7 +35,7 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
         yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=_end_with_parent) as pool:
         waiting = iter(tasks)
         running: set[Future[Result]] = set()
         try:
@@ -54,3 +56,15 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
         finally:
             for future in running:
                 future.cancel()
+
+
+def _end_with_parent() -> None:
+    """In a worker: end as soon as the parent does, also when it is killed, so that no orphan writes beside the next run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait_for_any([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -6,7 +6,6 @@ shard.tar -> walk (headers; txt and json bytes) -> tokenize -> labels/<shard>.pa
 
 import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from preprocess.tokenizer import Tokenizer, make_tokenizer
 
 _ROWS_AT_ONCE = 4096
 _HEAD_BYTES = 1 << 16
+_MAX_SIDE = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -55,30 +55,29 @@ def label_shard(task: LabelTask) -> dict[str, Any]:
     The marker is the JSON that says: this file is whole, made from this tar with these options.
     """
     layout = Layout(task.out)
-    tokenizer = _tokenizer(task.settings.tokenizer)
+    path, marker_path = layout.label_file(task.shard.name), layout.label_marker(task.shard.name)
+    marker_path.unlink(missing_ok=True)  # an older marker must not vouch for the new file
+    tokenizer = make_tokenizer(task.settings.tokenizer)
     faults: list[Fault] = []
     rows: list[Row] = []
     with task.shard.open() as file:
         for sample in walk(file, task.shard.bytes):
             row = sample if isinstance(sample, Fault) else read_row(sample)
-            (faults if isinstance(row, Fault) else rows).append(row)  # type: ignore[arg-type]
-    path = layout.label_file(task.shard.name)
+            if isinstance(row, Fault):
+                faults.append(row)
+            else:
+                rows.append(row)
     write_whole(path, lambda partial: _write_rows(partial, rows, tokenizer, task.settings.context))
     marker = {
         "options": task.options,
-        "source": {"path": task.shard.path, "bytes": task.shard.bytes, "modified": task.shard.modified},
+        "source": task.shard.source,
+        "shard": task.shard.name,
         "rows": len(rows),
         "sha256": sha256_file(path),
         "faults": [[fault.key, fault.reason, fault.detail] for fault in faults],
     }
-    write_json(layout.label_marker(task.shard.name), marker)
+    write_json(marker_path, marker)
     return marker
-
-
-@cache
-def _tokenizer(name: str) -> Tokenizer:
-    """One tokenizer a worker process, so that its table of known words serves all shards."""
-    return make_tokenizer(name)
 
 
 def read_row(sample: Sample) -> Row | Fault:
@@ -86,22 +85,42 @@ def read_row(sample: Sample) -> Row | Fault:
     if sample.image_suffix is None:
         return Fault(sample.key, "no image", f"members: {', '.join(sample.members) or 'none'}")
     metadata = _metadata(sample)
+    if isinstance(metadata, Fault):
+        return metadata
     caption = _caption(sample, metadata)
     if isinstance(caption, Fault):
         return caption
-    uid, width, height = metadata.get("uid"), metadata.get("width"), metadata.get("height")
-    if not (isinstance(width, int) and isinstance(height, int)):
-        width, height = image_size(sample.read(sample.image_suffix, _HEAD_BYTES) or b"") or (None, None)
+    uid = metadata.get("uid")
+    width, height = _size(metadata.get("width"), metadata.get("height")) or _header_size(sample, sample.image_suffix) or (None, None)
     return Row(sample.key, uid if isinstance(uid, str) else None, width, height, caption)
 
 
-def _metadata(sample: Sample) -> dict[str, Any]:
-    """The sample's json as a dict, empty where it is missing or damaged: nothing that matters is only there."""
-    try:
-        value = json.loads(sample.read("json") or b"{}")
-    except ValueError:
+def _metadata(sample: Sample) -> dict[str, Any] | Fault:
+    """The sample's json, empty if it has none."""
+    raw = sample.read("json")
+    if raw is None:
         return {}
-    return value if isinstance(value, dict) else {}
+    try:
+        value = json.loads(raw)
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}, not an object")
+        str(value.get("uid", "")).encode("utf8")
+    except (ValueError, RecursionError) as error:
+        return Fault(sample.key, "json is damaged", str(error))
+    return value
+
+
+def _size(width: Any, height: Any) -> tuple[int, int] | None:
+    """Both, if they are whole numbers that the table can hold."""
+    return (width, height) if all(type(side) is int and 0 < side <= _MAX_SIDE for side in (width, height)) else None
+
+
+def _header_size(sample: Sample, suffix: str) -> tuple[int, int] | None:
+    """Pixels by the image's header: its first bytes, or the whole file where the header reaches further."""
+    size = image_size(sample.read(suffix, _HEAD_BYTES) or b"")
+    if size is None and sample.members[suffix].size > _HEAD_BYTES:
+        size = image_size(sample.read(suffix) or b"")
+    return _size(*size) if size else None
 
 
 def _caption(sample: Sample, metadata: dict[str, Any]) -> str | Fault:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from labels.config import dump_yaml
 from labels.errors import UserError
 from labels.files import fingerprint, sha256_file, write_whole
 from labels.layout import Layout
@@ -13,37 +14,57 @@ from labels.manifest import BetonPart, Manifest, ShardPart, TokenizerPart
 from labels.schema import QUARANTINE
 from preprocess.plan import Build, Marker
 
-
-def check_enough(build: Build, parts: list[ShardPart], markers: list[Marker]) -> None:
-    rows, faults = sum(part.rows for part in parts), sum(len(marker["faults"]) for marker in markers)
-    if rows == 0:
-        reasons = Counter(reason for marker in markers for _, reason, _ in marker["faults"])
-        raise UserError(
-            f"none of {len(parts)} shards gave a usable sample" + (f": {_told(reasons)}" if reasons else ": they are empty"),
-            allowed="webdataset tars with an image (.jpg, .png, ...) and a caption (.txt, or `caption` in .json) a key",
-        )
-    check_share(build, faults, rows + faults)
+FaultRow = tuple[str, str, str, str, str]
+"""One row of quarantine.parquet: shard, key, stage, reason, detail."""
 
 
-def check_share(build: Build, bad: int, total: int) -> None:
+def fault_rows(stage: str, markers: list[Marker]) -> list[FaultRow]:
+    return [(marker["shard"], key, stage, reason, detail) for marker in markers for key, reason, detail in marker["faults"]]
+
+
+def check_usable(build: Build, faults: list[FaultRow], samples: int) -> None:
+    """End the build if too little is left; quarantine.parquet then says why.
+
+    Args:
+        build: whose limit counts.
+        faults: everything left out so far.
+        samples: how many are left.
+
+    Raises:
+        UserError: no sample left, or more bad ones than `max_bad_fraction` of all.
+    """
+    bad, total = len(faults), len(faults) + samples
     limit = build.settings.build.max_bad_fraction
-    if bad > limit * total:
+    if samples and bad <= limit * total:
+        return
+    if not build.layout.manifest.is_file():  # a finished OUT keeps the table that its manifest names
+        write_quarantine(build.layout, faults)
+    reasons = _told(Counter(reason for _, _, _, reason, _ in faults))
+    if samples == 0:
         raise UserError(
-            f"{bad} of {total} samples are bad ({bad / total:.1%})",
-            allowed=f"build.max_bad_fraction = {limit:.1%}",
-            mend=f"see the reasons in {build.layout.markers}/*/*.json; raise the limit with --set build.max_bad_fraction=...",
+            f"the input gave no usable sample: {reasons or 'its tars are empty'}",
+            allowed="webdataset tars with an image (.jpg, .png, ...) and a caption (.txt, or `caption` in .json) a key",
+            mend=f"see {build.layout.quarantine}" if faults else None,
         )
+    raise UserError(
+        f"{bad} of {total} samples are bad ({bad / total:.1%}): {reasons}",
+        allowed=f"build.max_bad_fraction = {limit:.1%}",
+        mend=f"see {build.layout.quarantine}; raise the limit with --set build.max_bad_fraction=...",
+    )
 
 
 def _told(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
 
 
-def write_quarantine(layout: Layout, faults: list[tuple[str, str, str, str, str]]) -> None:
-    columns = list(zip(*faults, strict=True)) if faults else [[]] * 5
-    names = ["shard", "stage", "key", "reason", "detail"]
-    table = pa.table(dict(zip(names, map(list, columns), strict=True))).select(QUARANTINE.names).cast(QUARANTINE)
+def write_quarantine(layout: Layout, faults: list[FaultRow]) -> None:
+    table = pa.Table.from_pylist([dict(zip(QUARANTINE.names, fault, strict=True)) for fault in faults], QUARANTINE)
     write_whole(layout.quarantine, lambda partial: pq.write_table(table, partial, compression="zstd"))
+
+
+def write_config(build: Build) -> None:
+    """config.yaml: the resolved configuration, as far as it decides what is in OUT."""
+    dump_yaml(build.layout.config, build.settings, leave_out={"paths": True, "train": True, "probe": True, "build": {"workers"}})
 
 
 def make_manifest(build: Build, parts: list[ShardPart], captions: int, written: list[Marker]) -> Manifest:

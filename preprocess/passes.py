@@ -12,7 +12,7 @@ from preprocess.beton_job import BetonTask, write_beton
 from preprocess.counts import document_frequencies, write_idf_duckdb, write_idf_parquet
 from preprocess.engine import run_tasks
 from preprocess.label_job import LabelTask, label_shard
-from preprocess.plan import Build, Marker, read_marker
+from preprocess.plan import Build, Marker, beton_numbers, read_marker
 from preprocess.progress import Meter
 from preprocess.shards import Shard
 
@@ -23,14 +23,9 @@ def label_pass(build: Build, shards: list[Shard]) -> list[Marker]:
     todo = []
     for shard in shards:
         marker = read_marker(build.layout.label_marker(shard.name))
-        source = {"path": shard.path, "bytes": shard.bytes, "modified": shard.modified}
-        if (
-            marker
-            and marker["options"] == build.label_options
-            and marker["source"] == source
-            and build.layout.label_file(shard.name).is_file()
-        ):
-            markers[shard.path] = marker
+        wanted = {"options": build.label_options, "source": shard.source}
+        if marker and wanted.items() <= marker.items() and build.layout.label_file(shard.name).is_file():
+            markers[shard.name] = marker
         else:
             todo.append(LabelTask(shard, build.layout.out, build.settings.labels, build.label_options))
     _refuse_strangers(build.layout, shards)
@@ -38,9 +33,9 @@ def label_pass(build: Build, shards: list[Shard]) -> list[Marker]:
         build.layout.manifest.unlink(missing_ok=True)
     with Meter("labels", len(shards), len(markers)) as meter:
         for marker in run_tasks(label_shard, todo, build.workers):
-            markers[marker["source"]["path"]] = marker
+            markers[marker["shard"]] = marker
             meter.advance(marker["rows"])
-    return [markers[shard.path] for shard in shards]
+    return [markers[shard.name] for shard in shards]
 
 
 def _refuse_strangers(layout: Layout, shards: list[Shard]) -> None:
@@ -50,7 +45,7 @@ def _refuse_strangers(layout: Layout, shards: list[Shard]) -> None:
     if strangers:
         raise UserError(
             f"{layout.labels} holds label files of {len(strangers)} shards that are not in the input, the first: {strangers[0]}",
-            mend="name all shards of this OUT, give another --out, or --overwrite",
+            mend="name all shards of this OUT, give another --out, or --overwrite; files that are not from here have to be moved away",
         )
 
 
@@ -81,8 +76,9 @@ def write_idf(build: Build, parts: list[ShardPart]) -> int:
     marker_path = layout.markers / "idf.json"
     wanted = {"formula": formula, "shards": fingerprint([part.model_dump() for part in parts])}
     marker = read_marker(marker_path)
-    if marker and marker["of"] == wanted and layout.idf_parquet.is_file() and layout.idf_duckdb.is_file():
+    if marker and marker.get("of") == wanted and layout.idf_parquet.is_file() and layout.idf_duckdb.is_file():
         return captions
+    marker_path.unlink(missing_ok=True)
     spill = layout.out / "spill.partial"
     files = [layout.label_file(part.name) for part in parts]
     frequency, counted = document_frequencies(files, len(tokenizer.tokens), build.settings.build.duckdb_memory, spill)
@@ -101,26 +97,25 @@ def beton_pass(build: Build, shards: list[Shard], parts: list[ShardPart]) -> lis
     tasks = []
     with_rows = [(shard, part) for shard, part in zip(shards, parts, strict=True) if part.rows]
     for number, (shard, part) in enumerate(with_rows):
+        task = BetonTask(
+            shard,
+            number,
+            part.first_index,
+            part.labels_sha256,
+            build.settings.labels.context,
+            build.layout.out,
+            build.settings.build,
+            build.image_options,
+        )
         marker = read_marker(build.layout.beton_marker(number))
-        wanted = {"options": build.image_options, "shard": part.name, "first_index": part.first_index, "labels_sha256": part.labels_sha256}
-        if marker and wanted.items() <= marker.items() and build.layout.beton_file(number).is_file():
+        if marker and task.wanted.items() <= marker.items() and build.layout.beton_file(number).is_file():
             markers[number] = marker
         else:
-            tasks.append(
-                BetonTask(
-                    shard,
-                    number,
-                    part.first_index,
-                    part.labels_sha256,
-                    build.settings.labels.context,
-                    build.layout.out,
-                    build.settings.build,
-                    build.image_options,
-                )
-            )
-    for path in build.layout.betons.glob("*.beton"):
-        if not path.stem.isdigit() or int(path.stem) >= len(with_rows):
-            path.unlink()
+            tasks.append(task)
+    for number in beton_numbers(build.layout):
+        if number >= len(with_rows):
+            build.layout.beton_marker(number).unlink(missing_ok=True)
+            build.layout.beton_file(number).unlink(missing_ok=True)
     if tasks:
         build.layout.manifest.unlink(missing_ok=True)
     with Meter("betons", len(with_rows), len(markers)) as meter:

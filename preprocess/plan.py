@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from labels.errors import UserError
-from labels.files import fingerprint, write_json
+from labels.files import TEMPORARY_SUFFIX, fingerprint, write_json
 from labels.layout import Layout
 from labels.schema import FORMAT_VERSION
 from labels.settings import Pipeline
@@ -47,32 +47,60 @@ class Build:
 
 
 def read_marker(path: Path) -> Marker | None:
-    """The marker at `path`, None if that work is not finished."""
-    return json.loads(path.read_bytes()) if path.is_file() else None
+    """The marker at `path`, None if that work is not finished or the marker is damaged."""
+    try:
+        marker = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) else None
+
+
+def beton_numbers(layout: Layout) -> list[int]:
+    """Numbers of the betons in OUT, whole or not; other files beside them are not a build's."""
+    names = {path.name.removesuffix(".beton") for path in layout.betons.glob("*.beton")}
+    names |= {path.name.removesuffix(".json") for path in (layout.markers / "beton").glob("*.json")}
+    return sorted(int(name) for name in names if name.isdecimal() and layout.beton_file(int(name)).name == f"{name}.beton")
 
 
 def remove_build(layout: Layout) -> None:
-    """`--overwrite`: exactly the files that a build makes, by their own names."""
-    layout.manifest.unlink(missing_ok=True)
-    for folder, pattern in ((layout.labels, "*.parquet*"), (layout.betons, "*.beton*"), (layout.markers, "*/*.json*")):
-        for path in folder.glob(pattern):
-            path.unlink()
-    for path in (layout.idf_parquet, layout.idf_duckdb, layout.quarantine, layout.markers / "options.json"):
+    """`--overwrite`: what builds have made here, and nothing else."""
+    for path in (layout.manifest, layout.markers / "options.json", layout.markers / "idf.json"):
         path.unlink(missing_ok=True)
+    for path in (layout.idf_parquet, layout.idf_duckdb, layout.quarantine, layout.config):
+        path.unlink(missing_ok=True)
+    for marker in (layout.markers / "labels").glob("*.json"):
+        layout.label_file(marker.name.removesuffix(".json")).unlink(missing_ok=True)
+        marker.unlink()
+    for number in beton_numbers(layout):
+        layout.beton_marker(number).unlink(missing_ok=True)
+        layout.beton_file(number).unlink(missing_ok=True)
+    for folder in (layout.out, layout.labels, layout.betons, *layout.markers.glob("*/"), layout.markers):
+        for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+            if path.is_file():
+                path.unlink()
+
+
+def check_out(out: Path) -> None:
+    """Refuse, before any work, an OUT that cannot be written or that DuckDB could not name."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file", allowed="a folder, there or not yet", mend="give another --out")
+    if found := sorted(set("*?[]") & set(str(out.resolve()))):
+        raise UserError(
+            f"the path {out.resolve()} holds {' '.join(found)}, which DuckDB takes for a pattern", mend="give --out a path without it"
+        )
 
 
 def check_same_options(build: Build) -> None:
     """Refuse to mix: OUT belongs to the options it was begun with."""
     path = build.layout.markers / "options.json"
-    if not path.is_file():
+    before = read_marker(path)
+    if before is None:
         write_json(path, build.options)
-        return
-    before = json.loads(path.read_bytes())
-    if before != build.options:
+    elif before != build.options:
         raise UserError(
             f"{build.layout.out} was begun with other options: {'; '.join(_differences(before, build.options))}",
             allowed="the options it was begun with",
-            mend="give another --out, or --overwrite to remove what this OUT holds",
+            mend="give another --out, or --overwrite to remove what was built there",
         )
 
 

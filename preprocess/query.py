@@ -19,6 +19,7 @@ from preprocess.counts import quoted
 Format = Literal["table", "csv", "json"]
 _ROWS_AT_ONCE = 10_000
 _TABLE_ROWS = 1_000
+_ALLOWED = "one SELECT (also WITH, FROM, DESCRIBE, SHOW, SUMMARIZE) over tokens, corpus, shards and labels"
 
 
 @contextmanager
@@ -33,25 +34,34 @@ def open_tables(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         raise UserError(f"{layout.idf_duckdb} cannot be opened: {error}", mend="run `preprocess verify` on this OUT") from None
     with con:
         # The file's own view is relative to OUT, and DuckDB resolves that against the working directory when locked down.
-        con.execute(f"CREATE TEMP VIEW labels AS SELECT * FROM read_parquet({quoted(layout.labels / '*.parquet')})")
+        try:
+            con.execute(f"CREATE TEMP VIEW labels AS SELECT * FROM read_parquet({quoted(layout.labels / '*.parquet')})")
+        except duckdb.Error as error:
+            raise UserError(f"{layout.labels} cannot be read: {error}", mend="run `preprocess verify` on this OUT") from None
         con.execute(f"SET allowed_directories = [{quoted(layout.out)}]")
         con.execute("SET enable_external_access = false")
         con.execute("SET lock_configuration = true")
         yield con
 
 
-def run_query(out: Path, query: str, form: Format, stream: TextIO = sys.stdout) -> None:
-    """Run one query and print its rows as a table, CSV or JSON (a list of objects)."""
+def run_query(out: Path, query: str, form: Format) -> None:
+    """Run one query and print its rows as a table, CSV or JSON (a list of objects).
+
+    Raises:
+        UserError: it is not one query that only reads, or DuckDB refuses it.
+    """
     with open_tables(out) as con:
         try:
-            result = con.execute(query)
+            # Files could be written inside OUT by COPY even now: only statements that cannot write are run.
+            statements = con.extract_statements(query)
+            if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
+                kinds = ", ".join(statement.type.name for statement in statements) or "nothing"
+                raise UserError(f"the query is not one that only reads: {kinds}", allowed=_ALLOWED)
+            result = con.execute(statements[0])
+            names = [column[0] for column in result.description or []]
+            _PRINTERS[form](names, result, sys.stdout)
         except duckdb.Error as error:
-            raise UserError(
-                f"the query failed: {error}",
-                allowed="read-only SQL over tokens, corpus, shards and labels",
-            ) from None
-        names = [column[0] for column in result.description or []]
-        _PRINTERS[form](names, result, stream)
+            raise UserError(f"the query failed: {error}", allowed=_ALLOWED) from None
 
 
 def _batches(result: duckdb.DuckDBPyConnection) -> Iterator[list[tuple[Any, ...]]]:
@@ -60,7 +70,7 @@ def _batches(result: duckdb.DuckDBPyConnection) -> Iterator[list[tuple[Any, ...]
 
 
 def _print_csv(names: list[str], result: duckdb.DuckDBPyConnection, stream: TextIO) -> None:
-    writer = csv.writer(stream)
+    writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(names)
     for batch in _batches(result):
         writer.writerows(batch)
@@ -76,7 +86,9 @@ def _print_json(names: list[str], result: duckdb.DuckDBPyConnection, stream: Tex
 
 
 def _print_table(names: list[str], result: duckdb.DuckDBPyConnection, stream: TextIO) -> None:
-    table = Table(*names)
+    table = Table()
+    for name in names:
+        table.add_column(name, overflow="fold")  # wrapped, never shortened
     rows = result.fetchmany(_TABLE_ROWS)
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
@@ -87,6 +99,8 @@ def _print_table(names: list[str], result: duckdb.DuckDBPyConnection, stream: Te
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return "NULL"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

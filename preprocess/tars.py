@@ -1,11 +1,13 @@
 """A webdataset tar as samples: everything before the first dot of the basename is the key, members of a key adjacent.
 
 shard.tar -> walk() -> Sample(key, members) ... | Fault(key, reason)
+
+As in webdataset, members without a key or without a suffix (README, ._x.jpg of another system) belong to no sample.
 """
 
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -49,42 +51,62 @@ def walk(file: BinaryIO, size: int) -> Iterator[Sample | Fault]:
         file: the tar, binary and seekable.
         size: its length in bytes; a member that ends beyond it was cut off.
     """
-    key: str | None = None
+    key = ""
     members: dict[str, tarfile.TarInfo] = {}
     seen: set[str] = set()
+
+    def finished() -> Sample | Fault:
+        return Fault(key, "repeated key", "the key occurred before in this tar") if key in seen else Sample(key, members, file)
+
+    for member in _headers(file, size):
+        if isinstance(member, Fault):
+            # The key at hand may lack members: it is lost with the rest of the tar.
+            yield replace(member, key=key)
+            return
+        next_key, suffix = _key_and_suffix(member)
+        if not next_key:
+            continue
+        if next_key != key or suffix in members:
+            if key:
+                yield finished()
+                seen.add(key)
+            key, members = next_key, {}
+        members[suffix] = member
+    if key:
+        yield finished()
+
+
+def _headers(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo | Fault]:
+    """Every member's header; at the first thing wrong a Fault without a key, and no more."""
     try:
         archive = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")  # noqa: SIM115  (the caller closes the file)
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError) as error:
         yield Fault("", "not a tar", str(error))
         return
     while True:
         try:
             member = archive.next()
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-            yield Fault(key or "", "tar cut or damaged", f"after byte {archive.offset}: {error}")
+            yield Fault("", "tar cut or damaged", f"after byte {archive.offset}: {error}")
             return
-        if member is not None and not member.isreg():
-            continue
-        name = _printable(member.name) if member is not None else ""
-        folder, slash, base = name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        next_key = folder + slash + stem if member is not None else None
-        if member is None and not _is_end_mark(file, archive.offset):
-            # tarfile ends silently at a damaged header or a missing end: the last key may lack members.
-            yield Fault(key or "", "tar cut or damaged", f"neither a header nor the end mark at byte {archive.offset}")
-            return
-        if next_key != key:
-            if key is not None:
-                yield Fault(key, "repeated key", "the key occurred before in this tar") if key in seen else Sample(key, members, file)
-                seen.add(key)
-            key, members = next_key, {}
         if member is None:
+            # tarfile ends silently at a damaged header and where the end mark is missing.
+            if not _is_end_mark(file, archive.offset):
+                yield Fault("", "tar cut or damaged", f"neither a header nor the end mark at byte {archive.offset}")
             return
-        if member.offset_data + member.size > size:
-            yield Fault(key or "", "tar cut or damaged", f"{name} ends {member.offset_data + member.size - size} bytes beyond the tar")
+        yield member
+        end = member.offset_data + member.size
+        if not member.offset_data <= end <= size:
+            yield Fault("", "tar cut or damaged", f"{_printable(member.name)} would end at byte {end} of {size}")
             return
-        members[suffix.lower()] = member
-        archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  ( tarfile keeps every header it has seen
+        archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  (tarfile keeps every header it has seen)
+
+
+def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Key (with the folder) and lower-case suffix; the key is empty where the member belongs to no sample."""
+    folder, slash, base = _printable(member.name).rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return (folder + slash + stem if member.isreg() and stem and suffix else "", suffix.lower())
 
 
 def _printable(name: str) -> str:

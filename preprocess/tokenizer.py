@@ -1,5 +1,6 @@
 """What stage 1 needs of a tokenizer, and how one is chosen by name."""
 
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ class Tokenizer(Protocol):
 _BY_NAME = {"clip": ClipTokenizer}
 
 
+@cache
 def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of that name (`labels.tokenizer`)."""
+    """The tokenizer of that name (`labels.tokenizer`); one a process, so that its table of known words serves all shards."""
     return _BY_NAME[name]()

@@ -13,7 +13,7 @@ from labels.config import dump_yaml
 from labels.errors import UserError
 from labels.settings import Model, Pipeline, Train
 from train.evals import features
-from train.evals.datasets import load_labelled
+from train.evals.datasets import LabelledImages, load_labelled
 from train.evals.encoders import load_encoder
 from train.evals.features import extract
 from train.model import build_trunk
@@ -99,7 +99,8 @@ def test_runs_that_cannot_be_loaded(tmp_path: Path) -> None:
     assert "missing (1): norm.bias" in text and "unexpected (1): extra" in text
     file.unlink()
     assert "no weight file at" in refusal(f"run:{tmp_path}/run")
-    assert "has no finished checkpoint" in refusal(f"run:{file.parent}")
+    partial = file.parent.rename(file.parent.with_name(file.parent.name + ".partial"))
+    assert "has no finished checkpoint" in refusal(f"run:{partial}")
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext"])
@@ -119,7 +120,7 @@ def test_timm_with_local_weights_drops_the_classifier(tmp_path: Path, name: str,
 class Payload:
     """What an untrusted pickle may hold: unpickling it would call a function."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return (pytest.fail, ("the pickle was run",))
 
 
@@ -148,7 +149,7 @@ def test_specs_that_mean_nothing() -> None:
 
 
 @pytest.fixture
-def parts(tmp_path: Path):
+def parts(tmp_path: Path) -> tuple[LabelledImages, LabelledImages]:
     train_dir = write_folders(tmp_path / "train", {"a": 3, "b": 2})
     for index, file in enumerate(sorted(train_dir.rglob("*.png"))):
         file.write_bytes(encoded((index * 40, 255 - index, 7)))
@@ -190,9 +191,7 @@ def test_unreadable_images_are_named_and_counted(parts) -> None:
     with pytest.raises(UserError) as caught:
         extract(load_encoder("pixels:4"), parts[0], batch_size=2, device=CPU)
     text = str(caught.value)
-    assert (
-        "2 of 5 images" in text and "a/1.png (UnidentifiedImageError" in text and "b/1.png" in text and "mend or remove" in text
-    )
+    assert "2 of 5 images" in text and "a/1.png (UnidentifiedImageError" in text and "b/1.png" in text and "mend or remove" in text
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path, parts) -> None:

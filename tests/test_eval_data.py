@@ -75,9 +75,7 @@ def test_folders_are_classes_sorted_by_name(tmp_path: Path, held_out: Path) -> N
 def test_shards_hold_the_class_in_the_json(tmp_path: Path, held_out: Path, below: str) -> None:
     images = [encoded((shade, 0, 0), "JPEG") for shade in (0, 100, 200)]
     write_tar(tmp_path / "train" / below / "00001.tar", sample("000000007", 5, images[2]))
-    write_tar(
-        tmp_path / "train" / below / "00000.tar", [*sample("a.b/1", "cat", images[0]), ("a.b/1.seg.png", b"no image of ours")]
-    )
+    write_tar(tmp_path / "train" / below / "00000.tar", [*sample("a.b/1", "cat", images[0]), ("a.b/1.seg.png", b"no image of ours")])
     write_tar(tmp_path / "train" / below / "00002.tar", sample("k", "dog", images[1]))
     train, _ = load_labelled(tmp_path / "train", held_out)
     assert train.keys == ["00000.tar/a.b/1", "00001.tar/000000007", "00002.tar/k"]

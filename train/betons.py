@@ -4,8 +4,8 @@ OUT/manifest.json -> BetonSet(OUT) -> tables of addresses that train/decode.py r
 """
 
 import mmap
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,7 @@ from labels.layout import Layout
 from labels.manifest import BetonPart, Manifest, read_manifest
 
 
-@dataclass(frozen=True)
-class Tables:
+class Tables(NamedTuple):
     """What compiled code needs, one entry a beton [M]: addresses in memory, lengths in bytes, first sample numbers."""
 
     addresses: np.ndarray

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from labels.errors import UserError
 from labels.files import TEMPORARY_SUFFIX, fsync_directory
 from train.model import Classifier
+from train.weights import load_exactly, read_weights
 
 _PREFIX = "samples-"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -85,9 +85,9 @@ def load_checkpoint(folder: Path, model: Classifier, optimizer: torch.optim.Opti
     """
     for name, module in (("trunk", model.trunk), ("head", model.head)):
         path = folder / f"{name}.safetensors"
-        _load_module(module, _read(path), path)
+        load_exactly(module, read_weights(path), path)
     path = folder / "optimizer.safetensors"
-    moments = _read(path)
+    moments = read_weights(path)
     state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -95,32 +95,12 @@ def load_checkpoint(folder: Path, model: Classifier, optimizer: torch.optim.Opti
         values = {moment: moments.get(f"{moment}.{name}") for moment in _MOMENTS}
         missing = [moment for moment, value in values.items() if value is None]
         if missing or values["exp_avg"].shape != parameter.shape:  # type: ignore[union-attr]
-            raise UserError(f"{path} has no fitting {', '.join(missing) or 'exp_avg'} for {name}", mend=_other_model(folder))
+            raise UserError(
+                f"{path} has no fitting {', '.join(missing) or 'exp_avg'} for {name}",
+                mend=f"use the configuration in {folder.parent.parent / 'config.yaml'}, or another --out",
+            )
         state[parameter] = {moment: value if moment == "step" else value.to(parameter.device) for moment, value in values.items()}  # type: ignore[union-attr]
     optimizer.state.update(state)
-
-
-def _load_module(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    expected = module.state_dict()
-    wrong = sorted(expected.keys() ^ weights.keys()) or [name for name in expected if expected[name].shape != weights[name].shape]
-    if wrong:
-        name = wrong[0]
-        shapes = f"{tuple(weights[name].shape) if name in weights else 'missing'} in the file, " + (
-            f"{tuple(expected[name].shape)} in the model" if name in expected else "not in the model"
-        )
-        raise UserError(f"{path} is of another model: {len(wrong)} entries differ, e.g. {name}: {shapes}", mend=_other_model(path.parent))
-    module.load_state_dict(weights)
-
-
-def _other_model(folder: Path) -> str:
-    return f"use the configuration that {folder.parent.parent / 'config.yaml'} holds, or another --run"
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}", mend=f"remove {path.parent}; the checkpoint before it is taken") from None
 
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ _set = click.option(
 
 @cli.command("run")
 @click.option("--beton", is_flag=False, flag_value="", required=True, metavar="[OUT]", help="OUT of build-labels (no value: paths.out).")
-@click.option("--run", type=click.Path(path_type=Path), help="Folder of the run (default: paths.run).")
+@click.option("--out", "run", type=click.Path(path_type=Path), help="Folder of the run (default: paths.run).")
 @_config
 @_set
 def run_command(beton: str, run: Path | None, config: Path | None, overrides: tuple[str, ...]) -> None:
@@ -36,6 +36,42 @@ def run_command(beton: str, run: Path | None, config: Path | None, overrides: tu
     if not train_run(Path(beton or pipeline.paths.out), target, pipeline):
         print(f"stopped and saved; the same command goes on with {target}")
         sys.exit(STOPPED_EXIT_CODE)
+
+
+@cli.command("probe")
+@click.option(
+    "--train",
+    "train_dir",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Training part: class folders, or shards with `class` in the json.",
+)
+@click.option("--test", "test_dir", type=click.Path(path_type=Path), required=True, help="Test part, laid out alike.")
+@click.option(
+    "--encoder",
+    "encoders",
+    multiple=True,
+    required=True,
+    metavar="SPEC",
+    help="run:RUN, untrained:RUN, timm:NAME or pixels:SIDE. Repeatable.",
+)
+@click.option("--weights", multiple=True, metavar="FILE", help="Weight file of each timm: encoder in turn, or `hub`.")
+@click.option("--out", type=click.Path(path_type=Path), help="Result JSON.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps features between calls.")
+@_config
+@_set
+def probe_command(
+    train_dir: Path, test_dir: Path, encoders: tuple[str, ...], weights: tuple[str, ...], out: Path | None, cache: Path | None,
+    config: Path | None, overrides: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Fit a linear classifier on the features of frozen encoders; accuracy on the test part."""
+    import torch
+
+    from train.evals.run_probe import run_probe
+
+    settings = load_pipeline(config, overrides).probe
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run_probe(encoders, train_dir, test_dir, settings, weights=weights, out=out, cache=cache, device=device)
 
 
 def main() -> None:

@@ -3,12 +3,15 @@
 S image side, B batch, K label limit. No Python runs per sample; the JPEG decoder's return code is checked for each.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import carray, njit, types  # pyright: ignore[reportPrivateImportUsage]  (numba documents it there)
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from labels.beton import ALLOCATION, METADATA, METADATA_OFFSET
+from train.betons import Tables
 from train.crops import flipped, random_crop
 from train.jpeg import RGB, tj_decompress, tj_error
 from train.resample import resize_crop
@@ -49,52 +52,55 @@ def _shrink(width: int, height: int, size: int) -> int:
     return factor
 
 
+class Crops(NamedTuple):
+    """How images are cropped: shares of the area, width / height, whether half are mirrored, and the seed of it all."""
+
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: bool
+    seed: int
+
+
+class Rows(NamedTuple):
+    """A batch in memory: images uint8 [B, S, S, 3], labels int32 [B, K], indices int64 [B], status uint8 [B]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+    status: np.ndarray
+
+
 @njit(nogil=True, cache=True)
 def load_rows(
-    addresses,
-    lengths,
-    allocations,
-    first_samples,
-    samples,
-    epochs,
-    begin,
-    end,
-    scale,
-    ratio,
-    flip,
-    seed,
-    vocabulary,
-    handle,
-    scratch,
-    images,
-    labels,
-    indices,
-    status,
-):
+    tables: Tables, samples: np.ndarray, epochs: np.ndarray, begin: int, end: int, crops: Crops, vocabulary: int, handle: int,
+    scratch: np.ndarray, rows: Rows,
+) -> int:  # fmt: skip
     """Fill rows [begin, end) of a batch.
 
     Args:
-        addresses, lengths, allocations, first_samples: Tables of a BetonSet.
+        tables: of a BetonSet.
         samples, epochs: int64 [B], what to load.
-        scale, ratio: crop ranges; flip: whether to mirror half of them; seed: of the crops.
+        begin, end: the rows that are this call's.
+        crops: what part of each image is taken.
         vocabulary: V; a label id of V or more is an error.
         handle: TurboJPEG's, of this thread.
-        scratch: uint8 [any], grown by the caller to `scratch_bytes`.
-        images: uint8 [B, S, S, 3]; labels: int32 [B, K]; indices: int64 [B]; status: uint8 [B]: written.
+        scratch: uint8, any length; pixels are decoded into it.
+        rows: written.
 
     Returns:
         0, or the bytes of scratch that the row at which it stopped needs; that row and later ones are not filled.
     """
+    images, labels, indices, status = rows.images, rows.labels, rows.indices, rows.status
     size, limit = images.shape[1], labels.shape[1]
     for row in range(begin, end):
         sample = samples[row]
-        number = np.searchsorted(first_samples, sample, side="right") - 1
-        local, file_bytes = sample - first_samples[number], lengths[number]
-        data = carray(_pointer(addresses[number]), (file_bytes,))  # pyright: ignore[reportCallIssue]  (an intrinsic)
+        number = np.searchsorted(tables.first_samples, sample, side="right") - 1
+        local, file_bytes = sample - tables.first_samples[number], tables.bytes[number]
+        data = carray(_pointer(tables.addresses[number]), (file_bytes,))  # pyright: ignore[reportCallIssue]  (an intrinsic)
         meta = METADATA_OFFSET + local * _META_BYTES
         width, height, image_at = _number(data, meta + 1, 2), _number(data, meta + 3, 2), _number(data, meta + 5, 8)
         labels_at, index = _number(data, meta + _LABELS_AT, 8), _number(data, meta + _INDEX_AT, 8)
-        entry = allocations[number] + 2 * local * _ALLOC_BYTES
+        entry = tables.allocations[number] + 2 * local * _ALLOC_BYTES
         jpeg_bytes = _number(data, entry + 16, 8)
         images[row] = _GREY
         labels[row] = -1
@@ -111,7 +117,7 @@ def load_rows(
         ):
             status[row] = BAD_TABLE
             continue
-        left, top, w, h = random_crop(width, height, scale, ratio, seed, epochs[row], index)
+        left, top, w, h = random_crop(width, height, crops.scale, crops.ratio, crops.seed, epochs[row], index)
         shrink = _shrink(w, h, size)
         pixel_width, pixel_height = (width + shrink - 1) // shrink, (height + shrink - 1) // shrink
         needed = pixel_width * pixel_height * 3
@@ -119,7 +125,7 @@ def load_rows(
             return needed
         failed = tj_decompress(
             handle,
-            addresses[number] + np.uint64(image_at),
+            tables.addresses[number] + np.uint64(image_at),
             np.uint64(jpeg_bytes),
             np.uint64(scratch.ctypes.data),
             pixel_width,
@@ -133,7 +139,7 @@ def load_rows(
             status[row] = BAD_JPEG
             continue
         pixels = scratch[:needed].reshape(pixel_height, pixel_width * 3)
-        mirror = flip and flipped(seed, epochs[row], index)
+        mirror = crops.flip and flipped(crops.seed, epochs[row], index)
         resize_crop(pixels, left / shrink, top / shrink, w / shrink, h / shrink, mirror, images[row])
         status[row] = OK
         for column in range(limit):

@@ -39,12 +39,12 @@ class Batch:
 
 
 class _Slot:
-    """Preallocated memory for one batch."""
+    """Preallocated memory for one batch: as tensors for the loop, as arrays for compiled code."""
 
     def __init__(self, batch: int, size: int, limit: int, pinned: bool) -> None:
         self.images = torch.empty((batch, size, size, 3), dtype=torch.uint8, pin_memory=pinned)
         self.label_ids = torch.empty((batch, limit), dtype=torch.int32, pin_memory=pinned)
-        self.indices, self.status = np.empty(batch, np.int64), np.empty(batch, np.uint8)
+        self.rows = decode.Rows(self.images.numpy(), self.label_ids.numpy(), np.empty(batch, np.int64), np.empty(batch, np.uint8))
 
 
 class _Worker:
@@ -73,7 +73,10 @@ class Loader:
         self, betons: BetonSet, settings: Data, *, image_size: int, batch_size: int, seed: int, first_step: int, last_step: int,
         rank: int = 0, world: int = 1, threads: int = 1, pinned: bool = False,
     ) -> None:  # fmt: skip
-        self._betons, self._settings, self._seed = betons, settings, seed
+        self._betons, self._seed = betons, seed
+        low, high = settings.crop_scale
+        narrow, wide = settings.crop_ratio
+        self._crops = decode.Crops((low, high), (narrow, wide), settings.flip, seed)
         self._batch_size, self._rank, self._world = batch_size, rank, world
         self._steps = iter(range(first_step, last_step))
         share = batch_size // world
@@ -116,32 +119,26 @@ class Loader:
 
     def _fill(self, slot: _Slot, samples: np.ndarray, epochs: np.ndarray, begin: int, end: int) -> None:
         worker = self._workers.popleft()  # as many workers as threads: there is always one
-        tables, settings = self._betons.tables, self._settings
         try:
-            while True:
-                needed = decode.load_rows(
-                    tables.addresses, tables.bytes, tables.allocations, tables.first_samples, samples, epochs, begin, end,
-                    tuple(settings.crop_scale), tuple(settings.crop_ratio), settings.flip, self._seed, self._betons.vocabulary,
-                    worker.decompressor.handle, worker.scratch,
-                    slot.images.numpy(), slot.label_ids.numpy(), slot.indices, slot.status,
-                )  # fmt: skip
-                if not needed:
-                    return
+            while needed := decode.load_rows(
+                self._betons.tables, samples, epochs, begin, end, self._crops, self._betons.vocabulary,
+                worker.decompressor.handle, worker.scratch, slot.rows,
+            ):  # fmt: skip
                 worker.scratch = np.empty(needed, np.uint8)
         finally:
             self._workers.append(worker)
 
     def _check(self, slot: _Slot, samples: np.ndarray) -> int:
         """Number of bad images in a batch; damage of another kind is an error that names the sample."""
-        if not slot.status.any():
+        if not slot.rows.status.any():
             return 0
-        for row in np.flatnonzero(slot.status):
+        for row in np.flatnonzero(slot.rows.status):
             name = self._betons.name(int(samples[row]))
             mend = f"run `preprocess verify {self._betons.out}`, then the build-labels command again"
-            if slot.status[row] == decode.BAD_LABEL:
+            if slot.rows.status[row] == decode.BAD_LABEL:
                 worst = int(slot.label_ids[row].max())
                 raise UserError(f"{name} has the label {worst}", allowed=f"0 to {self._betons.vocabulary - 1}, the head's width", mend=mend)
-            if slot.status[row] == decode.BAD_TABLE:
+            if slot.rows.status[row] == decode.BAD_TABLE:
                 raise UserError(f"{name}: its table entry points outside the file", mend=mend)
-            print(f"bad image, left out of the loss: {name}, index {slot.indices[row]}", flush=True)
-        return int(np.count_nonzero(slot.status))
+            print(f"bad image, left out of the loss: {name}, index {slot.rows.indices[row]}", flush=True)
+        return int(np.count_nonzero(slot.rows.status))

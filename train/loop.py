@@ -98,4 +98,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     """`auto`: bf16 autocast where the device computes in it, fp32 elsewhere."""
     if precision != "auto":
         return precision == "bf16"
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))

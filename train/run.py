@@ -133,14 +133,14 @@ def _resume_point(run: Path, betons: BetonSet, settings: Train) -> int:
     if state["labels"] != betons.manifest.fingerprint or state["idf"] != betons.manifest.idf_sha256:
         raise UserError(
             f"{run} was trained with other labels: fingerprint {state['labels']}, {betons.out} has {betons.manifest.fingerprint}",
-            mend="give the --beton that the run was begun with, or another --run",
+            mend="give the --beton that the run was begun with, or another --out",
         )
     if state["options"] != _options(settings):
         before = load_pipeline(run / "config.yaml").train
         raise UserError(
             f"{run} was begun with another configuration: {'; '.join(_differences(before, settings))}",
             allowed="the configuration it was begun with",
-            mend=f"take --config {run / 'config.yaml'}, or another --run",
+            mend=f"take --config {run / 'config.yaml'}, or another --out",
         )
     return int(state["samples_seen"])
 

@@ -21,8 +21,8 @@ from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.settings import Train
 from train.checkpoint import checkpoint_folders
-from train.evals.weights import load_exactly, read_weights, weights_fingerprint
 from train.model import build_trunk
+from train.weights import load_exactly, read_weights, weights_fingerprint
 
 KINDS = "run:RUN (or the path of a run), untrained:RUN, timm:NAME with --weights, pixels:SIDE"
 HUB = "hub"
@@ -104,7 +104,8 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def _load_run(spec: str, path: Path) -> Encoder:
-    checkpoint = (path if (path / "trunk.safetensors").is_file() else newest_checkpoint(path)).resolve()
+    path = path.resolve()
+    checkpoint = path if path in checkpoint_folders(path.parent.parent) else newest_checkpoint(path)
     train = load_pipeline(checkpoint.parent.parent / "config.yaml").train
     trunk, file = build_trunk(train.model), checkpoint / "trunk.safetensors"
     load_exactly(trunk, read_weights(file), file)

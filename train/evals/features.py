@@ -26,9 +26,7 @@ _BATCHES_AHEAD = 3
 _BAD_SHOWN = 5
 
 
-def extract(
-    encoder: Encoder, data: LabelledImages, *, batch_size: int, device: torch.device, cache: Path | None = None
-) -> np.ndarray:
+def extract(encoder: Encoder, data: LabelledImages, *, batch_size: int, device: torch.device, cache: Path | None = None) -> np.ndarray:
     """Features of every sample, in the order of `data.targets`: float32 [N, W].
 
     Args:

@@ -98,9 +98,7 @@ def _probe_one(
     groups = [[seed] for seed in settings.seeds] if encoder.seeded else [settings.seeds]
     for group in groups:
         drawn = load_encoder(encoder.name, seed=group[0]) if encoder.seeded else encoder
-        train_x, test_x = (
-            extract(drawn, part, batch_size=settings.batch_size, device=device, cache=cache) for part in (train, test)
-        )
+        train_x, test_x = (extract(drawn, part, batch_size=settings.batch_size, device=device, cache=cache) for part in (train, test))
         found = linear_probe(
             train_x, train.targets, test_x, test.targets,
             classes=len(train.classes), settings=settings, seeds=group, device=device,

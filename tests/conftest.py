@@ -1,0 +1,33 @@
+"""What several test files share: one finished OUT, and a copy of it to spoil."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from shard_factory import build, healthy, sample, write_tar
+
+
+@dataclass(frozen=True)
+class Built:
+    """A folder of shards and the OUT built from it."""
+
+    data: Path
+    out: Path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Two shards of 12 and 9 good samples; one bad caption and one bad image. Not to be changed: see `built`."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_tar(folder / "data" / "00000000.tar", [*healthy(12), *sample("000000100", b"\xff\xfe")])
+    write_tar(folder / "data" / "00000001.tar", [*healthy(9, first=12), *sample("000000101", "a broken image", b"no image")])
+    build(folder / "data", folder / "out")
+    return Built(folder / "data", folder / "out")
+
+
+@pytest.fixture
+def built(finished: Built, tmp_path: Path) -> Built:
+    """A copy of `finished` of one's own: the same data folder, another OUT."""
+    shutil.copytree(finished.out, tmp_path / "out")
+    return Built(finished.data, tmp_path / "out")

@@ -1,0 +1,125 @@
+"""CLIP ids: the same as open_clip's own tokenizer, on anything that can stand in a caption."""
+
+import unicodedata
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.tokenizer import SimpleTokenizer
+
+from preprocess import clip_bpe
+from preprocess.clean import clip_clean
+from preprocess.clip_bpe import ClipTokenizer
+
+LIMIT = 75
+MINE = ClipTokenizer()
+
+
+def _open_clip() -> SimpleTokenizer:
+    """open_clip's tokenizer, except that a caption which spells a special token stays ordinary text."""
+    tokenizer = SimpleTokenizer()
+    specials = "<start_of_text>|<end_of_text>|"
+    assert tokenizer.pat.pattern.startswith(specials)
+    tokenizer.pat = regex.compile(tokenizer.pat.pattern.removeprefix(specials), regex.IGNORECASE)
+    tokenizer.cache = {}
+    return tokenizer
+
+
+THEIRS = _open_clip()
+
+NASTY = [
+    "",
+    " \t\n ",
+    "a photo of a cat",
+    "It's the dogs' day; they'll say we've won, I'd guess. I'M SURE YOU'RE HERE",
+    "âœ” No problems â€” schÃ¶n, l’humanitÃ©, Ã©tÃ©",
+    "Tom &amp;amp; Jerry &amp;lt;b&amp;gt; &quot;x&quot; &#39;y&#39; &#x1F600; &nbsp;&copy; &amp;amp;amp; &notanentity; &lt",
+    "&#xD800; &#0; &#x110000; &#65533;",
+    "“curly” ‘quotes’ „low“ «guillemets» ′prime″ ʼnʼ",
+    "日本語のテキスト、漢字とカナ。한국어 텍스트 简体中文 繁體中文 ﾊﾝｶｸ ＦＵＬＬ　ＷＩＤＴＨ",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪 ❤️ 1️⃣ ☠︎",
+    "e\u0301 n\u0303 Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢L̠ͨͧͩ͘G̴̻͈͍͔̹̑͗̎̅͛́Ǫ̵̹̻̝̳͂̌̌͘ हिन्दी ไทย العَرَبِيَّة עִבְרִית",
+    "zero\u200bwidth\u200c\u200d\u2060 \ufeffbom soft\u00adhyphen \u202ertl\u202c \u2028line\u2029para \u0085next",
+    "<end_of_text> <|endoftext|> <start_of_text> <|startoftext|> <END_OF_TEXT>x<end_of_text",
+    "a</w> b</w></w> Ġword ! Ā ġ",
+    "\x00\x01\x02\x07\x08\x1b[31mred\x1b[0m\x7f\x80\x9f",
+    "İstanbul DİYARBAKIR ǅ ß ẞ ŉ ﬁ ﬀ ŒUVRE ΌΣΟΣ ςσ",
+    "½ ² ³ ① Ⅷ ٣ 1234567890 1,234.56 10:30 3.14e-10",
+    "C:\\dir\\new #hashtag @user http://x.y/z?a=1&b=2#c user@example.com ~~~~~~ !!!!!!!!!!! ........ -----",
+    "\\u0041 \\x41 %20 %E2%82%AC $HOME `cmd` <img src='x' alt=\"y\">",
+    "\ud7ff\ue000\uf8ff\ufffd\ufffe\uffff\U0010ffff\U000e0001",
+    "word " * 10_000,
+    "x" * 10_000,
+    "犬" * 10_000,
+    "!" * 10_000,
+    "IMG_20190704_123456.JPG - 1920x1080 | Free Download (HD) ® ™ ©",
+    "Женщина с собакой, ΓΕΙΑ ΣΟΥ, Tiếng Việt, čeština, Íslenska",
+    "1/8W 10k ohm 5% #7 Old Gold Jersey &#8211; Men's / Women's T-Shirt (S-3XL) €19,99",
+]
+
+
+def rows(captions: list[str], limit: int = LIMIT) -> list[list[int]]:
+    ids, offsets = MINE.encode(captions, limit)
+    assert ids.dtype == np.int32 and offsets.dtype == np.int64 and len(offsets) == len(captions) + 1
+    return [ids[start:end].tolist() for start, end in pairwise(offsets)]
+
+
+@pytest.mark.parametrize("caption", NASTY, ids=lambda caption: ascii(caption[:20]))
+def test_nasty_captions(caption: str) -> None:
+    assert rows([caption]) == [THEIRS.encode(caption)[:LIMIT]]
+
+
+def test_many_captions_at_once_are_each_as_alone() -> None:
+    assert rows(NASTY) == [THEIRS.encode(caption)[:LIMIT] for caption in NASTY]
+
+
+def test_every_assigned_code_point_and_a_part_of_the_others() -> None:
+    points = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
+    chosen = [point for point in points if unicodedata.category(point) not in ("Cn", "Co") or ord(point) % 97 == 0]
+    lines = [" ".join(chosen[start : start + 64]) for start in range(0, len(chosen), 64)]
+    assert rows(lines, 10**9) == [THEIRS.encode(line) for line in lines]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_any_text(caption: str) -> None:
+    assert rows([caption]) == [THEIRS.encode(caption)[:LIMIT]]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["&amp;", "&lt;", "Ã©", "’", "'s", " ", "a", "É", "<end_of_text>", "\u0301", "\u200d", "😀", "1"]), max_size=12
+    )
+)
+def test_any_mixture_of_nasty_parts(parts: list[str]) -> None:
+    caption = "".join(parts)
+    assert rows([caption]) == [THEIRS.encode(caption)[:LIMIT]]
+
+
+def test_a_special_token_in_a_caption_stays_ordinary_text() -> None:
+    ids = rows(["<end_of_text> <start_of_text> <|endoftext|>"])[0]
+    assert ids and not set(ids) & set(MINE.excluded.tolist())
+
+
+def test_cleaning_is_idle_on_clean_text() -> None:
+    assert clip_clean("  A  Cat\n&amp;amp; dog ") == "a cat & dog"
+
+
+def test_the_vocabulary_is_open_clips() -> None:
+    assert {token: position for position, token in enumerate(MINE.tokens)} == THEIRS.encoder
+    assert MINE.excluded.tolist() == [49406, 49407]
+
+
+def test_a_full_word_table_starts_over_without_changing_an_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = [f"word{number} again{number % 7} 犬{number}" for number in range(200)]
+    expected = rows(captions)
+    monkeypatch.setattr(clip_bpe, "_MAX_KNOWN_WORDS", 20)
+    small = ClipTokenizer()
+    for caption, row in zip(captions, expected, strict=True):
+        assert small.encode([caption], LIMIT)[0].tolist() == row
+        assert len(small._known) <= 20
+    assert small.encode(captions, LIMIT)[0].tolist() == [token for row in expected for token in row], "more words at once than the bound"

@@ -1,0 +1,186 @@
+"""What goes into a beton: plain JPEGs untouched, anything else converted once or refused with a reason."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from shard_factory import encode, jpeg, pixels
+
+from preprocess.images import BadImage, image_size, jpeg_header, prepare
+
+RGB = Image.fromarray(pixels(1, 40, 24))
+RAMP = np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (24, 1))
+EXIF_TURNED, EXIF_UPRIGHT, EXIF_WRONG = Image.Exif(), Image.Exif(), Image.Exif()
+EXIF_TURNED[0x0112], EXIF_UPRIGHT[0x0112], EXIF_WRONG[0x0112] = 6, 1, 42
+
+
+def prepared(data: bytes) -> tuple[bytes, np.ndarray]:
+    """What goes into the beton, and its pixels; checks that it is a plain JPEG of the size that is told."""
+    found, width, height = prepare(data, 95, 10**6)
+    header = jpeg_header(found)
+    assert header is not None and header.plain and (header.width, header.height) == (width, height)
+    with Image.open(io.BytesIO(found)) as image:
+        assert image.mode == "RGB" and image.size == (width, height)
+        return found, np.asarray(image).astype(int)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        jpeg(),
+        encode(RGB, quality=30, progressive=True),
+        encode(RGB, subsampling="4:4:4", comment=b"hello"),
+        encode(RGB, exif=EXIF_UPRIGHT),
+        encode(RGB, exif=EXIF_WRONG),
+        encode(RGB, icc_profile=b"x" * 70_000),
+        jpeg() + b"\0" * 7,
+        jpeg() + b"trailing junk, as cameras write it",
+    ],
+    ids=["baseline", "progressive", "4:4:4", "upright", "nonsense orientation", "long header", "zeros after", "junk after"],
+)
+def test_a_plain_rgb_jpeg_is_left_as_it_is(data: bytes) -> None:
+    assert prepared(data)[0] == data
+
+
+def test_cmyk_jpeg_becomes_rgb() -> None:
+    red = Image.new("CMYK", (40, 24), (0, 255, 255, 0))
+    found = prepared(encode(red))[1]
+    assert abs(found - [255, 0, 0]).max() <= 3
+
+
+def test_grey_jpeg_becomes_rgb() -> None:
+    found = prepared(encode(Image.fromarray(RAMP)))[1]
+    assert abs(found - RAMP[:, :, None]).max() <= 6
+
+
+@pytest.mark.parametrize(("form", "extra"), [("PNG", {}), ("TIFF", {})])
+def test_16_bit_grey_keeps_its_ramp(form: str, extra: dict[str, str]) -> None:
+    found = prepared(encode(Image.fromarray(RAMP.astype(np.uint16) * 257), form, **extra))[1]
+    assert abs(found - RAMP[:, :, None]).max() <= 6
+
+
+def test_palette_png() -> None:
+    palette = Image.new("P", (40, 24), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    assert abs(prepared(encode(palette, "PNG"))[1] - [10, 200, 30]).max() <= 3
+
+
+def test_one_bit_png() -> None:
+    assert prepared(encode(Image.new("1", (40, 24), 1), "PNG"))[1].min() >= 252
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_lies_on_white(mode: str) -> None:
+    if mode == "P":
+        image = Image.new("P", (40, 24), 0)
+        image.putpalette([0, 0, 0])
+        data = encode(image, "PNG", transparency=0)
+    else:
+        data = encode(Image.new(mode, (40, 24), 0), "PNG")
+    assert prepared(data)[1].min() >= 252
+
+
+def test_half_transparency_is_blended() -> None:
+    assert abs(prepared(encode(Image.new("RGBA", (40, 24), (0, 0, 0, 128)), "PNG"))[1] - 127).max() <= 3
+
+
+def test_exif_orientation_is_applied() -> None:
+    picture = np.zeros((24, 40, 3), np.uint8)
+    picture[:, :20] = 255  # white on the left: on top, once turned clockwise
+    found = prepared(encode(Image.fromarray(picture), quality=95, exif=EXIF_TURNED))[1]
+    assert found.shape == (40, 24, 3)
+    assert found[:16].min() > 240 and found[24:].max() < 15
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_other_formats_are_converted(form: str) -> None:
+    flat = Image.new("RGB", (40, 24), (200, 100, 50))
+    assert abs(prepared(encode(flat, form))[1] - [200, 100, 50]).max() <= 4
+
+
+def test_converting_is_the_same_every_time() -> None:
+    data = encode(RGB, "PNG")
+    assert prepare(data, 95, 10**6) == prepare(data, 95, 10**6)
+    assert prepare(data, 30, 10**6)[0] != prepare(data, 95, 10**6)[0]
+
+
+CUT_PNG = encode(RGB, "PNG")[:900]
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason", "detail"),
+    [
+        (b"", "not an image", "cannot identify"),
+        (b"<html>404 Not Found</html>", "not an image", "cannot identify"),
+        (b"\xff\xd8\xff", "image cut or damaged", "cannot identify"),
+        (jpeg()[:300], "image cut or damaged", ""),
+        (jpeg(width=200, height=200)[:-5000], "image cut or damaged", "truncated"),
+        (encode(RGB, icc_profile=b"x" * 40_000)[:20_000], "image cut or damaged", ""),
+        (CUT_PNG, "image cut or damaged", ""),
+        (EPS, "not an image", "cannot identify"),
+        (jpeg(width=1001, height=1000), "too many pixels", "1001 x 1000; allowed: 1000000 pixels, 65500 a side"),
+        (png_header(30_000, 30_000), "too many pixels", "30000 x 30000; allowed: 1000000 pixels"),
+        (png_header(65_501, 1), "too many pixels", "65501 x 1"),
+        (png_header(2**31 - 1, 2**31 - 1), "too many pixels", "2147483647 x 2147483647"),
+        (png_header(100, 100), "image cut or damaged", ""),
+        (png_header(0, 5), "not an image", ""),
+    ],
+)
+def test_what_cannot_be_used_has_a_reason(data: bytes, reason: str, detail: str) -> None:
+    with pytest.raises(BadImage) as caught:
+        prepare(data, 95, 10**6)
+    assert caught.value.reason == reason and detail in str(caught.value)
+
+
+def test_a_jpeg_header_of_too_many_pixels_is_refused_unread() -> None:
+    data = bytearray(jpeg())
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", 60_000, 60_000)
+    with pytest.raises(BadImage, match="60000 x 60000"):
+        prepare(bytes(data), 95, 10**8)
+
+
+def test_the_limit_of_pixels_is_the_settings_and_not_pils() -> None:
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(BadImage) as caught:
+        prepare(png_header(20_000, 20_000), 95, 400_000_000 - 1)
+    assert caught.value.reason == "too many pixels"
+    assert before == Image.MAX_IMAGE_PIXELS
+    assert image_size(png_header(20_000, 20_000)) == (20_000, 20_000)
+
+
+@pytest.mark.parametrize(
+    ("data", "size"),
+    [
+        (jpeg(width=31, height=17), (31, 17)),
+        (jpeg(width=31, height=17)[:700], (31, 17)),
+        (encode(RGB, "PNG")[:100], (40, 24)),
+        (encode(RGB, "WEBP"), (40, 24)),
+        (b"no image", None),
+        (b"\xff\xd8\xff\xe0\x00", None),
+        (b"", None),
+    ],
+)
+def test_size_from_the_first_bytes(data: bytes, size: tuple[int, int] | None) -> None:
+    assert image_size(data) == size
+
+
+def test_arithmetic_coding_is_not_plain() -> None:
+    data = bytearray(jpeg())
+    data[data.index(b"\xff\xc0") + 1] = 0xC9
+    header = jpeg_header(bytes(data))
+    assert header is not None and not header.plain

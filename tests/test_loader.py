@@ -1,0 +1,204 @@
+"""What the loader delivers: the right pixels and labels, whatever the threads, and damage that is named."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from beton_factory import build_out
+from PIL import Image
+
+from labels import beton
+from labels.errors import UserError
+from labels.settings import Data
+from train.betons import BetonSet
+from train.crops import flipped, random_crop
+from train.jpeg import Decompressor
+from train.loader import Loader
+from train.order import batch_samples
+from train.resample import resize_crop
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_out(tmp_path_factory.mktemp("loader"), [20, 7, 30])
+
+
+def load(out: Path, steps: int = 3, *, threads: int = 2, batch: int = 19, **options: int) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    settings = Data(crop_scale=[0.3, 1.0], flip=True)
+    loader = Loader(
+        BetonSet(out), settings, image_size=SIDE, batch_size=batch, seed=1, first_step=options.pop("first_step", 0), last_step=steps,
+        threads=threads, **options,
+    )  # fmt: skip
+    with loader:
+        return [(batch.images.clone(), batch.label_ids.clone(), batch.bad) for batch in loader]
+
+
+def meta_of(out: Path) -> tuple[np.ndarray, list[bytes]]:
+    """Metadata of all samples in order, and their JPEG bytes."""
+    metas, jpegs = [], []
+    for path in sorted((out / "beton").glob("*.beton")):
+        data = np.fromfile(path, np.uint8)
+        header = data[: beton.HEADER.itemsize].view(beton.HEADER)[0]
+        meta = data[beton.METADATA_OFFSET :][: int(header["num_samples"]) * beton.METADATA.itemsize].view(beton.METADATA)
+        metas.append(meta)
+        jpegs += [data[row["image"]["data_ptr"] : row["labels_ptr"]].tobytes() for row in meta]
+    return np.concatenate(metas), jpegs
+
+
+def test_pixels_are_pils_crop_and_labels_the_rows(out: Path) -> None:
+    import pyarrow.parquet as pq
+
+    images, label_ids, bad = load(out, 1)[0]
+    meta, jpegs = meta_of(out)
+    rows = [row for path in sorted((out / "labels").glob("*.parquet")) for row in pq.read_table(path)["label_ids"].to_pylist()]
+    samples, _ = batch_samples(0, 19, 0, 1, 57, 1)
+    assert bad == 0
+    for row, sample in enumerate(samples):
+        index = int(meta[sample]["index"])
+        picture = Image.open(io.BytesIO(jpegs[sample]))
+        left, top, width, height = random_crop(*picture.size, (0.3, 1.0), (0.75, 1.3333333333), 1, 0, index)
+        expected = picture.crop((left, top, left + width, top + height)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        if flipped(1, 0, index):
+            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        difference = np.abs(np.asarray(expected, int) - images[row].numpy())
+        # The decoder shrinks large crops by itself, with another filter: close on the whole, not to the level.
+        shrinks = min(width, height) >= 2 * SIDE
+        assert difference.max() <= (24 if shrinks else 2)
+        assert difference.mean() <= (3 if shrinks else 0.6)
+        assert [label for label in label_ids[row].tolist() if label >= 0] == rows[index]
+
+
+def test_same_batches_for_any_number_of_threads_and_any_start(out: Path) -> None:
+    reference = load(out, 5, threads=1)
+    for threads in (2, 5, 19):
+        for one, other in zip(reference, load(out, 5, threads=threads), strict=True):
+            assert torch.equal(one[0], other[0])
+            assert torch.equal(one[1], other[1])
+    resumed = load(out, 5, first_step=3)
+    assert torch.equal(resumed[0][0], reference[3][0])
+    assert len(resumed) == 2
+
+
+def test_crops_change_from_epoch_to_epoch_but_not_between_runs(out: Path) -> None:
+    boxes = [random_crop(300, 200, (0.3, 1.0), (0.75, 1.33), 0, epoch, 7) for epoch in range(40)]
+    assert len(set(boxes)) > 30
+    assert boxes == [random_crop(300, 200, (0.3, 1.0), (0.75, 1.33), 0, epoch, 7) for epoch in range(40)]
+    for left, top, width, height in boxes:
+        assert left >= 0
+        assert left + width <= 300
+        assert top >= 0
+        assert top + height <= 200
+    # Squares out of a square are never rejected: their shares are uniform in the range.
+    shares = [w * h / 90000 for _, _, w, h in (random_crop(300, 300, (0.3, 1.0), (1.0, 1.0), 1, 0, index) for index in range(2000))]
+    assert min(shares) > 0.29
+    assert max(shares) <= 1.0
+    assert abs(float(np.mean(shares)) - 0.65) < 0.02
+    assert abs(float(np.mean([flipped(0, 0, index) for index in range(4000)])) - 0.5) < 0.03
+
+
+def test_extreme_shapes_fall_back_to_the_centre() -> None:
+    left, top, width, height = random_crop(1000, 10, (0.9, 1.0), (0.75, 1.33), 0, 0, 0)
+    assert (top, height, width) == (0, 10, 13)
+    assert left == (1000 - 13) // 2
+    assert random_crop(1, 1, (0.9, 1.0), (0.75, 1.33), 0, 0, 0) == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "box"), [(50, 40, (3, 4, 40, 30)), (17, 90, (0, 0, 17, 90)), (8, 8, (2, 1, 5, 6)), (200, 150, (9, 9, 180, 140))]
+)
+def test_resample_is_pils_bilinear(width: int, height: int, box: tuple[int, int, int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    left, top, w, h = box
+    out = np.empty((24, 24, 3), np.uint8)
+    resize_crop(pixels.reshape(height, width * 3), left, top, w, h, False, out)
+    expected = Image.fromarray(pixels).crop((left, top, left + w, top + h)).resize((24, 24), Image.Resampling.BILINEAR)
+    assert np.abs(np.asarray(expected, int) - out).max() <= 1
+
+
+def test_loader_ends_its_threads_after_an_early_break(out: Path) -> None:
+    import threading
+
+    before = threading.active_count()
+    for _ in range(5):
+        with Loader(BetonSet(out), Data(), image_size=SIDE, batch_size=8, seed=0, first_step=0, last_step=50, threads=3) as loader:
+            next(iter(loader))
+    assert threading.active_count() == before
+    assert Decompressor().handle
+
+
+def patched(out: Path, tmp_path: Path, number: int, at: int, data: bytes) -> Path:
+    """A copy of OUT with bytes of one beton overwritten."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    with open(copy / "beton" / f"{number:05d}.beton", "r+b") as file:
+        file.seek(at)
+        file.write(data)
+    return copy
+
+
+def test_a_damaged_jpeg_is_grey_named_and_without_labels(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meta, jpegs = meta_of(out)
+    copy = patched(out, tmp_path, 1, int(meta[22]["image"]["data_ptr"]), bytes(200))
+    batches = load(copy, 3)
+    assert sum(bad for _, _, bad in batches) == 1
+    assert "00001.beton, sample 2, index 22" in capsys.readouterr().out
+    grey = [(images[row], labels[row]) for images, labels, _ in batches for row in range(19) if (images[row] == 128).all()]
+    assert len(grey) == 1
+    assert (grey[0][1] == -1).all()
+    assert len(jpegs) == 57
+
+
+def test_a_label_beyond_the_head_is_an_error(out: Path, tmp_path: Path) -> None:
+    meta, _ = meta_of(out)
+    copy = patched(out, tmp_path, 0, int(meta[3]["labels_ptr"]), (49_408).to_bytes(4, "little"))
+    with pytest.raises(
+        UserError, match=r"00000\.beton, sample 3 has the label 49408(.|\n)*allowed: 0 to 49407, the head's width(.|\n)*verify"
+    ):
+        load(copy, 3)
+
+
+def test_a_table_entry_outside_the_file_is_an_error(out: Path, tmp_path: Path) -> None:
+    at = beton.METADATA_OFFSET + 5 * beton.METADATA.itemsize + 5
+    copy = patched(out, tmp_path, 0, at, (1 << 50).to_bytes(8, "little"))
+    with pytest.raises(UserError, match=r"00000\.beton, sample 5: its table entry points outside the file"):
+        load(copy, 3)
+
+
+def edit_manifest(out: Path, tmp_path: Path, **values: object) -> Path:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | values))
+    return copy
+
+
+def test_what_does_not_fit_is_refused_before_training(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere does not exist(.|\n)*build-labels"):
+        BetonSet(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no manifest\.json: the build is unfinished"):
+        BetonSet(tmp_path / "empty")
+    with pytest.raises(UserError, match="built with --no-beton"):
+        BetonSet(edit_manifest(out, tmp_path / "a", betons=[]))
+    with pytest.raises(UserError, match=r"not the table that the betons were built with: SHA-256 \w{16}\.\.\., in the manifest 0000"):
+        BetonSet(edit_manifest(out, tmp_path / "b", idf_sha256="0" * 64))
+    version = patched(out, tmp_path / "c", 2, 0, b"\x07\x00")
+    with pytest.raises(UserError, match=r"00002\.beton is of beton version 7(.|\n)*allowed: 2"):
+        BetonSet(version)
+    cut = patched(out, tmp_path / "d", 1, 0, b"")
+    path = cut / "beton" / "00001.beton"
+    path.write_bytes(path.read_bytes()[:-24])
+    with pytest.raises(UserError, match=r"00001\.beton has \d+ bytes, in the manifest \d+: it was cut or replaced"):
+        BetonSet(cut)
+    path.unlink()
+    with pytest.raises(UserError, match=r"00001\.beton is missing"):
+        BetonSet(cut)
