@@ -1,5 +1,6 @@
 """Document frequencies by DuckDB over the label Parquet, and the two files that hold them: idf.parquet, idf.duckdb."""
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,8 +73,10 @@ def write_idf_duckdb(
 
     def write(partial: Path) -> None:
         partial.unlink(missing_ok=True)
-        with duckdb.connect() as con:
-            con.execute(f"SET file_search_path = {quoted(layout.out)}")
+        # The search path is a list split at commas, which OUT may hold: a link in a folder of our own stands for it.
+        with tempfile.TemporaryDirectory() as folder, duckdb.connect() as con:
+            (Path(folder) / layout.labels.name).symlink_to(layout.labels.resolve())
+            con.execute(f"SET file_search_path = {quoted(Path(folder))}")
             con.execute(f"ATTACH {quoted(partial)} AS idf (STORAGE_VERSION '{_STORAGE_VERSION}')")
             con.execute("USE idf")
             con.execute("CREATE TABLE tokens AS SELECT * FROM read_parquet($1)", [str(layout.idf_parquet)])

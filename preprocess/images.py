@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _USUAL_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive Huffman: what every decoder reads
@@ -134,6 +134,8 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
             return _plain(image)
     except BadImage:
         raise
+    except UnidentifiedImageError:  # its own text holds an address in memory, another one every time
+        raise BadImage(reason, f"none of {', '.join(_FORMATS)} by its first bytes") from None
     except Exception as error:
         raise BadImage(reason, f"{type(error).__name__}: {error}") from None
 

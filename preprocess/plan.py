@@ -59,7 +59,7 @@ def beton_numbers(layout: Layout) -> list[int]:
     """Numbers of the betons in OUT, whole or not; other files beside them are not a build's."""
     names = {path.name.removesuffix(".beton") for path in layout.betons.glob("*.beton")}
     names |= {path.name.removesuffix(".json") for path in (layout.markers / "beton").glob("*.json")}
-    return sorted(int(name) for name in names if name.isdecimal() and layout.beton_file(int(name)).name == f"{name}.beton")
+    return sorted({int(name) for name in names if name.isdecimal()})
 
 
 def remove_build(layout: Layout) -> None:

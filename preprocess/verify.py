@@ -100,6 +100,8 @@ def _idf_faults(layout: Layout, manifest: Manifest, frequency: np.ndarray) -> li
         faults.append(f"{layout.idf_parquet}: its document frequencies are not those of the label files")
     if not np.allclose(table["idf"].to_numpy(), idf_weights(frequency, manifest.captions, manifest.idf_formula), rtol=1e-12):  # type: ignore[arg-type]
         faults.append(f"{layout.idf_parquet}: its idf column does not follow from its document frequencies")
+    if not layout.idf_duckdb.is_file():
+        return [*faults, f"{layout.idf_duckdb}: missing"]
     try:
         with open_tables(layout.out) as con:
             same = con.sql("SELECT token_id, token, document_frequency, idf FROM tokens ORDER BY token_id").to_arrow_table()
@@ -107,7 +109,7 @@ def _idf_faults(layout: Layout, manifest: Manifest, frequency: np.ndarray) -> li
             shards = con.execute("SELECT shard, rows, reasons FROM shards").fetchall()
             rows = con.execute("SELECT count(*) FROM labels").fetchone()
     except (duckdb.Error, UserError) as error:
-        return [*faults, f"{layout.idf_duckdb}: not readable: {error}"]
+        return [*faults, f"{layout.idf_duckdb}: not readable: {str(error).splitlines()[0]}"]
     tokenizer = manifest.tokenizer
     if (
         not same.equals(table.cast(same.schema))

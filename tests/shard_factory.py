@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
+import signal
 import sys
 import tarfile
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
+from labels.errors import UserError
 from preprocess.cli import main
 
 Member = tuple[str, bytes]
@@ -156,3 +160,20 @@ def flip_bit(path: Path, share: float = 0.5) -> None:
     data = bytearray(path.read_bytes())
     data[int(len(data) * share)] ^= 1
     path.write_bytes(data)
+
+
+def leave_pid_and_sleep(folder: str) -> None:
+    """A task for a worker process: say who it is, then outlast any test."""
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def end_without_a_word(how: str) -> str:
+    """A task that ends its worker process: `exit`, `kill`, or not at all."""
+    if how == "exit":
+        os._exit(3)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "raise":
+        raise UserError("this task is the user's mistake", allowed="another", mend="mend it")
+    return how

@@ -50,7 +50,7 @@ def test_rows_are_as_promised(tmp_path: Path) -> None:
         tmp_path / "a.tar",
         [
             *sample("0", caption, uid="u0", width=640, height=480),
-            *sample("1", None, jpeg(1, 20, 10), caption="from the json", uid=7),
+            *sample("1", None, jpeg(1, 20, 10), caption="from the dog", uid=7),
             *sample("2", "x", width=2**40, height=True),
             *sample("3", "word " * 200),
         ],
@@ -63,7 +63,7 @@ def test_rows_are_as_promised(tmp_path: Path) -> None:
     ]
     assert first["label_ids"] == sorted(set(first["token_ids"])) and len(first["label_ids"]) == 5
     assert (first["key"], first["uid"], first["width"], first["height"]) == ("0", "u0", 640, 480)
-    assert [tokens[token] for token in second["token_ids"]] == ["from</w>", "the</w>", "json</w>"]
+    assert [tokens[token] for token in second["token_ids"]] == ["from</w>", "the</w>", "dog</w>"]
     assert (second["uid"], second["width"], second["height"]) == (None, 20, 10)
     assert (third["uid"], third["width"], third["height"]) == (None, 32, 32)
     assert len(fourth["token_ids"]) == 75 and len(fourth["label_ids"]) == 1

@@ -124,14 +124,14 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpa
 @pytest.mark.parametrize(
     ("data", "reason", "detail"),
     [
-        (b"", "not an image", "cannot identify"),
-        (b"<html>404 Not Found</html>", "not an image", "cannot identify"),
-        (b"\xff\xd8\xff", "image cut or damaged", "cannot identify"),
+        (b"", "not an image", "none of JPEG, PNG"),
+        (b"<html>404 Not Found</html>", "not an image", "none of JPEG, PNG"),
+        (b"\xff\xd8\xff", "image cut or damaged", "none of JPEG, PNG"),
         (jpeg()[:300], "image cut or damaged", ""),
         (jpeg(width=200, height=200)[:-5000], "image cut or damaged", "truncated"),
         (encode(RGB, icc_profile=b"x" * 40_000)[:20_000], "image cut or damaged", ""),
         (CUT_PNG, "image cut or damaged", ""),
-        (EPS, "not an image", "cannot identify"),
+        (EPS, "not an image", "none of JPEG, PNG"),
         (jpeg(width=1001, height=1000), "too many pixels", "1001 x 1000; allowed: 1000000 pixels, 65500 a side"),
         (png_header(30_000, 30_000), "too many pixels", "30000 x 30000; allowed: 1000000 pixels"),
         (png_header(65_501, 1), "too many pixels", "65501 x 1"),

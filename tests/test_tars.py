@@ -136,7 +136,7 @@ def test_one_block_of_zeros_is_an_end_mark() -> None:
 
 def test_a_damaged_header_ends_the_tar_with_a_fault() -> None:
     data = bytearray(tar_bytes(THREE))
-    at = [info.offset for info in infos(data)][3]
+    at = infos(bytes(data))[3].offset
     data[at : at + BLOCK] = b"\x55" * BLOCK
     samples, faults = walked(bytes(data))
     assert not samples and faults == [("one", "tar cut or damaged")], "the next key's header is gone: `one` may lack members"
@@ -144,12 +144,12 @@ def test_a_damaged_header_ends_the_tar_with_a_fault() -> None:
 
 @pytest.mark.parametrize("name", ["evil.jpg", "README"])
 def test_a_negative_size_does_not_loop(name: str) -> None:
-    info = tarfile.TarInfo(name)
-    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    header[124:136] = b"-0000002000\0"
+    before = tar_bytes([("a.jpg", b"x" * BLOCK)])[: 2 * BLOCK]
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"-0000001000\0"  # one block back: to this very header
     header[148:156] = b" " * 8
     header[148:155] = b"%06o\0" % sum(header)
-    assert [reason for _, reason in walked(bytes(header) + b"\0" * 4 * BLOCK)[1]] in (["tar cut or damaged"], ["not a tar"])
+    assert [reason for _, reason in walked(before + bytes(header) + b"\0" * 4 * BLOCK)[1]] == ["tar cut or damaged"]
 
 
 @settings(max_examples=150, deadline=None)

@@ -13,6 +13,7 @@ from train.loader import Batch
 from train.metrics import Metrics
 from train.optim import learning_rate
 
+_ASK_EVERY_STEPS = 10
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(model output, label_ids int [B, K]) -> scalar."""
 
@@ -82,9 +83,12 @@ def run_loop(
         # -- what was seen
         metrics.record(loss, lr, waited, batch.bad)
         finished = step + 1
-        stop = world.any(stopping()) if finished < budget.steps else False
+        # Ranks have to agree on both, which waits for the device: alone at every step, together only now and then.
+        ask = world.size == 1 or finished % _ASK_EVERY_STEPS == 0
+        stop = ask and finished < budget.steps and world.any(stopping())
         due = finished % save_steps == 0 or finished == budget.steps or stop
-        if due or world.any(metrics.seconds_since_flush >= settings.log.every_seconds):
+        log = ask and world.any(metrics.seconds_since_flush >= settings.log.every_seconds)
+        if due or log:
             metrics.flush()  # before saving: a loss that is not finite must not become a checkpoint
         if due:
             save(finished)

@@ -1,0 +1,63 @@
+"""The walls: labels <- preprocess, labels <- train, never preprocess <-> train; read from the imports themselves."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ["torch", "torchvision", "timm", "ffcv", "tensorboard", "safetensors", "matplotlib", "open_clip"]
+# A package, and what it may not import.
+WALLS = {
+    "labels": ["preprocess", "train", "tests", "ray", "click", "rich", "tokenizers", "PIL", "fsspec", *HEAVY],
+    "preprocess": ["train", "tests", *HEAVY],
+    "train": ["preprocess", "tests", "tokenizers", "ftfy"],
+}
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names of everything a module imports, at its head or inside functions; `.` for relative imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." if node.level else (node.module or "").partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", WALLS)
+def test_the_walls_stand(package: str) -> None:
+    modules = sorted((ROOT / package).rglob("*.py"))
+    assert modules
+    for module in modules:
+        forbidden = imported(module.read_text(encoding="utf8")) & {*WALLS[package], "."}
+        assert not forbidden, f"{module.relative_to(ROOT)} imports {', '.join(sorted(forbidden))}"
+
+
+def test_a_breach_would_be_seen() -> None:
+    source = "import numpy\ndef f():\n    from train.loop import x\n    import torch.nn as nn\nfrom . import y\n"
+    assert imported(source) == {"numpy", "train", "torch", "."}
+
+
+def test_tests_are_flat() -> None:
+    assert not list((ROOT / "tests").rglob("__init__.py")) and not list((ROOT / "tests").glob("*/*.py"))
+    assert not [path for path in ROOT.glob("*/tokenize.py") if path.parent.name in WALLS]
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import preprocess, preprocess.cli", [*HEAVY, "train"]),
+        (
+            "import labels.beton, labels.config, labels.idf, labels.manifest, labels.schema, labels.sparse",
+            [*HEAVY, "train", "preprocess"],
+        ),
+    ],
+)
+def test_importing_loads_nothing_heavy(statement: str, absent: list[str]) -> None:
+    command = f"{statement}; import sys; print([name for name in {absent!r} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
