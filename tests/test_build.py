@@ -1,6 +1,5 @@
 """`preprocess build-labels`: the rows as promised, the same bytes however it was run, resume, and what is refused."""
 
-import json
 import os
 import shutil
 import socket
@@ -34,14 +33,13 @@ from preprocess.clip_bpe import ClipTokenizer
 from preprocess.lock import only_writer
 
 
-def labelled_anew(out: Path, before: dict[str, int]) -> list[str]:
-    """Names below OUT of the files that were written again."""
-    now = {str(path.relative_to(out)): path.stat().st_ino for path in out.rglob("*") if path.is_file()}
-    return sorted(name for name, inode in now.items() if before.get(name) != inode)
-
-
 def inodes(out: Path) -> dict[str, int]:
     return {str(path.relative_to(out)): path.stat().st_ino for path in out.rglob("*") if path.is_file()}
+
+
+def written_anew(out: Path, before: dict[str, int]) -> list[str]:
+    """Names below OUT of the files that were written since `before = inodes(out)`."""
+    return sorted(name for name, inode in inodes(out).items() if before.get(name) != inode)
 
 
 def test_rows_are_as_promised(tmp_path: Path) -> None:
@@ -86,6 +84,7 @@ def test_the_manifest_and_the_configuration_tell_what_was_built(finished: Built)
     ]
     assert load_pipeline(Layout(finished.out).config) == load_pipeline()
     assert not list(finished.out.rglob("*.partial"))
+    assert str(finished.data) not in (finished.out / "manifest.json").read_text(), "nothing of the machine"
 
 
 def test_the_summary_names_what_was_left_out(finished: Built, tmp_path: Path) -> None:
@@ -109,7 +108,7 @@ def test_a_rerun_does_nothing_and_changes_nothing(built: Built) -> None:
     before, files = contents(built.out), inodes(built.out)
     build(built.data, built.out)
     assert contents(built.out) == before
-    assert labelled_anew(built.out, files) == ["config.yaml", "manifest.json", "quarantine.parquet"]
+    assert written_anew(built.out, files) == ["config.yaml", "manifest.json", "quarantine.parquet"]
 
 
 def test_labels_first_and_betons_later_is_the_same(finished: Built, tmp_path: Path) -> None:
@@ -140,7 +139,7 @@ def test_a_changed_tar_is_made_anew(tmp_path: Path, changed: str) -> None:
     build(data, tmp_path / "out")
     build(data, tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
-    again = labelled_anew(tmp_path / "out", old)
+    again = written_anew(tmp_path / "out", old)
     assert "beton/00001.beton" in again and "beton/00000.beton" not in again and "labels/00000000.parquet" not in again
 
 
@@ -155,12 +154,25 @@ def test_an_added_shard_shifts_what_follows(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+def test_a_shard_that_loses_its_last_row_loses_its_beton(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", 3, 4)
+    build(data, tmp_path / "out")
+    (tmp_path / "out" / "beton" / "mine.beton").write_text("mine")
+    write_tar(data / "00000000.tar", sample("x", None))
+    for out in ("out", "fresh"):
+        build(data, tmp_path / out, "--set", "build.max_bad_fraction=0.5")
+    assert (tmp_path / "out" / "beton" / "mine.beton").read_text() == "mine"
+    (tmp_path / "out" / "beton" / "mine.beton").unlink()
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
 def test_a_shard_that_is_no_longer_given_is_refused(built: Built) -> None:
     found = refused([built.data / "00000001.tar"], built.out)
     assert "holds label files of 1 shards that are not in the input, the first: 00000000" in found and "--overwrite" in found
     build([str(built.data / "00000001.tar")], built.out, "--overwrite")
     assert [beton.number for beton in read_manifest(built.out).betons] == [0]
     assert sorted(path.name for path in (built.out / "beton").iterdir()) == ["00000.beton"]
+    assert sorted(path.name for path in (built.out / "done").glob("*/*.json")) == ["00000.json", "00000001.json"]
 
 
 @pytest.mark.parametrize(
@@ -284,8 +296,3 @@ def test_urls(finished: Built, tmp_path: Path) -> None:
     memory.pipe("/bucket/shards/00000001.tar", tar_bytes(healthy(1)))
     build(["memory://bucket/shards"], tmp_path / "memory")
     assert len(rows(tmp_path / "memory")) == 13
-
-
-def test_nothing_of_the_machine_stands_in_the_manifest(finished: Built) -> None:
-    text = (finished.out / "manifest.json").read_text()
-    assert str(finished.data) not in text and socket.gethostname() not in json.loads(text).values()

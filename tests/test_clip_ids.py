@@ -93,7 +93,10 @@ def test_any_text(caption: str) -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(
-        st.sampled_from(["&amp;", "amp;", "lt;", "<", "&lt;", "Ã©", "’", "'s", " ", "a", "É", "<end_of_text>", "\u0301", "\u200d", "😀", "1"]), max_size=12
+        st.sampled_from(
+            ["&amp;", "amp;", "lt;", "<", "&lt;", "Ã©", "’", "'s", " ", "a", "É", "<end_of_text>", "\u0301", "\u200d", "😀", "1"]
+        ),
+        max_size=12,
     )
 )
 def test_any_mixture_of_nasty_parts(parts: list[str]) -> None:
