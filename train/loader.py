@@ -31,11 +31,20 @@ class Batch:
         images: uint8 [B, S, S, 3].
         label_ids: int32 [B, K], padded with PAD_ID.
         bad: samples whose JPEG did not decode; they are grey, without labels, and so without loss.
+        copied: on a GPU, what tells that the copies have left this memory.
     """
 
     images: torch.Tensor
     label_ids: torch.Tensor
     bad: int
+    copied: torch.cuda.Event | None = None
+
+    def to(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and label ids on `device`; from page-locked memory the copies run behind the caller's back."""
+        images, label_ids = self.images.to(device, non_blocking=True), self.label_ids.to(device, non_blocking=True)
+        if self.copied is not None:
+            self.copied.record()
+        return images, label_ids
 
 
 class _Slot:
@@ -44,6 +53,7 @@ class _Slot:
     def __init__(self, batch: int, size: int, limit: int, pinned: bool) -> None:
         self.images = torch.empty((batch, size, size, 3), dtype=torch.uint8, pin_memory=pinned)
         self.label_ids = torch.empty((batch, limit), dtype=torch.int32, pin_memory=pinned)
+        self.copied = torch.cuda.Event() if pinned else None
         self.rows = decode.Rows(self.images.numpy(), self.label_ids.numpy(), np.empty(batch, np.int64), np.empty(batch, np.uint8))
 
 
@@ -101,7 +111,9 @@ class Loader:
             slot, samples, futures = self._filling.popleft()
             for future in futures:
                 future.result()
-            yield Batch(slot.images, slot.label_ids, self._check(slot, samples))
+            yield Batch(slot.images, slot.label_ids, self._check(slot, samples), slot.copied)
+            if slot.copied is not None:
+                slot.copied.synchronize()  # else the threads would overwrite what the GPU has yet to copy
             self._free.append(slot)
             self._submit()
 

@@ -63,10 +63,9 @@ def run_loop(
     waiting_since = time.monotonic()
     for step, batch in enumerate(batches, start=budget.first_step):
         # -- input: uint8 to the device, normalised there
-        images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-        label_ids = batch.label_ids.to(device, non_blocking=True)
+        images, label_ids = batch.to(device)
         waited = time.monotonic() - waiting_since
-        images = (images.float() - mean) / std
+        images = (images.permute(0, 3, 1, 2).float() - mean) / std
 
         # -- forward, backward, step. Randomness inside the model depends on (seed, step, rank) alone
         torch.manual_seed(settings.runtime.seed * 1_000_003 + step * world.size + world.rank)
