@@ -94,10 +94,8 @@ def linear_probe(
         with 5 classes or fewer), converged, evaluations. Accuracies are fractions of 1.
 
     Raises:
-        UserError: a negative weight decay, or no class with two samples.
+        UserError: no class with two samples.
     """
-    if min(settings.weight_decay) < 0:
-        raise UserError(f"probe.weight_decay is {settings.weight_decay}", allowed="numbers of 0 or more")
     # The rounding of float32 averages out over many samples; over few it would end the search early.
     dtype = torch.float64 if train_x.size <= _FLOAT64_NUMBERS else torch.float32
     raw, raw_test = (torch.from_numpy(x).to(device, dtype) for x in (train_x, test_x))
