@@ -8,9 +8,13 @@ sides take turns, the median counts. CPU time is the process's (all threads), no
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+# A script's folder is searched first, where labels.py would hide the package `labels`.
+sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from labels.settings import Data
 from train.betons import BetonSet

@@ -1,33 +1,156 @@
-"""Files that are either whole or not there: write to a temporary name, fsync, rename."""
+"""Files that are either whole or not there: a path and what writes it in, a finished file or a plain reason out.
 
+On a disk: written under a temporary name beside it, fsynced, renamed. In an object store (a UPath): written to a local
+temporary file and uploaded in one put, as objects appear whole. A full disk or lost rights become a UserError.
+"""
+
+import errno
 import hashlib
 import json
 import os
+import re
+import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from labels.errors import UserError
+
 TEMPORARY_SUFFIX = ".partial"
+_AGAIN = "run the same command again: what is finished is kept"
+_MENDS = {
+    errno.ENOSPC: "free space there, then {again}",
+    errno.EDQUOT: "free space there or have the quota raised, then {again}",
+    errno.EFBIG: "raise the limit (`ulimit -f`) or take a file system that holds larger files, then {again}",
+    errno.EACCES: "give this user the right to write there, then {again}",
+    errno.EPERM: "give this user the right to write there (`lsattr` shows files that are locked), then {again}",
+    errno.EROFS: "mount it writable, then {again}",
+}
+_TOLD_IN_WORDS = ("duckdb", "_duckdb")  # modules whose errors tell the system's reason in their text alone
+_SHORT = re.compile(r"\d+ requested and \d+ written|failed to offload data block")  # NumPy's, and DuckDB's of its spill folder
+_partial_tag: ContextVar[str] = ContextVar("partial_tag", default="")
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed onto `path`, else removed.
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a local temporary path; on success the file there takes the place of `path` in one step, else it is removed.
 
-    A process killed inside the block leaves only `<name>.partial`, which nothing reads and the next try overwrites.
+    A process killed inside the block leaves only `<name>.partial`, which nothing reads and the next try overwrites. Without
+    `durable` a power cut soon afterwards may leave a file that is cut: for what is soon made anew, and checked.
+
+    Raises:
+        UserError: the disk is full or may not be written, for errors of Python, pyarrow and DuckDB inside the block.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + TEMPORARY_SUFFIX)
+    with plain_disk_faults(path):
+        if is_remote(path):
+            with tempfile.TemporaryDirectory() as folder:
+                partial = Path(folder) / path.name
+                with plain_disk_faults(partial):
+                    yield partial
+                path.fs.put_file(str(partial), path.path)  # type: ignore[attr-defined]  # a UPath
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}{_partial_tag.get()}{TEMPORARY_SUFFIX}")
+        try:
+            yield partial
+            if durable:
+                with open(partial, "rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):  # the first error is the one to tell
+                partial.unlink(missing_ok=True)
+            raise
+        if durable:
+            fsync_directory(path.parent)
+
+
+@contextmanager
+def own_partials() -> Iterator[None]:
+    """Give temporary files names that no other process has, where two may write the same file at the same time.
+
+    What a killed process leaves is then not overwritten by the next try, but removed by `remove_partials`.
+    """
+    token = _partial_tag.set("." + secrets.token_hex(6))
     try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    fsync_directory(path.parent)
+        yield
+    finally:
+        _partial_tag.reset(token)
+
+
+def remove_partials(*folders: Path) -> None:
+    """Remove the temporary files that killed processes left in `folders`; only under the lock of their OUT."""
+    for folder in folders:
+        if is_remote(folder) or not folder.is_dir():
+            continue
+        with plain_disk_faults(folder):
+            for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+                if path.is_file():
+                    path.unlink()
+
+
+@contextmanager
+def plain_disk_faults(path: Path) -> Iterator[None]:
+    """Turn "no space left" and its like, raised while `path` is written, into a UserError that names path, reason and mend.
+
+    An error that names a file elsewhere (an input that may not be read) passes as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _disk_fault(error)
+        named = getattr(error, "filename", None)
+        if number is None or (isinstance(named, str) and not _below(named, path.parent)):
+            raise
+        mend = _MENDS[number].format(again=_AGAIN)
+        raise UserError(f"{path} cannot be written: {os.strerror(number)}{_space(path)}", mend=mend) from error
+
+
+def _disk_fault(error: Exception) -> int | None:
+    """The number of the system's reason, if `error` is a disk's fault that a user can mend."""
+    if isinstance(error, OSError) and error.errno in _MENDS:
+        return error.errno
+    if isinstance(error, PermissionError):  # as object stores tell it
+        return errno.EACCES
+    if isinstance(error, OSError) or type(error).__module__ in _TOLD_IN_WORDS:
+        told = (number for number in _MENDS if os.strerror(number) in str(error))
+        return next(told, errno.ENOSPC if _SHORT.search(str(error)) else None)
+    return None
+
+
+def _below(named: str, folder: Path) -> bool:
+    return is_remote(folder) or Path(os.path.abspath(named)).is_relative_to(os.path.abspath(folder))
+
+
+def _space(path: Path) -> str:
+    if is_remote(path):
+        return ""
+    try:
+        return f" ({shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB free)"
+    except OSError:
+        return ""
+
+
+def is_remote(path: Path) -> bool:
+    """Whether `path` is a UPath of an object store: it has a path's methods, but no place on this machine's disks."""
+    return not isinstance(path, Path)
+
+
+@contextmanager
+def local_copy(path: Path) -> Iterator[Path]:
+    """`path` itself, or for an object a download of it that lasts as long as the block."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        with plain_disk_faults(copy):
+            path.fs.get_file(path.path, str(copy))  # type: ignore[attr-defined]  # a UPath
+        yield copy
 
 
 def fsync_directory(path: Path) -> None:
@@ -53,8 +176,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # an object's file reads in the same way
 
 
 def fingerprint(value: Any) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from labels.errors import UserError
+from labels.files import local_copy
 from labels.schema import TOKENS
 
 Formula = Literal["smooth", "paper", "none"]
@@ -50,7 +51,8 @@ def read_idf(path: Path) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"no IDF table at {path}", mend=mend)
     try:
-        table = pq.read_table(path)
+        with local_copy(path) as file:
+            table = pq.read_table(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable as Parquet: {error}", mend=mend) from None
     if table.schema.names != TOKENS.names:

@@ -1,7 +1,54 @@
-"""Where everything lies below OUT, the folder that stage 1 writes and stage 2 reads."""
+"""Where everything lies below OUT, the folder or object-store prefix that stage 1 writes and stage 2 reads."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
+
+from labels.errors import UserError
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_COLLAPSED = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # what a Path makes of a URL
+_NO_CACHE = ("s3", "s3a", "gs", "gcs")  # file systems that remember listings: other processes write there too
+
+
+def out_path(text: str) -> Path:
+    """OUT as the user names it: a path, or for a URL such as s3://bucket/out a UPath, which has a Path's methods.
+
+    Raises:
+        UserError: no file system is known for the URL, or its package is not installed.
+    """
+    found = _URL.match(text)
+    if found is None:
+        return Path(text)
+    protocol = found.group(1).lower()
+    if protocol in ("file", "local"):
+        return Path(text[found.end() :])
+    from upath import UPath  # LAZY: stage 2 and local builds do without fsspec
+
+    try:
+        options: dict[str, Any] = {"use_listings_cache": False} if protocol in _NO_CACHE else {}
+        path = UPath(text.rstrip("/"), **options)
+        path.fs  # noqa: B018  (makes the file system now)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{text} cannot be opened: {error}", allowed="a local folder, or a URL that fsspec knows") from None
+    return cast(Path, path)
+
+
+def local_out(text: str | Path) -> Path:
+    """OUT for what needs it on this machine's disks: training maps betons into memory.
+
+    Raises:
+        UserError: it is a URL; the mend is the command that copies it here.
+    """
+    found = _URL.match(str(text)) or _COLLAPSED.match(str(text))
+    protocol = found.group(1).lower() if found else "file"
+    if found is None or protocol in ("file", "local") or (isinstance(text, Path) and text.exists()):
+        return out_path(str(text))
+    url = f"{protocol}://{str(text)[found.end() :].strip('/')}"
+    here = url.rpartition("/")[2]
+    copy = f"aws s3 sync {url} {here}" if protocol == "s3" else f"copy {url} to a local folder {here}"
+    raise UserError(f"{url} is not on this machine", allowed="a local folder", mend=f"{copy}; then give {here}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +86,18 @@ class Layout:
         return self.out / "labels"
 
     @property
+    def counts(self) -> Path:
+        return self.out / "counts"
+
+    @property
+    def subset(self) -> Path:
+        return self.out / "subset.npy"
+
+    @property
+    def pairs(self) -> Path:
+        return self.out / "pairs.parquet"
+
+    @property
     def betons(self) -> Path:
         return self.out / "beton"
 
@@ -49,6 +108,9 @@ class Layout:
 
     def label_file(self, shard: str) -> Path:
         return self.labels / f"{shard}.parquet"
+
+    def count_file(self, shard: str) -> Path:
+        return self.counts / f"{shard}.parquet"
 
     def label_marker(self, shard: str) -> Path:
         return self.markers / "labels" / f"{shard}.json"

@@ -19,16 +19,24 @@ class _Part(BaseModel):
 
 
 class TokenizerPart(_Part):
-    """`fingerprint` covers vocabulary, merges and cleaning; `excluded` are ids that are never labels."""
+    """`fingerprint` covers vocabulary, merges and cleaning; `excluded` are ids that are never labels.
+
+    `path`: `fast`, if captions went through the table of known words, or `plain`; the ids are the same. `vocabulary` counts all
+    classes, word pairs too.
+    """
 
     name: str
     fingerprint: str
+    path: str
     vocabulary: int
     excluded: list[int]
 
 
 class ShardPart(_Part):
-    """`first_index`: position of the shard's first row among all rows; `quarantined`: reason -> samples."""
+    """`first_index`: position of the shard's first row among all rows; `quarantined`: reason -> samples.
+
+    `keys_sha256`: SHA-256 over the rows' keys in order, each followed by a newline. Equal in two OUTs: the same rows.
+    """
 
     name: str
     source: str
@@ -36,6 +44,7 @@ class ShardPart(_Part):
     first_index: int
     rows: int
     labels_sha256: str
+    keys_sha256: str
     quarantined: dict[str, int]
 
 

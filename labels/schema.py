@@ -22,6 +22,11 @@ LABELS = pa.schema(
 """One row a sample. `token_ids`: in the caption's order, without specials, at most the context limit.
 `label_ids`: sorted, unique. `width`, `height`: pixels, null where neither metadata nor image header told them."""
 
+COUNTS = pa.schema(
+    [pa.field("token_id", pa.int32(), nullable=False), pa.field("document_frequency", pa.int64(), nullable=False)], metadata=_VERSION
+)
+"""One shard's document frequencies: one row a token that occurs, ascending."""
+
 TOKENS = pa.schema(
     [
         pa.field("token_id", pa.int32(), nullable=False),

@@ -46,13 +46,22 @@ class Paths(Section):
 
 
 class Labels(Section):
-    tokenizer: Literal["clip"] = "clip"
+    tokenizer: Annotated[str, Field(min_length=1)] = "clip"
     context: Positive = 75
     idf: Formula = "smooth"
+    stop_words: Literal["keep", "remove"] = "keep"
+    wordnet: Annotated[str, Field(min_length=1)] = "auto"
+    ngrams: Literal[1, 2] = 1
+    ngram_classes: Annotated[int, BeforeValidator(parse_count), Field(gt=0)] = 16_384
+    ngram_min_count: Annotated[int, BeforeValidator(parse_count), Field(gt=0)] = 100
 
 
 class Build(Section):
+    caption_key: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = ["auto"]
+    subset: str | None = None
+    metadata: str | None = None
     workers: Annotated[int, Field(ge=0)] = 0
+    engine: Literal["local", "ray"] = "local"
     max_bad_fraction: Fraction = 0.1
     duckdb_memory: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?[KMGT]i?B$")] = "1GiB"
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95

@@ -1,16 +1,26 @@
 """The command `preprocess`: parse, call, report. Everything it does lives in the modules it imports."""
 
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from labels import __version__
 from labels.config import load_pipeline
 from labels.errors import UserError
+from labels.idf import Formula
+from labels.layout import out_path
 from preprocess.build import build_labels
+from preprocess.idf_command import sum_idf
+from preprocess.inputs.captions import parse_caption_key
+from preprocess.inputs.rows import read_rows
+from preprocess.inputs.shards import find_shards
 from preprocess.outcome import print_summary
 from preprocess.query import run_query
+from preprocess.train_tokenizer import Kind, train_tokenizer
 from preprocess.verify import verify_build
 
 
@@ -24,35 +34,112 @@ _config = click.option("--config", type=click.Path(path_type=Path), help="Config
 _set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key, e.g. labels.idf=paper. Repeatable.")
 
 
+def _out(_context: click.Context, _argument: click.Parameter, value: str) -> Path:
+    return out_path(value)
+
+
+def _outs(_context: click.Context, _argument: click.Parameter, value: tuple[str, ...]) -> tuple[Path, ...]:
+    return tuple(out_path(text) for text in value)
+
+
+def _share(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """`i/n` as numbers."""
+    if value is None:
+        return None
+    first, slash, second = value.partition("/")
+    if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+        raise click.BadParameter(f"{value!r}; allowed: i/n with 0 <= i < n, e.g. 0/8 to 7/8")
+    return int(first), int(second)
+
+
 @cli.command("build-labels")
 @click.argument("data", nargs=-1, required=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: paths.out).")
+@click.option("--out", help="Folder to write, or an s3:// URL (default: paths.out).")
 @click.option("--workers", type=int, help="Worker processes (default: build.workers; 0 = all cores).")
+@click.option("--engine", type=click.Choice(["local", "ray"]), help="Where the work runs (default: build.engine).")
+@click.option("--shard", "share", callback=_share, metavar="I/N", help="One of N array jobs on one OUT: every N-th shard from the I-th on.")
+@click.option("--caption-key", metavar="KEYS", help="Where captions stand, e.g. txt,json:caption (default: build.caption_key).")
+@click.option("--subset", metavar="FILE|CONDITION", help="Only these samples: .npy or .parquet of uids, or SQL on the metadata.")
 @click.option("--no-beton", is_flag=True, help="Stop after the IDF table.")
 @click.option("--overwrite", is_flag=True, help="Remove what an earlier build with other options left in OUT; nothing else.")
 @_config
 @_set
 def build_labels_command(
     data: tuple[str, ...],
-    out: Path | None,
+    out: str | None,
     workers: int | None,
+    engine: str | None,
+    share: tuple[int, int] | None,
+    caption_key: str | None,
+    subset: str | None,
     no_beton: bool,
     overwrite: bool,
     config: Path | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Label every caption of DATA (folders, globs or tars, local or URL) once, count IDF, write betons.
+    """Label every caption of DATA (folders, globs, tars or tables, local or URL) once, count IDF, write betons.
 
     Run the same command again after any interruption: finished shards are skipped.
     """
-    flags = [] if workers is None else [f"build.workers={workers}"]
-    settings = load_pipeline(config, [*overrides, *flags])
-    target = out or Path(settings.paths.out)
-    print_summary(build_labels(list(data), target, settings, betons=not no_beton, overwrite=overwrite), target)
+    flags = {"workers": workers, "engine": engine, "caption_key": caption_key.split(",") if caption_key else None, "subset": subset}
+    flag_overrides = [f"build.{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    settings = load_pipeline(config, [*overrides, *flag_overrides])
+    if overwrite and share:
+        raise UserError("--overwrite with --shard would remove what the other shares write", mend="run it once without --shard first")
+    target = out_path(out or settings.paths.out)
+    manifest = build_labels(list(data), target, settings, betons=not no_beton, overwrite=overwrite, share=share)
+    if manifest:
+        print_summary(manifest, target)
+
+
+@cli.command("train-tokenizer")
+@click.argument("data", nargs=-1, required=True)
+@click.option("--kind", type=click.Choice(get_args(Kind)), required=True, help="What to train.")
+@click.option(
+    "--vocab-size", type=click.IntRange(min=1), default=32_768, show_default=True, help="Tokens; catlip has as many as pass --min-count."
+)
+@click.option("--min-count", type=click.IntRange(min=1), help="Least count of a word or synset (default: 2; catlip: 500 captions).")
+@click.option("--wordnet", default="auto", show_default=True, help="For catlip: the folder with index.noun and data.noun.")
+@click.option("--caption-key", metavar="KEYS", help="Where captions stand, e.g. txt,json:caption (default: build.caption_key).")
+@click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The file to write; labels.tokenizer then names it.")
+@_config
+@_set
+def train_tokenizer_command(
+    data: tuple[str, ...],
+    kind: Kind,
+    vocab_size: int,
+    min_count: int | None,
+    wordnet: str,
+    caption_key: str | None,
+    target: Path,
+    config: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Train a tokenizer, or choose CatLIP's synsets, on the captions of DATA."""
+    settings = load_pipeline(config, overrides)
+    choices = parse_caption_key(caption_key.split(",") if caption_key else settings.build.caption_key)
+    shards = find_shards(list(data)).shards
+
+    def captions() -> Iterator[list[str]]:
+        return (batch.table["caption"].to_pylist() for shard in shards for batch in read_rows(shard, choices))
+
+    size = train_tokenizer(captions, kind, out=target, vocab_size=vocab_size, min_count=min_count, wordnet=wordnet)
+    print(f"{target}: {kind}, {size:,} tokens; use it with --set labels.tokenizer={target}")
+
+
+@cli.command("idf")
+@click.argument("outs", nargs=-1, required=True, callback=_outs)
+@click.option("--shards", metavar="GLOB", help="Only shards whose name fits, e.g. '0000[0-4]*'.")
+@click.option("--formula", type=click.Choice(get_args(Formula)), help="Default: the one that OUT was built with.")
+@click.option("--recount", is_flag=True, help="Count the label files anew instead of summing the counts that are kept.")
+@click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The Parquet file to write.")
+def idf_command(outs: tuple[Path, ...], shards: str | None, formula: Formula | None, recount: bool, target: Path) -> None:
+    """Sum the IDF table of some shards, or of several OUTs together, from the counts that are kept for every shard."""
+    print(f"{target}: {sum_idf(list(outs), target, shards=shards, formula=formula, recount=recount)}")
 
 
 @cli.command("sql")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", callback=_out)
 @click.argument("query")
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
 def sql_command(out: Path, query: str, form: str) -> None:
@@ -61,7 +148,7 @@ def sql_command(out: Path, query: str, form: str) -> None:
 
 
 @cli.command("verify")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", callback=_out)
 def verify_command(out: Path) -> None:
     """Read back everything in OUT and compare it with the manifest; exit code 1 if anything differs."""
     faults = verify_build(out)

@@ -1,8 +1,14 @@
-"""Document frequencies by DuckDB over the label Parquet, and the two files that hold them: idf.parquet, idf.duckdb."""
+"""Document frequencies by DuckDB, and the two files that hold them: idf.parquet, idf.duckdb.
 
+label file -> count file, one a shard -> summed -> idf.parquet, idf.duckdb. The counts of a shard are kept, so that the table of a
+part of the shards, or of more of them, is summed in seconds.
+"""
+
+import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import duckdb
@@ -11,48 +17,98 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from labels.errors import UserError
-from labels.files import write_whole
+from labels.files import is_remote, local_copy, whole_file, write_whole
 from labels.idf import Formula, idf_weights
 from labels.layout import Layout
 from labels.manifest import ShardPart
-from labels.schema import TOKENS
+from labels.schema import COUNTS, TOKENS
 
 # A storage version that the shells of several DuckDB releases open, not only the newest.
 _STORAGE_VERSION = "v1.2.0"
+_SHARD_MEMORY = "256MiB"
+_LABELS_AT_ONCE = 1 << 21
+_COUNT_LABELS = (
+    "SELECT token_id, count(*) AS document_frequency FROM (SELECT unnest(label_ids) AS token_id FROM read_parquet($1)) GROUP BY token_id"
+)
 
 
-def document_frequencies(files: list[Path], vocabulary: int, memory: str, spill: Path) -> tuple[np.ndarray, int]:
-    """Count, exactly and in bounded memory, in how many captions every token occurs.
+class ShardCounts:
+    """Document frequencies of one shard, counted by DuckDB batch by batch while its label file is written."""
+
+    def __init__(self) -> None:
+        self._con = _own_connection()
+        self._con.execute("CREATE OR REPLACE TEMP TABLE counted (token_id INTEGER, document_frequency BIGINT)")
+        self._waiting: list[np.ndarray] = []
+
+    def add(self, label_ids: np.ndarray) -> None:
+        """Count the labels of more captions, int32 [T], each once a caption."""
+        self._waiting.append(label_ids)
+        if sum(map(len, self._waiting)) >= _LABELS_AT_ONCE:
+            self._count()
+
+    def _count(self) -> None:
+        self._con.register("labels", pa.table({"token_id": np.concatenate([np.empty(0, np.int32), *self._waiting])}))
+        self._con.execute("INSERT INTO counted SELECT token_id, count(*) FROM labels GROUP BY token_id")
+        self._con.unregister("labels")
+        self._waiting = []
+
+    def write(self, path: Path) -> int:
+        """The count file: token_id int32, document_frequency int64, of the tokens that occur, ascending.
+
+        Returns:
+            bytes of the file, by which its marker knows it: it is made in no time, and so not worth an fsync.
+        """
+        self._count()
+        query = "SELECT token_id, sum(document_frequency)::BIGINT AS document_frequency FROM counted GROUP BY token_id ORDER BY token_id"
+        counted = self._con.sql(query).to_arrow_table()
+        with whole_file(path, durable=False) as partial:
+            pq.write_table(counted.cast(COUNTS), partial, compression="zstd")
+            return partial.stat().st_size
+
+
+@cache
+def _own_connection() -> duckdb.DuckDBPyConnection:
+    """One a process: to open one takes as long as to count ten thousand captions. The other workers have the other cores."""
+    return duckdb.connect(config={"threads": 1, "memory_limit": _SHARD_MEMORY})
+
+
+def sum_counts(files: Sequence[Path], vocabulary: int, memory: str, spill: Path) -> np.ndarray:
+    """Document frequency int64 [V] over the shards whose count files are given: exact, since each caption is in one shard.
 
     Args:
-        files: label Parquet files; label_ids hold each token once a caption.
+        files: what `count_shard` wrote.
         vocabulary: V.
         memory: DuckDB's limit, e.g. `1GiB`.
         spill: a folder for what does not fit.
 
-    Returns:
-        document frequency int64 [V], and the number of captions.
-
     Raises:
         UserError: `memory` is too little even with spilling.
     """
+    if not files:
+        return np.zeros(vocabulary, np.int64)
+    query = "SELECT token_id, sum(document_frequency)::BIGINT AS document_frequency FROM read_parquet($1) GROUP BY token_id"
+    return _frequencies(query, files, vocabulary, memory, spill)
+
+
+def document_frequencies(files: Sequence[Path], vocabulary: int, memory: str, spill: Path) -> np.ndarray:
+    """The same counted anew over label Parquet files; their label_ids hold each token once a caption."""
+    if not files:
+        return np.zeros(vocabulary, np.int64)
+    return _frequencies(_COUNT_LABELS, files, vocabulary, memory, spill)
+
+
+def _frequencies(query: str, files: Sequence[Path], vocabulary: int, memory: str, spill: Path) -> np.ndarray:
+    config = {"memory_limit": memory, "temp_directory": str(spill), "preserve_insertion_order": False}
     try:
-        return _count(files, vocabulary, memory, spill)
+        with duckdb.connect(config=config) as con:
+            if is_remote(files[0]):
+                con.register_filesystem(files[0].fs)  # type: ignore[attr-defined]  # a UPath
+            counted = con.sql(query, params=[[str(file) for file in files]]).to_arrow_table()
     except duckdb.OutOfMemoryException as error:
         raise UserError(f"build.duckdb_memory = {memory} is too little to count in: {error}", mend="raise it, e.g. to 1GiB") from None
-
-
-def _count(files: list[Path], vocabulary: int, memory: str, spill: Path) -> tuple[np.ndarray, int]:
-    with duckdb.connect(config={"memory_limit": memory, "temp_directory": str(spill), "preserve_insertion_order": False}) as con:
-        names = [str(file) for file in files]
-        counted = con.sql(
-            "SELECT token_id, count(*) AS df FROM (SELECT unnest(label_ids) AS token_id FROM read_parquet($1)) GROUP BY token_id",
-            params=[names],
-        ).to_arrow_table()
-        row = con.execute("SELECT count(*) FROM read_parquet($1)", [names]).fetchone()
     frequency = np.zeros(vocabulary, np.int64)
-    frequency[counted["token_id"].to_numpy()] = counted["df"].to_numpy()
-    return frequency, row[0] if row else 0
+    frequency[counted["token_id"].to_numpy()] = counted["document_frequency"].to_numpy()
+    return frequency
 
 
 def write_idf_parquet(path: Path, tokens: list[str], frequency: np.ndarray, captions: int, formula: Formula) -> None:
@@ -74,19 +130,24 @@ def write_idf_duckdb(
     def write(partial: Path) -> None:
         partial.unlink(missing_ok=True)
         # The search path is a list split at commas, which OUT may hold: a link in a folder of our own stands for it.
-        with tempfile.TemporaryDirectory() as folder, duckdb.connect() as con:
-            (Path(folder) / layout.labels.name).symlink_to(layout.labels.resolve())
+        with tempfile.TemporaryDirectory() as folder, duckdb.connect() as con, local_copy(layout.idf_parquet) as idf:
+            labels = Path(folder) / layout.labels.name
+            if is_remote(layout.out):
+                _download_first(layout.labels, labels)  # a view is only made over files that are there
+                con.register_filesystem(layout.out.fs)  # type: ignore[attr-defined]  # a UPath
+            else:
+                labels.symlink_to(layout.labels.resolve())
             con.execute(f"SET file_search_path = {quoted(Path(folder))}")
             con.execute(f"ATTACH {quoted(partial)} AS idf (STORAGE_VERSION '{_STORAGE_VERSION}')")
             con.execute("USE idf")
-            con.execute("CREATE TABLE tokens AS SELECT * FROM read_parquet($1)", [str(layout.idf_parquet)])
+            con.execute("CREATE TABLE tokens AS SELECT * FROM read_parquet($1)", [str(idf)])
             con.execute("CREATE VIEW labels AS SELECT * FROM read_parquet('labels/*.parquet')")
             con.execute(
                 "CREATE TABLE corpus AS SELECT $1::BIGINT AS captions, (SELECT sum(document_frequency) FROM tokens)::BIGINT AS labels,"
-                " (SELECT coalesce(sum(len(token_ids)), 0) FROM labels)::BIGINT AS tokens,"
+                " (SELECT coalesce(sum(len(token_ids)), 0) FROM read_parquet($5))::BIGINT AS tokens,"
                 " (SELECT count(*) FROM tokens) AS vocabulary,"
                 " $2 AS formula, $3 AS tokenizer, $4 AS tokenizer_fingerprint",
-                [captions, formula, tokenizer, fingerprint],
+                [captions, formula, tokenizer, fingerprint, str(layout.labels / "*.parquet")],
             )
             con.execute("CREATE TABLE shards (shard VARCHAR, rows BIGINT, quarantined BIGINT, reasons MAP(VARCHAR, BIGINT))")
             for shard in shards:
@@ -97,6 +158,14 @@ def write_idf_duckdb(
                 )
 
     write_whole(layout.idf_duckdb, write)
+
+
+def _download_first(labels: Path, folder: Path) -> None:
+    """One label file of an object store into `folder`: all have the same schema."""
+    first = next(iter(sorted(labels.glob("*.parquet"), key=str)))
+    folder.mkdir()
+    with local_copy(first) as file:
+        shutil.copy(file, folder)
 
 
 def quoted(path: Path) -> str:

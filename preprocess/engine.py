@@ -1,4 +1,7 @@
-"""Run one function over many shards in worker processes; results in any order, a dead worker ends the run with its reason."""
+"""Run one function over many shards, in worker processes here or on a Ray cluster; results in any order.
+
+A dead worker ends a local run with its reason; on Ray its task is given to another (ray_engine.py).
+"""
 
 import multiprocessing
 import os
@@ -7,10 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_any
-from typing import TypeVar
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import pyarrow as pa
 
 from labels.errors import UserError
 
+Engine = Literal["local", "ray"]
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -20,22 +27,33 @@ def worker_count(wanted: int) -> int:
     return wanted or len(os.sched_getaffinity(0))
 
 
-def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
+def run_tasks(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, engine: Engine = "local", shared: Path | None = None
+) -> Iterator[Result]:
     """Yield `function(task)` for every task as each ends.
 
     Args:
         function: importable by name; what it raises is raised here, after the running tasks were let go.
-        tasks: picklable.
-        workers: processes; 1 runs in this process.
+        tasks: picklable; on Ray one may be run again after its node was lost, also while the lost one still runs.
+        workers: processes; 1 runs in this process. On a Ray cluster that is there already, its size counts instead.
+        engine: `local`: processes of this machine; `ray`: a Ray cluster.
+        shared: a file of OUT that every machine has to see as it is here; None if the tasks write to an object store.
 
     Raises:
-        UserError: a worker process died, naming what usually kills one.
+        UserError: a worker process died, naming what usually kills one; a node of the cluster lacks something.
     """
-    if workers == 1 or len(tasks) <= 1:
+    if not tasks:
+        return
+    if engine == "ray":
+        from preprocess.ray_engine import run_on_ray  # an extra: only who asks for it needs it
+
+        yield from run_on_ray(function, tasks, workers, shared)
+        return
+    if workers == 1 or len(tasks) == 1:
         yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=_begin_worker) as pool:
         waiting = iter(tasks)
         running: set[Future[Result]] = set()
         try:
@@ -58,8 +76,19 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
                 future.cancel()
 
 
-def _end_with_parent() -> None:
+def one_core() -> None:
+    """In a worker: no threads of libraries beside its own, since there is a worker for every core.
+
+    Arrow's own allocators give memory back and fault it in again with every batch; the system's keeps it.
+    """
+    pa.set_cpu_count(1)
+    pa.set_memory_pool(pa.system_memory_pool())
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _begin_worker() -> None:
     """In a worker: end as soon as the parent does, also when it is killed, so that no orphan writes beside the next run."""
+    one_core()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -12,42 +12,40 @@ from labels.files import fingerprint, sha256_file, write_whole
 from labels.layout import Layout
 from labels.manifest import BetonPart, Manifest, ShardPart, TokenizerPart
 from labels.schema import QUARANTINE
-from preprocess.plan import Build, Marker
+from preprocess.plan import Build, Marker, read_marker
 
-FaultRow = tuple[str, str, str, str, str]
-"""One row of quarantine.parquet: shard, key, stage, reason, detail."""
-
-
-def fault_rows(stage: str, markers: list[Marker]) -> list[FaultRow]:
-    return [(marker["shard"], key, stage, reason, detail) for marker in markers for key, reason, detail in marker["faults"]]
+_ROWS_AT_ONCE = 65_536
 
 
-def check_usable(build: Build, faults: list[FaultRow], samples: int) -> None:
+def check_usable(build: Build, bad: Counter[str], samples: int, outside: int, parts: list[ShardPart]) -> None:
     """End the build if too little is left; quarantine.parquet then says why.
 
     Args:
         build: whose limit counts.
-        faults: everything left out so far.
+        bad: reasons of everything left out so far.
         samples: how many are left.
+        outside: how many good ones are not in the subset; bad samples are counted whether or not they would be.
+        parts: the shards, whose markers say which were left out.
 
     Raises:
         UserError: no sample left, or more bad ones than `max_bad_fraction` of all.
     """
-    bad, total = len(faults), len(faults) + samples
+    total = bad.total() + samples + outside
     limit = build.settings.build.max_bad_fraction
-    if samples and bad <= limit * total:
+    if samples and bad.total() <= limit * total:
         return
     if not build.layout.manifest.is_file():  # a finished OUT keeps the table that its manifest names
-        write_quarantine(build.layout, faults)
-    reasons = _told(Counter(reason for _, _, _, reason, _ in faults))
+        write_quarantine(build.layout, parts)
+    reasons = _told(bad)
     if samples == 0:
+        others = f"; {outside} are outside of the subset" if build.subset else ""
         raise UserError(
-            f"the input gave no usable sample: {reasons or 'its tars are empty'}",
-            allowed="webdataset tars with an image (.jpg, .png, ...) and a caption (.txt, or `caption` in .json) a key",
-            mend=f"see {build.layout.quarantine}" if faults else None,
+            f"the input gave no usable sample: {reasons or 'its shards are empty'}{others}",
+            allowed="tars with an image (.jpg, .png, ...) and a caption (.txt, or `caption` in .json) a key; tables with a caption",
+            mend=f"see {build.layout.quarantine}" if bad else None,
         )
     raise UserError(
-        f"{bad} of {total} samples are bad ({bad / total:.1%}): {reasons}",
+        f"{bad.total()} of {total} samples are bad ({bad.total() / total:.1%}): {reasons}",
         allowed=f"build.max_bad_fraction = {limit:.1%}",
         mend=f"see {build.layout.quarantine}; raise the limit with --set build.max_bad_fraction=...",
     )
@@ -57,20 +55,34 @@ def _told(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
 
 
-def write_quarantine(layout: Layout, faults: list[FaultRow]) -> None:
-    table = pa.Table.from_pylist([dict(zip(QUARANTINE.names, fault, strict=True)) for fault in faults], QUARANTINE)
-    write_whole(layout.quarantine, lambda partial: pq.write_table(table, partial, compression="zstd"))
+def write_quarantine(layout: Layout, parts: list[ShardPart], betons: int = 0) -> None:
+    """quarantine.parquet from the markers of the shards and of the first so many betons, a marker at a time: there may be many faults."""
+    sources = [("labels", layout.label_marker(part.name)) for part in parts if part.quarantined]
+    sources += [("images", layout.beton_marker(number)) for number in range(betons)]
+
+    def write(partial: Path) -> None:
+        with pq.ParquetWriter(partial, QUARANTINE, compression="zstd") as writer:
+            rows: list[dict[str, str]] = []
+            for stage, path in sources:
+                marker = read_marker(path) or {"shard": "", "faults": []}
+                for key, reason, detail in marker["faults"]:
+                    rows.append({"shard": marker["shard"], "key": key, "stage": stage, "reason": reason, "detail": detail})
+                if len(rows) >= _ROWS_AT_ONCE:
+                    writer.write_table(pa.Table.from_pylist(rows, QUARANTINE))
+                    rows = []
+            writer.write_table(pa.Table.from_pylist(rows, QUARANTINE))
+
+    write_whole(layout.quarantine, write)
 
 
 def write_config(build: Build) -> None:
     """config.yaml: the resolved configuration, as far as it decides what is in OUT."""
-    dump_yaml(build.layout.config, build.settings, leave_out={"paths": True, "train": True, "probe": True, "build": {"workers"}})
+    dump_yaml(build.layout.config, build.settings, leave_out={"paths": True, "train": True, "probe": True, "build": {"workers", "engine"}})
 
 
-def make_manifest(build: Build, parts: list[ShardPart], captions: int, written: list[Marker]) -> Manifest:
+def make_manifest(build: Build, parts: list[ShardPart], captions: int, written: list[Marker], classes: int) -> Manifest:
     betons = []
     for number, marker in enumerate(written):
-        reasons = Counter(reason for _, reason, _ in marker["faults"])
         betons.append(
             BetonPart(
                 number=number,
@@ -78,17 +90,18 @@ def make_manifest(build: Build, parts: list[ShardPart], captions: int, written: 
                 samples=marker["samples"],
                 bytes=marker["bytes"],
                 sha256=marker["sha256"],
-                quarantined=dict(sorted(reasons.items())),
+                quarantined=marker["reasons"],
             )
         )
     return Manifest(
         fingerprint=fingerprint([build.label_options, [[part.name, part.rows, part.labels_sha256] for part in parts]]),
         options=build.options,
-        label_limit=build.settings.labels.context,
+        label_limit=build.label_limit,
         tokenizer=TokenizerPart(
             name=build.tokenizer.name,
             fingerprint=build.tokenizer.fingerprint,
-            vocabulary=len(build.tokenizer.tokens),
+            path=build.tokenizer.path,
+            vocabulary=classes,
             excluded=build.tokenizer.excluded.tolist(),
         ),
         captions=captions,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from labels.errors import UserError
+from labels.files import is_remote, local_copy
 from labels.layout import Layout
 from preprocess.counts import quoted
 
@@ -25,14 +26,10 @@ _ALLOWED = "one SELECT (also WITH, FROM, DESCRIBE, SHOW, SUMMARIZE) over tokens,
 @contextmanager
 def open_tables(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """A locked-down connection: tables tokens, corpus, shards, view labels; nothing can be written or reached outside OUT."""
-    layout = Layout(out.resolve())
+    layout = Layout(out if is_remote(out) else out.resolve())
     if not layout.idf_duckdb.is_file():
         raise UserError(f"{out} has no idf.duckdb", mend=f"run `preprocess build-labels DATA --out {out}` first")
-    try:
-        con = duckdb.connect(str(layout.idf_duckdb), read_only=True)
-    except duckdb.Error as error:
-        raise UserError(f"{layout.idf_duckdb} cannot be opened: {error}", mend="run `preprocess verify` on this OUT") from None
-    with con:
+    with local_copy(layout.idf_duckdb) as database, _open(database, layout) as con:
         # The file's own view is relative to OUT, and DuckDB resolves that against the working directory when locked down.
         try:
             con.execute(f"CREATE TEMP VIEW labels AS SELECT * FROM read_parquet({quoted(layout.labels / '*.parquet')})")
@@ -42,6 +39,16 @@ def open_tables(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         con.execute("SET enable_external_access = false")
         con.execute("SET lock_configuration = true")
         yield con
+
+
+def _open(database: Path, layout: Layout) -> duckdb.DuckDBPyConnection:
+    try:
+        con = duckdb.connect(str(database), read_only=True)
+    except duckdb.Error as error:
+        raise UserError(f"{layout.idf_duckdb} cannot be opened: {error}", mend="run `preprocess verify` on this OUT") from None
+    if is_remote(layout.out):
+        con.register_filesystem(layout.out.fs)  # type: ignore[attr-defined]  # a UPath
+    return con
 
 
 def run_query(out: Path, query: str, form: Format) -> None:

@@ -3,6 +3,8 @@
 A faulty file is removed from the finished ones by dropping its marker, so that the build command makes it anew.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
@@ -12,11 +14,11 @@ import pyarrow.parquet as pq
 
 from labels import beton
 from labels.errors import UserError
-from labels.files import sha256_file
+from labels.files import local_copy, sha256_file
 from labels.idf import idf_weights
 from labels.layout import Layout
 from labels.manifest import BetonPart, Manifest, ShardPart, read_manifest
-from labels.schema import LABELS
+from labels.schema import COUNTS, LABELS
 from labels.sparse import pad_rows
 from preprocess.query import open_tables
 
@@ -53,18 +55,25 @@ def verify_build(out: Path) -> list[str]:
     return faults
 
 
-def _changed(path: Path, expected: str) -> list[str]:
+@contextmanager
+def _unchanged(path: Path, expected: str) -> Iterator[tuple[Path, list[str]]]:
+    """The file to read, here (an object is downloaded for the block), and what is wrong with it as a whole."""
     if not path.is_file():
-        return [f"{path}: missing"]
-    found = sha256_file(path)
-    return [] if found == expected else [f"{path}: changed since the build (SHA-256 {found[:16]}..., in the manifest {expected[:16]}...)"]
+        yield path, [f"{path}: missing"]
+        return
+    with local_copy(path) as file:
+        found = sha256_file(file)
+        same = found == expected
+        yield file, [] if same else [f"{path}: changed since the build (SHA-256 {found[:16]}..., in the manifest {expected[:16]}...)"]
 
 
 def _label_faults(layout: Layout, shard: ShardPart, manifest: Manifest, frequency: np.ndarray) -> list[str]:
+    """Faults of one label file and its counts; if there are none, its counts are added to `frequency`, int64 [V]."""
     path = layout.label_file(shard.name)
-    if changed := _changed(path, shard.labels_sha256):
-        return changed
-    table = pq.read_table(path).combine_chunks()
+    with _unchanged(path, shard.labels_sha256) as (file, changed):
+        if changed:
+            return changed
+        table = pq.read_table(file).combine_chunks()
     if not table.schema.equals(LABELS):
         return [f"{path}: its schema is not that of format {manifest.format}"]
     if len(table) != shard.rows:
@@ -72,7 +81,6 @@ def _label_faults(layout: Layout, shard: ShardPart, manifest: Manifest, frequenc
     ids, offsets = _lists(table)
     if len(ids) and not 0 <= ids.min() <= ids.max() < len(frequency):
         return [f"{path}: label ids from {ids.min()} to {ids.max()}, allowed: 0 to {len(frequency) - 1}"]
-    frequency += np.bincount(ids, minlength=len(frequency))
     rising = np.diff(ids.astype(np.int64)) > 0
     starts = offsets[1:-1]
     rising[starts[(starts > 0) & (starts < len(ids))] - 1] = True
@@ -80,6 +88,25 @@ def _label_faults(layout: Layout, shard: ShardPart, manifest: Manifest, frequenc
         return [f"{path}: a row's label ids are not sorted and unique"]
     if np.isin(ids, manifest.tokenizer.excluded).any():
         return [f"{path}: a special token stands among the labels"]
+    counted = np.bincount(ids, minlength=len(frequency))
+    frequency += counted
+    return _count_faults(layout.count_file(shard.name), counted)
+
+
+def _count_faults(path: Path, counted: np.ndarray) -> list[str]:
+    """Faults of one shard's count file, whose rows have to be those of `counted`, int64 [V], that are not 0."""
+    if not path.is_file():
+        return [f"{path}: missing"]
+    try:
+        with local_copy(path) as file:
+            table = pq.read_table(file)
+        same = table.schema.equals(COUNTS)
+    except (OSError, ValueError) as error:
+        return [f"{path}: not readable: {str(error).splitlines()[0]}"]
+    tokens = np.flatnonzero(counted)
+    same = same and np.array_equal(table["token_id"].to_numpy(), tokens)
+    if not same or not np.array_equal(table["document_frequency"].to_numpy(), counted[tokens]):
+        return [f"{path}: its counts are not those of its label file"]
     return []
 
 
@@ -92,9 +119,10 @@ def _lists(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _idf_faults(layout: Layout, manifest: Manifest, frequency: np.ndarray) -> list[str]:
-    if changed := _changed(layout.idf_parquet, manifest.idf_sha256):
-        return changed
-    table = pq.read_table(layout.idf_parquet)
+    with _unchanged(layout.idf_parquet, manifest.idf_sha256) as (file, changed):
+        if changed:
+            return changed
+        table = pq.read_table(file)
     faults = []
     if not np.array_equal(table["document_frequency"].to_numpy(), frequency):
         faults.append(f"{layout.idf_parquet}: its document frequencies are not those of the label files")
@@ -123,21 +151,31 @@ def _idf_faults(layout: Layout, manifest: Manifest, frequency: np.ndarray) -> li
 
 def _beton_faults(layout: Layout, part: BetonPart, shard: ShardPart, manifest: Manifest, *, compare_labels: bool) -> list[str]:
     path = layout.beton_file(part.number)
-    if changed := _changed(path, part.sha256):
-        return changed
-    data = np.memmap(path, np.uint8, mode="r")
+    with _unchanged(path, part.sha256) as (file, changed):
+        if changed:
+            return changed
+        data = np.memmap(file, np.uint8, mode="r")
+        found = _beton_content(path, data, part, shard)
+        if found or not compare_labels:
+            return found
+        with local_copy(layout.label_file(shard.name)) as labels:
+            expected = pad_rows(*_lists(pq.read_table(labels).combine_chunks()), manifest.label_limit)
+        metadata = _metadata(data, part)
+        at = metadata["labels_ptr"].astype(np.int64)[:, None] + np.arange(4 * manifest.label_limit)
+        if not np.array_equal(data[at].view("<i4"), expected[metadata["index"] - shard.first_index]):
+            return [f"{path}: its label rows are not those of the label file"]
+    return []
+
+
+def _beton_content(path: Path, data: np.ndarray, part: BetonPart, shard: ShardPart) -> list[str]:
     header = data[: beton.HEADER.itemsize].view(beton.HEADER)[0]
     if header["version"] != beton.VERSION or header["num_samples"] != part.samples:
         return [f"{path}: version {header['version']}, {header['num_samples']} samples; in the manifest {beton.VERSION}, {part.samples}"]
-    end = beton.METADATA_OFFSET + part.samples * beton.METADATA.itemsize
-    metadata = data[beton.METADATA_OFFSET : end].view(beton.METADATA)
-    rows = metadata["index"] - shard.first_index
+    rows = _metadata(data, part)["index"] - shard.first_index
     if part.samples and (rows.min() < 0 or rows.max() >= shard.rows or (np.diff(rows) <= 0).any()):
         return [f"{path}: its indices are not rising rows of shard {shard.name}"]
-    if not compare_labels:
-        return []
-    expected = pad_rows(*_lists(pq.read_table(layout.label_file(shard.name)).combine_chunks()), manifest.label_limit)
-    at = metadata["labels_ptr"].astype(np.int64)[:, None] + np.arange(4 * manifest.label_limit)
-    if not np.array_equal(data[at].view("<i4"), expected[rows]):
-        return [f"{path}: its label rows are not those of the label file"]
     return []
+
+
+def _metadata(data: np.ndarray, part: BetonPart) -> np.ndarray:
+    return data[beton.METADATA_OFFSET : beton.METADATA_OFFSET + part.samples * beton.METADATA.itemsize].view(beton.METADATA)

@@ -33,8 +33,8 @@ GREY_16 = encode(Image.new("I;16", (8, 8), 40_000), "PNG")
 
 # Members of one bad sample, stage, reason, a part of the detail.
 BAD: dict[str, tuple[list[Member], str, str, str]] = {
-    "no caption": (sample("bad", None), "labels", "no caption", "neither a .txt member nor a string `caption`"),
-    "caption of another type": (sample("bad", None, caption=7), "labels", "no caption", "neither a .txt"),
+    "no caption": (sample("bad", None), "labels", "no caption", "looked for: txt, json:caption"),
+    "caption of another type": (sample("bad", None, caption=7), "labels", "no caption", "looked for: txt"),
     "no image": ([("bad.txt", b"words"), ("bad.json", b"{}")], "labels", "no image", "members: txt, json"),
     "invalid UTF-8": (sample("bad", b"caf\xe9 \xff"), "labels", "caption is not UTF-8", "position 3"),
     "lone surrogate": (sample("bad", None, caption="\ud800"), "labels", "caption is not UTF-8", "surrogates not allowed"),
@@ -126,7 +126,7 @@ def test_a_cut_tar_keeps_what_came_before_and_the_other_shards(
 def test_too_many_bad_samples_end_the_run_and_the_reasons_stay(tmp_path: Path) -> None:
     write_tar(tmp_path / "data" / "0.tar", [*healthy(8), *sample("x", None), *sample("y", b"\xff")])
     found = refused(tmp_path / "data", tmp_path / "out")
-    assert "2 of 10 samples are bad (20.0%): 1 x no caption, 1 x caption is not UTF-8" in found
+    assert "2 of 10 samples are bad (20.0%): 1 x caption is not UTF-8, 1 x no caption" in found
     assert "build.max_bad_fraction = 10.0%" in found and "--set build.max_bad_fraction=" in found
     assert len(quarantined(tmp_path / "out")) == 2 and not (tmp_path / "out" / "manifest.json").exists()
     build(tmp_path / "data", tmp_path / "out", "--set", "build.max_bad_fraction=0.2")
@@ -153,7 +153,7 @@ def test_an_empty_result_is_an_error(tmp_path: Path, caption: str | None, image:
 
 def test_tars_without_samples_are_an_error(tmp_path: Path) -> None:
     write_tar(tmp_path / "data" / "0.tar", [])
-    assert "no usable sample: its tars are empty" in refused(tmp_path / "data", tmp_path / "out")
+    assert "no usable sample: its shards are empty" in refused(tmp_path / "data", tmp_path / "out")
 
 
 def _empty(folder: Path) -> str:
@@ -162,7 +162,7 @@ def _empty(folder: Path) -> str:
 
 def _other_files(folder: Path) -> str:
     (folder / "a.jpg").write_bytes(b"")
-    (folder / "b.parquet").write_bytes(b"")
+    (folder / "b.yaml").write_bytes(b"")
     return str(folder)
 
 
@@ -176,10 +176,10 @@ def _compressed(folder: Path) -> str:
     ("source", "told"),
     [
         (lambda folder: str(folder / "missing"), ["missing does not exist", "allowed: a folder with .tar files", "mend: name the folder"]),
-        (_empty, ["holds no .tar file (0 other files)", "allowed: a folder with .tar files"]),
-        (_other_files, ["holds no .tar file (2 other files)"]),
+        (_empty, ["holds no .tar, .parquet, .csv or .tsv file (0 other files)", "allowed: a folder with .tar files"]),
+        (_other_files, ["(2 other files)"]),
         (_compressed, ["holds compressed tars (1, the first: ", "0.tar.gz)", "allowed: plain .tar", "unpack them"]),
-        (lambda folder: str(folder / "*.tar"), ["*.tar holds no .tar file (0 other files)"]),
+        (lambda folder: str(folder / "*.tar"), ["*.tar holds no .tar, .parquet, .csv or .tsv file (0 other files)"]),
         (lambda folder: "nosuchprotocol://bucket/x", ["nosuchprotocol://bucket/x cannot be opened", "Protocol not known"]),
     ],
     ids=["missing", "empty", "other files", "compressed", "glob of nothing", "protocol"],

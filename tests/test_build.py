@@ -29,8 +29,8 @@ from labels.layout import Layout
 from labels.manifest import read_manifest
 from labels.schema import LABELS, QUARANTINE
 from preprocess import label_job
-from preprocess.clip_bpe import ClipTokenizer
 from preprocess.lock import only_writer
+from preprocess.tokens.clip_bpe import ClipTokenizer
 
 
 def inodes(out: Path) -> dict[str, int]:

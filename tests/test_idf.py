@@ -17,8 +17,8 @@ from shard_factory import CAPTIONS, build, refused, rows, sample, write_tar
 from labels.errors import UserError
 from labels.idf import Formula, idf_weights, read_idf
 from labels.schema import LABELS, TOKENS
-from preprocess.clip_bpe import ClipTokenizer
-from preprocess.counts import document_frequencies
+from preprocess.counts import ShardCounts, document_frequencies, sum_counts
+from preprocess.tokens.clip_bpe import ClipTokenizer
 
 SPECIALS = {49406, 49407}
 
@@ -58,10 +58,17 @@ def test_counts_equal_a_naive_counter(tmp_path_factory: pytest.TempPathFactory, 
         table = pa.table([[""] * len(labels), none, none, none, labels, labels], schema=LABELS)
         pq.write_table(table, folder / f"{number} [a]*.parquet")
         paths.append(folder / f"{number} [a]*.parquet")
-    frequency, captions = document_frequencies(paths, 31, "100MiB", folder / "spill")
     naive = Counter(token for file in files for caption in file for token in caption)
-    assert captions == sum(map(len, files))
-    assert frequency.tolist() == [naive[token] for token in range(31)]
+    expected = [naive[token] for token in range(31)]
+    assert document_frequencies(paths, 31, "100MiB", folder / "spill").tolist() == expected
+    counts = [path.with_suffix(".counts") for path in paths]
+    for path, count in zip(paths, counts, strict=True):
+        counted = ShardCounts()
+        for batch in pq.ParquetFile(path).iter_batches(3, columns=["label_ids"]):
+            counted.add(batch["label_ids"].flatten().to_numpy())
+        assert counted.write(count) == count.stat().st_size
+    assert sum_counts(counts, 31, "100MiB", folder / "spill").tolist() == expected
+    assert sum_counts([], 31, "100MiB", folder / "spill").tolist() == [0] * 31
 
 
 @pytest.mark.parametrize("formula", ["smooth", "paper", "none"])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_factory import Member, tar_bytes
 
-from preprocess.tars import Sample, walk
+from preprocess.inputs.tars import Sample, walk
 
 BLOCK = tarfile.BLOCKSIZE
 THREE: list[Member] = [
@@ -164,3 +164,15 @@ def test_any_cut_or_scribble_ends_and_keeps_earlier_samples(at: int, scribble: b
         if at > headers[3 * (number + 1)] + BLOCK:
             assert key in samples
     assert all(isinstance(reason, str) for _, reason in faults)
+
+
+@pytest.mark.parametrize("size", [b"\xff" * 12, b"\x80" + b"\x7f" * 11, b"77777777777\0"])
+def test_a_pax_header_of_absurd_length_ends_the_tar(size: bytes) -> None:
+    """Such a length once overflowed, or asked for that much memory."""
+    header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136], header[156:157] = size, b"x"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    whole = tar_bytes(THREE).rstrip(b"\0")
+    samples, faults = walked(whole + bytes(-len(whole) % BLOCK) + bytes(header) + bytes(2 * BLOCK))
+    assert list(samples) == ["one", "two"] and faults == [("three", "tar cut or damaged")]

@@ -12,6 +12,10 @@ from typing import BinaryIO
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
+_MAX_HEADER_BYTES = 1 << 24
+# Also what tarfile lets through from numbers and lengths that no writer writes.
+_DAMAGED = (tarfile.TarError, EOFError, OSError, ValueError, ArithmeticError, LookupError, RecursionError, TypeError)
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -37,6 +41,15 @@ class Sample:
             return None
         self.file.seek(member.offset_data)
         return self.file.read(member.size if limit is None else min(limit, member.size))
+
+    def size(self, suffix: str) -> int:
+        """Bytes of the member with this suffix, 0 if there is none."""
+        return self.members[suffix].size if suffix in self.members else 0
+
+    @property
+    def suffixes(self) -> list[str]:
+        """All suffixes, in the tar's order."""
+        return list(self.members)
 
     @property
     def image_suffix(self) -> str | None:
@@ -76,17 +89,28 @@ def walk(file: BinaryIO, size: int) -> Iterator[Sample | Fault]:
         yield finished()
 
 
+class _Headers:
+    """A tar's bytes as tarfile wants them, for headers alone: a damaged length makes no huge read, and so no huge buffer."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, count: int) -> bytes:
+        return self._file.read(min(count, _MAX_HEADER_BYTES))
+
+
 def _headers(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo | Fault]:
     """Every member's header; at the first thing wrong a Fault without a key, and no more."""
     try:
-        archive = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")  # noqa: SIM115  (the caller closes the file)
-    except (tarfile.TarError, EOFError, ValueError) as error:
+        archive = tarfile.open(fileobj=_Headers(file), mode="r:", errors="surrogateescape")  # type: ignore[arg-type]  # noqa: SIM115  (the caller closes the file)
+    except _DAMAGED as error:
         yield Fault("", "not a tar", str(error))
         return
     while True:
         try:
             member = archive.next()
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        except _DAMAGED as error:
             yield Fault("", "tar cut or damaged", f"after byte {archive.offset}: {error}")
             return
         if member is None:

@@ -1,0 +1,352 @@
+"""The label stage beside the tokenizers and readers that others use; every ratio within one run, medians of alternating rounds.
+
+    python benchmarks/labels.py tables --captions FILE.parquet [--rows 20M]    caption Parquet -> label Parquet + IDF, kernel, steps
+    python benchmarks/labels.py tars --captions FILE.parquet                  img2dataset tars -> label Parquet + IDF; webdataset
+    python benchmarks/labels.py count --captions FILE.parquet [--rows 100M]   peak memory of the stage; DuckDB's counts and a bincount
+
+FILE.parquet has a column `caption`. `--work DIR` holds the inputs made from it (kept for the next run) and the results. `tars` needs
+`pip install webdataset`. On shared machines only the ratios mean something.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+# This folder is searched for the first import alone: this file would hide the package `labels` (also in worker processes).
+_HERE = str(Path(__file__).resolve().parent)
+sys.path = [_HERE, *(entry for entry in sys.path if str(Path(entry or ".").resolve()) != _HERE)]
+from caption_corpus import recombined, write_tables, write_tars
+
+sys.path.remove(_HERE)
+
+import numpy as np
+import pyarrow.parquet as pq
+import regex
+from open_clip.tokenizer import SimpleTokenizer
+from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Engine
+from tokenizers.models import BPE
+
+from labels.settings import parse_count
+from preprocess.tokens.clip_bpe import ClipTokenizer
+
+LIMIT = 75
+DATACOMP_1B = 1_280_000_000
+SPECIALS = "<start_of_text>|<end_of_text>|"
+GIB = 1 << 30
+
+
+def open_clip_tokenizer() -> SimpleTokenizer:
+    """open_clip's own, except that a caption which spells a special token stays ordinary text."""
+    tokenizer = SimpleTokenizer()
+    tokenizer.pat = regex.compile(tokenizer.pat.pattern.removeprefix(SPECIALS), regex.IGNORECASE)
+    tokenizer.cache = {}
+    return tokenizer
+
+
+def hugging_face_tokenizer(theirs: SimpleTokenizer) -> Engine:
+    """The same vocabulary in `tokenizers`, set up as CLIP's tokenizer.json is: no ftfy, no HTML entities."""
+    merges = [(first, second) for first, second in sorted(theirs.bpe_ranks, key=theirs.bpe_ranks.__getitem__)]
+    engine = Engine(BPE(vocab=theirs.encoder, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    white_space = normalizers.Replace(Regex(r"\s+"), " ")
+    engine.normalizer = normalizers.Sequence([normalizers.NFC(), white_space, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(Regex(theirs.pat.pattern), "removed", invert=True)
+    engine.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return engine
+
+
+def timed(job: Callable[[], object]) -> tuple[float, float]:
+    """Seconds by the clock, and of this process' processor time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    job()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+_theirs: SimpleTokenizer | None = None
+
+
+def open_clip_part(captions: list[str]) -> None:
+    """In a worker: open_clip's tokenizer, kept warm from round to round."""
+    global _theirs
+    _theirs = _theirs or open_clip_tokenizer()
+    for caption in captions:
+        _theirs.encode(caption)
+
+
+def build(data: Path, out: Path, *options: str) -> tuple[float, float]:
+    """`preprocess build-labels` on two workers into a new OUT: seconds, and the most memory of all its processes together, bytes."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "preprocess", "build-labels", str(data), "--out", str(out), "--workers", "2", "--no-beton", *options]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    peak = [0]
+
+    def watch() -> None:
+        while process.poll() is None:
+            peak[0] = max(peak[0], tree_memory(process.pid))
+            time.sleep(0.1)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, errors = process.communicate()
+    seconds = time.perf_counter() - start
+    watcher.join()
+    if process.returncode:
+        sys.exit(errors)
+    return seconds, peak[0]
+
+
+def tree_memory(pid: int) -> int:
+    """Bytes of memory that a process and all below it have to themselves, shared pages by their share."""
+    total, todo = 0, [pid]
+    while todo:
+        at = todo.pop()
+        try:
+            for thread in Path(f"/proc/{at}/task").iterdir():
+                todo += map(int, (thread / "children").read_text().split())
+            line = next(line for line in Path(f"/proc/{at}/smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
+            total += int(line.split()[1]) * 1024
+        except (OSError, StopIteration):
+            continue
+    return total
+
+
+def steps(data: Path, out: Path) -> dict[str, float]:
+    """Seconds of processor time of each step of one shard, in this process, after one shard has warmed it up."""
+    from labels.settings import Labels
+    from preprocess.counts import ShardCounts
+    from preprocess.inputs.captions import parse_caption_key
+    from preprocess.inputs.rows import read_rows
+    from preprocess.inputs.shards import find_shards
+    from preprocess.label_file import LabelFile
+    from preprocess.tokens import fastpath
+    from preprocess.tokens.tokenizer import make_tokenizer
+
+    shards = find_shards([str(data)]).shards[:2]
+    tokenizer = make_tokenizer(Labels())
+    choices = parse_caption_key(["auto"])
+    spent = {"read": 0.0, "clean": 0.0, "split and look up": 0.0, "label sets": 0.0, "write": 0.0, "count": 0.0}
+    inner = {"clean": 0.0, "label sets": 0.0}
+
+    def clocked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            start = time.process_time()
+            try:
+                return function(*arguments)
+            finally:
+                inner[name] += time.process_time() - start
+
+        return run
+
+    fast = tokenizer.fast  # type: ignore[attr-defined]
+    fast._learn = clocked("clean", fast._learn)
+    fast._slow = clocked("clean", fast._slow)
+    fastpath.gather = clocked("label sets", fastpath.gather)
+    for shard in shards:
+        spent = dict.fromkeys(spent, 0.0)
+        inner.update(dict.fromkeys(inner, 0.0))
+        path, counts = out / "steps.parquet", ShardCounts()
+        with LabelFile(path) as file:
+            mark = [time.process_time()]
+
+            def spend(name: str, spent: dict[str, float] = spent, mark: list[float] = mark) -> None:
+                mark.append(time.process_time())
+                spent[name] += mark[-1] - mark[-2]
+
+            for batch in read_rows(shard, choices):
+                spend("read")
+                rows = tokenizer.encode_rows(batch.table["caption"], LIMIT)
+                spend("split and look up")
+                file.write(batch.table, *rows)
+                spend("write")
+                counts.add(rows[2])
+                spend("count")
+        spend("write")
+        counts.write(out / "steps-count.parquet")
+        spend("count")
+    spent["split and look up"] -= sum(inner.values())
+    return spent | inner
+
+
+def kernel_alone(tokenizer: ClipTokenizer, captions: Any) -> None:
+    """Only what is compiled: bytes to ids in rows, without label sets and without joining blocks; no piece is cleaned."""
+    from preprocess.tokens.fastpath import _blocks, _buffers
+
+    rows, counts = np.empty((8192, LIMIT), np.int32), np.empty(8192, np.int64)
+    for block in _blocks(captions, LIMIT):
+        tokenizer.fast._encode(*_buffers(block), np.arange(len(block)), rows, counts)
+
+
+def tables(captions: list[str], rows: int, rounds: int, work: Path) -> dict[str, Any]:
+    """Whole stage, kernel and steps beside the two tokenizers."""
+    data = work / f"tables-{rows}"
+    if not data.is_dir():
+        write_tables(work / "making", captions, rows, files=20)
+        (work / "making").rename(data)
+    sample = next(recombined(captions, 200_000, seed=99))
+    theirs, tokenizer = open_clip_tokenizer(), ClipTokenizer()
+    engine = hugging_face_tokenizer(theirs)
+    texts = sample.to_pylist()
+    small, middle = texts[:20_000], texts[:100_000]
+    ids, offsets = tokenizer.encode(sample.slice(0, 20_000), LIMIT)
+    for caption, (start, end) in zip(small, pairwise(offsets), strict=True):
+        assert ids[start:end].tolist() == theirs.encode(caption)[:LIMIT], f"other ids for {caption!r}"
+    tokenizer.encode_rows(sample, LIMIT)
+    seconds: dict[str, list[float]] = {}
+    cores: dict[str, list[float]] = {}
+    peaks = []
+
+    def note(name: str, count: int, wall: float, cpu: float | None = None) -> None:
+        seconds.setdefault(name, []).append(count / wall)
+        if cpu is not None:
+            cores.setdefault(name, []).append(count / cpu)
+
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for number in range(rounds + 1):
+            halves = [small[:10_000], small[10_000:]]
+            wall, _ = timed(lambda: list(pool.map(open_clip_part, halves)))  # noqa: B023
+            if number:  # the first round warms every cache
+                note("open_clip, two processes", len(small), wall)
+            timing = timed(lambda: engine.encode_batch_fast(middle, add_special_tokens=False))
+            if number:
+                note("tokenizers encode_batch_fast, both cores", len(middle), *timing)
+            timing = timed(lambda: [theirs.encode(caption) for caption in small[:10_000]])
+            if number:
+                note("open_clip, one process", 10_000, *timing)
+            timing = timed(lambda: kernel_alone(tokenizer, sample))
+            if number:
+                note("kernel alone, one core", len(sample), *timing)
+            timing = timed(lambda: tokenizer.encode_rows(sample, LIMIT))
+            if number:
+                note("ids and label sets, one core", len(sample), *timing)
+                wall, peak = build(data, work / "out")
+                note("WHOLE STAGE, two workers", rows, wall)
+                peaks.append(peak)
+    shares = steps(data, work)
+    return {
+        "rows": rows,
+        "captions_per_s": {name: statistics.median(values) for name, values in seconds.items()},
+        "captions_per_core_s": {name: statistics.median(values) for name, values in cores.items()},
+        "peak_gib": max(peaks) / GIB,
+        "steps": {name: value / sum(shares.values()) for name, value in shares.items()},
+    }
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    """Speeds, ratios, steps."""
+    rate, core = result["captions_per_s"], result["captions_per_core_s"]
+    whole = rate["WHOLE STAGE, two workers"]
+    fast, clip = rate["tokenizers encode_batch_fast, both cores"], rate["open_clip, two processes"]
+    fast_core = core["tokenizers encode_batch_fast, both cores"]
+    for name, value in rate.items():
+        per_core = f"{core[name]:14,.0f} a core" if name in core else ""
+        print(f"{name:44}{value:14,.0f} captions/s{per_core}")
+    kernel = core["kernel alone, one core"]
+    print(f"whole stage / encode_batch_fast on both cores: {whole / fast:.1f}x; / open_clip in two processes: {whole / clip:.1f}x")
+    one = core["open_clip, one process"]
+    print(f"kernel a core / encode_batch_fast a core: {kernel / fast_core:.1f}x; / open_clip a core: {kernel / one:.1f}x")
+    hours = DATACOMP_1B / whole / 3600
+    print(f"{hours:.2f} hours for 1.28 billion captions; peak memory of all processes {result['peak_gib']:.2f} GiB")
+    print("share of each step: " + ", ".join(f"{name} {share:.0%}" for name, share in result["steps"].items()))
+
+
+def webdataset_part(paths: list[str]) -> int:
+    """In a worker: every caption of some tars by webdataset."""
+    import webdataset
+
+    return sum(1 for _ in webdataset.WebDataset(paths, shardshuffle=False).decode().to_tuple("txt"))
+
+
+def tars(captions: list[str], rows: int, rounds: int, work: Path) -> dict[str, Any]:
+    """From tars in the page cache, beside webdataset."""
+    shards = 20
+    data = work / f"tars-{rows}"
+    if not data.is_dir():
+        write_tars(work / "making", captions, shards, rows // shards, image_bytes=20_000)
+        (work / "making").rename(data)
+    paths = sorted(map(str, data.glob("*.tar")))
+    subprocess.run(["cat", *paths], stdout=subprocess.DEVNULL, check=True)
+    ours, theirs = [], []
+    build(data, work / "out")
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(webdataset_part, [paths[:1], paths[1:2]]))
+        for _ in range(rounds):
+            wall, _ = timed(lambda: print("webdataset read", sum(pool.map(webdataset_part, [paths[::2], paths[1::2]])), "captions"))
+            theirs.append(rows / wall)
+            ours.append(rows / build(data, work / "out")[0])
+    return {"rows": rows, "ours": statistics.median(ours), "webdataset": statistics.median(theirs)}
+
+
+def count(captions: list[str], rows: int, _rounds: int, work: Path) -> dict[str, Any]:
+    """Peak memory at 2 million and at `rows` captions; document frequencies by DuckDB and by a bincount."""
+    from labels.manifest import read_manifest
+    from preprocess.idf_command import sum_idf
+
+    peaks = {}
+    for size in (2_000_000, rows):
+        data = work / f"tables-{size}-count"
+        if not data.is_dir():
+            write_tables(work / "making", captions, size, files=max(2, size // 1_000_000))
+            (work / "making").rename(data)
+        wall, peak = build(data, work / "out")
+        peaks[size] = {"seconds": wall, "peak_gib": peak / GIB}
+        if size != rows:
+            shutil.rmtree(work / "out")
+    out = work / "out"
+    recount, _ = timed(lambda: sum_idf([out], work / "recounted.parquet", recount=True, memory="1GiB"))
+    summed, _ = timed(lambda: sum_idf([out], work / "summed.parquet", memory="1GiB"))
+    naive = np.zeros(read_manifest(out).tokenizer.vocabulary, np.int64)
+    for path in sorted((out / "labels").glob("*.parquet")):
+        for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(columns=["label_ids"]):
+            naive += np.bincount(batch["label_ids"].flatten().to_numpy(), minlength=len(naive))
+    equal = {
+        name: bool(np.array_equal(pq.read_table(path)["document_frequency"].to_numpy(), naive))
+        for name, path in (
+            ("idf.parquet", out / "idf.parquet"),
+            ("recounted", work / "recounted.parquet"),
+            ("summed", work / "summed.parquet"),
+        )
+    }
+    return {"rows": rows, "stage": peaks, "labels": int(naive.sum()), "recount_s": recount, "sum_s": summed, "equal_to_bincount": equal}
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["tables", "tars", "count"])
+    parser.add_argument("--captions", required=True, help="Parquet with a column `caption`")
+    parser.add_argument("--rows", type=parse_count, help="recombined captions (default: 20M, 100k, 100M)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("bench"), help="folder for inputs and results")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    arguments = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    captions = pq.read_table(arguments.captions, columns=["caption"])["caption"].to_pylist()
+    default = {"tables": 20_000_000, "tars": 100_000, "count": 100_000_000}[arguments.part]
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    run = {"tables": tables, "tars": tars, "count": count}[arguments.part]
+    result = run(captions, int(arguments.rows or default), arguments.rounds, arguments.work)
+    if arguments.part == "tables":
+        print_tables(result)
+    else:
+        print(json.dumps(result, indent=2))
+    if arguments.part == "tars":
+        print(f"ours / webdataset: {result['ours'] / result['webdataset']:.1f}x")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

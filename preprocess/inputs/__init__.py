@@ -1,0 +1,1 @@
+"""What the user names, as shards; a shard, as rows of captions and as images."""

@@ -1,0 +1,203 @@
+"""N-gram labels: the corpus' most informative pairs of neighbouring words as extra classes, beside the single tokens.
+
+label files (token_ids) -> pairs of whole words, once a caption (compiled) -> counted and ranked by DuckDB -> pairs.parquet
+token_ids + pairs.parquet -> pair classes of each row -> appended to its label_ids
+
+Shapes: V token classes, P pair classes (ids V .. V + P - 1, in rank order), N captions, T ids in all.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from labels.errors import UserError
+from labels.files import local_copy, write_whole
+from labels.schema import LABELS
+from preprocess.tokens.wordpairs import caption_pairs, count_words, known_pairs
+
+PAIRS = pa.schema(
+    [
+        pa.field("first", pa.int32(), nullable=False),
+        pa.field("second", pa.int32(), nullable=False),
+        pa.field("document_frequency", pa.int64(), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),
+    ],
+    metadata=LABELS.metadata,
+)
+"""One row a pair class, in rank order: the pair of row r is class V + r."""
+
+_STREAM = pa.schema([("pair", pa.int64())])
+_ROWS_AT_ONCE = 65_536
+_VERIFY = "run `preprocess verify` on this OUT"
+
+# Counted before it is joined: the words' own counts are whole only when all pairs have been read.
+_COUNT = "CREATE TEMP TABLE counted AS SELECT pair, count(*) AS df FROM stream GROUP BY pair HAVING count(*) >= $least"
+_RANK = """
+WITH told AS (
+    SELECT (pair >> 32)::INTEGER AS first, (pair & 4294967295)::INTEGER AS second, counted.df,
+           (counted.df::DOUBLE * $captions::DOUBLE) / (a.df::DOUBLE * b.df::DOUBLE) AS lift,
+           $captions::DOUBLE / counted.df::DOUBLE AS rarity
+    FROM counted JOIN words a ON a.id = pair >> 32 JOIN words b ON b.id = pair & 4294967295
+)
+SELECT first, second, df AS document_frequency, df::DOUBLE * (ln(lift) / ln(rarity)) AS score
+FROM told WHERE lift > 1 ORDER BY score DESC, first, second LIMIT $classes
+"""
+
+
+def choose_pairs(
+    label_files: Sequence[Path], starts_word: np.ndarray, ends_word: np.ndarray, classes: int, min_count: int, memory: str, spill: Path
+) -> pa.Table:
+    """The most informative pairs of neighbouring whole words of the corpus.
+
+    A border lies between neighbours a, b where ends_word[a] or starts_word[b], and at both ends of a row; a token with a border on
+    both sides is a whole word. With N captions, n(ab) of them holding the pair at least once and n(a), n(b) holding its words as
+    whole words, p = n / N and pmi = log(p(ab) / (p(a) p(b))), pairs are ranked by their count times normalised PMI,
+
+        score = n(ab) * pmi / -log p(ab),
+
+    ties by (first, second). Pairs that come no more often than chance (pmi <= 0) say nothing and are left out. The result does not
+    depend on the number of threads, or on how the rows are cut into files.
+
+    Args:
+        label_files: label Parquet; their token_ids are read.
+        starts_word: bool [V], tokens that only begin a word.
+        ends_word: bool [V], tokens that only end one.
+        classes: P, at most so many pairs.
+        min_count: the least n(ab).
+        memory: DuckDB's limit, e.g. `1GiB`; counts that need more are spilled.
+        spill: a folder for what does not fit; the caller removes it.
+
+    Returns:
+        a table with the schema `PAIRS`, in rank order.
+
+    Raises:
+        UserError: `memory` is too little even with spilling; a label file is damaged or holds ids beyond V.
+    """
+    corpus = _Corpus(label_files, starts_word, ends_word)
+    config = {"memory_limit": memory, "temp_directory": str(spill), "preserve_insertion_order": False}
+    try:
+        with duckdb.connect(config=config) as con:
+            con.register("stream", pa.RecordBatchReader.from_batches(_STREAM, corpus.pairs()))
+            con.execute(_COUNT, {"least": max(min_count, 1)})
+            con.register("words", pa.table({"id": np.arange(len(corpus.words)), "df": corpus.words}))
+            return con.sql(_RANK, params={"captions": corpus.captions, "classes": classes}).to_arrow_table().cast(PAIRS)
+    except duckdb.OutOfMemoryException as error:
+        raise UserError(f"build.duckdb_memory = {memory} is too little to count pairs in: {error}", mend="raise it, e.g. to 1GiB") from None
+    except duckdb.Error:
+        if corpus.error is None:
+            raise
+        raise corpus.error from None
+
+
+class _Corpus:
+    """One reading of the label files: streams their pairs, and counts captions and whole words on the way.
+
+    Attributes:
+        captions: N, so far.
+        words: int64 [V], captions so far that hold the token as a whole word.
+        error: why the stream ended early; DuckDB would tell it as a traceback.
+    """
+
+    def __init__(self, files: Sequence[Path], starts_word: np.ndarray, ends_word: np.ndarray) -> None:
+        self._files, self._starts, self._ends = files, starts_word, ends_word
+        self.captions = 0
+        self.words = np.zeros(len(ends_word), np.int64)
+        self.error: UserError | None = None
+
+    def pairs(self) -> Iterator[pa.RecordBatch]:
+        """Pairs as first << 32 | second, each once a caption."""
+        for file in self._files:
+            try:
+                with local_copy(file) as local:
+                    for batch in pq.ParquetFile(local, pre_buffer=False).iter_batches(_ROWS_AT_ONCE, columns=["token_ids"]):
+                        yield self._count(batch["token_ids"])
+            except UserError as error:
+                self.error = error
+                raise
+            except (OSError, ValueError, KeyError) as error:
+                self.error = UserError(f"{file} cannot be counted for word pairs: {error}", mend=_VERIFY)
+                raise self.error from None
+
+    def _count(self, rows: pa.ListArray) -> pa.RecordBatch:
+        offsets = rows.offsets.to_numpy().astype(np.int64)
+        ids = rows.values.to_numpy()
+        _check_ids(ids[offsets[0] : offsets[-1]], len(self.words))
+        count_words(ids, offsets, self._starts, self._ends, self.words)
+        self.captions += len(rows)
+        return pa.record_batch([pa.array(caption_pairs(ids, offsets, self._starts, self._ends))], schema=_STREAM)
+
+
+def pair_labels(
+    token_ids: np.ndarray, offsets: np.ndarray, pairs: pa.Table, vocabulary: int, starts_word: np.ndarray, ends_word: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pair classes of every row, distinct and ascending.
+
+    Args:
+        token_ids: int32 [T], ids of all captions one after another, in the captions' order.
+        offsets: int64 [N + 1], where each caption begins.
+        pairs: what `choose_pairs` gave, P rows.
+        vocabulary: V, the class of the first pair.
+        starts_word, ends_word: bool [V], as for `choose_pairs`.
+
+    Returns:
+        ids int32 [T'], each in V .. V + P - 1, and offsets int64 [N + 1].
+    """
+    first, second = pairs["first"].to_numpy(), pairs["second"].to_numpy()
+    order = np.lexsort((second, first))
+    begins = np.searchsorted(first[order], np.arange(vocabulary + 1))
+    classes = (order + vocabulary).astype(np.int32)
+    _check_ids(token_ids[offsets[0] : offsets[-1]], vocabulary)
+    return known_pairs(token_ids, offsets.astype(np.int64), starts_word, ends_word, begins, second[order], classes)
+
+
+def append_rows(ids: np.ndarray, offsets: np.ndarray, more: np.ndarray, more_offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row by row, `more` behind `ids`: flat ids [T], [T'] with offsets [N + 1] each to ids int32 [T + T'], offsets int64 [N + 1]."""
+    begins = offsets + more_offsets
+    joined = np.empty(begins[-1], np.int32)
+    joined[np.arange(len(ids)) + np.repeat(more_offsets[:-1], np.diff(offsets))] = ids
+    joined[np.arange(len(more)) + np.repeat(offsets[1:], np.diff(more_offsets))] = more
+    return joined, begins.astype(np.int64)
+
+
+def pair_names(pairs: pa.Table, tokens: Sequence[str]) -> list[str]:
+    """How the pair classes are called in the table `tokens`: the two tokens, joined by a space."""
+    return [f"{tokens[a]} {tokens[b]}" for a, b in zip(pairs["first"].to_pylist(), pairs["second"].to_pylist(), strict=True)]
+
+
+def write_pairs(path: Path, pairs: pa.Table) -> None:
+    """Put pairs.parquet in place in one step; equal tables give equal bytes."""
+    write_whole(path, lambda partial: pq.write_table(pairs.cast(PAIRS).combine_chunks(), partial, compression="zstd"))
+
+
+def read_pairs(path: Path, vocabulary: int) -> pa.Table:
+    """pairs.parquet as `choose_pairs` gave it.
+
+    Raises:
+        UserError: the file is missing, unreadable, no such table, or of another vocabulary than V.
+    """
+    mend = "run `preprocess build-labels` for this OUT again"
+    if not path.is_file():
+        raise UserError(f"no word pairs at {path}", mend=mend)
+    try:
+        with local_copy(path) as local:
+            table = pq.read_table(local)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable as Parquet: {error}", mend=mend) from None
+    if not table.schema.equals(PAIRS):
+        raise UserError(f"{path} has the columns {table.schema.names}", allowed=f"{PAIRS.names}, of their types and never null", mend=mend)
+    for name in ("first", "second"):
+        try:
+            _check_ids(table[name].to_numpy(), vocabulary)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}", mend=mend) from None
+    return table
+
+
+def _check_ids(ids: np.ndarray, vocabulary: int) -> None:
+    """Compiled code checks no bounds."""
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise ValueError(f"token ids from {ids.min()} to {ids.max()}, allowed: 0 to {vocabulary - 1}")

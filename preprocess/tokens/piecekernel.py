@@ -1,0 +1,129 @@
+"""The compiled part of the fast path of all tokenizers but CLIP's: whole pieces between spaces, looked up in the table.
+
+Shapes: B bytes of text, R captions (rows) of a block, L ids a caption at most, P pieces.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numba import njit
+
+from labels.files import fingerprint
+from preprocess.tokens.wordtable import SLOW, WAITING, Scalar, Words, append, copy_ids, find, insert, keys
+
+# Flags of a block. JOINED: a piece is looked up with the space before it, if there is one. STRICT: a caption with a space at its
+# beginning, its end or beside another is slow. RUNS: it is not, but the spaces too many are a piece: all at the end of a caption, all
+# but the last one elsewhere. MARKUP: a caption with both `&` and `<`, or longer than ftfy takes at once, is slow.
+JOINED, STRICT, RUNS, MARKUP = 1, 2, 4, 8
+# A longer piece makes its caption slow: it hardly ever comes twice.
+MAX_PIECE_BYTES = 256
+
+_MAX_CLEANED_BYTES = 1_000_000
+_SPACE, _NONE, _KEEP = np.uint64(0x20), np.uint64(0), np.uint8(0)
+
+
+@njit(nogil=True)
+def _marked_up(text: np.ndarray, begin: Scalar, end: Scalar) -> Scalar:
+    entity, tag = False, False
+    for i in range(begin, end):
+        entity |= text[i] == 0x26
+        tag |= text[i] == 0x3C
+    return (entity and tag) or end - begin > _MAX_CLEANED_BYTES
+
+
+@njit(nogil=True)
+def _encode_caption(
+    words: Words,
+    text: np.ndarray,
+    begin: Scalar,
+    end: Scalar,
+    flags: Scalar,
+    rows: np.ndarray,
+    row: Scalar,
+    missing: np.ndarray,
+    missed: Scalar,
+) -> tuple[Scalar, Scalar]:
+    """One caption; every piece is looked at, even past the limit, since one unsafe piece may change the whole caption.
+
+    Returns:
+        the number of ids, WAITING or SLOW; and the new number of missing pieces.
+    """
+    slots, letters, listed = words.slots, words.letters, words.ids
+    count, waiting, at = 0, False, begin
+    while at < end:
+        after = at
+        while after < end and text[after] == 0x20:
+            after += 1
+        run = at
+        if after - at > (at > begin) or after == end:
+            if flags & RUNS:
+                run = end if after == end else after - 1
+            elif flags & STRICT:
+                return SLOW, missed
+            elif after == end:
+                break
+        first, second = _NONE, _NONE
+        if run > at:
+            start, stop = at, run
+            first, second = keys(text, start, stop, _KEEP)
+        else:
+            start = after
+            if flags & JOINED and after > at:
+                first, start = _SPACE, after - 1
+            stop = after
+            while stop < end and text[stop] != 0x20:
+                first, second = append(first, second, stop - start, text[stop])
+                stop += 1
+        if stop - start > MAX_PIECE_BYTES:
+            return SLOW, missed
+        slot = find(slots, letters, text, start, stop, _KEEP, first, second)
+        if slot >= 0:
+            count = copy_ids(slots, listed, slot, rows, row, count)
+            if count == SLOW:
+                return SLOW, missed
+        elif missed == len(missing):
+            return SLOW, missed
+        else:
+            missing[missed, 0], missing[missed, 1] = start, stop
+            missed += 1
+            waiting = True
+        at = stop
+    return (WAITING if waiting else count), missed
+
+
+def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None]]:
+    """The entry points, kept as machine code; why they enclose a fingerprint, see wordkernel.py."""
+
+    @njit(nogil=True, cache=True)
+    def encode_pieces(words, text, offsets, pending, flags, out, counts, missing):  # noqa: ANN202 - numba infers it
+        """Encode the captions `pending` of a block into out int32 [R, L] and counts int64 [R]; the number of missing pieces."""
+        _ = sources
+        missed = 0
+        for row in pending:
+            begin, end = offsets[row], offsets[row + 1]
+            if flags & MARKUP and _marked_up(text, begin, end):
+                counts[row] = SLOW
+            else:
+                counts[row], missed = _encode_caption(words, text, begin, end, flags, out, row, missing, missed)
+        return missed
+
+    @njit(nogil=True, cache=True)
+    def add_known(words, text, ends, ids, id_ends, unsafe):  # noqa: ANN202
+        """Add P pieces: text uint8 [B] and ends int64 [P]; ids int64 and id_ends int64 [P]; unsafe int64 [P], 0 or UNSAFE."""
+        _ = sources
+        begin, first_id = 0, 0
+        for piece in range(len(ends)):
+            end, last_id = ends[piece], id_ends[piece]
+            first, second = keys(text, begin, end, _KEEP)
+            slot = find(words.slots, words.letters, text, begin, end, _KEEP, first, second)
+            if slot < 0:
+                number = max(last_id - first_id, unsafe[piece])
+                insert(words, text, begin, end, _KEEP, -1 - slot, first, second, ids[first_id:last_id], number)
+            begin, first_id = end, last_id
+
+    return encode_pieces, add_known
+
+
+_FILES = ("piecekernel.py", "wordtable.py")
+encode_pieces, add_known = _compiled_once(fingerprint([Path(__file__).with_name(name).read_text("utf8") for name in _FILES]))

@@ -1,0 +1,60 @@
+"""Eight bytes at once, compiled: what numba has no function for."""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from preprocess.tokens.wordtable import Scalar
+
+_ONES, _HIGH = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
+_CASE = np.uint64(0x2020202020202020)
+# Added to a byte below 0x80, these set its high bit from `a` on, and beyond `z`.
+_FROM_A, _BEYOND_Z = np.uint64(0x80 - ord("a")) * _ONES, np.uint64(0x80 - ord("z") - 1) * _ONES
+_EIGHT, _FULL, _THREE = np.uint64(8), np.uint64(64), np.uint64(3)
+
+
+@intrinsic
+def _load(typingctx: Any, text: Any, at: Any) -> Any:
+    """text[at : at + 8] as one number, the first byte lowest; the caller has looked that they are there."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = cgutils.pointer_add(builder, array.data, arguments[1])
+        number = builder.load(builder.bitcast(place, ir.IntType(64).as_pointer()))
+        number.align = 1
+        return number
+
+    return types.uint64(text, types.int64), emit
+
+
+@intrinsic
+def _trailing_zeros(typingctx: Any, value: Any) -> Any:
+    """Number of zero bits below the lowest that is set; 64 of 0."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.uint64(types.uint64), emit
+
+
+@njit(nogil=True, forceinline=True)
+def lowest_bytes(value: Scalar, count: Scalar) -> Scalar:
+    """The lowest 0 to 7 bytes of a number."""
+    return value & ((np.uint64(1) << (_EIGHT * np.uint64(count))) - np.uint64(1))
+
+
+@njit(nogil=True, forceinline=True)
+def leading_letters(text: np.ndarray, at: Scalar) -> tuple[Scalar, Scalar]:
+    """How many of the eight bytes from `at` on, up to the first that is none, are ASCII letters; and these in lower case as one number.
+
+    Any byte from 0x80 on is no letter; what its carry does above it is behind the first that is none.
+    """
+    folded = _load(text, np.int64(at)) | _CASE  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
+    letters = (folded + _FROM_A) & ~(folded + _BEYOND_Z) & _HIGH
+    bits = _trailing_zeros(letters ^ _HIGH) & ~(_EIGHT - np.uint64(1))
+    kept = folded if bits == _FULL else folded & ((np.uint64(1) << bits) - np.uint64(1))
+    return np.int64(bits >> _THREE), kept

@@ -1,0 +1,201 @@
+"""`preprocess train-tokenizer`: captions to a tokenizer of the user's own, which `labels.tokenizer` then names.
+
+    captions -> normalise, cut into words -> the library's trainer -> tokenizer.json (bpe, wordpiece, unigram, wordlevel)
+    captions -> synset of every noun -> those in enough captions -> CatLIP vocabulary (catlip)
+
+The same captions in the same order give the same file. All of them are lower-cased, as CLIP's are. Unigram is trained by
+`sentencepiece`, since the trainer of `tokenizers` gives another result each time.
+"""
+
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tokenizers import Tokenizer as Engine
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from labels.errors import UserError
+from labels.files import write_whole
+from preprocess.tokens.catlip import CatlipTokenizer, write_vocabulary
+
+Kind = Literal["bpe", "wordpiece", "unigram", "wordlevel", "catlip"]
+# Called for each pass over the captions; wordpiece takes two.
+Captions = Callable[[], Iterable[list[str]]]
+
+# Characters of WordPiece's alphabet, the commonest; BERT's own trainer has the same bound.
+_MAX_ALPHABET = 1000
+_BYTES = 256
+# sentencepiece holds its captions in memory; of more, it draws so many, with a seed.
+_MAX_SENTENCES = 5_000_000
+
+
+def train_tokenizer(
+    captions: Captions, kind: Kind, *, out: Path, vocab_size: int = 32_768, min_count: int | None = None, wordnet: str = "auto"
+) -> int:
+    """Train a tokenizer and write its file, in one step.
+
+    Args:
+        captions: gives the captions in batches, the same each time it is called; as they came.
+        kind: of tokenizer. `bpe` over bytes, `wordpiece` as BERT's, `unigram` and `wordlevel` with NFKC.
+        out: the file, a tokenizer.json or, for catlip, a vocabulary.
+        vocab_size: at most so many tokens; catlip has as many as are frequent.
+        min_count: bpe, wordpiece: how often a pair must come to be merged; wordlevel: a word to be a token (both 2 if None);
+            catlip: how many captions a synset must be in (500 if None). unigram has no use for it.
+        wordnet: `labels.wordnet`, for catlip.
+
+    Returns:
+        the size of the vocabulary.
+
+    Raises:
+        UserError: no captions, a vocabulary too small for the alphabet, no WordNet.
+    """
+    least = min_count if min_count is not None else 500 if kind == "catlip" else 2
+    if kind == "catlip":
+        return _train_catlip(captions, out, least, wordnet)
+    counted = _Counted(captions)
+    engine = _TRAINERS[kind](counted, vocab_size, least)
+    if not counted.captions:
+        raise UserError("train-tokenizer: there are no captions in the input", mend="give a folder of shards or a table with captions")
+    write_whole(out, lambda partial: partial.write_text(engine.to_str(pretty=True) + "\n", encoding="utf8"))
+    return engine.get_vocab_size()
+
+
+class _Counted:
+    """Captions, without lone surrogates, and how many there were in the last pass."""
+
+    def __init__(self, captions: Captions) -> None:
+        self._give = captions
+        self.captions = 0
+
+    def __iter__(self) -> Iterator[list[str]]:
+        self.captions = 0
+        for batch in self._give():
+            self.captions += len(batch)
+            yield [caption.encode("utf8", "replace").decode("utf8") for caption in batch]
+
+
+def _train_bpe(captions: _Counted, vocab_size: int, min_count: int) -> Engine:
+    """Over bytes, so that nothing is unknown; a word begins with the space before it."""
+    _check_size(vocab_size, _BYTES, "all bytes")
+    engine = Engine(models.BPE())
+    engine.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
+    engine.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_count, initial_alphabet=alphabet, show_progress=False)
+    engine.train_from_iterator(captions, trainer)
+    return engine
+
+
+def _train_wordpiece(captions: _Counted, vocab_size: int, min_count: int) -> Engine:
+    """As BERT's, uncased.
+
+    The trainer numbers the characters inside words as it meets them in a hash table, and equal counts are decided by number. So
+    the alphabet is found first, in a pass of its own, and given to it as tokens that are there from the beginning.
+    """
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    letters = Counter[str]()
+    for batch in captions:
+        letters.update(normalizer.normalize_str(" ".join(batch)))
+    letters = {letter: count for letter, count in letters.items() if not letter.isspace()}
+    alphabet = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:_MAX_ALPHABET])
+    inner = ["##" + letter for letter in alphabet]
+    _check_size(vocab_size, 1 + 2 * len(alphabet), f"{len(alphabet)} characters, each at the beginning of a word and inside")
+    trained = Engine(models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer, trained.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_count,
+        special_tokens=["[UNK]", *inner],
+        initial_alphabet=alphabet,
+        limit_alphabet=max(1, len(alphabet)),
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
+    trained.train_from_iterator(captions, trainer)
+    # Made anew: to the trained one the characters inside words are special tokens.
+    engine = Engine(models.WordPiece(trained.get_vocab(with_added_tokens=False) or {"[UNK]": 0}, unk_token="[UNK]"))
+    engine.normalizer, engine.pre_tokenizer, engine.decoder = normalizer, pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    engine.add_special_tokens(["[UNK]"])
+    return engine
+
+
+def _train_unigram(captions: _Counted, vocab_size: int, min_count: int) -> Engine:
+    """SentencePiece's unigram model; `min_count` has no part in it."""
+    try:
+        import sentencepiece  # pyright: ignore[reportMissingImports] - wanted by this kind alone
+    except ImportError:
+        raise UserError(
+            "train-tokenizer: --kind unigram needs sentencepiece, which is not installed", mend="pip install sentencepiece"
+        ) from None
+    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(0)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(normalizer.normalize_str(caption).replace("\n", " ") for batch in captions for caption in batch),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            input_sentence_size=_MAX_SENTENCES,
+            num_threads=1,  # sums of floats depend on how they are parted
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        if not captions.captions:
+            return Engine(models.Unigram())
+        raise UserError(f"train-tokenizer: sentencepiece cannot train on these captions: {error}", mend="another --vocab-size") from None
+    trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    controls = {number for number in range(trained.get_piece_size()) if trained.is_control(number)}
+    pieces = [
+        (trained.id_to_piece(number), trained.get_score(number)) for number in range(trained.get_piece_size()) if number not in controls
+    ]
+    engine = Engine(models.Unigram(pieces, unk_id=0))
+    engine.normalizer = normalizer
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    engine.add_special_tokens([pieces[0][0]])
+    return engine
+
+
+def _train_wordlevel(captions: _Counted, vocab_size: int, min_count: int) -> Engine:
+    """Words and runs of punctuation, the commonest; the others are unknown."""
+    _check_size(vocab_size, 1, "the unknown token")
+    engine = Engine(models.WordLevel(unk_token="[UNK]"))
+    engine.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    engine.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, min_frequency=min_count, special_tokens=["[UNK]"], show_progress=False)
+    engine.train_from_iterator(captions, trainer)
+    return engine
+
+
+_TRAINERS = {"bpe": _train_bpe, "wordpiece": _train_wordpiece, "unigram": _train_unigram, "wordlevel": _train_wordlevel}
+
+
+def _train_catlip(captions: Captions, out: Path, min_count: int, wordnet: str) -> int:
+    """The synsets that `min_count` captions or more have."""
+    everything = CatlipTokenizer.of_all_nouns(wordnet)
+    frequency = np.zeros(len(everything.tokens), np.int64)
+    total = 0
+    for batch in captions():
+        total += len(batch)
+        labels = everything.encode_rows(batch, np.iinfo(np.int32).max)[2]
+        frequency += np.bincount(labels, minlength=len(frequency))
+    kept = [name for name, count in zip(everything.tokens, frequency, strict=True) if count >= max(1, min_count)]
+    if not kept:
+        raise UserError(
+            f"train-tokenizer: no synset is in {min_count} captions or more; there are {total:,} captions, the commonest synset is in "
+            f"{int(frequency.max()):,}",
+            mend="a smaller --min-count",
+        )
+    write_vocabulary(out, everything.nouns, kept, min_count)
+    return len(kept)
+
+
+def _check_size(vocab_size: int, least: int, holding: str) -> None:
+    if vocab_size < least:
+        raise UserError(f"train-tokenizer: --vocab-size is {vocab_size}", allowed=f"{least} or more, for {holding}")
