@@ -8,6 +8,7 @@ import click
 from labels import __version__
 from labels.config import load_pipeline
 from labels.errors import UserError
+from labels.layout import local_out
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,16 +25,18 @@ _set = click.option(
 
 @cli.command("run")
 @click.option("--beton", is_flag=False, flag_value="", required=True, metavar="[OUT]", help="OUT of build-labels (no value: paths.out).")
+@click.option("--labels", metavar="OTHER_OUT", help="Other labels for the same rows (default: the betons').")
 @click.option("--out", "run", type=click.Path(path_type=Path), help="Folder of the run (default: paths.run).")
 @_config
 @_set
-def run_command(beton: str, run: Path | None, config: Path | None, overrides: tuple[str, ...]) -> None:
+def run_command(beton: str, labels: str | None, run: Path | None, config: Path | None, overrides: tuple[str, ...]) -> None:
     """Pre-train by classification, or go on with an interrupted run: the same command again."""
     from train.run import STOPPED_EXIT_CODE, train_run  # torch takes a second: not for --help
 
     pipeline = load_pipeline(config, overrides)
     target = run or Path(pipeline.paths.run)
-    if not train_run(Path(beton or pipeline.paths.out), target, pipeline):
+    other = local_out(labels) if labels else None
+    if not train_run(local_out(beton or pipeline.paths.out), target, pipeline, labels=other):
         print(f"stopped and saved; the same command goes on with {target}")
         sys.exit(STOPPED_EXIT_CODE)
 

@@ -16,7 +16,7 @@ from train.crops import flipped, random_crop
 from train.jpeg import RGB, tj_decompress, tj_error
 from train.resample import resize_crop
 
-OK, BAD_TABLE, BAD_JPEG, BAD_LABEL = 0, 1, 2, 3
+OK, BAD_TABLE, BAD_JPEG, BAD_LABEL, BAD_INDEX = 0, 1, 2, 3, 4
 _GREY = 128
 _META_BYTES, _ALLOC_BYTES = METADATA.itemsize, ALLOCATION.itemsize
 _LABELS_AT, _INDEX_AT = METADATA.fields["labels_ptr"][1], METADATA.fields["index"][1]  # type: ignore[index]
@@ -92,6 +92,7 @@ def load_rows(
     """
     images, labels, indices, status = rows.images, rows.labels, rows.indices, rows.status
     size, limit = images.shape[1], labels.shape[1]
+    row_bytes = 4 * limit
     for row in range(begin, end):
         sample = samples[row]
         number = np.searchsorted(tables.first_samples, sample, side="right") - 1
@@ -109,14 +110,25 @@ def load_rows(
             _number(data, entry + 8, 8) != image_at
             or image_at <= 0
             or jpeg_bytes <= 0
-            or image_at + jpeg_bytes > file_bytes
-            or labels_at <= 0
-            or labels_at + 4 * limit > file_bytes
+            or image_at > file_bytes - jpeg_bytes
             or width == 0
             or height == 0
         ):
             status[row] = BAD_TABLE
             continue
+        # The label row lies in the beton, or in the array that another OUT has for the beton's shard.
+        label_data = data
+        if tables.row_addresses[number] == 0:
+            if not 0 < labels_at <= file_bytes - row_bytes:
+                status[row] = BAD_TABLE
+                continue
+        else:
+            position, count = index - tables.first_indices[number], tables.row_counts[number]
+            if not 0 <= position < count:
+                status[row] = BAD_INDEX
+                continue
+            label_data = carray(_pointer(tables.row_addresses[number]), (count * row_bytes,))  # pyright: ignore[reportCallIssue]
+            labels_at = position * row_bytes
         left, top, w, h = random_crop(width, height, crops.scale, crops.ratio, crops.seed, epochs[row], index)
         shrink = _shrink(w, h, size)
         pixel_width, pixel_height = (width + shrink - 1) // shrink, (height + shrink - 1) // shrink
@@ -143,7 +155,7 @@ def load_rows(
         resize_crop(pixels, left / shrink, top / shrink, w / shrink, h / shrink, mirror, images[row])
         status[row] = OK
         for column in range(limit):
-            label = np.int32(_number(data, labels_at + 4 * column, 4))
+            label = np.int32(_number(label_data, labels_at + 4 * column, 4))
             labels[row, column] = label
             if label >= vocabulary or label < -1:
                 status[row] = BAD_LABEL

@@ -148,8 +148,12 @@ class Loader:
             name = self._betons.name(int(samples[row]))
             mend = f"run `preprocess verify {self._betons.out}`, then the build-labels command again"
             if slot.rows.status[row] == decode.BAD_LABEL:
-                worst = int(slot.label_ids[row].max())
+                worst, array = int(slot.label_ids[row].max()), self._betons.label_array(int(samples[row]))
+                if array:
+                    name, mend = f"{array}, made for {name},", f"remove {array}; the same command makes it anew"
                 raise UserError(f"{name} has the label {worst}", allowed=f"0 to {self._betons.vocabulary - 1}, the head's width", mend=mend)
+            if slot.rows.status[row] == decode.BAD_INDEX:
+                raise UserError(f"{name} has the index {slot.rows.indices[row]}, which is no row of its shard", mend=mend)
             if slot.rows.status[row] == decode.BAD_TABLE:
                 raise UserError(f"{name}: its table entry points outside the file", mend=mend)
             print(f"bad image, left out of the loss: {name}, index {slot.rows.indices[row]}", flush=True)

@@ -1,6 +1,6 @@
 """`train run`: pre-training by classification, put together from betons, model, loss and the loop.
 
-OUT (betons, idf) -> BetonSet -> Loader -> loop (Classifier, softmax_loss, AdamW) -> RUN (metrics, checkpoints)
+OUT (betons), OUT or OTHER_OUT (labels, idf) -> BetonSet -> Loader -> loop (Classifier, softmax_loss, AdamW) -> RUN (metrics, checkpoints)
 """
 
 import os
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from labels.config import dump_yaml, load_pipeline
 from labels.errors import UserError
-from labels.files import fingerprint
+from labels.files import fingerprint, write_json
 from labels.settings import Pipeline, Train
 from train.betons import BetonSet
 from train.checkpoint import checkpoint_folders, load_checkpoint, read_state, save_checkpoint
@@ -27,6 +27,7 @@ from train.loss import softmax_loss
 from train.metrics import Metrics
 from train.model import Classifier, build_trunk
 from train.optim import make_optimizer
+from train.relabel import make_rows_once
 
 STOPPED_EXIT_CODE = 75
 """A run that was asked to stop, saved and left: start it again to go on (EX_TEMPFAIL of sysexits.h)."""
@@ -40,13 +41,14 @@ _FREE = {
 }
 
 
-def train_run(beton: Path, run: Path, pipeline: Pipeline) -> bool:
+def train_run(beton: Path, run: Path, pipeline: Pipeline, labels: Path | None = None) -> bool:
     """Train, or go on with, the run in `run`.
 
     Args:
         beton: OUT of a build.
         run: folder of the run; its checkpoints are resumed from.
         pipeline: resolved configuration.
+        labels: OUT of a build over the same rows, whose labels and IDF are taken instead of the betons' own.
 
     Returns:
         True when the budget is spent, False when the run was stopped by a signal and saved.
@@ -55,8 +57,10 @@ def train_run(beton: Path, run: Path, pipeline: Pipeline) -> bool:
         UserError: whatever does not fit, before anything expensive begins.
     """
     settings = pipeline.train
-    betons = BetonSet(beton)
     with world(settings.runtime) as here, _stop_signals() as stopping:
+        if labels and not make_rows_once(beton, labels, here, stopping):
+            return False
+        betons = BetonSet(beton, labels)
         if settings.batch_size % here.size:
             raise UserError(
                 f"train.batch_size is {settings.batch_size}, the number of ranks {here.size}", allowed="a multiple of the number of ranks"
@@ -75,6 +79,7 @@ def train_run(beton: Path, run: Path, pipeline: Pipeline) -> bool:
             load_checkpoint(checkpoint_folders(run)[-1], model, optimizer)
         if here.is_first:
             dump_yaml(run / "config.yaml", pipeline)
+            write_json(run / "data.json", _data(betons))
             _announce(run, betons, model, settings, steps, first_step, here)
         return _train(betons, run, settings, model, optimizer, Budget(steps, _warmup_steps(settings), first_step), here, stopping)
 
@@ -87,12 +92,7 @@ def _train(
     if not settings.loss.idf:
         idf = (idf >= 0).float()
     wrapped = DistributedDataParallel(model) if here.size > 1 else model
-    state = {
-        "labels": betons.manifest.fingerprint,
-        "idf": betons.manifest.idf_sha256,
-        "vocabulary": betons.vocabulary,
-        "options": _options(settings),
-    }
+    state = _identity(betons) | {"vocabulary": betons.vocabulary, "options": _options(settings)}
 
     def save(finished: int) -> None:
         if here.is_first:
@@ -130,11 +130,19 @@ def _resume_point(run: Path, betons: BetonSet, settings: Train) -> int:
     if not folders:
         return 0
     state = read_state(folders[-1])
-    if state["labels"] != betons.manifest.fingerprint or state["idf"] != betons.manifest.idf_sha256:
-        raise UserError(
-            f"{run} was trained with other labels: fingerprint {state['labels']}, {betons.out} has {betons.manifest.fingerprint}",
-            mend="give the --beton that the run was begun with, or another --out",
-        )
+    told = {
+        "labels": ("with other labels: fingerprint", betons.labels_out),
+        "idf": ("with another IDF table: SHA-256", betons.labels_out),
+        "betons": ("on other betons: fingerprint", betons.out),
+    }
+    for name, value in _identity(betons).items():
+        before = state.get(name, state["labels"])  # a run of the time before --labels has no `betons`: its labels were theirs
+        if before != value:
+            what, where = told[name]
+            raise UserError(
+                f"{run} was trained {what} {before[:16]}, {where} has {value[:16]}",
+                mend="give the --beton and --labels that the run was begun with, or another --out",
+            )
     if state["options"] != _options(settings):
         before = load_pipeline(run / "config.yaml").train
         raise UserError(
@@ -143,6 +151,21 @@ def _resume_point(run: Path, betons: BetonSet, settings: Train) -> int:
             mend=f"take --config {run / 'config.yaml'}, or another --out",
         )
     return int(state["samples_seen"])
+
+
+def _identity(betons: BetonSet) -> dict[str, str]:
+    """What must stay the same from the first to the last step of a run."""
+    return {"labels": betons.labels.fingerprint, "idf": betons.labels.idf_sha256, "betons": betons.manifest.fingerprint}
+
+
+def _data(betons: BetonSet) -> dict[str, Any]:
+    """What a run was trained on, for people and reports: written as data.json beside its configuration."""
+    labels = betons.labels
+    return {
+        "beton": str(betons.out), "labels": str(betons.labels_out), "fingerprints": _identity(betons), "samples": betons.samples,
+        "vocabulary": betons.vocabulary, "label_limit": betons.label_limit, "captions": labels.captions,
+        "tokenizer": labels.tokenizer.name, "tokenizer_fingerprint": labels.tokenizer.fingerprint, "idf_formula": labels.idf_formula,
+    }  # fmt: skip
 
 
 def _differences(before: Train, now: Train) -> list[str]:
@@ -159,7 +182,8 @@ def _announce(run: Path, betons: BetonSet, model: Classifier, settings: Train, s
     head = sum(parameter.numel() for parameter in model.head.parameters())
     print(
         f"{run}: {settings.model.trunk}, {trunk / 1e6:.1f}M + head {head / 1e6:.1f}M parameters, {here.size} x {here.device.type}; "
-        f"{betons.samples:,} samples in {len(betons.paths)} betons, budget {steps * settings.batch_size:,} samples = {steps} steps "
+        f"{betons.samples:,} samples in {len(betons.paths)} betons, labels of {betons.labels_out} ({betons.labels.tokenizer.name}, "
+        f"{betons.vocabulary:,} classes), budget {steps * settings.batch_size:,} samples = {steps} steps "
         f"= {steps * settings.batch_size / betons.samples:.2f} epochs" + (f"; resumed at step {first_step}" if first_step else ""),
         flush=True,
     )
