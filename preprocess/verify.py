@@ -20,6 +20,7 @@ from labels.layout import Layout
 from labels.manifest import BetonPart, Manifest, ShardPart, read_manifest
 from labels.schema import COUNTS, LABELS
 from labels.sparse import pad_rows
+from preprocess.plan import read_marker
 from preprocess.query import open_tables
 
 
@@ -50,6 +51,7 @@ def verify_build(out: Path) -> list[str]:
         if found:
             layout.beton_marker(part.number).unlink(missing_ok=True)
         faults += found
+    faults += _chosen_faults(layout, manifest)
     if not layout.quarantine.is_file() or sha256_file(layout.quarantine) != manifest.quarantine_sha256:
         faults.append(f"{layout.quarantine}: missing or changed since the build")
     return faults
@@ -65,6 +67,21 @@ def _unchanged(path: Path, expected: str) -> Iterator[tuple[Path, list[str]]]:
         found = sha256_file(file)
         same = found == expected
         yield file, [] if same else [f"{path}: changed since the build (SHA-256 {found[:16]}..., in the manifest {expected[:16]}...)"]
+
+
+def _chosen_faults(layout: Layout, manifest: Manifest) -> list[str]:
+    """Faults of what the labels were made with: the word pairs, and the uids of the subset."""
+    faults = []
+    marker = read_marker(layout.markers / "pairs.json")
+    if manifest.options["labels"]["ngrams"] > 1:
+        with _unchanged(layout.pairs, marker["sha256"] if marker else "") as (_, changed):
+            if changed:
+                (layout.markers / "pairs.json").unlink(missing_ok=True)
+            faults += changed
+    subset = manifest.options["subset"]
+    if subset and not (layout.subset.is_file() and sha256_file(layout.subset).startswith(subset)):
+        faults.append(f"{layout.subset}: missing or changed since the build")
+    return faults
 
 
 def _label_faults(layout: Layout, shard: ShardPart, manifest: Manifest, frequency: np.ndarray) -> list[str]:
