@@ -9,6 +9,7 @@ Shapes: M members, S samples, W wanted suffixes.
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions when it is imported)
 
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,10 @@ def index_tar(path: Path, size: int, wanted: tuple[str, ...]) -> TarIndex | None
     """
     if size < _BLOCK or path.stat().st_size != size:
         return None
-    data = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+    with path.open("rb") as file:
+        # All at once: a page fault for every header would cost more than all the rest.
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        data = np.frombuffer(mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ), np.uint8)
     room = _FIRST_ROOM
     while True:
         members = np.empty((room, _FIELDS), np.int64)
