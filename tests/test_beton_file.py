@@ -1,17 +1,18 @@
 """Betons: the tar's own bytes inside, in FFCV's format, read by its stock Loader with no custom field."""
 
-import gc
 import io
 import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import Built
-from ffcv.loader import Loader, OrderOption
 from PIL import Image
 from shard_factory import build, encode, healthy, pixels, sample, write_tar
+from stock_loader import read_beton, stock_process
 
 from labels import beton
 from labels.manifest import read_manifest
@@ -31,6 +32,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Built:
     write_tar(folder / "data" / "1.tar", healthy(40, 100, side=256))
     build(folder / "data", folder / "out", "--set", f"labels.context={LIMIT}")
     return Built(folder / "data", folder / "out")
+
+
+@pytest.fixture(scope="module")
+def stock() -> Iterator[ProcessPoolExecutor]:
+    with stock_process() as pool:
+        yield pool
 
 
 def parsed(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -86,15 +93,10 @@ def test_rows_are_numbered_through_all_shards(dataset: Built) -> None:
     assert found == [[*range(7), *range(8, 12)], list(range(12, 52))], "row 7 has no image, and keeps its number"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("number", "os_cache"), [(0, True), (0, False), (1, True), (1, False)])
-def test_a_stock_ffcv_loader_reads_every_beton(dataset: Built, number: int, os_cache: bool) -> None:
+def test_a_stock_ffcv_loader_reads_every_beton(dataset: Built, stock: ProcessPoolExecutor, number: int, os_cache: bool) -> None:
     path = dataset.out / "beton" / f"{number:05d}.beton"
-    loader = Loader(str(path), batch_size=4, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=os_cache, drop_last=False)
-    batches = [tuple(np.array(part) for part in batch) for batch in loader]  # copies: the Loader uses its memory again
-    del loader
-    gc.collect()  # here, where numba's complaints about FFCV's compiled functions are not listened to
-    images, labels, index = (np.concatenate(part) for part in zip(*batches, strict=True))
+    images, labels, index = stock.submit(read_beton, path, os_cache).result(timeout=300)
     _, metadata, data = parsed(path)
     first = read_manifest(dataset.out).shards[number].first_index
     assert index.ravel().tolist() == metadata["index"].tolist()
