@@ -23,6 +23,8 @@ from labels.files import is_remote, plain_disk_faults
 
 REFRESH_S = 20.0
 STALE_S = 120.0
+# A signal of our own: a command begun in the background of a script is deaf to an interrupt.
+_LOST_SIGNAL = signal.SIGUSR1
 WAIT = "wait for it, or stop it, then run the command again"
 
 
@@ -85,13 +87,18 @@ def leased(path: Path) -> Iterator[None]:
     mine = Holder.me()
     _acquire(path, mine)
     ended, lost = threading.Event(), threading.Event()
+
+    def interrupt(_number: int, _frame: object) -> None:
+        if not ended.is_set():
+            raise _Lost
+
+    in_main = threading.current_thread() is threading.main_thread()  # elsewhere no signal can be listened to
+    before = signal.signal(_LOST_SIGNAL, interrupt) if in_main else None
     thread = threading.Thread(target=_keep_fresh, args=(path, mine, ended, lost), daemon=True)
     thread.start()
     try:
         yield
-    except KeyboardInterrupt:
-        if not lost.is_set():
-            raise
+    except _Lost:
         raise UserError(
             f"the lock {path} was taken over by another process {Holder.read(path) or ''}: it was not kept fresh for {STALE_S:.0f} s",
             mend="see that only one command writes there, then run it again: what is finished is kept",
@@ -99,8 +106,14 @@ def leased(path: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+        if in_main:
+            signal.signal(_LOST_SIGNAL, before)
         if not lost.is_set():
             path.unlink(missing_ok=True)
+
+
+class _Lost(BaseException):
+    """Raised in the main thread when the lease is another's."""
 
 
 def _acquire(path: Path, mine: Holder) -> None:
@@ -142,7 +155,8 @@ def _keep_fresh(path: Path, mine: Holder, ended: threading.Event, lost: threadin
             there = Holder.read(path)
             if there is None or there.token != mine.token:
                 lost.set()
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                if signal.getsignal(_LOST_SIGNAL) not in (signal.SIG_DFL, signal.SIG_IGN, None):
+                    signal.pthread_kill(threading.main_thread().ident or 0, _LOST_SIGNAL)
                 return
             path.write_bytes(replace(mine, refreshed=time.time()).raw)
         except OSError:

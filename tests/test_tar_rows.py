@@ -173,6 +173,29 @@ def test_odd_tars(tmp_path: Path, data: bytes) -> None:
     both(tmp_path / "odd.tar", data)
 
 
+def with_field(data: bytes, first: int, value: bytes) -> bytes:
+    """The second header of a tar with other bytes in one of its fields, and a checksum that fits."""
+    out = bytearray(data)
+    start = 512 + -(-int(data[124:135], 8) // 512) * 512
+    out[start + first : start + first + len(value)] = value
+    out[start + 148 : start + 156] = b" " * 8
+    out[start + 148 : start + 156] = b"%06o\0 " % sum(out[start : start + 512])
+    return bytes(out)
+
+
+@pytest.mark.parametrize("first", [100, 108, 116, 136, 329, 337])
+def test_a_number_that_cannot_be_read_ends_the_tar(tmp_path: Path, first: int) -> None:
+    _, faults = both(tmp_path / "a.tar", with_field(tar_bytes(healthy(3)), first, b"not octa"))
+    assert [fault.reason for fault in faults] == ["tar cut or damaged"]
+
+
+def test_records_about_a_member_that_never_comes_end_the_tar(tmp_path: Path) -> None:
+    whole = pax_tar(healthy(2)).rstrip(b"\0")
+    whole += bytes(-len(whole) % 512) + pax_tar(healthy(1))[:1024] + bytes(1024)
+    _, faults = both(tmp_path / "a.tar", whole)
+    assert [fault.reason for fault in faults] == ["tar cut or damaged"]
+
+
 BASE = (
     pax_tar(healthy(2))[:-9_000],
     tar_bytes([*healthy(3, side=8), *sample("x/y", None, jpeg(width=8), caption="é", width=1, height=2)])[:-9_000],
