@@ -131,23 +131,24 @@ def write_idf_duckdb(
         partial.unlink(missing_ok=True)
         # The search path is a list split at commas, which OUT may hold: a link in a folder of our own stands for it.
         with tempfile.TemporaryDirectory() as folder, duckdb.connect() as con, local_copy(layout.idf_parquet) as idf:
-            labels = Path(folder) / layout.labels.name
+            labels, everywhere = Path(folder) / layout.labels.name, layout.labels
             if is_remote(layout.out):
                 _download_first(layout.labels, labels)  # a view is only made over files that are there
                 con.register_filesystem(layout.out.fs)  # type: ignore[attr-defined]  # a UPath
             else:
-                labels.symlink_to(layout.labels.resolve())
+                everywhere = layout.labels.resolve()  # the search path below would hide a relative one
+                labels.symlink_to(everywhere)
             con.execute(f"SET file_search_path = {quoted(Path(folder))}")
             con.execute(f"ATTACH {quoted(partial)} AS idf (STORAGE_VERSION '{_STORAGE_VERSION}')")
             con.execute("USE idf")
-            con.execute("CREATE TABLE tokens AS SELECT * FROM read_parquet($1)", [str(idf)])
+            con.execute("CREATE TABLE tokens AS SELECT * FROM read_parquet($1)", [str(idf.resolve())])
             con.execute("CREATE VIEW labels AS SELECT * FROM read_parquet('labels/*.parquet')")
             con.execute(
                 "CREATE TABLE corpus AS SELECT $1::BIGINT AS captions, (SELECT sum(document_frequency) FROM tokens)::BIGINT AS labels,"
                 " (SELECT coalesce(sum(len(token_ids)), 0) FROM read_parquet($5))::BIGINT AS tokens,"
                 " (SELECT count(*) FROM tokens) AS vocabulary,"
                 " $2 AS formula, $3 AS tokenizer, $4 AS tokenizer_fingerprint",
-                [captions, formula, tokenizer, fingerprint, str(layout.labels / "*.parquet")],
+                [captions, formula, tokenizer, fingerprint, str(everywhere / "*.parquet")],
             )
             con.execute("CREATE TABLE shards (shard VARCHAR, rows BIGINT, quarantined BIGINT, reasons MAP(VARCHAR, BIGINT))")
             for shard in shards:

@@ -296,3 +296,13 @@ def test_urls(finished: Built, tmp_path: Path) -> None:
     memory.pipe("/bucket/shards/00000001.tar", tar_bytes(healthy(1)))
     build(["memory://bucket/shards"], tmp_path / "memory")
     assert len(rows(tmp_path / "memory")) == 13
+
+
+def test_out_and_data_named_relative_to_here(finished: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(finished.data, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    build(Path("data"), Path("some/out"))
+    assert preprocess("verify", "some/out").out == "some/out: whole and unchanged\n"
+    assert preprocess("sql", "some/out", "SELECT captions FROM corpus", "--format", "csv").out == "captions\n22\n"
+    assert preprocess("idf", "some/out", "--out", "idf.parquet").code == 0
+    assert Path("idf.parquet").read_bytes() == Path("some/out/idf.parquet").read_bytes()
