@@ -194,7 +194,8 @@ def test_who_loses_a_lease_is_stopped_and_leaves_it_alone(tmp_path: Path, monkey
         with leased(path):
             end = time.monotonic() + PATIENCE_S
             while time.monotonic() < end:  # a refresh that has just looked may write over it once
-                path.write_bytes(other)
+                (tmp_path / "new").write_bytes(other)  # whole at any moment: the loser is interrupted anywhere
+                os.replace(tmp_path / "new", path)
                 time.sleep(0.01)
 
     with pytest.raises(UserError, match=r"was taken over by another process \(host other, process 1\)"):
