@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from labels.config import load_pipeline
 from labels.errors import UserError
-from labels.settings import Model, Optimizer
+from labels.settings import Loss, Model, Optimizer
 from train.checkpoint import checkpoint_folders
+from train.losses.head_loss import HeadLoss
 from train.model import Classifier, build_trunk
 from train.optim import learning_rate, make_optimizer
 from train.run import STOPPED_EXIT_CODE, train_run
@@ -262,11 +263,12 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
 
 def test_pool_is_the_mean_of_patch_tokens_and_vectors_are_not_decayed() -> None:
     trunk = build_trunk(Model(trunk="vit_base_patch16_clip_224", trunk_args={"depth": 1, "embed_dim": 24, "num_heads": 2}, image_size=32))
-    model = Classifier(trunk, 50)
+    model = Classifier(trunk, HeadLoss(Loss(), torch.ones(50)))
     images = torch.randn(2, 3, 32, 32)
     tokens = trunk.forward_features(images)  # type: ignore[operator]  # [B, 1 + patches, W], after the final norm
     assert torch.allclose(trunk(images), tokens[:, 1:].mean(dim=1), atol=1e-6)
-    assert model(images).shape == (2, 50)
+    assert model.head(trunk(images)).shape == (2, 50)
+    assert model(images, torch.tensor([[1, 2], [3, -1]])).shape == ()
     decayed, exempt = make_optimizer(model, Optimizer()).param_groups
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert {names[parameter] for parameter in exempt["params"]} >= {"trunk.cls_token", "trunk.norm.weight", "head.0.bias", "head.1.bias"}

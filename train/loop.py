@@ -14,8 +14,8 @@ from train.metrics import Metrics
 from train.optim import learning_rate
 
 _ASK_EVERY_STEPS = 10
-LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(model output, label_ids int [B, K]) -> scalar."""
+Inputs = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+"""A batch -> what the model takes, on its device: images float [B, 3, S, S] and targets."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Budget:
 
 def run_loop(
     batches: Iterable[Batch],
+    inputs: Inputs,
     model: nn.Module,
-    loss_function: LossFunction,
     optimizer: torch.optim.Optimizer,
     settings: Train,
     budget: Budget,
@@ -43,8 +43,9 @@ def run_loop(
 
     Args:
         batches: one a step, beginning with step `budget.first_step`.
-        model: images float [B, 3, S, S] -> output of `loss_function`'s kind.
-        loss_function, optimizer: of this model.
+        inputs: makes the model's two arguments from a batch.
+        model: images and targets -> the mean loss of this rank's samples.
+        optimizer: over the model's parameters.
         settings: the `train` section.
         budget: steps.
         world: this process among all.
@@ -56,16 +57,13 @@ def run_loop(
         True if the budget was spent, False if it was stopped.
     """
     device, bf16 = world.device, use_bf16(settings.runtime.precision, world.device)
-    mean = torch.tensor(settings.data.mean, device=device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(settings.data.std, device=device).view(1, 3, 1, 1) * 255
     save_steps = max(1, settings.checkpoint.every_samples // settings.batch_size)
     model.train()
     waiting_since = time.monotonic()
     for step, batch in enumerate(batches, start=budget.first_step):
         # -- input: uint8 to the device, normalised there
-        images, label_ids = batch.to(device)
         waited = time.monotonic() - waiting_since
-        images = (images.permute(0, 3, 1, 2).float() - mean) / std
+        images, targets = inputs(batch)
 
         # -- forward, backward, step. Randomness inside the model depends on (seed, step, rank) alone
         torch.manual_seed(settings.runtime.seed * 1_000_003 + step * world.size + world.rank)
@@ -73,8 +71,7 @@ def run_loop(
         for group in optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = model(images)
-        loss = loss_function(output, label_ids)
+            loss = model(images, targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

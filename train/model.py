@@ -1,4 +1,4 @@
-"""The vision trunk and the classification head.
+"""The vision trunk, the classification head, and both with the loss: what the loop trains.
 
 B batch, W trunk width, V vocabulary. Structure after SuperClass (METHOD: x-cls/superclass, opencls/model.py):
 pooled feature -> LayerNorm(W) -> Linear(W, V); the pool of a ViT is the mean of the patch tokens after the final norm.
@@ -13,6 +13,7 @@ from torch import nn
 
 from labels.errors import UserError
 from labels.settings import Model
+from train.losses.head_loss import HeadLoss
 
 
 def build_trunk(model: Model) -> nn.Module:
@@ -51,15 +52,21 @@ def _model_class(name: str) -> type:
 
 
 class Classifier(nn.Module):
-    """Trunk and head: images [B, 3, S, S] -> logits [B, V]."""
+    """Trunk, head and loss: images [B, 3, S, S] and label ids [B, K] -> the batch's mean loss, a scalar.
 
-    def __init__(self, trunk: nn.Module, vocabulary: int) -> None:
+    The loss is inside, because it takes the head's matrix product into its own hands, and because wrappers (DDP, FSDP)
+    only see what a module's forward does.
+    """
+
+    def __init__(self, trunk: nn.Module, loss: HeadLoss) -> None:
         super().__init__()
         self.trunk = trunk
-        self.head = build_head(int(trunk.num_features), vocabulary)  # type: ignore[arg-type]
+        self.head = build_head(int(trunk.num_features), len(loss.idf))  # type: ignore[arg-type]
+        self.loss = loss
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.trunk(images))
+    def forward(self, images: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+        norm, linear = self.head
+        return self.loss(norm(self.trunk(images)), linear.weight, linear.bias, label_ids)
 
 
 def build_head(width: int, vocabulary: int) -> nn.Sequential:

@@ -1,6 +1,6 @@
 """`train run`: pre-training by classification, put together from betons, model, loss and the loop.
 
-OUT (betons), OUT or OTHER_OUT (labels, idf) -> BetonSet -> Loader -> loop (Classifier, softmax_loss, AdamW) -> RUN (metrics, checkpoints)
+OUT (betons), OUT or OTHER_OUT (labels, idf) -> BetonSet -> Loader -> ImageInput -> loop (Classifier, AdamW) -> RUN (metrics, checkpoints)
 """
 
 import os
@@ -21,9 +21,10 @@ from labels.settings import Pipeline, Train
 from train.betons import BetonSet
 from train.checkpoint import checkpoint_folders, load_checkpoint, read_state, save_checkpoint
 from train.distributed import World, world
+from train.images import ImageInput
 from train.loader import Loader
 from train.loop import Budget, run_loop
-from train.loss import softmax_loss
+from train.losses.head_loss import HeadLoss
 from train.metrics import Metrics
 from train.model import Classifier, build_trunk
 from train.optim import make_optimizer
@@ -73,7 +74,7 @@ def train_run(beton: Path, run: Path, pipeline: Pipeline, labels: Path | None = 
                 print(f"{run} is finished: {seen:,} samples seen")
             return True
         torch.manual_seed(settings.runtime.seed)
-        model = Classifier(build_trunk(settings.model), betons.vocabulary).to(here.device)
+        model = Classifier(build_trunk(settings.model), HeadLoss(settings.loss, torch.from_numpy(betons.idf))).to(here.device)
         optimizer = make_optimizer(model, settings.optimizer)
         if first_step:
             load_checkpoint(checkpoint_folders(run)[-1], model, optimizer)
@@ -88,9 +89,6 @@ def _train(
     betons: BetonSet, run: Path, settings: Train, model: Classifier, optimizer: torch.optim.Optimizer, budget: Budget, here: World,
     stopping: Any,
 ) -> bool:  # fmt: skip
-    idf = torch.from_numpy(betons.idf).to(here.device)
-    if not settings.loss.idf:
-        idf = (idf >= 0).float()
     wrapped = DistributedDataParallel(model) if here.size > 1 else model
     state = _identity(betons) | {"vocabulary": betons.vocabulary, "options": _options(settings)}
 
@@ -109,9 +107,8 @@ def _train(
     try:
         with loader:
             return run_loop(
-                loader, wrapped, lambda logits, label_ids: softmax_loss(logits, label_ids, idf), optimizer, settings, budget, here,
-                metrics, save, stopping,
-            )  # fmt: skip
+                loader, ImageInput(settings.data, here.device), wrapped, optimizer, settings, budget, here, metrics, save, stopping
+            )
     finally:
         metrics.close()
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labels.schema import PAD_ID
-from train.loss import softmax_loss, target_weights
+from train.losses.softmax import softmax_loss, target_weights
 
 V, K = 30, 6
 
