@@ -27,7 +27,22 @@ def parse_count(value: Any) -> Any:
     return value
 
 
+_SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_size(value: Any) -> Any:
+    """`1.5GiB` -> bytes; whole numbers pass through, anything else is left for pydantic to refuse."""
+    if isinstance(value, str) and value[-3:] in _SIZES:
+        try:
+            size = float(value[:-3]) * _SIZES[value[-3:]]
+        except ValueError:
+            return value
+        return round(size) if math.isfinite(size) else value
+    return value
+
+
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
@@ -87,7 +102,14 @@ class Model(Section):
 
 class Data(Section):
     threads: Annotated[int, Field(ge=0)] = 0
-    prefetch_batches: Positive = 4
+    prefetch: Size = 2**30
+    shuffle_block: Positive = 64
+    shuffle_window: Positive = 1024
+    subset: str | None = None
+    metadata: str | None = None
+    verify: bool = False
+    cache: str = "~/.cache/superclass"
+    cache_size: Size = 100 * 2**30
     crop_scale: Range = [0.9, 1.0]
     crop_ratio: Range = [0.75, 1.3333333333]
     flip: bool = False

@@ -1,7 +1,9 @@
 """The command `train`: parse, call, report. Everything it does lives in the modules it imports."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,20 +25,41 @@ _set = click.option(
 )
 
 
+def _betons(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say what is trained on."""
+    for option in (
+        click.option(
+            "--idf", type=click.Path(path_type=Path), metavar="FILE", help="IDF table to take (`preprocess idf`), or an OUT that has one."
+        ),
+        click.option(
+            "--labels", multiple=True, metavar="OTHER_OUT",
+            help="Other labels for the same rows (default: the betons'). With several OUTs: one for each.",
+        ),
+        click.option(
+            "--beton", "betons", is_flag=False, flag_value="", multiple=True, required=True, metavar="[OUT[=SHARE]]",
+            help="OUT of build-labels, its manifest, some of its betons, or a glob (no value: paths.out). Repeatable; =0.3: a mixture.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @cli.command("run")
-@click.option("--beton", is_flag=False, flag_value="", required=True, metavar="[OUT]", help="OUT of build-labels (no value: paths.out).")
-@click.option("--labels", metavar="OTHER_OUT", help="Other labels for the same rows (default: the betons').")
+@_betons
 @click.option("--out", "run", type=click.Path(path_type=Path), help="Folder of the run (default: paths.run).")
 @_config
 @_set
-def run_command(beton: str, labels: str | None, run: Path | None, config: Path | None, overrides: tuple[str, ...]) -> None:
+def run_command(
+    betons: tuple[str, ...], labels: tuple[str, ...], idf: Path | None, run: Path | None, config: Path | None, overrides: tuple[str, ...]
+) -> None:
     """Pre-train by classification, or go on with an interrupted run: the same command again."""
+    from train.data import Chosen
     from train.run import STOPPED_EXIT_CODE, train_run  # torch takes a second: not for --help
 
     pipeline = load_pipeline(config, overrides)
     target = run or Path(pipeline.paths.run)
-    other = local_out(labels) if labels else None
-    if not train_run(local_out(beton or pipeline.paths.out), target, pipeline, labels=other):
+    chosen = Chosen([beton or pipeline.paths.out for beton in betons], [local_out(one) for one in labels], idf)
+    if not train_run(chosen, target, pipeline):
         print(f"stopped and saved; the same command goes on with {target}")
         sys.exit(STOPPED_EXIT_CODE)
 

@@ -50,7 +50,7 @@ def permute(value: int, count: int, key: np.uint64) -> int:
             right ^= _mix(left + key + _U(number + 1) * _U(0x9E3779B97F4A7C15)) & low
         result = (left << low_bits) | right
         if result < _U(count):
-            return np.int64(result)
+            return np.int64(result)  # pyright: ignore[reportReturnType]
 
 
 @njit
@@ -68,7 +68,7 @@ def _sample(position: int, epoch: int, count: int, block: int, window: int, seed
         at = permute(begin + inside // block, blocks, block_key) * block + inside % block
         if at < count:  # the last block may be larger than what is left for it: walk on along the cycle
             # Blocks begin elsewhere in every epoch, so that neighbours part.
-            return (at + np.int64(turn % _U(count))) % count
+            return (at + np.int64(turn % _U(count))) % count  # pyright: ignore[reportReturnType]
 
 
 @njit(nogil=True, cache=True)
@@ -147,7 +147,7 @@ class Order:
     def ahead(self, begin: int, end: int, *, first: bool = False) -> list[tuple[int, int]]:
         """What to read ahead: (first sample, samples) of the blocks that are needed a window after the positions [begin, end).
 
-        Asked for with consecutive ranges, it names every block once; the last block of an epoch may reach into the first.
+        Asked for with consecutive ranges, it names every block once; the last block of an epoch may reach into its first.
 
         Args:
             begin, end: positions, from the run's first sample.
@@ -163,7 +163,10 @@ class Order:
             low = begin // period * quota // self.block * self.block if first else self._border(low + lead, size)
             high = self._border(high + lead, size)
             starts = _block_starts(low, high, size, self.block, self.seed % 2**63, group)
-            found += [(start + int(sample), min(self.block, size)) for sample in starts]
+            for sample in starts.tolist():
+                count = min(self.block, size)
+                over = max(0, sample + count - size)  # blocks go around the end
+                found += [(start + sample, count - over), (start, over)] if over else [(start + sample, count)]
             start += size
         return found
 

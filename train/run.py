@@ -3,7 +3,6 @@
 OUT (betons), OUT or OTHER_OUT (labels, idf) -> BetonSet -> Loader -> ImageInput -> loop (Classifier, AdamW) -> RUN (metrics, checkpoints)
 """
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,15 +19,14 @@ from labels.files import fingerprint, write_json
 from labels.settings import Pipeline, Train
 from train.betons import BetonSet
 from train.checkpoint import checkpoint_folders, load_checkpoint, read_state, save_checkpoint
+from train.data import Chosen, data_facts, make_loader, open_data
 from train.distributed import World, world
 from train.images import ImageInput
-from train.loader import Loader
 from train.loop import Budget, run_loop
 from train.losses.head_loss import HeadLoss
 from train.metrics import Metrics
 from train.model import Classifier, build_trunk
 from train.optim import make_optimizer
-from train.relabel import make_rows_once
 
 STOPPED_EXIT_CODE = 75
 """A run that was asked to stop, saved and left: start it again to go on (EX_TEMPFAIL of sysexits.h)."""
@@ -36,17 +34,17 @@ STOPPED_EXIT_CODE = 75
 # What may differ between the parts of one run: nothing of it changes what is computed.
 _FREE = {
     "runtime": {"device", "threads"},
-    "data": {"threads", "prefetch_batches"},
+    "data": {"threads", "prefetch", "verify", "cache", "cache_size"},
     "checkpoint": {"every_samples", "keep"},
     "log": {"every_seconds", "tensorboard"},
 }
 
 
-def train_run(beton: Path, run: Path, pipeline: Pipeline, labels: Path | None = None) -> bool:
+def train_run(data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path | None = None) -> bool:
     """Train, or go on with, the run in `run`.
 
     Args:
-        beton: OUT of a build.
+        data: OUT of a build, or what train/data.py opens.
         run: folder of the run; its checkpoints are resumed from.
         pipeline: resolved configuration.
         labels: OUT of a build over the same rows, whose labels and IDF are taken instead of the betons' own.
@@ -59,9 +57,10 @@ def train_run(beton: Path, run: Path, pipeline: Pipeline, labels: Path | None = 
     """
     settings = pipeline.train
     with world(settings.runtime) as here, _stop_signals() as stopping:
-        if labels and not make_rows_once(beton, labels, here, stopping):
+        chosen = data if isinstance(data, Chosen) else Chosen([str(data)], [labels] if labels else [])
+        betons = open_data(chosen, settings.data, here, stopping)
+        if betons is None:
             return False
-        betons = BetonSet(beton, labels)
         if settings.batch_size % here.size:
             raise UserError(
                 f"train.batch_size is {settings.batch_size}, the number of ranks {here.size}", allowed="a multiple of the number of ranks"
@@ -80,7 +79,7 @@ def train_run(beton: Path, run: Path, pipeline: Pipeline, labels: Path | None = 
             load_checkpoint(checkpoint_folders(run)[-1], model, optimizer)
         if here.is_first:
             dump_yaml(run / "config.yaml", pipeline)
-            write_json(run / "data.json", _data(betons))
+            write_json(run / "data.json", data_facts(betons))
             _announce(run, betons, model, settings, steps, first_step, here)
         return _train(betons, run, settings, model, optimizer, Budget(steps, _warmup_steps(settings), first_step), here, stopping)
 
@@ -90,7 +89,7 @@ def _train(
     stopping: Any,
 ) -> bool:  # fmt: skip
     wrapped = DistributedDataParallel(model) if here.size > 1 else model
-    state = _identity(betons) | {"vocabulary": betons.vocabulary, "options": _options(settings)}
+    state = betons.identity | {"vocabulary": betons.vocabulary, "options": _options(settings)}
 
     def save(finished: int) -> None:
         if here.is_first:
@@ -99,11 +98,7 @@ def _train(
     metrics = Metrics(
         run, here, steps=budget.steps, batch_size=settings.batch_size, first_step=budget.first_step, tensorboard=settings.log.tensorboard
     )
-    loader = Loader(
-        betons, settings.data, image_size=settings.model.image_size, batch_size=settings.batch_size, seed=settings.runtime.seed,
-        first_step=budget.first_step, last_step=budget.steps, rank=here.rank, world=here.size,
-        threads=settings.data.threads or len(os.sched_getaffinity(0)), pinned=here.device.type == "cuda",
-    )  # fmt: skip
+    loader = make_loader(betons, settings, budget.first_step, budget.steps, here)
     try:
         with loader:
             return run_loop(
@@ -132,7 +127,7 @@ def _resume_point(run: Path, betons: BetonSet, settings: Train) -> int:
         "idf": ("with another IDF table: SHA-256", betons.labels_out),
         "betons": ("on other betons: fingerprint", betons.out),
     }
-    for name, value in _identity(betons).items():
+    for name, value in betons.identity.items():
         before = state.get(name, state["labels"])  # a run of the time before --labels has no `betons`: its labels were theirs
         if before != value:
             what, where = told[name]
@@ -148,21 +143,6 @@ def _resume_point(run: Path, betons: BetonSet, settings: Train) -> int:
             mend=f"take --config {run / 'config.yaml'}, or another --out",
         )
     return int(state["samples_seen"])
-
-
-def _identity(betons: BetonSet) -> dict[str, str]:
-    """What must stay the same from the first to the last step of a run."""
-    return {"labels": betons.labels.fingerprint, "idf": betons.labels.idf_sha256, "betons": betons.manifest.fingerprint}
-
-
-def _data(betons: BetonSet) -> dict[str, Any]:
-    """What a run was trained on, for people and reports: written as data.json beside its configuration."""
-    labels = betons.labels
-    return {
-        "beton": str(betons.out), "labels": str(betons.labels_out), "fingerprints": _identity(betons), "samples": betons.samples,
-        "vocabulary": betons.vocabulary, "label_limit": betons.label_limit, "captions": labels.captions,
-        "tokenizer": labels.tokenizer.name, "tokenizer_fingerprint": labels.tokenizer.fingerprint, "idf_formula": labels.idf_formula,
-    }  # fmt: skip
 
 
 def _differences(before: Train, now: Train) -> list[str]:
