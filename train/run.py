@@ -99,11 +99,10 @@ def _train(
         run, here, steps=budget.steps, batch_size=settings.batch_size, first_step=budget.first_step, tensorboard=settings.log.tensorboard
     )
     loader = make_loader(betons, settings, budget.first_step, budget.steps, here)
+    inputs = ImageInput(settings.data, here.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
     try:
         with loader:
-            return run_loop(
-                loader, ImageInput(settings.data, here.device), wrapped, optimizer, settings, budget, here, metrics, save, stopping
-            )
+            return run_loop(loader, inputs, wrapped, optimizer, settings, budget, here, metrics, save, stopping)
     finally:
         metrics.close()
 
