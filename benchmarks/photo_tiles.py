@@ -20,7 +20,7 @@ PACKAGE = "plasma-workspace-wallpapers"
 QUALITY = 95
 _ASPECTS = (4 / 3, 3 / 2, 1.0, 3 / 4, 16 / 9, 2 / 3)
 _PHOTO_HEIGHTS = (1600, 2000)
-_TILES_A_TAR = 256
+_TILES_A_TAR = 1024
 
 
 class Kind(NamedTuple):

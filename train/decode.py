@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from train.pixels import DAMAGED, Crops, decode_row, fits_canvas, whole_box, window_of
+from train.pixels import DAMAGED, Crops, decode_row, fits_canvas, window_of
 from train.places import BAD_JPEG, BAD_LABEL, BAD_READ, OK, TABLE_BYTES, Tables, copy_labels, find, read_sample
 from train.resample import aligned
 
@@ -44,6 +44,14 @@ def canvas_shape(tables: Tables, samples: np.ndarray, epochs: np.ndarray, limit:
             if fits_canvas(window, crops):
                 rows, columns = max(rows, window.rows), max(columns, window.columns)
     return -(-rows // _CANVAS_STEP) * _CANVAS_STEP, -(-columns // _CANVAS_STEP) * _CANVAS_STEP
+
+
+@njit
+def _leave_out(image: np.ndarray, box: np.ndarray, labels: np.ndarray) -> None:
+    """Grey, without labels: a sample that has no part in the loss."""
+    image.reshape(-1)[:] = _GREY
+    labels[:] = -1
+    box[0], box[1], box[2], box[3], box[4], box[5], box[6] = 0.0, 0.0, image.shape[1], image.shape[0], image.shape[1], image.shape[0], 0.0
 
 
 @njit(nogil=True, cache=True)
@@ -91,7 +99,5 @@ def load_rows(
                 elif not copy_labels(scratch, labels_at, vocabulary, labels[row]):
                     status[row] = BAD_LABEL
         if status[row] != OK and status[row] != BAD_LABEL:
-            images[row] = _GREY
-            labels[row] = -1
-            whole_box(crops.size, boxes[row])
+            _leave_out(images[row], boxes[row], labels[row])
     return 0

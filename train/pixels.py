@@ -14,7 +14,8 @@ from numba import njit
 
 from train.crops import flipped, random_crop
 from train.jpeg import RGB, tj_decompress, tj_error
-from train.resample import aligned, margin_bytes, resize_crop, work_bytes
+from train.resample import address_of, aligned, margin_bytes, resize_crop, work_bytes
+from train.simd import copy_bytes
 
 DONE, DAMAGED = 0, -1
 BOX = 7
@@ -130,8 +131,7 @@ def decode_row(
     source, target, target_pitch = scratch[window.top * pitch + 3 * window.left :], image.reshape(-1), 3 * image.shape[1]
     if fits_canvas(window, crops):
         for row in range(window.rows):
-            for byte in range(3 * window.columns):
-                target[row * target_pitch + byte] = source[row * pitch + byte]
+            copy_bytes(address_of(target) + row * target_pitch, address_of(source) + row * pitch, 3 * window.columns)
         box[0], box[1], box[2], box[3] = window.x, window.y, window.width, window.height
         box[4], box[5], box[6] = window.columns, window.rows, window.flip
     else:
@@ -139,11 +139,5 @@ def decode_row(
             source, pitch, window.rows, window.columns, window.x, window.y, window.width, window.height, window.flip, side, target,
             target_pitch, scratch[at_work:],
         )  # fmt: skip
-        whole_box(side, box)
+        box[:2], box[2:6], box[6] = 0.0, side, 0.0  # S x S pixels that are final already
     return DONE
-
-
-@njit(inline="always")
-def whole_box(size: int, box: np.ndarray) -> None:
-    """The box of S x S pixels that are final already."""
-    box[:2], box[2:6], box[6] = 0.0, size, 0.0

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numba import njit
 
-from train.simd import COLUMNS, OVERREAD, PAIR, TAPS, WEIGHT_BITS, WEIGHT_OFFSETS, column_sum, pixel_sum
+from train.simd import COLUMNS, OVERREAD, PAIR, TAPS, WEIGHT_BITS, WEIGHT_OFFSETS, column_sum, copy_bytes, pixel_sum
 
 _A = -0.5  # of PIL's cubic
 
@@ -64,7 +64,7 @@ def _fixed(weight: float) -> np.int16:
 
 
 @njit(inline="always")
-def _address(array: np.ndarray) -> np.int64:
+def address_of(array: np.ndarray) -> np.int64:
     """Signed: numba makes a float of the sum of an unsigned and a signed integer."""
     return np.int64(array.ctypes.data)
 
@@ -86,7 +86,8 @@ def _along_rows(
         for tap in range(TAPS * groups):
             at = tap // TAPS * 16 + WEIGHT_OFFSETS[tap % TAPS]
             fixed[to, at] = fixed[to, at + 2] = fixed[to, at + 4] = _fixed(weights[tap])
-    line, other_line, weights_at, data = _address(lines[0]), _address(lines[1]), _address(fixed), _address(source)
+    line, other_line, weights_at = address_of(lines[0]), address_of(lines[1]), address_of(fixed)
+    data, target = address_of(source), address_of(out)
     for y in range(0, rows, 2):
         row = data + y * pitch
         other = row + pitch if y + 1 < rows else row
@@ -100,10 +101,9 @@ def _along_rows(
         else:
             for x in range(size):
                 pixel_sum(row + firsts[x], other + firsts[x], weights_at + 32 * groups * x, groups, line + 3 * x, other_line + 3 * x)
-        for number in range(min(2, rows - y)):
-            to = (y + number) * out_pitch
-            for at in range(width):
-                out[to + at] = lines[number, at]
+        copy_bytes(target + y * out_pitch, line, width)
+        if y + 1 < rows:
+            copy_bytes(target + (y + 1) * out_pitch, other_line, width)
 
 
 @njit(inline="always")
@@ -115,7 +115,7 @@ def _across_rows(
     pairs = _steps(scale, PAIR)
     weights, fixed = work[: 8 * pairs].view(np.float32), work[8 * pairs : 12 * pairs].view(np.int16)
     line = work[12 * pairs :][: width + OVERREAD]
-    target, weights_at, data = _address(line), _address(fixed), _address(source)
+    target, weights_at, data = address_of(line), address_of(fixed), address_of(source)
     for y in range(size):
         row = data + _taps(begin, scale, y, rows, weights) * pitch
         for tap in range(PAIR * pairs):
@@ -129,9 +129,7 @@ def _across_rows(
         else:
             for x in range(0, width, COLUMNS):
                 column_sum(row + x, pitch, weights_at, pairs, target + x)
-        to = y * out_pitch
-        for at in range(width):
-            out[to + at] = line[at]
+        copy_bytes(address_of(out) + y * out_pitch, target, width)
 
 
 @njit(inline="always")

@@ -27,6 +27,9 @@ _PAIRS = tuple(byte for at in (0, 3, 1, 4, 2, 5, 16, 16, 6, 9, 7, 10, 8, 11, 16,
 WEIGHT_OFFSETS = (0, 1, 8, 9)
 """Where the weight of each tap of a group stands among its 16, first for red; green and blue follow, 2 and 4 further."""
 
+# void* memcpy(void* to, const void* from, size_t bytes): loops over computed offsets stay loops
+copy_bytes = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
+
 
 def _vector(bits: int, length: int) -> ir.VectorType:
     return ir.VectorType(ir.IntType(bits), length)
