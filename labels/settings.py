@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from labels.idf import Formula
+from labels.recipes import RECIPES
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
 
@@ -69,9 +70,11 @@ class Build(Section):
 
 
 class Model(Section):
-    trunk: str = "vit_base_patch16_clip_224"
+    trunk: str = "vit_b16"
     trunk_args: dict[str, Any] = {}
     image_size: Positive = 224
+    grad_checkpointing: bool = False
+    compile: bool = False
 
 
 class Data(Section):
@@ -104,23 +107,32 @@ class Optimizer(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
     warmup_samples: Count = 512_000
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class Runtime(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    accumulation: Positive = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     threads: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
+    max_skipped_steps: Positive = 20
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
 
 
 class Checkpoint(Section):
-    every_samples: Count = 1_000_000
+    every_samples: Annotated[int, BeforeValidator(parse_count), Field(gt=0)] = 1_000_000
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: Positive = 2
+    keep_every: Annotated[int, Field(ge=0)] = 0
 
 
 class Log(Section):
     every_seconds: Annotated[float, Field(gt=0)] = 10.0
     tensorboard: bool = True
+    wandb: Annotated[str, Field(min_length=1)] | None = None
 
 
 class Train(Section):
@@ -143,6 +155,10 @@ class Train(Section):
                 f"optimizer.warmup_samples is {self.optimizer.warmup_samples}, the whole run only {self.samples} samples; "
                 "allowed: less than train.samples"
             )
+        if self.batch_size % self.runtime.accumulation:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, runtime.accumulation {self.runtime.accumulation}; allowed: a divisor of batch_size"
+            )
         return self
 
 
@@ -162,3 +178,4 @@ class Pipeline(Section):
     build: Build = Build()
     train: Train = Train()
     probe: Probe = Probe()
+    recipes: dict[str, dict[str, Any]] = RECIPES
