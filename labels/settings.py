@@ -4,6 +4,7 @@ The comments beside the keys stand in pipeline.yaml; a test holds its values equ
 """
 
 import math
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -28,6 +29,14 @@ def parse_count(value: Any) -> Any:
     return value
 
 
+def parse_bytes(value: Any) -> Any:
+    """`128MiB` -> 134217728; numbers pass through, anything else is left for pydantic to refuse. Units: KiB, MiB, GiB."""
+    if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+) ?([KMG])iB", value)):
+        return int(match[1]) << {"K": 10, "M": 20, "G": 30}[match[2]]
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -97,8 +106,18 @@ class Data(Section):
 
 
 class Loss(Section):
-    name: Literal["softmax"] = "softmax"
+    name: Literal["softmax", "bce", "asl", "soft_margin", "two_way"] = "softmax"
     idf: bool = True
+    memory: Bytes = 128 << 20
+    gamma_negative: Annotated[float, Field(ge=0)] = 4.0
+    gamma_positive: Annotated[float, Field(ge=0)] = 1.0
+    clip: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+    @model_validator(mode="after")
+    def _powers(self) -> Self:
+        if 0 < self.gamma_negative < 1:
+            raise ValueError(f"gamma_negative is {self.gamma_negative}; allowed: 0, or 1 and more (below 1 the slope has no bound)")
+        return self
 
 
 class Optimizer(Section):
