@@ -174,6 +174,11 @@ class Train(Section):
                 f"optimizer.warmup_samples is {self.optimizer.warmup_samples}, the whole run only {self.samples} samples; "
                 "allowed: less than train.samples"
             )
+        if self.loss.name == "two_way" and self.runtime.accumulation > 1:
+            raise ValueError(
+                f"loss.name is two_way, which compares all samples of a batch, runtime.accumulation {self.runtime.accumulation}, which "
+                "never has them together; allowed: 1"
+            )
         if self.batch_size % self.runtime.accumulation:
             raise ValueError(
                 f"batch_size is {self.batch_size}, runtime.accumulation {self.runtime.accumulation}; allowed: a divisor of batch_size"

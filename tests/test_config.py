@@ -127,6 +127,7 @@ def test_forms_of_set(tmp_path: Path, override: str, expected: object) -> None:
         ("train: {samples: 1000, batch_size: 100, optimizer: {warmup_samples: 1000}}", ["warmup_samples is 1000", "only 1000 samples"]),
         ("train: {samples: 10, batch_size: 20, optimizer: {warmup_samples: 0}}", ["samples is 10", "batch_size 20"]),
         ("train: {runtime: {accumulation: 3}}", ["batch_size is 1024", "runtime.accumulation 3", "a divisor of batch_size"]),
+        ("train: {loss: {name: two_way}, runtime: {accumulation: 2}}", ["loss.name is two_way", "accumulation 2", "allowed: 1"]),
         ("train: {checkpoint: {every_samples: 0}}", ["train.checkpoint.every_samples: 0 is not allowed"]),
         ("train: {data: {crop_scale: [0.9, 0.5]}}", ["train.data: crop_scale is [0.9, 0.5]", "0 < low <= high <= 1"]),
         ("train: {data: {crop_ratio: [2.0, 1.0]}}", ["crop_ratio is [2.0, 1.0]"]),
