@@ -4,7 +4,6 @@ The comments beside the keys stand in pipeline.yaml; a test holds its values equ
 """
 
 import math
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -29,15 +28,22 @@ def parse_count(value: Any) -> Any:
     return value
 
 
-def parse_bytes(value: Any) -> Any:
-    """`128MiB` -> 134217728; numbers pass through, anything else is left for pydantic to refuse. Units: KiB, MiB, GiB."""
-    if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+) ?([KMG])iB", value)):
-        return int(match[1]) << {"K": 10, "M": 20, "G": 30}[match[2]]
+_SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_size(value: Any) -> Any:
+    """`1.5GiB` -> bytes; whole numbers pass through, anything else is left for pydantic to refuse."""
+    if isinstance(value, str) and value[-3:] in _SIZES:
+        try:
+            size = float(value[:-3]) * _SIZES[value[-3:]]
+        except ValueError:
+            return value
+        return round(size) if math.isfinite(size) else value
     return value
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
@@ -99,7 +105,14 @@ class Model(Section):
 
 class Data(Section):
     threads: Annotated[int, Field(ge=0)] = 0
-    prefetch_batches: Positive = 4
+    prefetch: Size = 2**30
+    shuffle_block: Positive = 64
+    shuffle_window: Positive = 1024
+    subset: str | None = None
+    metadata: str | None = None
+    verify: bool = False
+    cache: str = "~/.cache/superclass"
+    cache_size: Size = 100 * 2**30
     crop_scale: Range = [0.9, 1.0]
     crop_ratio: Range = [0.75, 1.3333333333]
     flip: bool = False
@@ -119,7 +132,7 @@ class Data(Section):
 class Loss(Section):
     name: Literal["softmax", "bce", "asl", "soft_margin", "two_way"] = "softmax"
     idf: bool = True
-    memory: Bytes = 128 << 20
+    memory: Size = 128 << 20
     gamma_negative: Annotated[float, Field(ge=0)] = 4.0
     gamma_positive: Annotated[float, Field(ge=0)] = 1.0
     clip: Annotated[float, Field(ge=0, lt=1)] = 0.05

@@ -17,7 +17,7 @@ from train.betons import BetonSet
 from train.crops import flipped, random_crop
 from train.jpeg import Decompressor
 from train.loader import Loader
-from train.order import batch_samples
+from train.order import Order
 from train.resample import resize_crop
 
 SIDE = 32
@@ -56,7 +56,7 @@ def test_pixels_are_pils_crop_and_labels_the_rows(out: Path) -> None:
     images, label_ids, bad = load(out, 1)[0]
     meta, jpegs = meta_of(out)
     rows = [row for path in sorted((out / "labels").glob("*.parquet")) for row in pq.read_table(path)["label_ids"].to_pylist()]
-    samples, _ = batch_samples(0, 19, 0, 1, 57, 1)
+    samples, _ = Order([57], (1,), 64, 1024, 1).batch(0, 19, 0, 1)
     assert bad == 0
     for row, sample in enumerate(samples):
         index = int(meta[sample]["index"])

@@ -32,10 +32,11 @@ from labels.manifest import ShardPart, read_manifest
 from labels.rows import open_rows, rows_file, rows_folder, write_rows
 from labels.schema import LABELS
 from labels.settings import Data
-from train.betons import BetonSet, _allow_open_files
+from train.betons import BetonSet
 from train.distributed import World
 from train.loader import Loader
-from train.order import batch_samples
+from train.openfiles import allow_open_files
+from train.order import Order
 from train.relabel import make_rows, make_rows_once
 from train.run import train_run
 
@@ -102,7 +103,8 @@ def order_of(betons: BetonSet) -> list[int]:
         data = np.fromfile(path, np.uint8)
         count = int(data[: beton.HEADER.itemsize].view(beton.HEADER)[0]["num_samples"])
         indices += data[beton.METADATA_OFFSET :][: count * beton.METADATA.itemsize].view(beton.METADATA)["index"].tolist()
-    return [indices[sample] for step in range(betons.samples // 4) for sample in batch_samples(step, 4, 0, 1, betons.samples, 3)[0]]
+    order = Order([betons.samples], (1,), 64, 1024, 3)
+    return [indices[sample] for step in range(betons.samples // 4) for sample in order.batch(step, 4, 0, 1)[0]]
 
 
 def parquet_rows(out: Path) -> list[list[int]]:
@@ -198,7 +200,7 @@ def test_an_array_is_made_once_and_again_when_it_is_cut_or_of_other_labels(folde
     path = rows_file(short, next(part for part in manifest.shards if part.name == "00000001"))
     for damaged in (whole[path][:-4], whole[path] + b"\0", whole[path][:40], b"", whole[arrays[0]]):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"00000001-\w{16}\.npy is missing or not whole(.|\n)*train run --labels"):
+        with pytest.raises(UserError, match=r"00000001-\w{16}\.npy is missing or not whole(.|\n)*train run"):
             BetonSet(out, short)
         assert make_all(out, short) == ["00000001"]
         assert path.read_bytes() == whole[path]
@@ -374,9 +376,9 @@ def test_the_limit_of_open_files_is_raised_or_the_mend_is_told(monkeypatch: pyte
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
-    _allow_open_files(100)
+    allow_open_files(100)
     assert asked == []
-    _allow_open_files(2000)
+    allow_open_files(2000)
     assert asked == [(2512, 4096)]
     with pytest.raises(UserError, match="9000 files to hold open, the system allows this process 4096"):
-        _allow_open_files(9000)
+        allow_open_files(9000)

@@ -1,4 +1,4 @@
-"""What a run says before its first step, and what it writes down for people and reports."""
+"""What a run says before its first step."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from train.distributed import World
 from train.loop import Budget
 from train.optim import by_decay
 from train.precision import autocast_dtype
-from train.resume import identity
 
 
 def announce(run: Path, settings: Train, costs: Costs, model: Any, data: str, budget: Budget, here: World) -> None:
@@ -48,13 +47,3 @@ def in_words(betons: BetonSet, samples: int) -> str:
         f"{betons.samples:,} samples in {len(betons.paths)} betons, labels of {betons.labels_out} ({betons.labels.tokenizer.name}, "
         f"{betons.vocabulary:,} classes), {samples / betons.samples:.2f} epochs"
     )
-
-
-def data_facts(betons: BetonSet) -> dict[str, Any]:
-    """What a run was trained on: written as data.json beside its configuration."""
-    labels = betons.labels
-    return {
-        "beton": str(betons.out), "labels": str(betons.labels_out), "fingerprints": identity(betons), "samples": betons.samples,
-        "vocabulary": betons.vocabulary, "label_limit": betons.label_limit, "captions": labels.captions,
-        "tokenizer": labels.tokenizer.name, "tokenizer_fingerprint": labels.tokenizer.fingerprint, "idf_formula": labels.idf_formula,
-    }  # fmt: skip

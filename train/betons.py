@@ -1,183 +1,222 @@
-"""Many betons as one set: memory-mapped, opened by file and not by sample, checked against the manifest.
+"""Many files of samples as one set: betons, or places into the user's tars, of one OUT or of several.
 
-OUT/manifest.json -> BetonSet(OUT) -> tables of addresses that train/decode.py reads samples with
-OTHER_OUT/rows/*.npy (labels made later, for the same rows) --^
+OUT/manifest.json -> OUT/beton/*.beton, or OUT/places/*.npy and the tars --+
+OTHER_OUT/rows/*.npy (labels made later, for the same rows) ---------------+-> BetonSet -> tables that train/places.py reads
 """
 
-import mmap
-import resource
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from labels import beton
 from labels.errors import UserError
-from labels.files import sha256_file
-from labels.idf import read_idf
+from labels.files import fingerprint, is_remote, sha256_file
 from labels.layout import Layout
-from labels.manifest import BetonPart, Manifest, ShardPart, read_manifest
-from labels.rows import check_same_rows, open_rows, rows_file, shards_needed
-
-_OTHER_OPEN_FILES = 512
-
-
-class Tables(NamedTuple):
-    """What compiled code needs, one entry a beton [M]: addresses in memory, lengths in bytes, first sample numbers.
-
-    Where label rows come from another OUT, there is one entry a shard [P]: `row_addresses` tells where its array int32 [rows, K]
-    lies, `first_indices` and `row_counts` which positions its rows have among all. Else P = 0.
-    """
-
-    addresses: np.ndarray
-    bytes: np.ndarray
-    allocations: np.ndarray
-    first_samples: np.ndarray
-    row_addresses: np.ndarray
-    first_indices: np.ndarray
-    row_counts: np.ndarray
+from labels.manifest import Manifest
+from labels.places import read_sources
+from labels.rows import rows_file
+from train.openfiles import OpenFiles
+from train.outs import Opened, check_agreement, idf_of, open_out
+from train.places import TABLE_BYTES, Place, find
+from train.sources import Mixture, Source
+from train.staging import Cache, Staging
+from train.tables import open_tables
 
 
 class BetonSet:
-    """All betons of one OUT, with their own labels or those of another.
+    """All samples of one or more OUTs, with their own labels or those of others.
 
     Args:
-        out: OUT of the betons.
-        labels: OUT of other labels for the same rows, whose arrays are made (train/relabel.py); None takes the betons' own.
+        sources: an OUT, or what train/sources.py made of several.
+        labels: where `sources` is one OUT, another whose labels are taken, their arrays made (train/relabel.py).
+        idf: an idf.parquet, or an OUT that has one, to be taken instead of the OUTs' own.
+        cache: where betons of object stores are kept; None refuses them.
 
     Attributes:
-        samples: N, in all betons together.
+        opened: sources and manifests.
+        parts, paths: the files of samples, as their manifests tell of them and where they are.
+        sizes: samples of each group; `samples`: N, of all together.
+        quotas: how many of every `sum(quotas)` samples come from each group.
         label_limit: K.
         vocabulary: V.
-        idf: float32 [V].
-        manifest: of the betons.
-        labels_out, labels: OUT and manifest of the labels.
+        idf: float32 [V]; `idf_sha256`: of its table.
+        files: what is open.
+        tables: for compiled code.
 
     Raises:
         UserError: something is missing, damaged, or does not belong together.
     """
 
-    def __init__(self, out: Path, labels: Path | None = None) -> None:
-        self.out, self.labels_out = out, labels or out
-        self.manifest = read_manifest(out)
-        self.labels = read_manifest(labels) if labels else self.manifest
-        layout = Layout(out)
-        rebuild = f"run `preprocess build-labels DATA --out {out}`"
-        if not self.manifest.betons:
-            raise UserError(f"{out} holds labels but no betons (it was built with --no-beton)", mend=f"{rebuild} without --no-beton")
-        if self.manifest.samples == 0:
-            raise UserError(f"the betons of {out} hold no samples: every image was quarantined", mend="see quarantine.parquet")
-        check_same_rows(out, self.manifest, self.labels_out, self.labels)
-        self.idf = _checked_idf(self.labels_out, self.labels, "labels" if labels else "betons")
-        self.vocabulary, self.label_limit = len(self.idf), self.labels.label_limit
-        self.samples = self.manifest.samples
-        self.paths = [layout.beton_file(part.number) for part in self.manifest.betons]
-        self._shards = shards_needed(self.manifest, self.labels)
-        _allow_open_files(2 * len(self.paths) + len(self._shards))
-        own_limit = self.manifest.label_limit
-        self._maps = [_map(path, part, own_limit, rebuild) for path, part in zip(self.paths, self.manifest.betons, strict=True)]
-        self._rows = [_map_rows(self.labels_out, part, self.label_limit) for part in self._shards]
-        views = [np.frombuffer(data, np.uint8) for data in self._maps]
-        counts = np.array([part.samples for part in self.manifest.betons], np.int64)
-        self.tables = Tables(
-            addresses=np.array([view.ctypes.data for view in views], np.uint64),
-            bytes=np.array([len(view) for view in views], np.int64),
-            allocations=np.array([_header(view)["alloc_table_ptr"] for view in views], np.int64),
-            first_samples=np.concatenate([[0], np.cumsum(counts)]),
-            row_addresses=np.array([rows.ctypes.data for rows in self._rows], np.uint64),
-            first_indices=np.array([part.first_index for part in self._shards], np.int64),
-            row_counts=np.array([part.rows for part in self._shards], np.int64),
-        )
+    def __init__(self, sources: Path | Mixture, labels: Path | None = None, *, idf: Path | None = None, cache: Cache | None = None) -> None:
+        mixture = sources if isinstance(sources, Mixture) else Mixture((Source(sources, labels),))
+        self.opened = [open_out(source) for source in mixture.sources]
+        check_agreement(self.opened)
+        self.idf, self.idf_sha256 = idf_of(self.opened, idf)
+        self.vocabulary, self.label_limit = len(self.idf), self.opened[0].labels.label_limit
+        self._owners = [one for one in self.opened for _ in one.parts]
+        self.parts = [part for one in self.opened for part in one.parts]
+        self.paths = [one.path(part) for one, part in zip(self._owners, self.parts, strict=True)]
+        self.quotas = mixture.quotas
+        self.sizes = [0] * len(self.quotas)
+        for one in self.opened:
+            self.sizes[one.source.group] += sum(part.samples for part in one.parts)
+        self.files = OpenFiles()
+        self.tables = open_tables(self.opened, self.files, self.label_limit)
+        self.staging = self._stage(cache)
+        self._part: tuple[np.ndarray, str] | None = None
+
+    def _stage(self, cache: Cache | None) -> Staging | None:
+        if not any(map(is_remote, self.paths)):
+            return None
+        if cache is None:
+            raise UserError(f"{self.opened[0].source.out} is not on this machine", mend="copy it to a local folder")
+
+        def open_copy(number: int, copy: Path) -> int:
+            one = self._owners[number]
+            return self.files.beton(copy, self.parts[number], one.manifest.label_limit, one.rebuild)
+
+        return Staging(self.parts, self.paths, self.tables, self.files, open_copy, cache)
+
+    def restrict(self, part: np.ndarray, name: str) -> None:
+        """Keep a part of the samples.
+
+        Args:
+            part: int64, their numbers, ascending; one that is there twice comes twice an epoch.
+            name: what tells this part from others.
+
+        Raises:
+            UserError: a group has no sample in it.
+        """
+        borders = np.cumsum([0, *self.sizes])
+        self.sizes = np.diff(np.searchsorted(part, borders)).tolist()
+        self._part = part, name
+        if not all(self.sizes):
+            raise UserError("train.data.subset leaves no sample of a --beton", mend="name another subset, or leave that --beton out")
+
+    def chosen(self, numbers: np.ndarray) -> np.ndarray:
+        """Sample numbers of the order -> sample numbers of the files: other ones where only a part was kept."""
+        return numbers if self._part is None else self._part[0][numbers]
+
+    # What all OUTs agree on, and messages of one OUT, come from the first.
+    @property
+    def out(self) -> Path:
+        return self.opened[0].source.out
+
+    @property
+    def labels_out(self) -> Path:
+        return self.opened[0].labels_out
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.opened[0].manifest
+
+    @property
+    def labels(self) -> Manifest:
+        return self.opened[0].labels
+
+    @property
+    def samples(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must stay the same from the first to the last step of a run."""
+        labels, betons = ([getattr(one, name).fingerprint for one in self.opened] for name in ("labels", "manifest"))
+        parts = [[one.source.numbers, one.source.group] for one in self.opened]
+        subset = self._part[1] if self._part else None
+        whole = parts == [[None, 0]] and subset is None
+        return {
+            "labels": labels[0] if len(labels) == 1 else fingerprint(labels),
+            "idf": self.idf_sha256,
+            "betons": betons[0] if whole else fingerprint([betons, parts, self.quotas, subset]),
+        }
+
+    def bring(self, numbers: Sequence[int]) -> None:
+        """Have files of samples ready for reading.
+
+        Raises:
+            UserError: one is gone, cut, or cannot be fetched.
+        """
+        if self.staging:
+            self.staging.bring(numbers)
+        self._check_presence(numbers)
+
+    def held(self, samples: np.ndarray) -> AbstractContextManager[None]:
+        """Keep the files of these samples open until the block ends."""
+        return self.staging.held(self.numbers(samples)) if self.staging else nullcontext()
+
+    def number(self, sample: int) -> int:
+        """Which file of samples a sample is in."""
+        return int(np.searchsorted(self.tables.first_samples, sample, side="right")) - 1
+
+    def numbers(self, samples: np.ndarray) -> list[int]:
+        """Which files of samples hold these samples: each once, ascending."""
+        return np.unique(np.searchsorted(self.tables.first_samples, samples, side="right") - 1).tolist()
+
+    def owner(self, sample: int) -> Opened:
+        """The OUT that a sample is of."""
+        return self._owners[self.number(sample)]
+
+    def place(self, sample: int) -> Place:
+        """Where a sample lies."""
+        return find(self.tables, sample, self.label_limit, np.empty(TABLE_BYTES, np.uint8))
 
     def name(self, sample: int) -> str:
         """Where sample number `sample` lies, for messages."""
-        number = self._number(sample)
+        number = self.number(sample)
         return f"{self.paths[number]}, sample {sample - self.tables.first_samples[number]}"
 
     def label_array(self, sample: int) -> Path | None:
-        """The array that the labels of sample number `sample` are read from; None where the beton itself holds them."""
-        if not self._shards:
+        """The array that the labels of a sample are read from; None where the beton itself holds them."""
+        begin, end = self.tables.shards[self.number(sample)]
+        if begin == end:
             return None
-        number = self._number(sample)
-        at = beton.METADATA_OFFSET + (sample - int(self.tables.first_samples[number])) * beton.METADATA.itemsize
-        index = np.frombuffer(self._maps[number], beton.METADATA, 1, at)["index"][0]
-        found = int(np.searchsorted(self.tables.first_indices, index, side="right")) - 1
-        return rows_file(self.labels_out, self._shards[max(found, 0)])
+        index = self.place(sample).row - self.tables.first_rows[self.number(sample)]
+        shard = max(int(np.searchsorted(self.tables.first_indices[begin:end], index, side="right")) - 1, 0)
+        return rows_file(self.owner(sample).labels_out, self.owner(sample).labels.shards[shard])
 
-    def _number(self, sample: int) -> int:
-        """Which beton a sample is in."""
-        return int(np.searchsorted(self.tables.first_samples, sample, side="right")) - 1
+    def image_file(self, sample: int) -> Path:
+        """The beton or the tar that holds the image of a sample."""
+        opened, number = self.owner(sample), self.number(sample)
+        begin, end = self.tables.shards[number]
+        found = np.flatnonzero(self.tables.tars[begin:end] == self.place(sample).file)
+        if not opened.manifest.places or not len(found):
+            return self.paths[number]
+        return Path(read_sources(Layout(opened.source.out))[opened.manifest.shards[found[0]].name].path)
 
+    def _check_presence(self, numbers: Sequence[int]) -> None:
+        """Refuse files of samples that were removed or cut since they were opened.
 
-def _checked_idf(out: Path, manifest: Manifest, what: str) -> np.ndarray:
-    path, rebuild = Layout(out).idf_parquet, f"run `preprocess build-labels DATA --out {out}`"
-    idf = read_idf(path)
-    if len(idf) != manifest.tokenizer.vocabulary:
-        raise UserError(f"{path} has {len(idf)} tokens, the manifest {manifest.tokenizer.vocabulary}", mend=rebuild)
-    found = sha256_file(path)
-    if found != manifest.idf_sha256:
-        raise UserError(
-            f"{path} is not the table that the {what} were built with: SHA-256 {found[:16]}..., "
-            f"in the manifest {manifest.idf_sha256[:16]}...",
-            mend=rebuild,
-        )
-    return idf
+        Args:
+            numbers: which of them.
 
+        Raises:
+            UserError: naming the first.
+        """
+        for number in numbers:
+            if self.staging and number in self.staging.remote:
+                continue  # its copy comes and goes
+            found = os.fstat(self.tables.files[number])
+            if found.st_nlink == 0:
+                what = "was removed or replaced while it was in use"
+            elif found.st_size != self.parts[number].bytes:
+                what = f"has {found.st_size} bytes, and had {self.parts[number].bytes} when it was opened"
+            else:
+                continue
+            raise UserError(f"{self.paths[number]} {what}", mend="put it back; the same command goes on from the last checkpoint")
 
-def _allow_open_files(maps: int) -> None:
-    """Every memory map keeps a file open: raise this process's own limit, as far as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = maps + _OTHER_OPEN_FILES
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise UserError(
-            f"the betons and label arrays are {maps} files to hold open, the system allows this process {hard}",
-            allowed=f"a limit of {wanted} open files",
-            mend=f"raise the hard limit of open files (`ulimit -Hn {wanted}` as root, or `nofile` in /etc/security/limits.conf)",
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    def check_bytes(self, numbers: Sequence[int]) -> None:
+        """Compare the SHA-256 of whole files of samples with their manifests: reads everything.
 
-
-def _map_rows(out: Path, part: ShardPart, label_limit: int) -> np.memmap:
-    rows = open_rows(out, part, label_limit)
-    if rows is None:
-        raise UserError(
-            f"{rows_file(out, part)} is missing or not whole",
-            allowed="an array of label rows, made from the label file of the same name",
-            mend="start `train run --labels` again, which makes it; the folder has to be one that all nodes write to or each node its own",
-        )
-    return rows
-
-
-def _header(view: np.ndarray) -> np.void:
-    return view[: beton.HEADER.itemsize].view(beton.HEADER)[0]
-
-
-def _map(path: Path, part: BetonPart, label_limit: int, rebuild: str) -> mmap.mmap:
-    """Map one beton read-only after checking size, version, fields and counts: cost by file, not by sample."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing", mend=rebuild)
-    size = path.stat().st_size
-    if size != part.bytes:
-        raise UserError(f"{path} has {size} bytes, in the manifest {part.bytes}: it was cut or replaced", mend=rebuild)
-    with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    view = np.frombuffer(data, np.uint8)
-    header = _header(view)
-    if header["version"] != beton.VERSION:
-        raise UserError(f"{path} is of beton version {header['version']}", allowed=str(beton.VERSION), mend=rebuild)
-    fields = view[beton.HEADER.itemsize : beton.METADATA_OFFSET].view(beton.FIELD)
-    names = tuple(field["name"].tobytes().rstrip(b"\0").decode("utf8", "replace") for field in fields)
-    if header["num_fields"] != len(fields) or names != beton.FIELD_NAMES or tuple(fields["type_id"]) != beton.FIELD_TYPES:
-        raise UserError(f"{path} has the fields {', '.join(names)}", allowed=", ".join(beton.FIELD_NAMES), mend=rebuild)
-    if header["num_samples"] != part.samples or beton.label_limit_of(fields) != label_limit:
-        raise UserError(
-            f"{path} holds {header['num_samples']} samples of {beton.label_limit_of(fields)} labels; in the manifest "
-            f"{part.samples} of {label_limit}",
-            mend=rebuild,
-        )
-    table_end = int(header["alloc_table_ptr"]) + 2 * part.samples * beton.ALLOCATION.itemsize
-    if table_end != size:
-        raise UserError(f"{path}: its allocation table ends at byte {table_end}, the file at {size}", mend=rebuild)
-    return data
+        Raises:
+            UserError: naming the first that differs.
+        """
+        for number in numbers:
+            found, wanted = sha256_file(self.paths[number]), self.parts[number].sha256
+            if found != wanted:
+                raise UserError(
+                    f"{self.paths[number]} is damaged: SHA-256 {found[:16]}..., in the manifest {wanted[:16]}...",
+                    mend=f"run `preprocess verify {self._owners[number].source.out}`, then {self._owners[number].rebuild}",
+                )

@@ -1,7 +1,9 @@
 """The command `train`: parse, call, report. Everything it does lives in the modules it imports."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,33 +33,52 @@ _set = click.option(
 _recipe = click.option("--recipe", metavar="NAME", help="Entry of `recipes` in pipeline.yaml, laid over its section `train`.")
 
 
+def _betons(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say what is trained on."""
+    for option in (
+        click.option(
+            "--idf", type=click.Path(path_type=Path), metavar="FILE", help="IDF table to take (`preprocess idf`), or an OUT that has one."
+        ),
+        click.option(
+            "--labels", multiple=True, metavar="OTHER_OUT",
+            help="Other labels for the same rows (default: the betons'). With several OUTs: one for each.",
+        ),
+        click.option(
+            "--beton", "betons", is_flag=False, flag_value="", multiple=True, metavar="[OUT[=SHARE]]",
+            help="OUT of build-labels, its manifest, some of its betons, or a glob (no value: paths.out). Repeatable; =0.3: a mixture.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @cli.command("run")
-@click.option("--beton", is_flag=False, flag_value="", metavar="[OUT]", help="OUT of build-labels (no value: paths.out).")
-@click.option("--labels", metavar="OTHER_OUT", help="Other labels for the same rows (default: the betons').")
+@_betons
 @click.option("--out", "run", type=click.Path(path_type=Path), help="Folder of the run (default: paths.run).")
 @click.option("--synthetic", is_flag=True, help="Random images made once on the device, no checkpoints: what the model alone can do.")
 @_recipe
 @_config
 @_set
 def run_command(
-    beton: str | None, labels: str | None, run: Path | None, synthetic: bool, recipe: str | None, config: Path | None,
-    overrides: tuple[str, ...],
+    betons: tuple[str, ...], labels: tuple[str, ...], idf: Path | None, run: Path | None, synthetic: bool, recipe: str | None,
+    config: Path | None, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Pre-train by classification, or go on with an interrupted run: the same command again."""
+    from train.data import Chosen
     from train.run import synthetic_run, train_run  # torch takes a second: not for --help
     from train.signals import STOPPED_EXIT_CODE
 
     pipeline = load_pipeline(config, overrides, recipe)
     target = run or Path(pipeline.paths.run)
     if synthetic:
-        vocabulary, label_limit, _ = head_size(pipeline, beton)
+        vocabulary, label_limit, _ = head_size(pipeline, betons[0] if betons else None)
         if not synthetic_run(target / "synthetic", pipeline, vocabulary, label_limit):
             sys.exit(STOPPED_EXIT_CODE)
         return
-    if beton is None:
+    if not betons:
         raise UserError("`train run` was given no betons", mend="add --beton OUT (--beton alone takes paths.out), or --synthetic")
-    other = local_out(labels) if labels else None
-    if not train_run(local_out(beton or pipeline.paths.out), target, pipeline, labels=other):
+    chosen = Chosen([beton or pipeline.paths.out for beton in betons], [local_out(one) for one in labels], idf)
+    if not train_run(chosen, target, pipeline):
         print(f"stopped and saved; the same command goes on with {target}")
         sys.exit(STOPPED_EXIT_CODE)
 

@@ -6,41 +6,15 @@ S image side, B batch, K label limit. No Python runs per sample; the JPEG decode
 from typing import NamedTuple
 
 import numpy as np
-from numba import carray, njit, types  # pyright: ignore[reportPrivateImportUsage]  (numba documents it there)
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 
-from labels.beton import ALLOCATION, METADATA, METADATA_OFFSET
-from train.betons import Tables
 from train.crops import flipped, random_crop
 from train.jpeg import RGB, tj_decompress, tj_error
+from train.places import BAD_JPEG, BAD_LABEL, BAD_READ, OK, TABLE_BYTES, Tables, copy_labels, find, read_sample
 from train.resample import resize_crop
 
-OK, BAD_TABLE, BAD_JPEG, BAD_LABEL, BAD_INDEX = 0, 1, 2, 3, 4
 _GREY = 128
-_META_BYTES, _ALLOC_BYTES = METADATA.itemsize, ALLOCATION.itemsize
-_LABELS_AT, _INDEX_AT = METADATA.fields["labels_ptr"][1], METADATA.fields["index"][1]  # type: ignore[index]
 _FATAL = 1
-
-
-@intrinsic
-def _pointer(typing_context, address):  # noqa: ANN202  (numba's own signature)
-    """An address as a pointer to bytes."""
-    signature = types.CPointer(types.uint8)(types.uint64)
-
-    def generate(context, builder, sig, arguments):  # noqa: ANN202
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return signature, generate
-
-
-@njit(inline="always")
-def _number(data: np.ndarray, at: int, size: int):  # noqa: ANN202  (int64 in compiled code, which Python has no name for)
-    """A little-endian unsigned integer of `size` bytes at any alignment."""
-    value = np.int64(0)
-    for byte in range(size):
-        value |= np.int64(data[at + byte]) << (8 * byte)
-    return value
 
 
 @njit(inline="always")
@@ -62,11 +36,11 @@ class Crops(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A batch in memory: images uint8 [B, S, S, 3], labels int32 [B, K], indices int64 [B], status uint8 [B]."""
+    """A batch in memory: images uint8 [B, S, S, 3], labels int32 [B, K], positions int64 [B] of their rows among all, status uint8 [B]."""
 
     images: np.ndarray
     labels: np.ndarray
-    indices: np.ndarray
+    positions: np.ndarray
     status: np.ndarray
 
 
@@ -84,63 +58,37 @@ def load_rows(
         crops: what part of each image is taken.
         vocabulary: V; a label id of V or more is an error.
         handle: TurboJPEG's, of this thread.
-        scratch: uint8, any length; pixels are decoded into it.
+        scratch: uint8, any length from TABLE_BYTES; the sample's bytes are read into it, and its pixels decoded behind them.
         rows: written.
 
     Returns:
         0, or the bytes of scratch that the row at which it stopped needs; that row and later ones are not filled.
     """
-    images, labels, indices, status = rows.images, rows.labels, rows.indices, rows.status
+    images, labels, status = rows.images, rows.labels, rows.status
     size, limit = images.shape[1], labels.shape[1]
-    row_bytes = 4 * limit
     for row in range(begin, end):
-        sample = samples[row]
-        number = np.searchsorted(tables.first_samples, sample, side="right") - 1
-        local, file_bytes = sample - tables.first_samples[number], tables.bytes[number]
-        data = carray(_pointer(tables.addresses[number]), (file_bytes,))  # pyright: ignore[reportCallIssue]  (an intrinsic)
-        meta = METADATA_OFFSET + local * _META_BYTES
-        width, height, image_at = _number(data, meta + 1, 2), _number(data, meta + 3, 2), _number(data, meta + 5, 8)
-        labels_at, index = _number(data, meta + _LABELS_AT, 8), _number(data, meta + _INDEX_AT, 8)
-        entry = tables.allocations[number] + 2 * local * _ALLOC_BYTES
-        jpeg_bytes = _number(data, entry + 16, 8)
         images[row] = _GREY
         labels[row] = -1
-        indices[row] = index
-        if (
-            _number(data, entry + 8, 8) != image_at
-            or image_at <= 0
-            or jpeg_bytes <= 0
-            or image_at > file_bytes - jpeg_bytes
-            or width == 0
-            or height == 0
-        ):
-            status[row] = BAD_TABLE
+        place = find(tables, samples[row], limit, scratch)
+        rows.positions[row], status[row] = place.row, place.status
+        if place.status != OK:
             continue
-        # The label row lies in the beton, or in the array that another OUT has for the row's shard.
-        label_data = data
-        if len(tables.row_addresses) == 0:
-            if not 0 < labels_at <= file_bytes - row_bytes:
-                status[row] = BAD_TABLE
-                continue
-        else:
-            part = max(np.searchsorted(tables.first_indices, index, side="right") - 1, 0)
-            position, count = index - tables.first_indices[part], tables.row_counts[part]
-            if not 0 <= position < count:
-                status[row] = BAD_INDEX
-                continue
-            label_data = carray(_pointer(tables.row_addresses[part]), (count * row_bytes,))  # pyright: ignore[reportCallIssue]
-            labels_at = position * row_bytes
-        left, top, w, h = random_crop(width, height, crops.scale, crops.ratio, crops.seed, epochs[row], index)
+        left, top, w, h = random_crop(place.width, place.height, crops.scale, crops.ratio, crops.seed, epochs[row], place.row)
         shrink = _shrink(w, h, size)
-        pixel_width, pixel_height = (width + shrink - 1) // shrink, (height + shrink - 1) // shrink
-        needed = pixel_width * pixel_height * 3
+        pixel_width, pixel_height = (place.width + shrink - 1) // shrink, (place.height + shrink - 1) // shrink
+        labels_at = TABLE_BYTES + place.bytes
+        pixels_at = (labels_at + 4 * limit + 63) // 64 * 64
+        needed = pixels_at + pixel_width * pixel_height * 3
         if needed > scratch.shape[0]:
             return needed
+        if not read_sample(place, limit, scratch):
+            status[row] = BAD_READ
+            continue
         failed = tj_decompress(
             handle,
-            tables.addresses[number] + np.uint64(image_at),
-            np.uint64(jpeg_bytes),
-            np.uint64(scratch.ctypes.data),
+            np.uint64(scratch.ctypes.data + TABLE_BYTES),
+            np.uint64(place.bytes),
+            np.uint64(scratch.ctypes.data + pixels_at),
             pixel_width,
             pixel_width * 3,
             pixel_height,
@@ -151,13 +99,9 @@ def load_rows(
         if failed != 0 and tj_error(handle) == _FATAL:
             status[row] = BAD_JPEG
             continue
-        pixels = scratch[:needed].reshape(pixel_height, pixel_width * 3)
-        mirror = crops.flip and flipped(crops.seed, epochs[row], index)
+        pixels = scratch[pixels_at:needed].reshape(pixel_height, pixel_width * 3)
+        mirror = crops.flip and flipped(crops.seed, epochs[row], place.row)
         resize_crop(pixels, left / shrink, top / shrink, w / shrink, h / shrink, mirror, images[row])
-        status[row] = OK
-        for column in range(limit):
-            label = np.int32(_number(label_data, labels_at + 4 * column, 4))
-            labels[row, column] = label
-            if label >= vocabulary or label < -1:
-                status[row] = BAD_LABEL
+        if not copy_labels(scratch, labels_at, vocabulary, labels[row]):
+            status[row] = BAD_LABEL
     return 0

@@ -16,7 +16,7 @@ _FREE = {
     "loss": {"memory"},
     "model": {"grad_checkpointing", "compile"},
     "runtime": {"device", "threads", "accumulation", "parallel", "max_skipped_steps", "peak_tflops"},
-    "data": {"threads", "prefetch_batches"},
+    "data": {"threads", "prefetch", "verify", "cache", "cache_size"},
     "checkpoint": True,
     "log": True,
 }
@@ -25,7 +25,7 @@ _FREE = {
 def beginning(betons: BetonSet, settings: Train) -> State:
     """The state of a run of which no step is done."""
     facts = {"samples_seen": 0, "number": 0, "options": options(settings), "vocabulary": betons.vocabulary}
-    return State.model_validate(facts | identity(betons))
+    return State.model_validate(facts | betons.identity)
 
 
 def resume_point(run: Path, betons: BetonSet, settings: Train) -> tuple[Path | None, State]:
@@ -43,7 +43,7 @@ def resume_point(run: Path, betons: BetonSet, settings: Train) -> tuple[Path | N
         "idf": ("with another IDF table: SHA-256", betons.labels_out),
         "betons": ("on other betons: fingerprint", betons.out),
     }
-    for name, value in identity(betons).items():
+    for name, value in betons.identity.items():
         before = getattr(state, name)
         if before != value:
             what, where = told[name]
@@ -59,11 +59,6 @@ def resume_point(run: Path, betons: BetonSet, settings: Train) -> tuple[Path | N
             mend=f"take --config {run / 'config.yaml'}, or another --out",
         )
     return folders[-1], state
-
-
-def identity(betons: BetonSet) -> dict[str, str]:
-    """What of the data must stay the same from the first to the last step of a run."""
-    return {"labels": betons.labels.fingerprint, "idf": betons.labels.idf_sha256, "betons": betons.manifest.fingerprint}
 
 
 def options(settings: Train) -> str:

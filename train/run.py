@@ -3,7 +3,6 @@
 OUT (betons), OUT or OTHER_OUT (labels, idf) -> BetonSet -> Loader -> ImageInput -> loop (Classifier, AdamW) -> RUN (metrics, checkpoints)
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +12,14 @@ from labels.config import dump_yaml
 from labels.errors import UserError
 from labels.files import write_json
 from labels.settings import Pipeline, Train
-from train.announce import announce, data_facts, in_words
+from train.announce import announce, in_words
 from train.betons import BetonSet
 from train.checkpoint import CheckpointWriter, State, load_checkpoint, snapshot
 from train.costs import Costs, model_costs, peak_flops
+from train.data import Chosen, data_facts, make_loader, open_data
 from train.distributed import World, world
 from train.ema import Ema
 from train.images import ImageInput
-from train.loader import Loader
 from train.loop import Budget, Learner, run_loop
 from train.losses.head_loss import HeadLoss
 from train.metrics import Metrics, Speed
@@ -28,18 +27,17 @@ from train.model import Classifier, build_trunk, set_up_trunk
 from train.optim import make_optimizer
 from train.parallel import spread
 from train.precision import LossScale, autocast_dtype
-from train.relabel import make_rows_once
 from train.resume import resume_point
 from train.signals import stop_signals
 from train.synthetic import synthetic_batches, synthetic_inputs
 from train.trackers import make_trackers
 
 
-def train_run(beton: Path, run: Path, pipeline: Pipeline, labels: Path | None = None) -> bool:
+def train_run(data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path | None = None) -> bool:
     """Train, or go on with, the run in `run`.
 
     Args:
-        beton: OUT of a build.
+        data: OUT of a build, or what train/data.py opens.
         run: folder of the run; its checkpoints are resumed from.
         pipeline: resolved configuration.
         labels: OUT of a build over the same rows, whose labels and IDF are taken instead of the betons' own.
@@ -53,9 +51,10 @@ def train_run(beton: Path, run: Path, pipeline: Pipeline, labels: Path | None = 
     settings = pipeline.train
     with world(settings.runtime) as here, stop_signals() as stopping:
         _check_shares(settings, here)
-        if labels and not make_rows_once(beton, labels, here, stopping):
+        chosen = data if isinstance(data, Chosen) else Chosen([str(data)], [labels] if labels else [])
+        betons = open_data(chosen, settings.data, here, stopping)
+        if betons is None:
             return False
-        betons = BetonSet(beton, labels)
         checkpoint, state = resume_point(run, betons, settings)
         budget = _budget(settings, state.samples_seen)
         if budget.first_step >= budget.steps:
@@ -79,11 +78,7 @@ def _train(
 ) -> bool:  # fmt: skip
     settings, number = pipeline.train, state.number
     metrics = _metrics(run, pipeline, state, budget, costs, here)
-    loader = Loader(
-        betons, settings.data, image_size=settings.model.image_size, batch_size=settings.batch_size, seed=settings.runtime.seed,
-        first_step=budget.first_step, last_step=budget.steps, rank=here.rank, world=here.size,
-        threads=settings.data.threads or len(os.sched_getaffinity(0)), pinned=here.device.type == "cuda",
-    )  # fmt: skip
+    loader = make_loader(betons, settings, budget.first_step, budget.steps, here)
 
     with CheckpointWriter(run, settings.checkpoint.keep, settings.checkpoint.keep_every) as writer:
 
