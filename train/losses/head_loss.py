@@ -55,7 +55,7 @@ class HeadLoss(nn.Module):
                 self._buffer = head.buffer
                 return loss, head.gradients
 
-        return fused(features, weight, bias, compute)
+        return fused(features, weight, bias, compute)  # type: ignore[call-arg]  # the decorator hides the parameters
 
 
 def batch_loss(settings: Loss, head: Head, labels: Positives, group: dist.ProcessGroup | None = None, vocabulary: int = 0) -> torch.Tensor:
