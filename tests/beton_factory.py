@@ -46,5 +46,7 @@ def build_out(folder: Path, counts: list[int]) -> Path:
     """A finished OUT with so many samples in each of its betons."""
     shards = write_shards(folder / "shards", counts)
     out = folder / "out"
-    build_labels([str(shards)], out, load_pipeline(overrides=["build.workers=1"]), betons=True, overwrite=False)
+    settings = load_pipeline(overrides=["build.workers=1", f"build.beton_samples={max(counts)}"])
+    manifest = build_labels([str(shards)], out, settings, betons=True, overwrite=False)
+    assert manifest and [part.samples for part in manifest.betons] == counts, "two neighbours fit one beton together"
     return out
