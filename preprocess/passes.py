@@ -106,8 +106,9 @@ def beton_pass(build: Build, groups: list[Group], mine: list[Group], fresh: froz
         ):
             done[group.first] = marker
         else:
-            task.marker.unlink(missing_ok=True)  # of other groups: it may not vouch for what is written over its files
             tasks.append(task)
+            if marker:  # of other groups: it may not vouch for what is written over its files
+                task.marker.unlink(missing_ok=True)
     _remove_surplus(folder, groups)
     chosen = {group.first for group in mine}
     tasks = [task for task in tasks if task.group.first in chosen]
