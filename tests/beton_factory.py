@@ -46,11 +46,11 @@ def write_shards(folder: Path, counts: list[int]) -> Path:
     return folder
 
 
-def build_out(folder: Path, counts: list[int]) -> Path:
+def build_out(folder: Path, counts: list[int], *overrides: str) -> Path:
     """A finished OUT with so many samples in each of its betons: a batch each, since small shards of one batch share a beton."""
     shards = find_shards([str(write_shards(folder / "shards", counts))]).shards
     out = folder / "out"
-    build = make_build(Layout(out), load_pipeline(overrides=["build.workers=1"]), None)
+    build = make_build(Layout(out), load_pipeline(overrides=["build.workers=1", *overrides]), None)
     check_same_options(build)
     record = Record("betons", [[shard] for shard in shards])
     write_record(build.layout, record)
