@@ -9,6 +9,8 @@ from labels import __version__
 from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.layout import local_out
+from train import options
+from train.evals.commands import register
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -17,18 +19,15 @@ def cli() -> None:
     """Pre-train a vision encoder on betons, and measure what it is worth."""
 
 
-_config = click.option("--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it is there).")
-_set = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key, e.g. train.batch_size=256. Repeatable."
-)
+register(cli)
 
 
 @cli.command("run")
 @click.option("--beton", is_flag=False, flag_value="", required=True, metavar="[OUT]", help="OUT of build-labels (no value: paths.out).")
 @click.option("--labels", metavar="OTHER_OUT", help="Other labels for the same rows (default: the betons').")
 @click.option("--out", "run", type=click.Path(path_type=Path), help="Folder of the run (default: paths.run).")
-@_config
-@_set
+@options.config
+@options.overrides
 def run_command(beton: str, labels: str | None, run: Path | None, config: Path | None, overrides: tuple[str, ...]) -> None:
     """Pre-train by classification, or go on with an interrupted run: the same command again."""
     from train.run import STOPPED_EXIT_CODE, train_run  # torch takes a second: not for --help
@@ -39,42 +38,6 @@ def run_command(beton: str, labels: str | None, run: Path | None, config: Path |
     if not train_run(local_out(beton or pipeline.paths.out), target, pipeline, labels=other):
         print(f"stopped and saved; the same command goes on with {target}")
         sys.exit(STOPPED_EXIT_CODE)
-
-
-@cli.command("probe")
-@click.option(
-    "--train",
-    "train_dir",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Training part: class folders, or shards with `class` in the json.",
-)
-@click.option("--test", "test_dir", type=click.Path(path_type=Path), required=True, help="Test part, laid out alike.")
-@click.option(
-    "--encoder",
-    "encoders",
-    multiple=True,
-    required=True,
-    metavar="SPEC",
-    help="run:RUN, untrained:RUN, timm:NAME or pixels:SIDE. Repeatable.",
-)
-@click.option("--weights", multiple=True, metavar="FILE", help="Weight file of each timm: encoder in turn, or `hub`.")
-@click.option("--out", type=click.Path(path_type=Path), help="Result JSON.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps features between calls.")
-@_config
-@_set
-def probe_command(
-    train_dir: Path, test_dir: Path, encoders: tuple[str, ...], weights: tuple[str, ...], out: Path | None, cache: Path | None,
-    config: Path | None, overrides: tuple[str, ...],
-) -> None:  # fmt: skip
-    """Fit a linear classifier on the features of frozen encoders; accuracy on the test part."""
-    import torch
-
-    from train.evals.run_probe import run_probe
-
-    settings = load_pipeline(config, overrides).probe
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run_probe(encoders, train_dir, test_dir, settings, weights=weights, out=out, cache=cache, device=device)
 
 
 def main() -> None:
