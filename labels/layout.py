@@ -102,6 +102,15 @@ class Layout:
         return self.out / "beton"
 
     @property
+    def places(self) -> Path:
+        return self.out / "places"
+
+    @property
+    def place_sources(self) -> Path:
+        """Where the tars lie that `places` point into; see labels/places.py."""
+        return self.places / "sources.json"
+
+    @property
     def markers(self) -> Path:
         """Completion markers, one JSON a finished unit of work: what makes a rerun skip it."""
         return self.out / "done"
@@ -117,6 +126,9 @@ class Layout:
 
     def beton_file(self, number: int) -> Path:
         return self.betons / f"{number:05d}.beton"
+
+    def place_file(self, number: int) -> Path:
+        return self.places / f"{number:05d}.npy"
 
     def beton_marker(self, number: int) -> Path:
         return self.markers / "beton" / f"{number:05d}.json"

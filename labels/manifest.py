@@ -49,8 +49,14 @@ class ShardPart(_Part):
 
 
 class BetonPart(_Part):
+    """One file of samples: OUT/beton/<number>.beton, or OUT/places/<number>.npy where images stay in their tars.
+
+    `shards`: names of the shards whose rows stand in it, in order; `samples`: how many rows have an image; `quarantined`: reason ->
+    rows of this file whose image does not serve.
+    """
+
     number: int
-    shard: str
+    shards: list[str]
     samples: int
     bytes: int
     sha256: str
@@ -58,7 +64,10 @@ class BetonPart(_Part):
 
 
 class Manifest(_Part):
-    """The whole file. `fingerprint` names the label rows: betons and labels with the same one belong together."""
+    """The whole file. `fingerprint` names the label rows: betons and labels with the same one belong together.
+
+    Either `betons` are listed, or `places` (`--no-images`), or neither (`--no-beton`).
+    """
 
     format: int = FORMAT_VERSION
     fingerprint: str
@@ -71,11 +80,12 @@ class Manifest(_Part):
     quarantine_sha256: str
     shards: list[ShardPart]
     betons: list[BetonPart]
+    places: list[BetonPart] = []
 
     @property
     def samples(self) -> int:
-        """Number of samples in all betons."""
-        return sum(beton.samples for beton in self.betons)
+        """Number of samples in all betons, or at all places."""
+        return sum(part.samples for part in [*self.betons, *self.places])
 
 
 class _Format(BaseModel):

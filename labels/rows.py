@@ -54,16 +54,17 @@ def check_same_rows(out: Path, manifest: Manifest, other_out: Path, other: Manif
             )
 
 
-def shards_of_betons(manifest: Manifest, other: Manifest) -> list[ShardPart]:
-    """The shards whose arrays are needed to use the betons of `manifest` with the labels of `other`, which has the same rows.
+def shards_needed(manifest: Manifest, other: Manifest) -> list[ShardPart]:
+    """The shards whose arrays are needed to use the images of `manifest` with the labels of `other`, which has the same rows.
 
     Returns:
-        One shard a beton, in the betons' order; none where the label rows are equal (only the IDF differs): the betons' own serve.
+        The shards that have samples, in the order of their rows; none where the label rows are equal (only the IDF differs) and betons
+        hold them. The array of the sample with position `index` is that of the last shard with first_index <= index.
     """
-    if (manifest.fingerprint, manifest.label_limit) == (other.fingerprint, other.label_limit):
+    if manifest.betons and (manifest.fingerprint, manifest.label_limit) == (other.fingerprint, other.label_limit):
         return []
-    by_name = {part.name: part for part in other.shards}
-    return [by_name[part.shard] for part in manifest.betons]
+    used = {name for part in [*manifest.betons, *manifest.places] for name in part.shards}
+    return [part for part in other.shards if part.name in used]
 
 
 def _identity(part: ShardPart) -> tuple[str, int, str]:

@@ -56,6 +56,10 @@ class Labels(Section):
     ngram_min_count: Annotated[int, BeforeValidator(parse_count), Field(gt=0)] = 100
 
 
+class ShorterSide(Section):
+    shorter_side: Annotated[int, Field(ge=16)]
+
+
 class Build(Section):
     caption_key: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = ["auto"]
     subset: str | None = None
@@ -64,8 +68,15 @@ class Build(Section):
     engine: Literal["local", "ray"] = "local"
     max_bad_fraction: Fraction = 0.1
     duckdb_memory: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?[KMGT]i?B$")] = "1GiB"
+    images: Literal["original"] | ShorterSide = "original"
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    jpeg_subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = "4:2:0"
     max_pixels: Count = 100_000_000
+    decode_check: Literal["none", "header", "full"] = "header"
+    beton_samples: Annotated[int, BeforeValidator(parse_count), Field(gt=0)] = 10_000
+    beton_size: Annotated[float, Field(gt=0)] = 4.0
+    shuffle_window: Positive = 1
+    shuffle_seed: Annotated[int, Field(ge=0)] = 0
 
 
 class Model(Section):

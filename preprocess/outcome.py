@@ -86,7 +86,7 @@ def make_manifest(build: Build, parts: list[ShardPart], captions: int, written: 
         betons.append(
             BetonPart(
                 number=number,
-                shard=marker["shard"],
+                shards=[marker["shard"]],
                 samples=marker["samples"],
                 bytes=marker["bytes"],
                 sha256=marker["sha256"],
@@ -110,6 +110,7 @@ def make_manifest(build: Build, parts: list[ShardPart], captions: int, written: 
         quarantine_sha256=sha256_file(build.layout.quarantine),
         shards=parts,
         betons=betons,
+        places=[],
     )
 
 

@@ -16,6 +16,17 @@ from preprocess.inputs.captions import Choice
 from preprocess.tokens.tokenizer import Tokenizer
 
 _MARKERS_AT_ONCE = 1_000
+_IMAGE_KEYS = {
+    "images",
+    "jpeg_quality",
+    "jpeg_subsampling",
+    "max_pixels",
+    "decode_check",
+    "beton_samples",
+    "beton_size",
+    "shuffle_window",
+    "shuffle_seed",
+}
 Marker = dict[str, Any]
 """What stands in done/*/*.json: "this file is whole, made from that, with these options"."""
 
@@ -49,7 +60,7 @@ class Build:
             "tokenizer": self.tokenizer.fingerprint,
             "caption_key": self.settings.build.caption_key,
             "subset": self.subset,
-            "images": {"jpeg_quality": self.settings.build.jpeg_quality, "max_pixels": self.settings.build.max_pixels},
+            "images": self.settings.build.model_dump(include=_IMAGE_KEYS),
         }
 
     @property

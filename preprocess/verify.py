@@ -47,7 +47,7 @@ def verify_build(out: Path) -> list[str]:
             (layout.markers / "idf.json").unlink(missing_ok=True)
         faults += found
     for part in manifest.betons:
-        found = _beton_faults(layout, part, by_name[part.shard], manifest, compare_labels=part.shard in whole)
+        found = _beton_faults(layout, part, by_name[part.shards[0]], manifest, compare_labels=part.shards[0] in whole)
         if found:
             layout.beton_marker(part.number).unlink(missing_ok=True)
         faults += found

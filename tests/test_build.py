@@ -76,7 +76,7 @@ def test_schemas_are_explicit(finished: Built) -> None:
 def test_the_manifest_and_the_configuration_tell_what_was_built(finished: Built) -> None:
     manifest = read_manifest(finished.out)
     assert [(shard.name, shard.first_index, shard.rows) for shard in manifest.shards] == [("00000000", 0, 12), ("00000001", 12, 10)]
-    assert [(beton.number, beton.shard, beton.samples) for beton in manifest.betons] == [(0, "00000000", 12), (1, "00000001", 9)]
+    assert [(beton.number, beton.shards, beton.samples) for beton in manifest.betons] == [(0, ["00000000"], 12), (1, ["00000001"], 9)]
     assert manifest.captions == 22 and manifest.samples == 21 and manifest.label_limit == 75
     assert quarantined(finished.out) == [
         ("00000000", "000000100", "labels", "caption is not UTF-8"),

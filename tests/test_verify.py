@@ -112,7 +112,7 @@ def _unsorted(out: Path) -> None:
 def _other_beton(out: Path) -> None:
     """A beton of another build, vouched for."""
     manifest = read_manifest(out)
-    betons = [manifest.betons[0].model_copy(update={"shard": "00000001"}), *manifest.betons[1:]]
+    betons = [manifest.betons[0].model_copy(update={"shards": ["00000001"]}), *manifest.betons[1:]]
     _with(manifest, out, betons=betons)
 
 

@@ -17,7 +17,7 @@ from labels.files import sha256_file
 from labels.idf import read_idf
 from labels.layout import Layout
 from labels.manifest import BetonPart, Manifest, ShardPart, read_manifest
-from labels.rows import check_same_rows, open_rows, rows_file, shards_of_betons
+from labels.rows import check_same_rows, open_rows, rows_file, shards_needed
 
 _OTHER_OPEN_FILES = 512
 
@@ -25,8 +25,8 @@ _OTHER_OPEN_FILES = 512
 class Tables(NamedTuple):
     """What compiled code needs, one entry a beton [M]: addresses in memory, lengths in bytes, first sample numbers.
 
-    Where label rows come from another OUT, `row_addresses` tells where the array int32 [rows, K] of the beton's shard lies,
-    0 otherwise; `first_indices` and `row_counts` are the positions that its rows have among all.
+    Where label rows come from another OUT, there is one entry a shard [P]: `row_addresses` tells where its array int32 [rows, K]
+    lies, `first_indices` and `row_counts` which positions its rows have among all. Else P = 0.
     """
 
     addresses: np.ndarray
@@ -72,7 +72,7 @@ class BetonSet:
         self.vocabulary, self.label_limit = len(self.idf), self.labels.label_limit
         self.samples = self.manifest.samples
         self.paths = [layout.beton_file(part.number) for part in self.manifest.betons]
-        self._shards = shards_of_betons(self.manifest, self.labels)
+        self._shards = shards_needed(self.manifest, self.labels)
         _allow_open_files(2 * len(self.paths) + len(self._shards))
         own_limit = self.manifest.label_limit
         self._maps = [_map(path, part, own_limit, rebuild) for path, part in zip(self.paths, self.manifest.betons, strict=True)]
@@ -84,9 +84,9 @@ class BetonSet:
             bytes=np.array([len(view) for view in views], np.int64),
             allocations=np.array([_header(view)["alloc_table_ptr"] for view in views], np.int64),
             first_samples=np.concatenate([[0], np.cumsum(counts)]),
-            row_addresses=np.array([rows.ctypes.data for rows in self._rows] or [0] * len(views), np.uint64),
-            first_indices=np.array([part.first_index for part in self._shards] or [0] * len(views), np.int64),
-            row_counts=np.array([part.rows for part in self._shards] or [0] * len(views), np.int64),
+            row_addresses=np.array([rows.ctypes.data for rows in self._rows], np.uint64),
+            first_indices=np.array([part.first_index for part in self._shards], np.int64),
+            row_counts=np.array([part.rows for part in self._shards], np.int64),
         )
 
     def name(self, sample: int) -> str:
@@ -96,7 +96,13 @@ class BetonSet:
 
     def label_array(self, sample: int) -> Path | None:
         """The array that the labels of sample number `sample` are read from; None where the beton itself holds them."""
-        return rows_file(self.labels_out, self._shards[self._number(sample)]) if self._shards else None
+        if not self._shards:
+            return None
+        number = self._number(sample)
+        at = beton.METADATA_OFFSET + (sample - int(self.tables.first_samples[number])) * beton.METADATA.itemsize
+        index = np.frombuffer(self._maps[number], beton.METADATA, 1, at)["index"][0]
+        found = int(np.searchsorted(self.tables.first_indices, index, side="right")) - 1
+        return rows_file(self.labels_out, self._shards[max(found, 0)])
 
     def _number(self, sample: int) -> int:
         """Which beton a sample is in."""

@@ -116,18 +116,19 @@ def load_rows(
         ):
             status[row] = BAD_TABLE
             continue
-        # The label row lies in the beton, or in the array that another OUT has for the beton's shard.
+        # The label row lies in the beton, or in the array that another OUT has for the row's shard.
         label_data = data
-        if tables.row_addresses[number] == 0:
+        if len(tables.row_addresses) == 0:
             if not 0 < labels_at <= file_bytes - row_bytes:
                 status[row] = BAD_TABLE
                 continue
         else:
-            position, count = index - tables.first_indices[number], tables.row_counts[number]
+            part = max(np.searchsorted(tables.first_indices, index, side="right") - 1, 0)
+            position, count = index - tables.first_indices[part], tables.row_counts[part]
             if not 0 <= position < count:
                 status[row] = BAD_INDEX
                 continue
-            label_data = carray(_pointer(tables.row_addresses[number]), (count * row_bytes,))  # pyright: ignore[reportCallIssue]
+            label_data = carray(_pointer(tables.row_addresses[part]), (count * row_bytes,))  # pyright: ignore[reportCallIssue]
             labels_at = position * row_bytes
         left, top, w, h = random_crop(width, height, crops.scale, crops.ratio, crops.seed, epochs[row], index)
         shrink = _shrink(w, h, size)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from labels.manifest import read_manifest
-from labels.rows import check_same_rows, open_rows, shards_of_betons, write_rows
+from labels.rows import check_same_rows, open_rows, shards_needed, write_rows
 from train.distributed import World
 
 _TELL_EVERY_S = 5.0
@@ -27,7 +27,7 @@ def make_rows(out: Path, labels: Path) -> Iterator[str]:
     """
     manifest, other = read_manifest(out), read_manifest(labels)
     check_same_rows(out, manifest, labels, other)
-    todo = [part for part in shards_of_betons(manifest, other) if open_rows(labels, part, other.label_limit) is None]
+    todo = [part for part in shards_needed(manifest, other) if open_rows(labels, part, other.label_limit) is None]
     told = time.monotonic()
     for number, part in enumerate(todo, start=1):
         write_rows(labels, part, other.label_limit)
