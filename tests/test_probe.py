@@ -321,7 +321,7 @@ def test_maes_recipe_learns_with_and_without_augmentation(tmp_path: Path, monkey
         return decode_crop(encoded, side, *draw)
 
     monkeypatch.setattr(mae_module, "decode_crop", crop)
-    mae = MaeProbe(epochs=40, batch_size=8, base_lr=120.0, warmup_epochs=4)
+    mae = MaeProbe(epochs=60, batch_size=4, base_lr=200.0, warmup_epochs=4)
     variants = set()
     for augment in (False, True):
         result = run_probe(
@@ -332,4 +332,4 @@ def test_maes_recipe_learns_with_and_without_augmentation(tmp_path: Path, monkey
         assert row["top1"] > 0.8 and "split" not in row["seeds"][0]
         variants.add(row["variant"])
     assert len(variants) == 2
-    assert sorted(draws) == [(3, epoch, row) for epoch in range(40) for row in range(16)]  # every image once an epoch, with its own crop
+    assert sorted(draws) == [(3, epoch, row) for epoch in range(60) for row in range(16)]  # every image once an epoch, with its own crop

@@ -1,6 +1,7 @@
 """`train eval --suite`: every encoder by every protocol, once; features shared; what is finished is not measured again."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ from labels.errors import UserError
 from train.cli import cli
 from train.evals import features, suite
 from train.evals.suite_file import read_suite
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Problems this small only lose by threads, and a great deal on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +199,7 @@ def test_a_command_of_its_own(folder: Path, tmp_path: Path) -> None:
     ):
         out = tmp_path / f"{number}.json"
         command = ["knn", *where, "--encoder", "pixels:2", "--set", "knn.k=[3]", "--out", str(out)]
-        said = CliRunner().invoke(cli, command, catch_exceptions=False)
+        said = CliRunner().invoke(cli, command, catch_exceptions=False, env={"COLUMNS": "200"})
         assert said.exit_code == 0 and "3-nn majority" in said.output
         told.append([(row["variant"], row["top1"]) for row in json.loads(out.read_text())["results"]])
     assert told[0] == told[1]

@@ -88,8 +88,7 @@ def test_scores_rank_as_the_loss_of_the_name_does(idf: bool) -> None:
     normed = torch.nn.functional.layer_norm(features, (8,), head["0.weight"], head["0.bias"])
     for image in range(4):
         losses = [
-            float(loss(normed[image : image + 1], head["1.weight"], head["1.bias"], torch.tensor([ids], dtype=torch.int32)))
-            for ids in labels
+            float(loss(normed[image : image + 1], head["1.weight"], head["1.bias"], torch.from_numpy(ids)[None].int())) for ids in labels
         ]
         sums = np.array(losses) + scores[image].numpy()
         assert np.allclose(sums, sums[0], atol=1e-5)
