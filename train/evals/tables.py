@@ -8,6 +8,8 @@ from rich.table import Table
 
 from train.evals.measure import MAJORITY
 
+_WIDEST = 1000
+
 
 def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """One protocol on one data set: a line for each encoder and variant; the main metric with its spreads, then the others."""
@@ -20,7 +22,7 @@ def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         shares = [percent(row.get(key)) for key in (main, f"{main}_std", f"{main}_standard_error", *others)]
         table.add_row(*(row[word] for word in words), *shares, f"{row['seconds']:.0f}" if "seconds" in row else "-")
-    Console().print(table)
+    _show(table)
 
 
 class Grid:
@@ -60,7 +62,7 @@ class Grid:
                 table.add_section()
             table.add_row(data if data != before else "", *cells)
             before = data
-        Console().print(table)
+        _show(table)
 
     def markdown(self) -> str:
         """As a Markdown table."""
@@ -71,3 +73,10 @@ class Grid:
 def percent(share: float | None) -> str:
     """`0.1234` -> `12.3`."""
     return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _show(table: Table) -> None:
+    """As wide as its text where nothing limits it: a log, a pipe. A terminal folds."""
+    console = Console()
+    wide = Console(width=_WIDEST)
+    (console if console.is_terminal else Console(width=wide.measure(table).maximum)).print(table)
