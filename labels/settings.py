@@ -210,12 +210,55 @@ class Train(Section):
         return self
 
 
+class Features(Section):
+    batch_size: Positive = 256
+    threads: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class MaeProbe(Section):
+    epochs: Positive = 90
+    batch_size: Positive = 16_384
+    base_lr: Annotated[float, Field(gt=0)] = 0.1
+    warmup_epochs: Annotated[int, Field(ge=0)] = 10
+    augment: bool = True
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, epochs {self.epochs}; allowed: less than epochs")
+        return self
+
+
 class Probe(Section):
+    recipe: Literal["lbfgs", "mae"] = "lbfgs"
     weight_decay: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
+    seeds: Seeds = [0, 1, 2]
     max_iterations: Positive = 200
-    batch_size: Positive = 256
+    mae: MaeProbe = MaeProbe()
+
+
+class Fewshot(Section):
+    shots: Annotated[list[Positive], Field(min_length=1)] = [10]
+    seeds: Seeds = [0, 1, 2]
+    l2: Annotated[float, Field(gt=0)] = 1024.0
+
+
+class Knn(Section):
+    k: Annotated[list[Positive], Field(min_length=1)] = [10, 20]
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    seeds: Seeds = [0, 1, 2]
+
+
+class Zeroshot(Section):
+    classnames: Annotated[str, Field(min_length=1)] = "auto"
+    templates: Annotated[str, Field(min_length=1)] = "none"
+    labels: str | None = None
+    seeds: Seeds = [0]
 
 
 class Pipeline(Section):
@@ -226,4 +269,8 @@ class Pipeline(Section):
     build: Build = Build()
     train: Train = Train()
     probe: Probe = Probe()
+    fewshot: Fewshot = Fewshot()
+    knn: Knn = Knn()
+    zeroshot: Zeroshot = Zeroshot()
+    features: Features = Features()
     recipes: dict[str, dict[str, Any]] = RECIPES
