@@ -14,6 +14,8 @@ from labels.errors import UserError
 from labels.idf import Formula
 from labels.layout import out_path
 from preprocess.build import build_labels
+from preprocess.cli_options import config_option, parse_out, parse_outs, set_option
+from preprocess.cli_show import SHOW_COMMANDS
 from preprocess.idf_command import sum_idf
 from preprocess.inputs.captions import parse_caption_key
 from preprocess.inputs.rows import read_rows
@@ -28,18 +30,6 @@ from preprocess.verify import verify_build
 @click.version_option(__version__)
 def cli() -> None:
     """Turn image-text shards into sparse labels, an IDF table and betons."""
-
-
-_config = click.option("--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it is there).")
-_set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key, e.g. labels.idf=paper. Repeatable.")
-
-
-def _out(_context: click.Context, _argument: click.Parameter, value: str) -> Path:
-    return out_path(value)
-
-
-def _outs(_context: click.Context, _argument: click.Parameter, value: tuple[str, ...]) -> tuple[Path, ...]:
-    return tuple(out_path(text) for text in value)
 
 
 def _share(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -62,8 +52,8 @@ def _share(_context: click.Context, _option: click.Parameter, value: str | None)
 @click.option("--subset", metavar="FILE|CONDITION", help="Only these samples: .npy or .parquet of uids, or SQL on the metadata.")
 @click.option("--no-beton", is_flag=True, help="Stop after the IDF table.")
 @click.option("--overwrite", is_flag=True, help="Remove what an earlier build with other options left in OUT; nothing else.")
-@_config
-@_set
+@config_option
+@set_option
 def build_labels_command(
     data: tuple[str, ...],
     out: str | None,
@@ -102,8 +92,8 @@ def build_labels_command(
 @click.option("--wordnet", default="auto", show_default=True, help="For catlip: the folder with index.noun and data.noun.")
 @click.option("--caption-key", metavar="KEYS", help="Where captions stand, e.g. txt,json:caption (default: build.caption_key).")
 @click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The file to write; labels.tokenizer then names it.")
-@_config
-@_set
+@config_option
+@set_option
 def train_tokenizer_command(
     data: tuple[str, ...],
     kind: Kind,
@@ -128,7 +118,7 @@ def train_tokenizer_command(
 
 
 @cli.command("idf")
-@click.argument("outs", nargs=-1, required=True, callback=_outs)
+@click.argument("outs", nargs=-1, required=True, callback=parse_outs)
 @click.option("--shards", metavar="GLOB", help="Only shards whose name fits, e.g. '0000[0-4]*'.")
 @click.option("--formula", type=click.Choice(get_args(Formula)), help="Default: the one that OUT was built with.")
 @click.option("--recount", is_flag=True, help="Count the label files anew instead of summing the counts that are kept.")
@@ -139,7 +129,7 @@ def idf_command(outs: tuple[Path, ...], shards: str | None, formula: Formula | N
 
 
 @cli.command("sql")
-@click.argument("out", callback=_out)
+@click.argument("out", callback=parse_out)
 @click.argument("query")
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
 def sql_command(out: Path, query: str, form: str) -> None:
@@ -148,7 +138,7 @@ def sql_command(out: Path, query: str, form: str) -> None:
 
 
 @cli.command("verify")
-@click.argument("out", callback=_out)
+@click.argument("out", callback=parse_out)
 def verify_command(out: Path) -> None:
     """Read back everything in OUT and compare it with the manifest; exit code 1 if anything differs."""
     faults = verify_build(out)
@@ -158,6 +148,10 @@ def verify_command(out: Path) -> None:
         print(f"{out}: {len(faults)} faults; mend: run the build-labels command of this OUT again")
         sys.exit(1)
     print(f"{out}: whole and unchanged")
+
+
+for command in SHOW_COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:
