@@ -3,14 +3,13 @@
 DATA -> a few shards of usual size, one a process, side by side -> seconds and bytes of each stage -> all of DATA, or --samples of it
 """
 
-import multiprocessing
+import io
 import resource
-import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from labels.layout import Layout
 from labels.settings import Pipeline
 from preprocess.corpus import write_idf
 from preprocess.counts import sum_counts
-from preprocess.engine import worker_count
+from preprocess.engine import run_tasks, worker_count
 from preprocess.forecast import Forecast, Measured, forecast
 from preprocess.inputs.captions import parse_caption_key
 from preprocess.inputs.rows import read_rows
@@ -62,15 +61,17 @@ def estimate(sources: list[str], out: Path, settings: Pipeline, *, samples: int 
     chosen = choose_shards(shards, 2 if workers == 2 else _MOST_MEASURED)
     with tempfile.TemporaryDirectory(dir=_scratch(out)) as folder:
         places = [Path(folder) / str(number) for number in range(len(chosen))]
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(chosen)), mp_context=context, max_tasks_per_child=1) as pool:
-            tasks = [_Task(shard, place, settings, betons, time.time()) for shard, place in zip(chosen, places, strict=True)]
-            measured = list(pool.map(_measure, tasks))
+        tasks = [_Task(shard, place, settings, betons, time.time()) for shard, place in zip(chosen, places, strict=True)]
+        measured, last = [], time.perf_counter()
+        for one in run_tasks(_measure, tasks, min(workers, len(chosen))):
+            measured.append(one)
+            last = time.perf_counter()
+        stop_s = time.perf_counter() - last
         counts = [Layout(place).count_file(shard.name) for shard, place in zip(chosen, places, strict=True)]
         summing = _summing_seconds(counts, measured[0].vocabulary, settings, Path(folder))
     if not sum(one.rows for one in measured):
         raise UserError(f"the shards that were measured ({', '.join(shard.name for shard in chosen)}) give no label row")
-    return forecast(shards, measured, settings, out, workers=workers, samples=samples, betons=betons, summing=summing)
+    return forecast(shards, measured, settings, out, workers=workers, samples=samples, betons=betons, summing=summing, stop_s=stop_s)
 
 
 def choose_shards(shards: list[Shard], count: int) -> list[Shard]:
@@ -92,14 +93,21 @@ def _scratch(out: Path) -> str | None:
 
 
 def _measure(task: _Task) -> Measured:
-    """Build one shard in this process, which was started for it."""
     started = time.time() - task.asked
+    with redirect_stderr(io.StringIO()):  # the passes' progress
+        return _build(task, started)
+
+
+def _build(task: _Task, started: float) -> Measured:
+    """Build one shard in this process, which began to run `started` seconds after the task was handed out."""
     settings = task.settings.model_copy(update={"build": task.settings.build.model_copy(update={"engine": "local", "workers": 1})})
     captions = parse_caption_key(settings.build.caption_key)
     layout = Layout(task.folder)
-    build = Build(layout, settings, make_tokenizer(settings.labels), 1, captions, None)
+    begin = time.perf_counter()
+    tokenizer = make_tokenizer(settings.labels)
+    tokenizer_s = time.perf_counter() - begin
+    build = Build(layout, settings, tokenizer, 1, captions, None)
     shards = [task.shard]
-    sys.stderr = open("/dev/null", "w")  # noqa: SIM115  (the passes' progress; this process ends soon)
     # Everything twice: the first time loads compiled code and meets every word, as a worker does that has just been started.
     read_first, read_again = (_seconds(lambda: deque(read_rows(task.shard, captions), maxlen=0)) for _ in range(2))
     label_first = _seconds(lambda: label_pass(build, shards, shards))
@@ -118,6 +126,7 @@ def _measure(task: _Task) -> Measured:
         samples=sum(part["samples"] for part in written),
         left_out=sum(marker["reasons"].values()) + sum(sum(part["reasons"].values()) for part in written),
         start_s=started,
+        tokenizer_s=tokenizer_s,
         read_warm_s=max(read_first - read_again, 0.0),
         label_warm_s=max(label_first - label_again, 0.0),
         label_s=label_again,

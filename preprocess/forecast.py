@@ -24,8 +24,9 @@ _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**2
 
 @dataclass(frozen=True)
 class Measured:
-    """One shard that was built. Seconds: `start_s` until its process ran, `read_warm_s` and `label_warm_s` of loading compiled code
-    for reading and for tokenizing, `label_s` and `beton_s` of the work itself, `idf_s` of the tables. `peak_bytes`: of its process."""
+    """One shard that was built. Seconds: `start_s` until its process ran, `tokenizer_s` of making the tokenizer, `read_warm_s` and
+    `label_warm_s` of loading compiled code for reading and for tokenizing, `label_s` and `beton_s` of the work itself, `idf_s` of the
+    tables. `peak_bytes`: of its process."""
 
     name: str
     source_bytes: int
@@ -34,6 +35,7 @@ class Measured:
     samples: int
     left_out: int
     start_s: float
+    tokenizer_s: float
     read_warm_s: float
     label_warm_s: float
     label_s: float
@@ -94,7 +96,7 @@ class Forecast:
 
 def forecast(
     shards: Sequence[Shard], measured: Sequence[Measured], settings: Pipeline, out: Path, *, workers: int, samples: int | None,
-    betons: bool, summing: float,
+    betons: bool, summing: float, stop_s: float,
 ) -> Forecast:  # fmt: skip
     """Extrapolate.
 
@@ -107,6 +109,7 @@ def forecast(
         samples: label rows to foretell for; None takes what DATA is expected to give.
         betons: whether there is a second pass.
         summing: seconds that the sum of the counts takes for each shard more.
+        stop_s: seconds until processes that have done their work have ended.
     """
     total = sum(shard.bytes for shard in shards)
     built = sum(one.source_bytes for one in measured)
@@ -118,17 +121,17 @@ def forecast(
         return sum(getattr(one, name) for one in measured) / built
 
     def mean(name: str) -> float:
-        return fmean(getattr(one, name) for one in measured)
+        return fmean(getattr(one, name) for one in measured[:workers])  # those that were the first in their process
 
     def elapsed(name: str) -> float:
         times = [shard.bytes * per_byte(name) for shard in shards]
         return makespan(times, workers) if factor == 1.0 else max(sum(times) * factor / workers, max(times))
 
     alone = workers == 1 or count == 1  # then the work is done in the main process, which is there
-    start = 0.0 if alone else mean("start_s")
+    start = 0.0 if alone else mean("start_s") + stop_s  # of a pass' workers, which begin and end with it
     seconds = {
-        "start": mean("start_s"),
-        "labels": start + mean("label_warm_s") + mean("read_warm_s") + elapsed("label_s"),
+        "start and end": mean("start_s") + mean("tokenizer_s") + stop_s,
+        "labels": start + (0.0 if alone else mean("tokenizer_s")) + mean("label_warm_s") + mean("read_warm_s") + elapsed("label_s"),
         "idf": mean("idf_s") + summing * count,
     }
     disk = {"labels": round(per_byte("label_bytes") * total * factor), "idf": round(mean("table_bytes"))}

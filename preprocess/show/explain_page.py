@@ -41,7 +41,7 @@ def _target(told: Explanation) -> Html:
     )
     bars = weights((label.name, label.weight, f"{label.weight:.1%}") for label in told.labels)
     rows = [[*_cells(label), f"{label.idf:.3f}", f"{label.weight:.4f}"] for label in told.labels]
-    numbers = table(["Token", "#Id", "#Captions with it", "#IDF (nats)", "#t"], rows, caption="Labels, by falling weight")
+    numbers = table(["Token", "#Id", "#Captions", "#IDF (nats)", "#t"], rows, caption="Labels, by falling weight")
     return join([paragraph(text), tag("div", join([bars, numbers]), class_="columns")])
 
 
@@ -50,7 +50,7 @@ def _guesses(told: Explanation) -> Html:
     for guess in told.guesses:
         rows.append([*_cells(guess.label), f"{guess.probability:.4f}", f"{guess.label.weight:.4f}" if guess.hit else "no label"])
     hits = sum(guess.hit for guess in told.guesses)
-    numbers = table(["Token", "#Id", "#Captions with it", "#Probability", "#t"], rows, caption="The model's likeliest tokens")
+    numbers = table(["Token", "#Id", "#Captions", "#Probability", "#t"], rows, caption="The model's likeliest tokens")
     bars = weights(
         (tag("strong", guess.label.name) if guess.hit else guess.label.name, guess.probability, f"{guess.probability:.1%}")
         for guess in told.guesses

@@ -35,7 +35,7 @@ def _tiles(summary: Summary) -> Html:
     gib = sum(part.bytes for part in parts) / 2**30
     kind = "betons" if manifest.betons else "files of places"
     mean = float((summary.labels_histogram * np.arange(len(summary.labels_histogram))).sum() / max(manifest.captions, 1))
-    width, height = summary.sizes.width, summary.sizes.height
+    width, height = summary.median_size
     samples_note = f"{gib:.2f} GiB in {len(parts)} {kind}" if parts else "built without images"
     return tiles(
         [
@@ -44,7 +44,7 @@ def _tiles(summary: Summary) -> Html:
             ("Left out", f"{left_out:,}", _share(left_out, _all_samples(summary)) + " of all samples"),
             ("Labels a caption", f"{mean:.1f}", "mean"),
             ("Tokens seen", f"{seen:,}", f"of {manifest.tokenizer.vocabulary:,}, {manifest.tokenizer.name}"),
-            ("Image", f"{width[1]:.0f} × {height[1]:.0f}" if width and height else "unknown", "pixels, median of each side"),
+            ("Image", f"{width} × {height}" if width and height else "unknown", "pixels, median of each side"),
         ]
     )
 
@@ -118,8 +118,8 @@ def _labels(summary: Summary) -> Html:
     )
     context = manifest.options["labels"]["context"]
     text = (
-        f"{int(histogram[0]):,} captions ({_share(int(histogram[0]), manifest.captions)}) have no label: their loss is 0. "
-        f"{summary.full:,} ({_share(summary.full, manifest.captions)}) fill the limit of {context} tokens, and may have lost their end."
+        f"{int(histogram[0]):,} captions ({_share(int(histogram[0]), manifest.captions)}) have no label, which makes their loss zero; "
+        f"{summary.full:,} ({_share(summary.full, manifest.captions)}) fill the limit of {context} tokens and may have lost their end."
     )
     return join([chart, paragraph(text)])
 
@@ -161,7 +161,7 @@ def _gallery(summary: Summary) -> Html:
 def _card(shown: Shown) -> Html:
     caption = shown.caption or "(no text)"
     image = picture(shown.image, alt=caption) if shown.image else tag("div", "no image", class_="picture muted")
-    bars = weights(((label.name, label.weight, f"{label.weight:.1%}") for label in shown.labels[:_LABELS_SHOWN]))
+    bars = weights((label.name, label.weight, f"{label.weight:.1%}") for label in shown.labels[:_LABELS_SHOWN])
     more = len(shown.labels) - _LABELS_SHOWN
     parts = [image, tag("p", caption, class_="text"), bars]
     if more > 0:

@@ -83,7 +83,7 @@ def read_samples(layout: Layout, shard: ShardPart, rows: Sequence[int], repeats:
 def spread_samples(layout: Layout, manifest: Manifest, count: int) -> list[Sample]:
     """So many samples (or all, if there are fewer), at even distances through OUT, from few shards at a time."""
     count = min(count, manifest.captions)
-    indices = np.unique(np.linspace(0, manifest.captions - 1, 2 * count + 1, dtype=np.int64)[1::2]) if count else np.empty(0, np.int64)
+    indices = (2 * np.arange(count, dtype=np.int64) + 1) * manifest.captions // (2 * max(count, 1))
     firsts = np.array([part.first_index for part in manifest.shards])
     places = np.searchsorted(firsts, indices, side="right") - 1
     samples: list[Sample] = []

@@ -19,7 +19,6 @@ from preprocess.show.thumbnails import thumbnail
 
 _EXAMPLES = 5
 _THUMBNAIL_SIDE = 320
-_SIZES = (0.05, 0.5, 0.95)
 
 
 @dataclass(frozen=True)
@@ -44,24 +43,17 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Pixels: the 5th, 50th and 95th percentile of width and height, each; None where no label row has a size."""
-
-    width: tuple[float, float, float] | None
-    height: tuple[float, float, float] | None
-
-
-@dataclass(frozen=True)
 class Summary:
     """A whole OUT. `labels_histogram`: int64 [K + 1], captions with 0, 1, ... K labels; `full`: captions at the context limit;
-    `faults`: files of the manifest that are missing or of another length."""
+    `median_size`: of the widths and of the heights, in pixels; `faults`: files of
+    the manifest that are missing or of another length."""
 
     out: Path
     manifest: Manifest
     vocabulary: Vocabulary
     labels_histogram: np.ndarray
     full: int
-    sizes: Sizes
+    median_size: tuple[int | None, int | None]
     reasons: list[Reason]
     gallery: list[Shown]
     faults: list[str]
@@ -78,9 +70,9 @@ def summarise(out: Path, pictures: int) -> Summary:
     vocabulary = Vocabulary(layout, manifest)
     with open_tables(out) as con:
         histogram, full = _label_numbers(con, manifest)
-        sizes, reasons = _sizes(con), _reasons(con, layout)
+        size, reasons = (_median(con, "width"), _median(con, "height")), _reasons(con, layout)
     gallery = _gallery(layout, manifest, vocabulary, pictures)
-    return Summary(out, manifest, vocabulary, histogram, full, sizes, reasons, gallery, _faults(layout, manifest))
+    return Summary(out, manifest, vocabulary, histogram, full, size, reasons, gallery, _faults(layout, manifest))
 
 
 def _label_numbers(con: duckdb.DuckDBPyConnection, manifest: Manifest) -> tuple[np.ndarray, int]:
@@ -93,11 +85,12 @@ def _label_numbers(con: duckdb.DuckDBPyConnection, manifest: Manifest) -> tuple[
     return histogram, full
 
 
-def _sizes(con: duckdb.DuckDBPyConnection) -> Sizes:
-    points = list(_SIZES)
-    row = con.execute("SELECT approx_quantile(width, $1::FLOAT[]), approx_quantile(height, $1::FLOAT[]) FROM labels", [points]).fetchone()
-    width, height = (tuple(values) if values and values[0] is not None else None for values in row or (None, None))
-    return Sizes(width, height)
+def _median(con: duckdb.DuckDBPyConnection, column: str) -> int | None:
+    """Of all label rows that have a value: from their counts, since there may be billions of them."""
+    counts = f"SELECT {column} AS side, count(*) AS n FROM labels WHERE {column} IS NOT NULL GROUP BY 1"
+    running = f"SELECT side, sum(n) OVER (ORDER BY side) AS upto, sum(n) OVER () AS total FROM ({counts})"
+    row = con.execute(f"SELECT min(side) FROM ({running}) WHERE 2 * upto >= total").fetchone()
+    return row[0] if row else None
 
 
 def _reasons(con: duckdb.DuckDBPyConnection, layout: Layout) -> list[Reason]:

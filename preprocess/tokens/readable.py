@@ -24,7 +24,7 @@ def text_of(tokens: Sequence[str], tokenizer: str) -> str:
     if any(_BYTE_SPACE in token for token in tokens):
         return _from_bytes(tokens).strip()
     if any(_MARK in token for token in tokens):
-        return decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace()]).decode(list(tokens)).strip()
+        return decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]).decode(list(tokens)).strip()
     return ("" if tokenizer in ("bpe", "unigram") else " ").join(tokens)
 
 
