@@ -10,6 +10,11 @@ from labels import __version__
 from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.layout import local_out
+from labels.manifest import read_manifest
+from labels.settings import Pipeline
+
+CLIP_VOCABULARY = 49_408
+"""Classes that are planned for where no OUT is given."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,22 +29,71 @@ _set = click.option(
 )
 
 
+_recipe = click.option("--recipe", metavar="NAME", help="Entry of `recipes` in pipeline.yaml, laid over its section `train`.")
+
+
 @cli.command("run")
-@click.option("--beton", is_flag=False, flag_value="", required=True, metavar="[OUT]", help="OUT of build-labels (no value: paths.out).")
+@click.option("--beton", is_flag=False, flag_value="", metavar="[OUT]", help="OUT of build-labels (no value: paths.out).")
 @click.option("--labels", metavar="OTHER_OUT", help="Other labels for the same rows (default: the betons').")
 @click.option("--out", "run", type=click.Path(path_type=Path), help="Folder of the run (default: paths.run).")
+@click.option("--synthetic", is_flag=True, help="Random images made once on the device, no checkpoints: what the model alone can do.")
+@_recipe
 @_config
 @_set
-def run_command(beton: str, labels: str | None, run: Path | None, config: Path | None, overrides: tuple[str, ...]) -> None:
+def run_command(
+    beton: str | None, labels: str | None, run: Path | None, synthetic: bool, recipe: str | None, config: Path | None,
+    overrides: tuple[str, ...],
+) -> None:  # fmt: skip
     """Pre-train by classification, or go on with an interrupted run: the same command again."""
-    from train.run import STOPPED_EXIT_CODE, train_run  # torch takes a second: not for --help
+    from train.run import synthetic_run, train_run  # torch takes a second: not for --help
+    from train.signals import STOPPED_EXIT_CODE
 
-    pipeline = load_pipeline(config, overrides)
+    pipeline = load_pipeline(config, overrides, recipe)
     target = run or Path(pipeline.paths.run)
+    if synthetic:
+        vocabulary, label_limit, _ = head_size(pipeline, beton)
+        if not synthetic_run(target / "synthetic", pipeline, vocabulary, label_limit):
+            sys.exit(STOPPED_EXIT_CODE)
+        return
+    if beton is None:
+        raise UserError("`train run` was given no betons", mend="add --beton OUT (--beton alone takes paths.out), or --synthetic")
     other = local_out(labels) if labels else None
     if not train_run(local_out(beton or pipeline.paths.out), target, pipeline, labels=other):
         print(f"stopped and saved; the same command goes on with {target}")
         sys.exit(STOPPED_EXIT_CODE)
+
+
+@cli.command("plan")
+@click.option("--beton", is_flag=False, flag_value="", metavar="[OUT]", help="OUT of build-labels, for epochs and classes.")
+@click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks of the planned run.")
+@click.option(
+    "--rate", "rates", multiple=True, type=click.FloatRange(min=0, min_open=True), default=(1e3, 1e4, 1e5), show_default=True,
+    help="Samples/s over all devices. Repeatable.",
+)  # fmt: skip
+@_recipe
+@_config
+@_set
+def plan_command(
+    beton: str | None, devices: int, rates: tuple[float, ...], recipe: str | None, config: Path | None, overrides: tuple[str, ...]
+) -> None:
+    """What a run would take: steps, epochs, operations, memory, disk, messages, hours. Nothing is started."""
+    import torch
+
+    from train.plan import plan_lines
+
+    pipeline = load_pipeline(config, overrides, recipe)
+    vocabulary, _, samples = head_size(pipeline, beton)
+    device = torch.device("cuda" if torch.cuda.is_available() and pipeline.train.runtime.device != "cpu" else "cpu")
+    plan = plan_lines(pipeline.train, vocabulary=vocabulary, dataset_samples=samples, devices=devices, rates=rates, device=device)
+    print("\n".join(plan))
+
+
+def head_size(pipeline: Pipeline, beton: str | None) -> tuple[int, int, int | None]:
+    """Classes, labels of a sample at most and samples of an OUT; CLIP's classes and no samples where none is given."""
+    if beton is None:
+        return CLIP_VOCABULARY, pipeline.labels.context, None
+    manifest = read_manifest(local_out(beton or pipeline.paths.out))
+    return manifest.tokenizer.vocabulary, manifest.label_limit, manifest.samples
 
 
 @cli.command("probe")
