@@ -12,22 +12,28 @@ import torch
 from conftest import Built
 from page_checks import check_page
 from PIL import Image
+from safetensors.torch import save_file
 from shard_factory import build, healthy, preprocess, rows, sample, write_tar
 
+from labels.config import dump_yaml, load_pipeline
 from labels.files import write_json
 from labels.idf import read_idf, target_weights
 from labels.manifest import read_manifest
 from preprocess.show.explanation import explain
 from preprocess.tokens.readable import name_of, text_of
-from train.checkpoint import save_checkpoint
-from train.losses.softmax import target_weights as loss_targets
+from train.checkpoint import State
+from train.evals.encoders import load_encoder
+from train.evals.features import decode
+from train.losses.positives import positives
+from train.model import build_head, build_trunk
+from train.weights import load_exactly, read_weights
 
 
 def test_weights_are_the_losss(finished: Built) -> None:
     idf = read_idf(finished.out / "idf.parquet")
     for row in rows(finished.out)[:6]:
         told = {label.token_id: label.weight for label in explain(finished.out, row["key"]).labels}
-        expected = loss_targets(torch.tensor([row["label_ids"]]), torch.from_numpy(idf))[0]
+        expected = positives(torch.tensor([row["label_ids"]]), torch.from_numpy(idf)).shares[0]
         assert np.allclose([told[token] for token in row["label_ids"]], expected.numpy(), atol=1e-6)
     assert target_weights(np.zeros(3)).tolist() == [0, 0, 0]
 
@@ -103,32 +109,25 @@ def test_tokens_become_text(tokens: list[str], tokenizer: str, text: str, names:
 @pytest.fixture(scope="module")
 def run(finished: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a tiny net that was never trained, as `train run` leaves it."""
-    from labels.config import dump_yaml, load_pipeline
-    from labels.settings import Loss
-    from train.losses.head_loss import HeadLoss
-    from train.model import Classifier, build_trunk
-
     folder = tmp_path_factory.mktemp("run")
     small = {"patch_size": 16, "depth": 1, "embed_dim": 32, "num_heads": 2}
-    pipeline = load_pipeline(
-        overrides=[f"train.model.trunk_args={small}", "train.model.trunk=vit_tiny_patch16_224", "train.model.image_size=32"]
-    )
-    torch.manual_seed(0)
-    idf = torch.from_numpy(read_idf(finished.out / "idf.parquet"))
-    model = Classifier(build_trunk(pipeline.train.model), HeadLoss(Loss(), idf))
+    model = {"trunk_args": small, "trunk": "vit_tiny_patch16_224", "image_size": 32}
+    pipeline = load_pipeline(overrides=[f"train.model={model}"])
     manifest = read_manifest(finished.out)
+    vocabulary = manifest.tokenizer.vocabulary
+    checkpoint = folder / "checkpoints" / "samples-000000000064"
+    checkpoint.mkdir(parents=True)
+    torch.manual_seed(0)
+    save_file(build_trunk(pipeline.train.model).state_dict(), checkpoint / "trunk.safetensors")
+    save_file(build_head(32, vocabulary).state_dict(), checkpoint / "head.safetensors")
+    state = State(samples_seen=64, number=1, labels="", idf="", betons="", options="", vocabulary=vocabulary)
+    write_json(checkpoint / "state.json", state.model_dump())
     dump_yaml(folder / "config.yaml", pipeline)
     write_json(folder / "data.json", {"tokenizer_fingerprint": manifest.tokenizer.fingerprint})
-    save_checkpoint(folder, model, torch.optim.AdamW(model.parameters()), {"samples_seen": 64, "vocabulary": len(idf)}, keep=1)
     return folder
 
 
 def test_a_runs_likeliest_tokens(finished: Built, run: Path, tmp_path: Path) -> None:
-    from train.evals.encoders import load_encoder
-    from train.evals.features import decode
-    from train.model import build_head
-    from train.weights import load_exactly, read_weights
-
     told = explain(finished.out, "000000003", run=run, top=5)
     file = run / "checkpoints" / told.checkpoint / "head.safetensors"
     encoder, head = load_encoder(f"run:{run}"), build_head(32, 49_408)
@@ -139,6 +138,9 @@ def test_a_runs_likeliest_tokens(finished: Built, run: Path, tmp_path: Path) -> 
         expected = head(encoder((pixels - mean) / std)).softmax(dim=1)[0].topk(5)
     assert [guess.label.token_id for guess in told.guesses] == expected.indices.tolist()
     assert np.allclose([guess.probability for guess in told.guesses], expected.values.numpy(), rtol=1e-5)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("name: softmax", "name: bce"))
+    assert 0.2 < explain(finished.out, "000000003", run=run, top=1).guesses[0].probability < 1  # of this token alone
     write_json(run / "data.json", {"tokenizer_fingerprint": "0123"})
     said = preprocess("explain", finished.out, "000000003", "--checkpoint", run)
     assert said.code == 2
