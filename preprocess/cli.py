@@ -15,6 +15,8 @@ from labels.idf import Formula
 from labels.layout import out_path
 from preprocess.append import append_shards, undo_append
 from preprocess.build import build_labels
+from preprocess.cli_options import config_option, parse_out, parse_outs, set_option
+from preprocess.cli_show import SHOW_COMMANDS
 from preprocess.idf_command import sum_idf
 from preprocess.inputs.captions import parse_caption_key
 from preprocess.inputs.rows import read_rows
@@ -31,19 +33,9 @@ def cli() -> None:
     """Turn image-text shards into sparse labels, an IDF table and betons."""
 
 
-_config = click.option("--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it is there).")
 _decode_check = click.option(
     "--decode-check", type=click.Choice(["none", "header", "full"]), help="How JPEGs are checked (default: build.decode_check)."
 )
-_set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key, e.g. labels.idf=paper. Repeatable.")
-
-
-def _out(_context: click.Context, _argument: click.Parameter, value: str) -> Path:
-    return out_path(value)
-
-
-def _outs(_context: click.Context, _argument: click.Parameter, value: tuple[str, ...]) -> tuple[Path, ...]:
-    return tuple(out_path(text) for text in value)
 
 
 def _as_overrides(**flags: object) -> list[str]:
@@ -73,8 +65,8 @@ def _share(_context: click.Context, _option: click.Parameter, value: str | None)
 @click.option("--no-images", is_flag=True, help="Write where the images lie in the tars, in place of betons: the tars stay the only copy.")
 @_decode_check
 @click.option("--overwrite", is_flag=True, help="Remove what an earlier build with other options left in OUT; nothing else.")
-@_config
-@_set
+@config_option
+@set_option
 def build_labels_command(
     data: tuple[str, ...],
     out: str | None,
@@ -110,13 +102,13 @@ def build_labels_command(
 
 
 @cli.command("append")
-@click.argument("out", callback=_out)
+@click.argument("out", callback=parse_out)
 @click.argument("data", nargs=-1)
 @click.option("--prefix", default="", help="Put before the names of the new shards, which have to come after those of OUT.")
 @click.option("--undo", is_flag=True, help="Give up an append that has not finished, while the manifest still stands.")
 @click.option("--workers", type=int, help="Worker processes (default: all cores).")
 @click.option("--engine", type=click.Choice(["local", "ray"]), help="Where the work runs (default: local).")
-@_set
+@set_option
 def append_command(
     out: Path, data: tuple[str, ...], prefix: str, undo: bool, workers: int | None, engine: str | None, overrides: tuple[str, ...]
 ) -> None:
@@ -143,8 +135,8 @@ def append_command(
 @click.option("--wordnet", default="auto", show_default=True, help="For catlip: the folder with index.noun and data.noun.")
 @click.option("--caption-key", metavar="KEYS", help="Where captions stand, e.g. txt,json:caption (default: build.caption_key).")
 @click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The file to write; labels.tokenizer then names it.")
-@_config
-@_set
+@config_option
+@set_option
 def train_tokenizer_command(
     data: tuple[str, ...],
     kind: Kind,
@@ -169,7 +161,7 @@ def train_tokenizer_command(
 
 
 @cli.command("idf")
-@click.argument("outs", nargs=-1, required=True, callback=_outs)
+@click.argument("outs", nargs=-1, required=True, callback=parse_outs)
 @click.option("--shards", metavar="GLOB", help="Only shards whose name fits, e.g. '0000[0-4]*'.")
 @click.option("--formula", type=click.Choice(get_args(Formula)), help="Default: the one that OUT was built with.")
 @click.option("--recount", is_flag=True, help="Count the label files anew instead of summing the counts that are kept.")
@@ -180,7 +172,7 @@ def idf_command(outs: tuple[Path, ...], shards: str | None, formula: Formula | N
 
 
 @cli.command("sql")
-@click.argument("out", callback=_out)
+@click.argument("out", callback=parse_out)
 @click.argument("query")
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
 def sql_command(out: Path, query: str, form: str) -> None:
@@ -189,7 +181,7 @@ def sql_command(out: Path, query: str, form: str) -> None:
 
 
 @cli.command("verify")
-@click.argument("out", callback=_out)
+@click.argument("out", callback=parse_out)
 def verify_command(out: Path) -> None:
     """Read back everything in OUT and compare it with the manifest; exit code 1 if anything differs."""
     faults = verify_build(out)
@@ -199,6 +191,10 @@ def verify_command(out: Path) -> None:
         print(f"{out}: {len(faults)} faults; mend: {mending_command(out)}")
         sys.exit(1)
     print(f"{out}: whole and unchanged")
+
+
+for command in SHOW_COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:

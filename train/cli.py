@@ -1,5 +1,6 @@
 """The command `train`: parse, call, report. Everything it does lives in the modules it imports."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,17 @@ def head_size(pipeline: Pipeline, beton: str | None) -> tuple[int, int, int | No
         return CLIP_VOCABULARY, pipeline.labels.context, None
     manifest = read_manifest(local_out(beton or pipeline.paths.out))
     return manifest.tokenizer.vocabulary, manifest.label_limit, manifest.samples
+
+
+@cli.command("predict")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="How many tokens of each image.")
+def predict_command(run: Path, images: tuple[Path, ...], top: int) -> None:
+    """The likeliest tokens of images by RUN's newest checkpoint, as JSON (`preprocess explain` gives them names)."""
+    from train.predict import predict_tokens
+
+    print(json.dumps(predict_tokens(run, images, top), indent=1))
 
 
 def main() -> None:
