@@ -116,6 +116,10 @@ class Data(Section):
     crop_scale: Range = [0.9, 1.0]
     crop_ratio: Range = [0.75, 1.3333333333]
     flip: bool = False
+    resample: Literal["auto", "device", "host"] = "auto"
+    color_jitter: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=4, max_length=4)] = [0.32, 0.32, 0.32, 0.08]
+    color_jitter_probability: Fraction = 0.0
+    grey_probability: Fraction = 0.0
     mean: Channels = [0.48145466, 0.4578275, 0.40821073]
     std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = [0.26862954, 0.26130258, 0.27577711]
 
@@ -126,6 +130,8 @@ class Data(Section):
             raise ValueError(f"crop_scale is {self.crop_scale}; allowed: 0 < low <= high <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"crop_ratio is {self.crop_ratio}; allowed: 0 < low <= high")
+        if self.color_jitter[3] > 0.5:
+            raise ValueError(f"color_jitter is {self.color_jitter}; allowed for the last, the hue: 0 to 0.5")
         return self
 
 

@@ -96,7 +96,7 @@ def _train(
 
         try:
             with loader:
-                inputs = ImageInput(settings.data, here.device)
+                inputs = ImageInput(settings.data, here.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
                 return run_loop(loader, inputs, learner, settings, budget, here, metrics, save, stopping)
         finally:
             metrics.close()
