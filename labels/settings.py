@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from labels.idf import Formula
+from labels.recipes import RECIPES
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
 
@@ -95,9 +96,11 @@ class Build(Section):
 
 
 class Model(Section):
-    trunk: str = "vit_base_patch16_clip_224"
+    trunk: str = "vit_b16"
     trunk_args: dict[str, Any] = {}
     image_size: Positive = 224
+    grad_checkpointing: bool = False
+    compile: bool = False
 
 
 class Data(Section):
@@ -133,8 +136,18 @@ class Data(Section):
 
 
 class Loss(Section):
-    name: Literal["softmax"] = "softmax"
+    name: Literal["softmax", "bce", "asl", "soft_margin", "two_way"] = "softmax"
     idf: bool = True
+    memory: Size = 128 << 20
+    gamma_negative: Annotated[float, Field(ge=0)] = 4.0
+    gamma_positive: Annotated[float, Field(ge=0)] = 1.0
+    clip: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+    @model_validator(mode="after")
+    def _powers(self) -> Self:
+        if 0 < self.gamma_negative < 1:
+            raise ValueError(f"gamma_negative is {self.gamma_negative}; allowed: 0, or 1 and more (below 1 the slope has no bound)")
+        return self
 
 
 class Optimizer(Section):
@@ -143,23 +156,32 @@ class Optimizer(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
     warmup_samples: Count = 512_000
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class Runtime(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    accumulation: Positive = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     threads: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
+    max_skipped_steps: Positive = 20
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
 
 
 class Checkpoint(Section):
-    every_samples: Count = 1_000_000
+    every_samples: Annotated[int, BeforeValidator(parse_count), Field(gt=0)] = 1_000_000
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: Positive = 2
+    keep_every: Annotated[int, Field(ge=0)] = 0
 
 
 class Log(Section):
     every_seconds: Annotated[float, Field(gt=0)] = 10.0
     tensorboard: bool = True
+    wandb: Annotated[str, Field(min_length=1)] | None = None
 
 
 class Train(Section):
@@ -182,15 +204,67 @@ class Train(Section):
                 f"optimizer.warmup_samples is {self.optimizer.warmup_samples}, the whole run only {self.samples} samples; "
                 "allowed: less than train.samples"
             )
+        if self.loss.name == "two_way" and self.runtime.accumulation > 1:
+            raise ValueError(
+                f"loss.name is two_way, which compares all samples of a batch, runtime.accumulation {self.runtime.accumulation}, which "
+                "never has them together; allowed: 1"
+            )
+        if self.batch_size % self.runtime.accumulation:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, runtime.accumulation {self.runtime.accumulation}; allowed: a divisor of batch_size"
+            )
+        return self
+
+
+class Features(Section):
+    batch_size: Positive = 256
+    threads: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class MaeProbe(Section):
+    epochs: Positive = 90
+    batch_size: Positive = 16_384
+    base_lr: Annotated[float, Field(gt=0)] = 0.1
+    warmup_epochs: Annotated[int, Field(ge=0)] = 10
+    augment: bool = True
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, epochs {self.epochs}; allowed: less than epochs")
         return self
 
 
 class Probe(Section):
+    recipe: Literal["lbfgs", "mae"] = "lbfgs"
     weight_decay: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
+    seeds: Seeds = [0, 1, 2]
     max_iterations: Positive = 200
-    batch_size: Positive = 256
+    mae: MaeProbe = MaeProbe()
+
+
+class Fewshot(Section):
+    shots: Annotated[list[Positive], Field(min_length=1)] = [10]
+    seeds: Seeds = [0, 1, 2]
+    l2: Annotated[float, Field(gt=0)] = 1024.0
+
+
+class Knn(Section):
+    k: Annotated[list[Positive], Field(min_length=1)] = [10, 20]
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    seeds: Seeds = [0, 1, 2]
+
+
+class Zeroshot(Section):
+    classnames: Annotated[str, Field(min_length=1)] = "auto"
+    templates: Annotated[str, Field(min_length=1)] = "none"
+    labels: str | None = None
+    seeds: Seeds = [0]
 
 
 class Pipeline(Section):
@@ -201,3 +275,8 @@ class Pipeline(Section):
     build: Build = Build()
     train: Train = Train()
     probe: Probe = Probe()
+    fewshot: Fewshot = Fewshot()
+    knn: Knn = Knn()
+    zeroshot: Zeroshot = Zeroshot()
+    features: Features = Features()
+    recipes: dict[str, dict[str, Any]] = RECIPES

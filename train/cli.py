@@ -1,5 +1,6 @@
 """The command `train`: parse, call, report. Everything it does lives in the modules it imports."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,13 @@ from labels import __version__
 from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.layout import local_out
+from labels.manifest import read_manifest
+from labels.settings import Pipeline
+from train import options
+from train.evals.commands import register
+
+CLIP_VOCABULARY = 49_408
+"""Classes that are planned for where no OUT is given."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,10 +27,10 @@ def cli() -> None:
     """Pre-train a vision encoder on betons, and measure what it is worth."""
 
 
-_config = click.option("--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it is there).")
-_set = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key, e.g. train.batch_size=256. Repeatable."
-)
+register(cli)
+
+
+_recipe = click.option("--recipe", metavar="NAME", help="Entry of `recipes` in pipeline.yaml, laid over its section `train`.")
 
 
 def _betons(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,7 +44,7 @@ def _betons(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Other labels for the same rows (default: the betons'). With several OUTs: one for each.",
         ),
         click.option(
-            "--beton", "betons", is_flag=False, flag_value="", multiple=True, required=True, metavar="[OUT[=SHARE]]",
+            "--beton", "betons", is_flag=False, flag_value="", multiple=True, metavar="[OUT[=SHARE]]",
             help="OUT of build-labels, its manifest, some of its betons, or a glob (no value: paths.out). Repeatable; =0.3: a mixture.",
         ),
     ):  # fmt: skip
@@ -47,57 +55,76 @@ def _betons(command: Callable[..., Any]) -> Callable[..., Any]:
 @cli.command("run")
 @_betons
 @click.option("--out", "run", type=click.Path(path_type=Path), help="Folder of the run (default: paths.run).")
-@_config
-@_set
+@click.option("--synthetic", is_flag=True, help="Random images made once on the device, no checkpoints: what the model alone can do.")
+@_recipe
+@options.config
+@options.overrides
 def run_command(
-    betons: tuple[str, ...], labels: tuple[str, ...], idf: Path | None, run: Path | None, config: Path | None, overrides: tuple[str, ...]
-) -> None:
+    betons: tuple[str, ...], labels: tuple[str, ...], idf: Path | None, run: Path | None, synthetic: bool, recipe: str | None,
+    config: Path | None, overrides: tuple[str, ...],
+) -> None:  # fmt: skip
     """Pre-train by classification, or go on with an interrupted run: the same command again."""
     from train.data import Chosen
-    from train.run import STOPPED_EXIT_CODE, train_run  # torch takes a second: not for --help
+    from train.run import synthetic_run, train_run  # torch takes a second: not for --help
+    from train.signals import STOPPED_EXIT_CODE
 
-    pipeline = load_pipeline(config, overrides)
+    pipeline = load_pipeline(config, overrides, recipe)
     target = run or Path(pipeline.paths.run)
+    if synthetic:
+        vocabulary, label_limit, _ = head_size(pipeline, betons[0] if betons else None)
+        if not synthetic_run(target / "synthetic", pipeline, vocabulary, label_limit):
+            sys.exit(STOPPED_EXIT_CODE)
+        return
+    if not betons:
+        raise UserError("`train run` was given no betons", mend="add --beton OUT (--beton alone takes paths.out), or --synthetic")
     chosen = Chosen([beton or pipeline.paths.out for beton in betons], [local_out(one) for one in labels], idf)
     if not train_run(chosen, target, pipeline):
         print(f"stopped and saved; the same command goes on with {target}")
         sys.exit(STOPPED_EXIT_CODE)
 
 
-@cli.command("probe")
+@cli.command("plan")
+@click.option("--beton", is_flag=False, flag_value="", metavar="[OUT]", help="OUT of build-labels, for epochs and classes.")
+@click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks of the planned run.")
 @click.option(
-    "--train",
-    "train_dir",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Training part: class folders, or shards with `class` in the json.",
-)
-@click.option("--test", "test_dir", type=click.Path(path_type=Path), required=True, help="Test part, laid out alike.")
-@click.option(
-    "--encoder",
-    "encoders",
-    multiple=True,
-    required=True,
-    metavar="SPEC",
-    help="run:RUN, untrained:RUN, timm:NAME or pixels:SIDE. Repeatable.",
-)
-@click.option("--weights", multiple=True, metavar="FILE", help="Weight file of each timm: encoder in turn, or `hub`.")
-@click.option("--out", type=click.Path(path_type=Path), help="Result JSON.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps features between calls.")
-@_config
-@_set
-def probe_command(
-    train_dir: Path, test_dir: Path, encoders: tuple[str, ...], weights: tuple[str, ...], out: Path | None, cache: Path | None,
-    config: Path | None, overrides: tuple[str, ...],
-) -> None:  # fmt: skip
-    """Fit a linear classifier on the features of frozen encoders; accuracy on the test part."""
+    "--rate", "rates", multiple=True, type=click.FloatRange(min=0, min_open=True), default=(1e3, 1e4, 1e5), show_default=True,
+    help="Samples/s over all devices. Repeatable.",
+)  # fmt: skip
+@_recipe
+@options.config
+@options.overrides
+def plan_command(
+    beton: str | None, devices: int, rates: tuple[float, ...], recipe: str | None, config: Path | None, overrides: tuple[str, ...]
+) -> None:
+    """What a run would take: steps, epochs, operations, memory, disk, messages, hours. Nothing is started."""
     import torch
 
-    from train.evals.run_probe import run_probe
+    from train.plan import plan_lines
 
-    settings = load_pipeline(config, overrides).probe
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run_probe(encoders, train_dir, test_dir, settings, weights=weights, out=out, cache=cache, device=device)
+    pipeline = load_pipeline(config, overrides, recipe)
+    vocabulary, _, samples = head_size(pipeline, beton)
+    device = torch.device("cuda" if torch.cuda.is_available() and pipeline.train.runtime.device != "cpu" else "cpu")
+    plan = plan_lines(pipeline.train, vocabulary=vocabulary, dataset_samples=samples, devices=devices, rates=rates, device=device)
+    print("\n".join(plan))
+
+
+def head_size(pipeline: Pipeline, beton: str | None) -> tuple[int, int, int | None]:
+    """Classes, labels of a sample at most and samples of an OUT; CLIP's classes and no samples where none is given."""
+    if beton is None:
+        return CLIP_VOCABULARY, pipeline.labels.context, None
+    manifest = read_manifest(local_out(beton or pipeline.paths.out))
+    return manifest.tokenizer.vocabulary, manifest.label_limit, manifest.samples
+
+
+@cli.command("predict")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="How many tokens of each image.")
+def predict_command(run: Path, images: tuple[Path, ...], top: int) -> None:
+    """The likeliest tokens of images by RUN's newest checkpoint, as JSON (`preprocess explain` gives them names)."""
+    from train.predict import predict_tokens
+
+    print(json.dumps(predict_tokens(run, images, top), indent=1))
 
 
 def main() -> None:
