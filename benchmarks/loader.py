@@ -28,8 +28,8 @@ sys.path.remove(_HERE)
 
 import numpy as np
 
-SIDE, BATCH = 224, 64
-IMAGES = 1024
+SIDE, BATCH = 224, 256
+IMAGES = 4096
 """In one turn: several epochs, so that memory is used again as in training."""
 CAPTIONS = [
     "Morning light over the harbour, seen from the old bridge",
