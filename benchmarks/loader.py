@@ -29,8 +29,8 @@ sys.path.remove(_HERE)
 import numpy as np
 
 SIDE, BATCH = 224, 256
-IMAGES = 4096
-"""In one turn: several epochs, so that memory is used again as in training."""
+EPOCHS = 8
+"""In one turn, so that memory is used again as in training."""
 CAPTIONS = [
     "Morning light over the harbour, seen from the old bridge",
     "New arrival: hand-made ceramic cup in autumn colours, dishwasher safe",
@@ -57,7 +57,7 @@ def ours(folder: Path, scale: float, device: bool) -> Callable[[], int]:
     from train.loader import Loader
 
     betons = BetonSet(folder / "out")
-    steps = IMAGES // BATCH
+    steps = EPOCHS * betons.samples // BATCH
     settings = Data(crop_scale=[scale, 1.0], prefetch=1)  # the fewest batches that the ring allows
     loader = Loader(
         betons, settings, image_size=SIDE, batch_size=BATCH, seed=0, first_step=0, last_step=steps, threads=1,
@@ -87,7 +87,7 @@ def stock(folder: Path, scale: float) -> Callable[[], int]:
     pipelines = {"image": [image], "label_ids": [NDArrayDecoder()], "index": [IntDecoder()]}
     loader = Loader(
         str(path), batch_size=BATCH, num_workers=1, os_cache=True, order=OrderOption.RANDOM, pipelines=pipelines,
-        indices=np.arange(IMAGES) % read_manifest(folder / "out").samples,
+        indices=np.tile(np.arange(read_manifest(folder / "out").samples), EPOCHS),
     )  # fmt: skip
     return lambda: sum(len(images) for images, _, _ in loader)
 
