@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -52,18 +53,22 @@ def prepare(work: Path, name: str) -> Path:
 
 
 def ours(folder: Path, scale: float, device: bool) -> Callable[[], int]:
+    """One long run of the loader, of which each turn takes a part, so that its memory is used again as in training."""
     from labels.settings import Data
     from train.betons import BetonSet
     from train.loader import Loader
 
     betons = BetonSet(folder / "out")
-    steps = EPOCHS * betons.samples // BATCH
     settings = Data(crop_scale=[scale, 1.0], prefetch=1)  # the fewest batches that the ring allows
-    loader = Loader(
-        betons, settings, image_size=SIDE, batch_size=BATCH, seed=0, first_step=0, last_step=steps, threads=1,
-        device=device,
-    )  # fmt: skip
-    return lambda: sum(len(batch.images) for batch in loader)
+    loader = Loader(betons, settings, image_size=SIDE, batch_size=BATCH, seed=0, first_step=0, last_step=1 << 40, threads=1, device=device)
+    batches = iter(loader)
+
+    def run() -> int:
+        images = sum(len(batch.images) for batch in islice(batches, EPOCHS * betons.samples // BATCH))
+        time.sleep(1)  # until the ring is full again, as it was before
+        return images
+
+    return run
 
 
 def host(folder: Path, scale: float) -> Callable[[], int]:
@@ -126,7 +131,12 @@ def bare(folder: Path, scale: float) -> Callable[[], int]:
             tj_decompress(handle, addresses[row], lengths[row], np.uint64(pixels.ctypes.data), width, 3 * width, height, RGB, 0)
         return len(addresses)
 
-    return lambda: min(len(jpegs), decode(addresses, lengths, sizes, decompressor.handle, pixels))  # keeps the bytes alive
+    def run() -> int:
+        for _ in range(EPOCHS):
+            decode(addresses, lengths, sizes, decompressor.handle, pixels)
+        return EPOCHS * len(jpegs)  # whose memory must stay
+
+    return run
 
 
 def jpegs_of(folder: Path) -> list[bytes]:
