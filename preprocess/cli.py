@@ -9,19 +9,12 @@ from typing import get_args
 import click
 
 from labels import __version__
-from labels.config import load_pipeline
+from labels.choices import Formula, TokenizerKind
 from labels.errors import UserError
-from labels.idf import Formula
 from labels.layout import out_path
-from preprocess.build import build_labels
-from preprocess.idf_command import sum_idf
-from preprocess.inputs.captions import parse_caption_key
-from preprocess.inputs.rows import read_rows
-from preprocess.inputs.shards import find_shards
-from preprocess.outcome import print_summary
-from preprocess.query import run_query
-from preprocess.train_tokenizer import Kind, train_tokenizer
-from preprocess.verify import verify_build
+from preprocess.workers import start_server
+
+# What is large is imported by the command that needs it, which also is when `build-labels` has its worker processes under way.
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,6 +74,12 @@ def build_labels_command(
 
     Run the same command again after any interruption: finished shards are skipped.
     """
+    if engine != "ray" and workers != 1:
+        start_server()
+    from labels.config import load_pipeline
+    from preprocess.build import build_labels
+    from preprocess.outcome import print_summary
+
     flags = {"workers": workers, "engine": engine, "caption_key": caption_key.split(",") if caption_key else None, "subset": subset}
     flag_overrides = [f"build.{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     settings = load_pipeline(config, [*overrides, *flag_overrides])
@@ -94,7 +93,7 @@ def build_labels_command(
 
 @cli.command("train-tokenizer")
 @click.argument("data", nargs=-1, required=True)
-@click.option("--kind", type=click.Choice(get_args(Kind)), required=True, help="What to train.")
+@click.option("--kind", type=click.Choice(get_args(TokenizerKind)), required=True, help="What to train.")
 @click.option(
     "--vocab-size", type=click.IntRange(min=1), default=32_768, show_default=True, help="Tokens; catlip has as many as pass --min-count."
 )
@@ -106,7 +105,7 @@ def build_labels_command(
 @_set
 def train_tokenizer_command(
     data: tuple[str, ...],
-    kind: Kind,
+    kind: TokenizerKind,
     vocab_size: int,
     min_count: int | None,
     wordnet: str,
@@ -116,6 +115,12 @@ def train_tokenizer_command(
     overrides: tuple[str, ...],
 ) -> None:
     """Train a tokenizer, or choose CatLIP's synsets, on the captions of DATA."""
+    from labels.config import load_pipeline
+    from preprocess.inputs.captions import parse_caption_key
+    from preprocess.inputs.rows import read_rows
+    from preprocess.inputs.shards import find_shards
+    from preprocess.train_tokenizer import train_tokenizer
+
     settings = load_pipeline(config, overrides)
     choices = parse_caption_key(caption_key.split(",") if caption_key else settings.build.caption_key)
     shards = find_shards(list(data)).shards
@@ -135,6 +140,8 @@ def train_tokenizer_command(
 @click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The Parquet file to write.")
 def idf_command(outs: tuple[Path, ...], shards: str | None, formula: Formula | None, recount: bool, target: Path) -> None:
     """Sum the IDF table of some shards, or of several OUTs together, from the counts that are kept for every shard."""
+    from preprocess.idf_command import sum_idf
+
     print(f"{target}: {sum_idf(list(outs), target, shards=shards, formula=formula, recount=recount)}")
 
 
@@ -144,6 +151,8 @@ def idf_command(outs: tuple[Path, ...], shards: str | None, formula: Formula | N
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
 def sql_command(out: Path, query: str, form: str) -> None:
     """Ask OUT's tables (tokens, corpus, shards, labels) with SQL, read-only."""
+    from preprocess.query import run_query
+
     run_query(out, query, form)  # type: ignore[arg-type]  # click has checked the choice
 
 
@@ -151,6 +160,8 @@ def sql_command(out: Path, query: str, form: str) -> None:
 @click.argument("out", callback=_out)
 def verify_command(out: Path) -> None:
     """Read back everything in OUT and compare it with the manifest; exit code 1 if anything differs."""
+    from preprocess.verify import verify_build
+
     faults = verify_build(out)
     for fault in faults:
         print(fault)
