@@ -75,7 +75,7 @@ def _counts(one: Opened, subset: str, metadata: str | None) -> np.ndarray:
         try:
             query, values = _query(con, subset, metadata)
             reader = con.execute(query, [files, *values]).to_arrow_reader(_ROWS_AT_ONCE)
-            for batch in reader:
+            for batch in reader:  # pyright: ignore[reportOptionalIterable]  (its stub is wrong)
                 rows, repeats = (batch.column(at).to_numpy(zero_copy_only=False) for at in (0, 1))
                 if repeats.max(initial=0) > _MOST_REPEATS:
                     raise UserError(f"the subset {subset} repeats a uid {repeats.max()} times", allowed=f"{_MOST_REPEATS} times")
