@@ -154,7 +154,7 @@ def test_threads_end_when_the_loop_fails_and_when_the_block_does(out: Path) -> N
     before = threading.active_count()
     loader = Loader(BetonSet(out), Data(), image_size=SIDE, batch_size=8, seed=0, first_step=0, last_step=50, threads=3)
     with pytest.raises(ZeroDivisionError), loader:
-        next(map(lambda _: 1 // 0, loader))
+        next(1 // 0 for _ in loader)
     assert threading.active_count() == before
     with loader:
         kept = iter(loader)

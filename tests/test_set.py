@@ -252,6 +252,5 @@ def test_a_loader_is_made_from_the_settings(folder: Path) -> None:
     pipeline = load_pipeline(
         overrides=["train.samples=24", "train.batch_size=8", "train.model.image_size=16", "train.optimizer.warmup_samples=8"]
     )
-    assert isinstance(pipeline.train, Train)
     betons = opened(folder, "b/out")
     assert [batch.images.shape for batch in make_loader(betons, pipeline.train, 0, 3, HERE)] == [(8, 16, 16, 3)] * 3
