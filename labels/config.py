@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from labels.errors import UserError
 from labels.files import write_whole
+from labels.recipes import RECIPES
 from labels.settings import Pipeline
 
 DEFAULT_FILE = Path("pipeline.yaml")
@@ -40,12 +41,13 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
-def load_pipeline(file: Path | None = None, overrides: Iterable[str] = ()) -> Pipeline:
+def load_pipeline(file: Path | None = None, overrides: Iterable[str] = (), recipe: str | None = None) -> Pipeline:
     """Resolve the configuration.
 
     Args:
         file: a YAML file; None takes ./pipeline.yaml if it is there, else the built-in defaults.
         overrides: `section.key=value` strings, values in YAML, applied in order.
+        recipe: name of an entry of `recipes`, laid over the section `train` before the overrides.
 
     Raises:
         UserError: naming the key, the value and what is allowed.
@@ -53,6 +55,8 @@ def load_pipeline(file: Path | None = None, overrides: Iterable[str] = ()) -> Pi
     if file is None and DEFAULT_FILE.is_file():
         file = DEFAULT_FILE
     values: dict[str, Any] = _read(file) if file else {}
+    if recipe is not None:
+        values["train"] = _merged(values.get("train") or {}, _recipe(values, recipe))
     for override in overrides:
         _apply(values, override)
     try:
@@ -73,6 +77,26 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{file} holds a {type(values).__name__}", allowed="sections with keys, as in pipeline.yaml")
     return values
+
+
+def _recipe(values: dict[str, Any], name: str) -> dict[str, Any]:
+    recipes = values.get("recipes") or RECIPES
+    if not isinstance(recipes, dict) or not isinstance(recipes.get(name), dict):
+        raise UserError(
+            f"no recipe named {name!r}", allowed=", ".join(recipes), mend="give --recipe one of these, or write it into pipeline.yaml"
+        )
+    return recipes[name]
+
+
+def _merged(below: Any, above: dict[str, Any]) -> Any:
+    """`above` laid over `below`, section by section; what is no section is left for pydantic to refuse."""
+    if not isinstance(below, dict):
+        return below
+    both = {
+        key: _merged(below[key], value) if isinstance(below.get(key), dict) and isinstance(value, dict) else value
+        for key, value in above.items()
+    }
+    return below | both
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

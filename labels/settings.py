@@ -4,11 +4,13 @@ The comments beside the keys stand in pipeline.yaml; a test holds its values equ
 """
 
 import math
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from labels.idf import Formula
+from labels.recipes import RECIPES
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
 
@@ -27,22 +29,15 @@ def parse_count(value: Any) -> Any:
     return value
 
 
-_SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-def parse_size(value: Any) -> Any:
-    """`1.5GiB` -> bytes; whole numbers pass through, anything else is left for pydantic to refuse."""
-    if isinstance(value, str) and value[-3:] in _SIZES:
-        try:
-            size = float(value[:-3]) * _SIZES[value[-3:]]
-        except ValueError:
-            return value
-        return round(size) if math.isfinite(size) else value
+def parse_bytes(value: Any) -> Any:
+    """`128MiB` -> 134217728; numbers pass through, anything else is left for pydantic to refuse. Units: KiB, MiB, GiB."""
+    if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+) ?([KMG])iB", value)):
+        return int(match[1]) << {"K": 10, "M": 20, "G": 30}[match[2]]
     return value
 
 
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
-Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
@@ -95,21 +90,23 @@ class Build(Section):
 
 
 class Model(Section):
-    trunk: str = "vit_base_patch16_clip_224"
+    trunk: str = "vit_b16"
     trunk_args: dict[str, Any] = {}
     image_size: Positive = 224
+    grad_checkpointing: bool = False
+    compile: bool = False
 
 
 class Data(Section):
     threads: Annotated[int, Field(ge=0)] = 0
-    prefetch: Size = 2**30
+    prefetch: Bytes = 2**30
     shuffle_block: Positive = 64
     shuffle_window: Positive = 1024
     subset: str | None = None
     metadata: str | None = None
     verify: bool = False
     cache: str = "~/.cache/superclass"
-    cache_size: Size = 100 * 2**30
+    cache_size: Bytes = 100 * 2**30
     crop_scale: Range = [0.9, 1.0]
     crop_ratio: Range = [0.75, 1.3333333333]
     flip: bool = False
@@ -127,8 +124,18 @@ class Data(Section):
 
 
 class Loss(Section):
-    name: Literal["softmax"] = "softmax"
+    name: Literal["softmax", "bce", "asl", "soft_margin", "two_way"] = "softmax"
     idf: bool = True
+    memory: Bytes = 128 << 20
+    gamma_negative: Annotated[float, Field(ge=0)] = 4.0
+    gamma_positive: Annotated[float, Field(ge=0)] = 1.0
+    clip: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+    @model_validator(mode="after")
+    def _powers(self) -> Self:
+        if 0 < self.gamma_negative < 1:
+            raise ValueError(f"gamma_negative is {self.gamma_negative}; allowed: 0, or 1 and more (below 1 the slope has no bound)")
+        return self
 
 
 class Optimizer(Section):
@@ -137,23 +144,32 @@ class Optimizer(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
     warmup_samples: Count = 512_000
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class Runtime(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    accumulation: Positive = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     threads: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
+    max_skipped_steps: Positive = 20
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
 
 
 class Checkpoint(Section):
-    every_samples: Count = 1_000_000
+    every_samples: Annotated[int, BeforeValidator(parse_count), Field(gt=0)] = 1_000_000
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: Positive = 2
+    keep_every: Annotated[int, Field(ge=0)] = 0
 
 
 class Log(Section):
     every_seconds: Annotated[float, Field(gt=0)] = 10.0
     tensorboard: bool = True
+    wandb: Annotated[str, Field(min_length=1)] | None = None
 
 
 class Train(Section):
@@ -176,6 +192,15 @@ class Train(Section):
                 f"optimizer.warmup_samples is {self.optimizer.warmup_samples}, the whole run only {self.samples} samples; "
                 "allowed: less than train.samples"
             )
+        if self.loss.name == "two_way" and self.runtime.accumulation > 1:
+            raise ValueError(
+                f"loss.name is two_way, which compares all samples of a batch, runtime.accumulation {self.runtime.accumulation}, which "
+                "never has them together; allowed: 1"
+            )
+        if self.batch_size % self.runtime.accumulation:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, runtime.accumulation {self.runtime.accumulation}; allowed: a divisor of batch_size"
+            )
         return self
 
 
@@ -195,3 +220,4 @@ class Pipeline(Section):
     build: Build = Build()
     train: Train = Train()
     probe: Probe = Probe()
+    recipes: dict[str, dict[str, Any]] = RECIPES

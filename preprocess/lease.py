@@ -46,7 +46,8 @@ class Holder:
     def read(cls, path: Path) -> Self | None:
         """Who stands in a lock file; None if it is not there or empty; an unknown one, long gone, if it is damaged."""
         try:
-            raw = path.read_bytes()
+            # One request: an opened object that its holder rewrites before it is read would be an error.
+            raw: bytes = path.fs.cat_file(path.path) if is_remote(path) else path.read_bytes()  # type: ignore[attr-defined]  # a UPath
         except FileNotFoundError:
             return None
         try:

@@ -42,9 +42,9 @@ def write_shards(folder: Path, counts: list[int]) -> Path:
     return folder
 
 
-def build_out(folder: Path, counts: list[int]) -> Path:
+def build_out(folder: Path, counts: list[int], *overrides: str) -> Path:
     """A finished OUT with so many samples in each of its betons."""
     shards = write_shards(folder / "shards", counts)
     out = folder / "out"
-    build_labels([str(shards)], out, load_pipeline(overrides=["build.workers=1"]), betons=True, overwrite=False)
+    build_labels([str(shards)], out, load_pipeline(overrides=["build.workers=1", *overrides]), betons=True, overwrite=False)
     return out

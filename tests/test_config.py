@@ -53,7 +53,7 @@ def test_the_file_holds_the_defaults() -> None:
 def test_the_file_names_every_key_and_comments_it() -> None:
     at: list[str] = []
     found = []
-    for line in PIPELINE.read_text(encoding="utf8").splitlines():
+    for line in PIPELINE.read_text(encoding="utf8").partition("\nrecipes:\n")[0].splitlines():
         match = re.fullmatch(r"( *)(\w+):\s*([^#]*?)\s*(# \S.*)?", line)
         if match is None:
             assert not line.strip() or line.startswith("#"), line
@@ -63,7 +63,7 @@ def test_the_file_names_every_key_and_comments_it() -> None:
         if value:
             found.append(".".join(at))
             assert comment, f"{'.'.join(at)} has no comment"
-    assert found == leaves(Pipeline)
+    assert [*found, "recipes"] == leaves(Pipeline), "the recipes are read by tests/test_recipes.py"
 
 
 def test_precedence_is_defaults_then_file_then_set(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_forms_of_set(tmp_path: Path, override: str, expected: object) -> None:
         ("labels:\n  idf: smooth\nlabels:\n  idf: paper", ["'labels' is given twice", "line 3"]),
         ("labels: {idff: smooth}", ["labels.idff: unknown key", "did you mean 'idf'?", "allowed: tokenizer, context, idf"]),
         ("train: {model: {trnk: x}}", ["train.model.trnk: unknown key", "did you mean 'trunk'?"]),
-        ("lables: {}", ["lables: unknown key", "did you mean 'labels'?", "allowed: paths, labels, build, train, probe"]),
+        ("lables: {}", ["lables: unknown key", "did you mean 'labels'?", "allowed: paths, labels, build, train, probe, recipes"]),
         ("zzz: 1", ["zzz: unknown key; allowed:"]),
         ("labels: {context: many}", ["labels.context: 'many' is not allowed", "valid integer"]),
         ("labels: {context: 7.5}", ["labels.context: 7.5 is not allowed"]),
@@ -126,6 +126,9 @@ def test_forms_of_set(tmp_path: Path, override: str, expected: object) -> None:
         ("train: {optimizer: {betas: [0.9, 1.0]}}", ["train.optimizer.betas.1: 1.0 is not allowed"]),
         ("train: {samples: 1000, batch_size: 100, optimizer: {warmup_samples: 1000}}", ["warmup_samples is 1000", "only 1000 samples"]),
         ("train: {samples: 10, batch_size: 20, optimizer: {warmup_samples: 0}}", ["samples is 10", "batch_size 20"]),
+        ("train: {runtime: {accumulation: 3}}", ["batch_size is 1024", "runtime.accumulation 3", "a divisor of batch_size"]),
+        ("train: {loss: {name: two_way}, runtime: {accumulation: 2}}", ["loss.name is two_way", "accumulation 2", "allowed: 1"]),
+        ("train: {checkpoint: {every_samples: 0}}", ["train.checkpoint.every_samples: 0 is not allowed"]),
         ("train: {data: {crop_scale: [0.9, 0.5]}}", ["train.data: crop_scale is [0.9, 0.5]", "0 < low <= high <= 1"]),
         ("train: {data: {crop_ratio: [2.0, 1.0]}}", ["crop_ratio is [2.0, 1.0]"]),
         ("[1, 2]", ["holds a list", "sections with keys"]),

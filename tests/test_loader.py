@@ -1,5 +1,6 @@
 """What the loader delivers: the right pixels and labels, whatever the threads, and damage that is named."""
 
+import gc
 import io
 import json
 import os
@@ -129,7 +130,7 @@ def test_a_thousand_epochs_with_early_breaks_leave_nothing_behind(out: Path) -> 
     betons = BetonSet(out)
 
     def state() -> tuple[int, int]:
-        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+        return threading.active_count(), open_files()
 
     before, torchs = state(), torch.get_num_threads()
     for epoch in range(1000):
@@ -143,6 +144,16 @@ def test_a_thousand_epochs_with_early_breaks_leave_nothing_behind(out: Path) -> 
     assert resident() - memory < 16 << 20
     assert torch.get_num_threads() == torchs
     assert Decompressor().handle
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_other_tests() -> None:
+    """Errors that were caught elsewhere hold frames, and those open sets, until they are collected."""
+    gc.collect()
 
 
 def resident() -> int:
@@ -164,11 +175,11 @@ def test_threads_end_when_the_loop_fails_and_when_the_block_does(out: Path) -> N
 
 
 def test_files_of_a_set_are_closed_with_it(out: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     betons = BetonSet(out)
-    assert len(os.listdir("/proc/self/fd")) == before + 3
+    assert open_files() == before + 3
     del betons
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 @pytest.mark.parametrize(("prefetch", "slots"), [(1, 2), (19 * (SIDE * SIDE * 3 + 75 * 4) * 5, 5), (2**40, 21)])

@@ -1,75 +1,229 @@
-"""The sparse loss against the dense formula in float64."""
+"""The fused losses against dense float64 formulas: values, gradients, edge cases, autocast, accumulation."""
+
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from dense_losses import dense_loss
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch import nn
 
 from labels.schema import PAD_ID
-from train.losses.softmax import softmax_loss, target_weights
+from labels.settings import Loss
+from train.losses import fused as fused_module
+from train.losses.head_loss import HeadLoss
 
-V, K = 30, 6
-
-
-def dense_loss(logits: torch.Tensor, label_ids: torch.Tensor, idf: torch.Tensor) -> torch.Tensor:
-    """METHOD, section 1, with the dense target written out."""
-    losses = []
-    for row, ids in zip(logits.double(), label_ids, strict=True):
-        target = torch.zeros(len(row), dtype=torch.float64)
-        for label in ids[ids != PAD_ID]:
-            target[label] = idf[label].double()
-        if target.sum() > 0:
-            target = target / target.sum()
-        losses.append(-(target * torch.log_softmax(row, 0)).sum())
-    return torch.stack(losses).mean()
+NAMES = ["softmax", "bce", "asl", "soft_margin", "two_way"]
+KINDS = [Loss(name=name, idf=idf, memory=memory) for name in NAMES for idf in (True, False) for memory in (1, 700, 1 << 20)]  # type: ignore[arg-type]
+B, W, V, K = 9, 5, 40, 6
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def some_rows(seed: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def name_of(settings: Loss) -> str:
+    return f"{settings.name}-idf={settings.idf}-{settings.memory}"
+
+
+every_kind = pytest.mark.parametrize("settings", KINDS, ids=name_of)
+every_name = pytest.mark.parametrize("name", NAMES)
+
+
+def some_labels(generator: torch.Generator, rows: int = B, classes: int = V, limit: int = K) -> torch.Tensor:
+    """Ascending sets of 0 to `limit` labels."""
+    label_ids = torch.full((rows, limit), PAD_ID, dtype=torch.int32)
+    for row in label_ids:
+        count = int(torch.randint(0, min(limit, classes) + 1, (1,), generator=generator))
+        row[:count] = torch.randperm(classes, generator=generator)[:count].sort().values
+    return label_ids
+
+
+def some_case(seed: int, rows: int = B, classes: int = V, limit: int = K, width: int = W) -> tuple[Operands, torch.Tensor, torch.Tensor]:
+    """Float32 operands, labels and IDF weights, a fifth of them 0."""
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, V, generator=generator) * 5
-    label_ids = torch.full((rows, K), PAD_ID, dtype=torch.int32)
-    for row in range(rows):
-        count = int(torch.randint(0, K + 1, (1,), generator=generator))
-        label_ids[row, :count] = torch.randperm(V, generator=generator)[:count].sort().values.int()
-    idf = torch.rand(V, generator=generator) * (torch.rand(V, generator=generator) > 0.2)
-    return logits, label_ids, idf
+    features, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, width), (classes, width), (classes,)))
+    idf = torch.rand(classes, generator=generator) * 9 * (torch.rand(classes, generator=generator) > 0.2)
+    return (features, weight, bias), some_labels(generator, rows, classes, limit), idf
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(0, 10**6), st.integers(1, 9))
-def test_loss_and_gradient_equal_the_dense_form(seed: int, rows: int) -> None:
-    logits, label_ids, idf = some_rows(seed, rows)
-    sparse_in, dense_in = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    sparse, dense = softmax_loss(sparse_in, label_ids, idf), dense_loss(dense_in, label_ids, idf)
-    sparse.backward()
-    dense.backward()
-    assert torch.allclose(sparse.double(), dense, rtol=1e-5, atol=1e-6)
-    assert torch.allclose(sparse_in.grad.double(), dense_in.grad, rtol=1e-4, atol=1e-6)  # type: ignore[union-attr]
+def gradients(loss: torch.Tensor, operands: Any) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, operands))
 
 
-def test_rows_without_weight_have_no_loss_but_count_in_the_mean() -> None:
-    logits = torch.randn(2, V)
-    labelled = torch.tensor([[3, PAD_ID], [5, PAD_ID]], dtype=torch.int32)
-    half = torch.tensor([[3, PAD_ID], [PAD_ID, PAD_ID]], dtype=torch.int32)
-    idf = torch.ones(V)
-    first = softmax_loss(logits[:1], labelled[:1], idf)
-    assert torch.allclose(softmax_loss(logits, half, idf), first / 2)
-    idf[5] = 0.0  # only a ubiquitous token: the same
-    assert torch.allclose(softmax_loss(logits, labelled, idf), first / 2)
-    assert softmax_loss(logits, labelled, torch.zeros(V)).item() == 0.0
+def fused_and_dense(
+    settings: Loss, operands: Operands, label_ids: torch.Tensor, idf: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Loss and three gradients, of the module in the operands' type and of the dense formula in float64."""
+    mine = [operand.clone().requires_grad_() for operand in operands]
+    theirs = [operand.double().requires_grad_() for operand in operands]
+    loss = HeadLoss(settings, idf)(mine[0], mine[1], mine[2], label_ids)
+    dense = dense_loss(settings, nn.functional.linear(*theirs), label_ids, idf.double())
+    return [loss, *gradients(loss, mine)], [dense, *gradients(dense, theirs)]
 
 
-@pytest.mark.parametrize("value", [1e4, -1e4])
-def test_extreme_logits_stay_finite(value: float) -> None:
-    logits = torch.zeros(1, V)
-    logits[0, 2] = value
-    logits.requires_grad_()
-    loss = softmax_loss(logits, torch.tensor([[2, 4]]), torch.ones(V))
-    loss.backward()
-    assert torch.isfinite(loss)
-    assert torch.isfinite(logits.grad).all()  # type: ignore[arg-type]
+def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor], relative: float = 1e-6, cancelled: float = 1e-12) -> None:
+    """Each tensor within `relative` of its largest value; `cancelled` where the parts of a sum may cancel to nothing."""
+    for one, other in zip(found, expected, strict=True):
+        assert torch.isfinite(one).all()
+        assert (one.double() - other.double()).abs().max() <= relative * other.abs().max() + cancelled
 
 
-def test_weights_are_idf_shares() -> None:
-    weights = target_weights(torch.tensor([[1, 3, PAD_ID]]), torch.tensor([9.0, 1.0, 9.0, 3.0]))
-    assert torch.allclose(weights, torch.tensor([[0.25, 0.75, 0.0]]))
+@every_kind
+def test_equals_the_dense_form(settings: Loss) -> None:
+    for seed in range(4):
+        assert_near(*fused_and_dense(settings, *some_case(seed)))
+
+
+@hypothesis_settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_equals_the_dense_form_at_any_shape(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(NAMES))
+    rows, classes, limit, width = (data.draw(st.integers(1, top)) for top in (12, 30, 9, 7))
+    settings = Loss(name=name, idf=data.draw(st.booleans()), memory=data.draw(st.sampled_from([1, 250, 1 << 20])))  # type: ignore[arg-type]
+    case = some_case(data.draw(st.integers(0, 10**6)), rows, classes, limit, width)
+    assert_near(*fused_and_dense(settings, *case), relative=3e-6, cancelled=1e-6)
+
+
+@every_name
+def test_equals_the_dense_form_with_a_large_head(name: str) -> None:
+    (features, weight, bias), label_ids, idf = some_case(1, rows=70, classes=9_000, limit=20, width=96)
+    operands = (features, weight / 96**0.5, bias)  # drawn as train.model.build_head draws it
+    assert_near(*fused_and_dense(Loss(name=name, memory=1 << 20), operands, label_ids, idf))  # type: ignore[arg-type]
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([[PAD_ID, PAD_ID, PAD_ID]] * 3, id="no labels at all"),
+        pytest.param([[4, 7, PAD_ID], [PAD_ID, PAD_ID, PAD_ID], [0, PAD_ID, PAD_ID]], id="an empty row"),
+        pytest.param([[3, PAD_ID, PAD_ID], [0, PAD_ID, PAD_ID], [9, PAD_ID, PAD_ID]], id="one label"),
+        pytest.param([[1, 2, 3], [0, 8, 9], [2, 4, 6]], id="K labels"),
+        pytest.param([[5, 5, 9], [9, 2, 9], [0, 0, 0]], id="repeated labels"),
+        pytest.param([[PAD_ID, 6, 2], [9, PAD_ID, 0], [8, 1, PAD_ID]], id="out of order"),
+    ],
+)
+def test_edge_rows(settings: Loss, rows: list[list[int]]) -> None:
+    operands, _, idf = some_case(5, rows=3, classes=10)
+    assert_near(*fused_and_dense(settings, operands, torch.tensor(rows, dtype=torch.int32), idf.clamp(min=0.1)))
+
+
+@every_name
+def test_labels_without_any_weight(name: str) -> None:
+    operands, label_ids, _ = some_case(2)
+    assert_near(*fused_and_dense(Loss(name=name), operands, label_ids, torch.zeros(V)))  # type: ignore[arg-type]
+
+
+def test_softmax_rows_without_weight_have_no_loss_but_count_in_the_mean() -> None:
+    (features, weight, bias), _, _ = some_case(2, rows=2)
+    labels = torch.tensor([[3, PAD_ID], [5, PAD_ID]])
+    loss, without_5 = HeadLoss(Loss(), torch.ones(V)), torch.ones(V).index_fill(0, torch.tensor(5), 0.0)
+    alone = loss(features[:1], weight, bias, labels[:1])
+    torch.testing.assert_close(HeadLoss(Loss(), without_5)(features, weight, bias, labels), alone / 2)
+    torch.testing.assert_close(loss(features, weight, bias, torch.tensor([[3, -1], [-1, -1]])), alone / 2)
+    assert HeadLoss(Loss(), torch.zeros(V))(features, weight, bias, labels).item() == 0.0
+
+
+@every_name
+@pytest.mark.parametrize("size", [30.0, 1e4])
+@pytest.mark.parametrize("positive", [True, False])
+def test_extreme_logits(name: str, size: float, positive: bool) -> None:
+    """Features are unit vectors, so that the logits are the weights themselves and rounding is not the subject."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randint(-4, 5, (V, 4), generator=generator).float()
+    weight[[2, 7]] = size if positive else -size
+    weight[11] = -size if positive else size
+    labels = torch.tensor([[2, 4, PAD_ID], [7, PAD_ID, PAD_ID], [11, 12, PAD_ID], [1, 2, 7]])
+    settings = Loss(name=name, idf=False)  # type: ignore[arg-type]
+    assert_near(*fused_and_dense(settings, (torch.eye(4), weight, torch.zeros(V)), labels, torch.ones(V)), relative=2e-6)
+
+
+@every_name
+@pytest.mark.parametrize("memory", [1, 1 << 20])
+def test_gradcheck(name: str, memory: int) -> None:
+    operands, label_ids, idf = some_case(7, rows=4, classes=8, limit=3, width=3)
+    loss = HeadLoss(Loss(name=name, memory=memory), idf)  # type: ignore[arg-type]
+    inputs = tuple(operand.double().requires_grad_() for operand in operands)
+    assert torch.autograd.gradcheck(lambda *inputs: loss(*inputs, label_ids), inputs)
+
+
+@pytest.mark.parametrize(("negative", "positive", "clip"), [(0, 0, 0.0), (0, 2, 0.1), (1, 0.5, 0.05), (2.5, 1, 0.0), (4, 0, 0.2)])
+def test_asl_keys(negative: float, positive: float, clip: float) -> None:
+    settings = Loss(name="asl", gamma_negative=negative, gamma_positive=positive, clip=clip)
+    assert_near(*fused_and_dense(settings, *some_case(4)), relative=2e-6)
+    if (negative, positive, clip) == (0, 0, 0.0):
+        bce, _ = fused_and_dense(Loss(name="bce"), *some_case(4))
+        assert_near(fused_and_dense(settings, *some_case(4))[0], bce)
+
+
+def test_soft_margin_is_torchs() -> None:
+    (features, weight, bias), label_ids, idf = some_case(6)
+    y = torch.zeros(B, V + 1).scatter_(1, label_ids.long() % (V + 1), 1.0)[:, :V]
+    expected = nn.MultiLabelSoftMarginLoss()(nn.functional.linear(features, weight, bias), y)
+    torch.testing.assert_close(HeadLoss(Loss(name="soft_margin", idf=False), idf)(features, weight, bias, label_ids), expected)
+
+
+@every_name
+def test_bf16_autocast_is_as_near_as_the_dense_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_module, "fast_on_cpu", lambda dtype: True)
+    operands, label_ids, idf = some_case(8, rows=24, classes=2_000, limit=8, width=32)
+    operands = (operands[0], operands[1] / 8, operands[2])
+    settings = Loss(name=name, memory=40_000)  # type: ignore[arg-type]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, exact = fused_and_dense(settings, operands, label_ids, idf)
+    inputs = [operand.clone().requires_grad_() for operand in operands]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = nn.functional.linear(*inputs)
+    dense = dense_loss(settings, logits.float(), label_ids, idf)
+    for mine, theirs, true in zip(found, [dense, *gradients(dense, inputs)], exact, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - true).norm() <= 1.1 * (theirs - true).norm() + 1e-5 * true.norm()
+
+
+def test_bf16_on_a_cpu_without_it_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_module, "fast_on_cpu", lambda dtype: False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, exact = fused_and_dense(Loss(), *some_case(0))
+    assert_near(found, exact)
+
+
+@every_name
+def test_parameters_in_bf16_get_gradients_in_bf16(name: str) -> None:
+    operands, label_ids, idf = some_case(8)
+    low = tuple(operand.bfloat16() for operand in operands)
+    found, exact = fused_and_dense(Loss(name=name), low, label_ids, idf)  # type: ignore[arg-type]
+    assert [tensor.dtype for tensor in found] == [torch.float32] + [torch.bfloat16] * 3
+    assert_near(found, exact, relative=0.02)
+
+
+@every_name
+def test_micro_batches_add_up(name: str) -> None:
+    """The mean over two halves of the batch, for every loss but the one that looks along the batch."""
+    (features, weight, bias), label_ids, idf = some_case(9, rows=8)
+    loss = HeadLoss(Loss(name=name), idf)  # type: ignore[arg-type]
+    whole, parts = (weight.clone().requires_grad_() for _ in range(2))
+    loss(features, whole, bias, label_ids).backward()
+    for half in (slice(0, 4), slice(4, 8)):
+        (loss(features[half], parts, bias, label_ids[half]) / 2).backward()
+    assert torch.allclose(parts.grad, whole.grad, rtol=1e-5, atol=1e-7) == (name != "two_way")  # type: ignore[arg-type]
+
+
+def test_a_frozen_head_or_trunk_gets_no_gradient() -> None:
+    (features, weight, bias), label_ids, idf = some_case(1)
+    loss, features = HeadLoss(Loss(), idf), features.requires_grad_()
+    loss(features, weight, bias, label_ids).backward()
+    assert features.grad is not None
+    assert weight.grad is None
+    with torch.no_grad():
+        quiet = loss(features, weight.requires_grad_(), bias, label_ids)
+    assert not quiet.requires_grad
+    torch.testing.assert_close(quiet, loss(features, weight, bias, label_ids).detach())
+
+
+def test_a_second_backward_gives_the_same_and_a_second_derivative_is_refused() -> None:
+    (features, weight, bias), label_ids, idf = some_case(1)
+    loss = HeadLoss(Loss(), idf)(features, weight.requires_grad_(), bias, label_ids)
+    first, second = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, weight, create_graph=True)

@@ -181,6 +181,16 @@ def test_a_stale_lock_is_taken_over_with_a_note(
     assert not lock.exists()
 
 
+def test_a_lock_rewritten_while_it_is_read_is_no_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = Layout(out_path(bucket)).lock
+    holder = Holder("here", 7, 1.0, 2.0, "token")
+    lock.write_bytes(holder.raw)
+    store = lock.fs  # type: ignore[attr-defined]  # a UPath
+    asked = store.info
+    monkeypatch.setattr(store, "info", lambda *args, **kwargs: {**asked(*args, **kwargs), "ETag": '"of what was there before"'})
+    assert Holder.read(lock) == holder
+
+
 def test_objects_appear_whole(server: Any, bucket: str) -> None:
     path = out_path(bucket) / "made.json"
 

@@ -3,26 +3,50 @@
 RUN/checkpoints/samples-000000123456/
     trunk.safetensors      the encoder, keys as timm names them
     head.safetensors       the classification head
+    trunk_ema.safetensors, head_ema.safetensors   their moving averages, where asked for
     optimizer.safetensors  first and second moments and step, by parameter name
-    state.json             samples seen, and the fingerprints that must match on resume
+    state.json             samples seen, counts, loss scale, and the fingerprints that must match on resume
+
+All tensors are whole, also of a model that FSDP splits: they are gathered one by one to the first rank's memory. So a run goes on with
+another number of ranks, or another way of spreading.
 """
 
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from labels.errors import UserError
-from labels.files import TEMPORARY_SUFFIX, fsync_directory
-from train.model import Classifier
-from train.weights import load_exactly, read_weights
+from labels.files import TEMPORARY_SUFFIX, fsync_directory, plain_disk_faults
+from labels.settings import Section
+from train.loop import Learner
+from train.parallel import whole
+from train.weights import copy_exactly, load_exactly, read_weights
 
 _PREFIX = "samples-"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+Tensors = dict[str, dict[str, torch.Tensor]]
+"""File name without its ending -> tensors by name."""
+
+
+class State(Section):
+    """state.json. What is no tensor and yet belongs to a run."""
+
+    samples_seen: int
+    number: int
+    labels: str
+    idf: str
+    betons: str
+    options: str
+    vocabulary: int
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    loss_scale: list[float] | None = None
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -31,83 +55,127 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(folder for folder in folders if folder.is_dir() and folder.name.removeprefix(_PREFIX).isdigit())
 
 
-def save_checkpoint(run: Path, model: Classifier, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
-    """Write one checkpoint, then remove all but the newest `keep`.
+class CheckpointWriter:
+    """Writes checkpoints from a thread while training goes on; use it in a `with` block, which waits for the last one.
 
     Args:
         run: the run's folder.
-        model: as it is trained, without wrappers.
-        optimizer: over the model's parameters.
-        state: JSON values, with `samples_seen`.
-        keep: how many checkpoints stay.
+        keep: how many of the newest checkpoints stay.
+        keep_every: of the older ones, those whose number is a multiple of this stay; 0: none.
     """
-    folder = run / "checkpoints" / f"{_PREFIX}{state['samples_seen']:012d}"
-    partial = folder.with_name(folder.name + TEMPORARY_SUFFIX)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(_contiguous(model.trunk.state_dict()), partial / "trunk.safetensors")
-    save_file(_contiguous(model.head.state_dict()), partial / "head.safetensors")
-    save_file(_moments(model, optimizer), partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf8")
-    for path in partial.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    fsync_directory(partial)
-    if folder.exists():  # the same samples once more, after a resume: the same bytes
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
-    fsync_directory(folder.parent)
-    for old in checkpoint_folders(run)[:-keep]:
-        shutil.rmtree(old)
-    return folder
+
+    def __init__(self, run: Path, keep: int, keep_every: int) -> None:
+        self._folder, self._run, self._keep, self._keep_every = run / "checkpoints", run, keep, keep_every
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        for partial in self._folder.glob(f"*{TEMPORARY_SUFFIX}"):  # of a process that was killed while it wrote
+            shutil.rmtree(partial)
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        self._wait()
+
+    def save(self, tensors: Tensors, state: State) -> None:
+        """Begin to write one checkpoint, after the one before is finished. The tensors must not change any more.
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        self._wait()
+        self._writing = self._pool.submit(self._write, tensors, state)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write(self, tensors: Tensors, state: State) -> None:
+        folder = self._folder / f"{_PREFIX}{state.samples_seen:012d}"
+        partial = folder.with_name(folder.name + TEMPORARY_SUFFIX)
+        with plain_disk_faults(partial):
+            partial.mkdir(parents=True)
+            for name, named in tensors.items():
+                save_file(named, partial / f"{name}.safetensors")
+            text = json.dumps(state.model_dump(), indent=1, sort_keys=True) + "\n"
+            (partial / "state.json").write_text(text, encoding="utf8")
+            for path in partial.iterdir():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+            fsync_directory(partial)
+            if folder.exists():  # the same samples once more, after a resume from an older one
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
+            fsync_directory(folder.parent)
+        for old in checkpoint_folders(self._run)[: -self._keep]:
+            if not self._keep_every or read_state(old).number % self._keep_every:
+                shutil.rmtree(old)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def snapshot(learner: Learner, on_this_rank: bool) -> Tensors:
+    """Copies in host memory of all that a checkpoint holds; all ranks call it together.
+
+    Args:
+        learner: after a step.
+        on_this_rank: whether this rank keeps what is gathered.
+    """
+    tensors: Tensors = {}
+
+    def keep(file: str, name: str, tensor: torch.Tensor) -> None:
+        gathered = whole(tensor.detach())
+        if on_this_rank:
+            tensors.setdefault(file, {})[name] = gathered.cpu().contiguous() if gathered.is_cuda else gathered.clone().contiguous()
+
+    for file, state in (("{}", learner.model.state_dict()), ("{}_ema", learner.ema.average if learner.ema else {})):
+        for name, tensor in state.items():
+            child, _, rest = name.partition(".")
+            keep(file.format(child), rest, tensor)
+    for name, tensor in _moments(learner).items():
+        keep("optimizer", name, tensor)
+    return tensors
+
+
+def read_state(folder: Path) -> State:
     """state.json of a checkpoint.
 
     Raises:
-        UserError: missing or damaged.
+        UserError: missing, damaged, or not of this folder.
     """
+    path, mend = folder / "state.json", f"remove {folder}; the checkpoint before it is taken"
     try:
-        state = json.loads((folder / "state.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder / 'state.json'} is not readable: {error}", mend=f"remove {folder}; the checkpoint before it is taken"
-        ) from None
+        state = State.model_validate(json.loads(path.read_bytes()))
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise UserError(f"{path} is not valid: {'.'.join(map(str, fault['loc']))}: {fault['msg']}", mend=mend) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable: {error}", mend=mend) from None
+    if state.samples_seen != int(folder.name.removeprefix(_PREFIX)):
+        raise UserError(f"{path} says {state.samples_seen} samples seen, its folder {folder.name}", mend=mend)
     return state
 
 
-def load_checkpoint(folder: Path, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and moments into `model` and `optimizer`, in place.
+def load_checkpoint(folder: Path, learner: Learner, state: State) -> None:
+    """Put a checkpoint's weights, moments, averages and scale into `learner`, in place; each rank keeps its part.
 
     Raises:
         UserError: a file is damaged, or of another model.
     """
-    for name, module in (("trunk", model.trunk), ("head", model.head)):
-        path = folder / f"{name}.safetensors"
-        load_exactly(module, read_weights(path), path)
+    for name, child in learner.model.named_children():
+        if child.state_dict():
+            path = folder / f"{name}.safetensors"
+            load_exactly(child, read_weights(path), path)
+    if learner.ema:
+        parts = {name: folder / f"{name}_ema.safetensors" for name, child in learner.model.named_children() if child.state_dict()}
+        averages = {f"{name}.{key}": tensor for name, path in parts.items() for key, tensor in read_weights(path).items()}
+        copy_exactly(learner.ema.average, averages, folder / "*_ema.safetensors")
     path = folder / "optimizer.safetensors"
-    moments = read_weights(path)
-    state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        values = {moment: moments.get(f"{moment}.{name}") for moment in _MOMENTS}
-        missing = [moment for moment, value in values.items() if value is None]
-        if missing or values["exp_avg"].shape != parameter.shape:  # type: ignore[union-attr]
-            raise UserError(
-                f"{path} has no fitting {', '.join(missing) or 'exp_avg'} for {name}",
-                mend=f"use the configuration in {folder.parent.parent / 'config.yaml'}, or another --out",
-            )
-        state[parameter] = {moment: value if moment == "step" else value.to(parameter.device) for moment, value in values.items()}  # type: ignore[union-attr]
-    optimizer.state.update(state)
+    copy_exactly(_moments(learner), read_weights(path), path)
+    if learner.scale and state.loss_scale:
+        learner.scale.load(state.loss_scale)
 
 
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _moments(model: Classifier, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = optimizer.state
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter in state}
-    return {f"{moment}.{name}": state[parameter][moment].contiguous() for name, parameter in named.items() for moment in _MOMENTS}
+def _moments(learner: Learner) -> dict[str, torch.Tensor]:
+    """The optimiser's tensors by their names in a checkpoint; train/optim.py has made them for every trained parameter."""
+    named = {name: learner.optimizer.state[parameter] for name, parameter in learner.model.named_parameters() if parameter.requires_grad}
+    return {f"{moment}.{name}": state[moment] for name, state in named.items() for moment in _MOMENTS}

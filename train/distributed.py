@@ -24,20 +24,21 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean of a tensor over all ranks."""
-        if self.size > 1:
-            dist.all_reduce(value)
-            value /= self.size
-        return value
-
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says yes, so that all act alike."""
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any rank has it, so that all act alike; one message for all flags."""
         if self.size == 1:
-            return flag
-        value = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+            return flags
+        values = torch.tensor([float(flag) for flag in flags], device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return tuple(value > 0 for value in values.tolist())
+
+    def total(self, *values: float) -> tuple[float, ...]:
+        """The sum of each value over all ranks; one message for all."""
+        if self.size == 1:
+            return values
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return tuple(sums.tolist())
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def world(runtime: Runtime) -> Iterator[World]:
     """Join the process group that torchrun's variables describe; without them, a world of one.
 
     Raises:
-        UserError: CUDA is asked for and not there.
+        UserError: CUDA is asked for and not there, or there are more ranks than GPUs.
     """
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:
@@ -55,6 +56,11 @@ def world(runtime: Runtime) -> Iterator[World]:
     on_gpu = available and runtime.device != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {device.index} of this node has no GPU of its own: torch sees {torch.cuda.device_count()}",
+                mend=f"--nproc-per-node={torch.cuda.device_count()}",
+            )
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, as in the reference
     if runtime.threads:
@@ -63,7 +69,7 @@ def world(runtime: Runtime) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, device)
         return
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     try:
         yield World(dist.get_rank(), size, device)
     finally:

@@ -1,20 +1,24 @@
 """The one training loop: read it from top to bottom. It knows batches, a model and a loss, not where they come from."""
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from labels.settings import Train
 from train.distributed import World
-from train.loader import Batch
+from train.ema import Ema
 from train.metrics import Metrics
 from train.optim import learning_rate
+from train.parallel import gradients_exchanged, loss_and_gradient_norm
+from train.precision import LossScale, autocast_dtype
 
 _ASK_EVERY_STEPS = 10
-Inputs = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+Inputs = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
 """A batch -> what the model takes, on its device: images float [B, 3, S, S] and targets."""
 
 
@@ -27,11 +31,29 @@ class Budget:
     first_step: int
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What is trained, and all that a checkpoint keeps of it.
+
+    Attributes:
+        model: the module itself; the names of its children and parameters are the checkpoint's.
+        called: `model` as train/parallel.py spreads it over the ranks: images and targets -> the mean loss of this rank's samples.
+        optimizer: fused, over the parameters of `model`.
+        scale: with fp16 only.
+        ema: if asked for.
+    """
+
+    model: nn.Module
+    called: nn.Module
+    optimizer: torch.optim.Optimizer
+    scale: LossScale | None = None
+    ema: Ema | None = None
+
+
 def run_loop(
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     inputs: Inputs,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     settings: Train,
     budget: Budget,
     world: World,
@@ -42,10 +64,9 @@ def run_loop(
     """Train until the budget is spent or somebody asks to stop.
 
     Args:
-        batches: one a step, beginning with step `budget.first_step`.
-        inputs: makes the model's two arguments from a batch.
-        model: images and targets -> the mean loss of this rank's samples.
-        optimizer: over the model's parameters.
+        batches: dataclasses of tensors [B, ...] with a count `bad`; one a step, beginning with step `budget.first_step`.
+        inputs: makes the model's two arguments from a batch or a part of it.
+        learner: what is trained.
         settings: the `train` section.
         budget: steps.
         world: this process among all.
@@ -56,37 +77,28 @@ def run_loop(
     Returns:
         True if the budget was spent, False if it was stopped.
     """
-    device, bf16 = world.device, use_bf16(settings.runtime.precision, world.device)
-    save_steps = max(1, settings.checkpoint.every_samples // settings.batch_size)
-    model.train()
+    due = _Due(settings, budget, world)
+    learner.model.train()
     waiting_since = time.monotonic()
     for step, batch in enumerate(batches, start=budget.first_step):
-        # -- input: uint8 to the device, normalised there
         waited = time.monotonic() - waiting_since
-        images, targets = inputs(batch)
 
-        # -- forward, backward, step. Randomness inside the model depends on (seed, step, rank) alone
-        torch.manual_seed(settings.runtime.seed * 1_000_003 + step * world.size + world.rank)
+        # -- forward and backward. Randomness inside the model depends on (seed, step, rank) alone
+        _seed(settings.runtime.seed * 1_000_003 + step * world.size + world.rank, world.device)
+        loss = _gradients(batch, inputs, learner, settings, world.device)
+
+        # -- one step of the optimiser. Whether all numbers are finite is decided on the device: nothing waits for it
         lr = learning_rate(step, budget.steps, budget.warmup_steps, settings.optimizer.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = model(images, targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        loss, norm = loss_and_gradient_norm(loss, learner.model.parameters(), world)
+        norm, skipped = _update(learner, step, lr, loss, norm, settings.optimizer.clip_norm)
 
         # -- what was seen
-        metrics.record(loss, lr, waited, batch.bad)
+        metrics.record(loss, norm, skipped, lr, waited, batch.bad)
         finished = step + 1
-        # Ranks have to agree on both, which waits for the device: alone at every step, together only now and then.
-        ask = world.size == 1 or finished % _ASK_EVERY_STEPS == 0
-        stop = ask and finished < budget.steps and world.any(stopping())
-        due = finished % save_steps == 0 or finished == budget.steps or stop
-        log = ask and world.any(metrics.seconds_since_flush >= settings.log.every_seconds)
-        if due or log:
-            metrics.flush()  # before saving: a loss that is not finite must not become a checkpoint
-        if due:
+        stop, checkpoint, log = due(finished, stopping, metrics.seconds_since_flush)
+        if checkpoint or log:
+            metrics.flush(durable=checkpoint)  # before saving, which needs its count of skipped steps
+        if checkpoint:
             save(finished)
         if stop:
             return False
@@ -94,11 +106,76 @@ def run_loop(
     return True
 
 
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """`auto`: bf16 autocast where the device computes in it, fp32 elsewhere."""
-    if precision != "auto":
-        return precision == "bf16"
+def _seed(number: int, device: torch.device) -> None:
+    """torch.manual_seed for the devices in use; that one asks all others too, which costs a millisecond where there is no GPU."""
+    torch.default_generator.manual_seed(number)
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+        torch.cuda.manual_seed(number)
+
+
+def _gradients(batch: Any, inputs: Inputs, learner: Learner, settings: Train, device: torch.device) -> torch.Tensor:
+    """Add up the gradients of a batch, part by part; returns its mean loss on this rank, left on the device."""
+    parts, dtype = settings.runtime.accumulation, autocast_dtype(settings.runtime.precision, device)
+    total = torch.zeros((), device=device)
+    learner.optimizer.zero_grad(set_to_none=True)
+    for number, part in enumerate(micro_batches(batch, parts), start=1):
+        images, targets = inputs(part)
+        with gradients_exchanged(learner.called, number == parts):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss = learner.called(images, targets) / parts
+            (loss if learner.scale is None else loss * learner.scale.value).backward()
+        total += loss.detach()
+    return total
+
+
+def micro_batches(batch: Any, parts: int) -> Iterator[Any]:
+    """A batch cut along its first axis into `parts` batches of the same kind, in the same memory."""
+    if parts == 1:
+        yield batch
+        return
+    tensors = {field.name: value for field in dataclasses.fields(batch) if isinstance(value := getattr(batch, field.name), torch.Tensor)}
+    for cut in zip(*(tensor.chunk(parts) for tensor in tensors.values()), strict=True):
+        yield dataclasses.replace(batch, **dict(zip(tensors, cut, strict=True)))
+
+
+def _update(
+    learner: Learner, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor, clip: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Change the weights, unless loss or gradient is not finite; returns the gradient's true norm and 1.0 where it was skipped."""
+    divisor = None
+    if learner.scale is not None:
+        norm, divisor = norm / learner.scale.value, learner.scale.value
+    if clip is not None:
+        divisor = (norm / clip).clamp(min=1.0).float() * (1.0 if divisor is None else divisor)
+    skipped = 1.0 - (loss.isfinite() & norm.isfinite()).float()
+    for group in learner.optimizer.param_groups:
+        group["lr"] = lr
+    # The two attributes through which fused optimisers serve GradScaler: gradients are divided by the one, the other skips the step.
+    learner.optimizer.grad_scale, learner.optimizer.found_inf = divisor, skipped  # type: ignore[attr-defined]
+    learner.optimizer.step()
+    if learner.scale is not None:
+        learner.scale.update(skipped)
+    if learner.ema is not None:
+        learner.ema.update(step, skipped)
+    return norm, skipped
+
+
+class _Due:
+    """What is to be done after a step. Ranks have to agree, which waits for the device: alone at every step, together now and then."""
+
+    def __init__(self, settings: Train, budget: Budget, world: World) -> None:
+        self._steps, self._world, self._every_s = budget.steps, world, settings.log.every_seconds
+        self._save_steps = max(1, settings.checkpoint.every_samples // settings.batch_size)
+        self._save_s = 60 * (settings.checkpoint.every_minutes or float("inf"))
+        self._saved = time.monotonic()
+
+    def __call__(self, finished: int, stopping: Callable[[], bool], seconds_since_log: float) -> tuple[bool, bool, bool]:
+        """After `finished` steps: whether to stop, to save, to write a log line."""
+        ask = self._world.size == 1 or finished % _ASK_EVERY_STEPS == 0
+        late = time.monotonic() - self._saved >= self._save_s
+        wishes = (finished < self._steps and stopping(), late, seconds_since_log >= self._every_s)
+        stop, late, log = self._world.any(*wishes) if ask else (False, False, False)
+        save = finished % self._save_steps == 0 or finished == self._steps or stop or late
+        if save:
+            self._saved = time.monotonic()
+        return stop, save, log

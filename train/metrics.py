@@ -1,117 +1,170 @@
-"""metrics.jsonl, TensorBoard and the log line.
+"""metrics.jsonl and the log line.
 
-metrics.jsonl has a line for every step ({"step", "samples", "loss", "lr"}) and, every N seconds, one with
-throughput ({"step", "samples", "samples_per_s", "data_wait", "eta_s", ...}). Losses are copied from the device only
-then, so that no step waits for them.
+metrics.jsonl has a line for every step ({"step", "samples", "loss", "lr", "grad_norm"}; a step that was skipped has null for a loss or
+norm that is not finite, and "skipped": true) and, every N seconds, one with throughput ({"step", "samples", "samples_per_s", "data_wait",
+"eta_s", ...}). Losses are copied from the device only then, so that no step waits for them.
 """
 
 import json
+import math
 import os
+import resource
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from labels.errors import UserError
 from labels.files import write_whole
+from labels.settings import Train
 from train.distributed import World
+from train.trackers import Tracker
+
+
+@dataclass(frozen=True)
+class Speed:
+    """`flops` of a sample; `peak` FLOP/s of one device, None where it is not known."""
+
+    flops: int
+    peak: float | None
+
+    def utilisation(self, samples_per_s: float) -> float | None:
+        """MFU of one device: what the model needs, by what the device could do; what is computed twice counts once."""
+        return None if self.peak is None else self.flops * samples_per_s / self.peak
 
 
 class Metrics:
-    """Collects losses of all ranks, writes them on the first one.
+    """Collects what every step gives, writes it on the first rank.
 
     Args:
         run: the run's folder.
         world: this process among all.
+        settings: `train`.
         steps: of the whole run.
-        batch_size: samples a step, over all ranks.
         first_step: where this process begins; later lines of an interrupted run are dropped.
-        tensorboard: whether to write its event files.
+        skipped: steps skipped before, in all and in a row.
+        speed: what a sample costs and a device can do, for MFU.
+        trackers: given the same lines.
+
+    Attributes:
+        skipped, skipped_in_a_row: of all steps flushed so far.
     """
 
-    def __init__(self, run: Path, world: World, *, steps: int, batch_size: int, first_step: int, tensorboard: bool) -> None:
-        self._world, self._steps, self._batch_size, self._step = world, steps, batch_size, first_step
+    def __init__(
+        self, run: Path, world: World, settings: Train, *, steps: int, first_step: int, skipped: tuple[int, int], speed: Speed,
+        trackers: list[Tracker],
+    ) -> None:  # fmt: skip
+        self._world, self._settings, self._steps, self._step, self._speed = world, settings, steps, first_step, speed
+        self.skipped, self.skipped_in_a_row = skipped
         self._pending: list[tuple[torch.Tensor, float]] = []
-        self._mark, self._marked_step, self._waited, self.bad_images = time.monotonic(), first_step, 0.0, 0
-        self._file, self._board = None, None
+        self._mark, self._marked_step, self._waited, self._bad_images = time.monotonic(), first_step, 0.0, 0
+        self._trackers, self._file = trackers, None
         if world.is_first:
             path = run / "metrics.jsonl"
             _drop_lines_after(path, first_step)
             self._file = open(path, "a", encoding="utf8")  # noqa: SIM115  (closed by close)
-            self._board = SummaryWriter(str(run), purge_step=first_step) if tensorboard else None
 
-    def record(self, loss: torch.Tensor, lr: float, waited_s: float, bad: int) -> None:
-        """One step: its loss on this rank (a scalar left on the device), rate, seconds waited for data, bad images."""
-        self._pending.append((loss.detach(), lr))
+    def record(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor, lr: float, waited_s: float, bad: int) -> None:
+        """One step: loss, gradient norm and whether it was skipped (scalars left on the device), rate, seconds waited, bad images."""
+        self._pending.append((torch.stack([loss.double(), norm.double(), skipped.double()]), lr))
         self._waited += waited_s
-        self.bad_images += bad
+        self._bad_images += bad
 
     @property
     def seconds_since_flush(self) -> float:
         return time.monotonic() - self._mark
 
-    def flush(self) -> None:
-        """Write what has been recorded. All ranks call it at the same step.
+    def flush(self, durable: bool = False) -> None:
+        """Write what has been recorded. All ranks call it at the same step; `durable` waits until it is on the disk.
 
         Raises:
-            UserError: a loss is not finite.
+            UserError: too many steps in a row were skipped.
         """
         if not self._pending:
             return
-        losses = self._world.mean(torch.stack([loss for loss, _ in self._pending]).float()).tolist()
-        lines: list[dict[str, Any]] = []
-        for loss, (_, lr) in zip(losses, self._pending, strict=True):
-            self._step += 1
-            lines.append({"step": self._step, "samples": self._step * self._batch_size, "loss": loss, "lr": lr})
-        self._pending.clear()
-        lines.append(self._throughput())
-        self._write(lines)
-        bad = next((line for line in lines[:-1] if not torch.isfinite(torch.tensor(line["loss"]))), None)
-        if bad:
+        lines = [self._step_line(*values) for values in self._on_host()]
+        throughput = self._throughput()
+        self._write([*lines, throughput], durable)
+        limit = self._settings.runtime.max_skipped_steps
+        if self.skipped_in_a_row >= limit:
             raise UserError(
-                f"the loss of step {bad['step']} is {bad['loss']}",
-                allowed="finite numbers",
-                mend="lower train.optimizer.lr or lengthen train.optimizer.warmup_samples; the last checkpoint was saved before this step",
+                f"the last {self.skipped_in_a_row} steps, up to step {self._step}, were skipped: their loss or gradient is not finite",
+                allowed=f"fewer than train.runtime.max_skipped_steps = {limit} in a row",
+                mend="lower train.optimizer.lr, lengthen train.optimizer.warmup_samples, set train.optimizer.clip_norm, or use bf16",
             )
         if self._world.is_first:
-            print(self._line(losses[-1], lines[-2]["lr"], lines[-1]), flush=True)
+            print(self._line(lines[-1], throughput), flush=True)
 
     def close(self) -> None:
         """End the files."""
+        for tracker in self._trackers:
+            tracker.close()
         if self._file:
             self._file.close()
-        if self._board:
-            self._board.close()
 
-    def _throughput(self) -> dict[str, Any]:
-        now, done = time.monotonic(), (self._step - self._marked_step) * self._batch_size
-        seconds = max(now - self._mark, 1e-9)
-        rate = done / seconds
+    def _on_host(self) -> list[tuple[float, float, float, float]]:
+        values = torch.stack([values for values, _ in self._pending]).tolist()
+        rates = [lr for _, lr in self._pending]
+        self._pending.clear()
+        return [(loss, norm, skipped, lr) for (loss, norm, skipped), lr in zip(values, rates, strict=True)]
+
+    def _step_line(self, loss: float, norm: float, skipped: float, lr: float) -> dict[str, Any]:
+        self._step += 1
         line = {
-            "step": self._step, "samples": self._step * self._batch_size, "samples_per_s": rate,
-            "samples_per_s_per_device": rate / self._world.size, "data_wait": self._waited / seconds,
-            "bad_images": self.bad_images, "eta_s": (self._steps - self._step) * self._batch_size / max(rate, 1e-9),
+            "step": self._step, "samples": self._step * self._settings.batch_size, "loss": loss if math.isfinite(loss) else None,
+            "lr": lr, "grad_norm": norm if math.isfinite(norm) else None,
         }  # fmt: skip
-        self._mark, self._marked_step, self._waited = now, self._step, 0.0
+        if skipped:
+            line["skipped"] = True
+        self.skipped += bool(skipped)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return line
 
-    def _write(self, lines: list[dict[str, Any]]) -> None:
-        if self._file:
-            self._file.write("".join(json.dumps(line) + "\n" for line in lines))
-            self._file.flush()
-        if self._board:
-            for line in lines:
-                for name in line.keys() - {"step", "samples"}:
-                    self._board.add_scalar(name, line[name], line["step"])
+    def _throughput(self) -> dict[str, Any]:
+        now, done = time.monotonic(), (self._step - self._marked_step) * self._settings.batch_size
+        seconds, size = max(now - self._mark, 1e-9), self._world.size
+        rate = max(done / seconds, 1e-9)
+        bad_images, waited = self._world.total(self._bad_images, self._waited)
+        line = {
+            "step": self._step, "samples": self._step * self._settings.batch_size, "samples_per_s": rate,
+            "samples_per_s_per_device": rate / size, "data_wait": waited / size / seconds, "mfu": self._speed.utilisation(rate / size),
+            "memory_gib": _peak_memory_gib(self._world.device), "skipped_steps": self.skipped, "bad_images": round(bad_images),
+            "eta_s": (self._steps - self._step) * self._settings.batch_size / rate,
+        }  # fmt: skip
+        self._mark, self._marked_step, self._waited = now, self._step, 0.0
+        return {name: value for name, value in line.items() if value is not None}
 
-    def _line(self, loss: float, lr: float, throughput: dict[str, Any]) -> str:
-        return (
-            f"step {self._step}/{self._steps}  samples {throughput['samples']:,}  loss {loss:.4f}  lr {lr:.2e}  "
-            f"{throughput['samples_per_s']:,.0f} samples/s  {throughput['samples_per_s_per_device']:,.0f} per device  "
-            f"data wait {throughput['data_wait']:.1%}  ETA {throughput['eta_s']:,.0f} s"
-        )
+    def _write(self, lines: list[dict[str, Any]], durable: bool) -> None:
+        if self._file:
+            self._file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+            self._file.flush()
+            if durable:
+                os.fsync(self._file.fileno())
+        for tracker in self._trackers:
+            for line in lines:
+                tracker.add(line)
+
+    def _line(self, last: dict[str, Any], throughput: dict[str, Any]) -> str:
+        loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
+        words = [
+            f"step {self._step}/{self._steps}", f"samples {throughput['samples']:,}", f"loss {loss}", f"lr {last['lr']:.2e}",
+            f"{throughput['samples_per_s']:,.0f} samples/s", f"{throughput['samples_per_s_per_device']:,.0f} per device",
+            f"data wait {throughput['data_wait']:.1%}",
+            *([f"MFU {throughput['mfu']:.1%}"] if "mfu" in throughput else []),
+            f"memory {throughput['memory_gib']:.1f} GiB",
+            *([f"skipped {self.skipped}"] if self.skipped else []),
+            f"ETA {throughput['eta_s']:,.0f} s",
+        ]  # fmt: skip
+        return "  ".join(words)
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """The most that was in use: on the GPU where there is one, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
@@ -128,4 +181,3 @@ def _drop_lines_after(path: Path, step: int) -> None:
             break
         kept.append(text)
     write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf8"))
-    os.sync()

@@ -14,41 +14,63 @@ from torch import nn
 from labels.errors import UserError
 from labels.settings import Model
 from train.losses.head_loss import HeadLoss
+from train.presets import PRESETS, Preset, begin_as_reference
 
 
 def build_trunk(model: Model) -> nn.Module:
-    """A timm model without classifier: uint8-normalised images [B, 3, S, S] -> pooled features [B, W].
+    """A timm model without classifier: normalised images [B, 3, S, S] -> pooled features [B, W].
 
     A ViT pools by the mean of its patch tokens after the final norm (CLS kept in the blocks, left out of the mean);
     other architectures keep timm's own average pool. `model.trunk_args` are passed to timm as they are.
 
     Raises:
-        UserError: timm has no such model, or refuses the arguments.
+        UserError: there is no such preset or timm model, or timm refuses the arguments.
     """
-    if not timm.is_model(model.trunk):
+    preset = PRESETS.get(model.trunk, Preset(model.trunk, {}))
+    if not timm.is_model(preset.name):
         near = timm.list_models(f"*{model.trunk.split('_')[0]}*")[:5]
         raise UserError(
             f"timm has no model named {model.trunk!r}",
-            allowed="any name of timm.list_models(), e.g. " + ", ".join(near or ["vit_base_patch16_clip_224"]),
+            allowed=f"{', '.join(PRESETS)}, or any name of timm.list_models()" + (f", e.g. {', '.join(near)}" if near else ""),
             mend="set train.model.trunk",
         )
-    arguments: dict[str, Any] = {"num_classes": 0, **model.trunk_args}
-    if issubclass(_model_class(model.trunk), VisionTransformer):
+    arguments: dict[str, Any] = {"num_classes": 0, **preset.arguments, **model.trunk_args}
+    if is_vit(model):
         # fc_norm=False keeps the final norm before the pool; timm moves it behind for global_pool="avg".
         arguments = {"img_size": model.image_size, "global_pool": "avg", "fc_norm": False} | arguments
     try:
-        return timm.create_model(model.trunk, pretrained=False, **arguments)
+        trunk = timm.create_model(preset.name, pretrained=False, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(
             f"timm cannot build {model.trunk!r} with {arguments}: {error}",
             mend="mend train.model.trunk_args or train.model.image_size",
         ) from None
+    if model.trunk in PRESETS and isinstance(trunk, VisionTransformer):
+        begin_as_reference(trunk)
+    return trunk
 
 
-def _model_class(name: str) -> type:
-    """The class timm builds for a name. ViTs take img_size and a pool, convolutional trunks do not."""
-    module = timm.models.model_entrypoint(name).__module__
-    return VisionTransformer if module.endswith(".vision_transformer") else nn.Module
+def is_vit(model: Model) -> bool:
+    """Whether the trunk is of timm's ViT class: those take img_size and a pool, convolutional trunks do not."""
+    module = timm.models.model_entrypoint(PRESETS.get(model.trunk, Preset(model.trunk, {})).name).__module__
+    return module.endswith(".vision_transformer")
+
+
+def set_up_trunk(trunk: nn.Module, model: Model) -> None:
+    """What of `train.model` decides how, not what, a trunk computes: gradient checkpointing and compilation, both in place.
+
+    Raises:
+        UserError: gradient checkpointing is asked for and timm has none for this architecture.
+    """
+    if model.grad_checkpointing:
+        try:
+            trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, AssertionError):
+            raise UserError(
+                f"timm has no gradient checkpointing for {model.trunk!r}", mend="--set train.model.grad_checkpointing=false"
+            ) from None
+    if model.compile:
+        trunk.compile()
 
 
 class Classifier(nn.Module):

@@ -11,13 +11,25 @@ from labels.settings import Optimizer
 def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     """AdamW over two groups: decayed, and exempt (biases, norms, tokens: all that is a single vector).
 
+    Fused, since only that form skips a step that the device itself found not to be finite (`found_inf`). The moments are made at once,
+    for parameters too that never get a gradient: a checkpoint then always has all of them.
     Source: x-cls/superclass, training/main.py (`exclude`: ndim < 2, bn, ln, bias).
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    exempt = [parameter for parameter in parameters if parameter.squeeze().ndim < 2]
-    decayed = [parameter for parameter in parameters if parameter.squeeze().ndim >= 2]
+    decayed, exempt = (list(named.values()) for named in by_decay(model))
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.betas[0], settings.betas[1]), eps=settings.eps, fused=True)
+    betas = (settings.betas[0], settings.betas[1])
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
+    for parameter in (*decayed, *exempt):
+        step = torch.zeros((), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    return optimizer
+
+
+def by_decay(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """The trained parameters by name: those that weight decay acts on, and those that are exempt."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    decayed = {name: parameter for name, parameter in trained.items() if sum(side > 1 for side in parameter.shape) >= 2}
+    return decayed, {name: parameter for name, parameter in trained.items() if name not in decayed}
 
 
 def learning_rate(step: int, steps: int, warmup_steps: int, peak: float) -> float:

@@ -46,7 +46,7 @@ def make_rows_once(out: Path, labels: Path, world: World, stopping: Callable[[],
     first_of_node = int(os.environ.get("LOCAL_RANK", world.rank)) == 0
     for turn in (world.is_first, first_of_node and not world.is_first):
         making = make_rows(out, labels) if turn else iter(())
-        while world.any(next(making, None) is not None):
-            if world.any(stopping()):
+        while world.any(next(making, None) is not None)[0]:
+            if world.any(stopping())[0]:
                 return False
     return True

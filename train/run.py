@@ -3,41 +3,34 @@
 OUT (betons), OUT or OTHER_OUT (labels, idf) -> BetonSet -> Loader -> ImageInput -> loop (Classifier, AdamW) -> RUN (metrics, checkpoints)
 """
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from torch.nn.parallel import DistributedDataParallel
 
-from labels.config import dump_yaml, load_pipeline
+from labels.config import dump_yaml
 from labels.errors import UserError
-from labels.files import fingerprint, write_json
+from labels.files import write_json
 from labels.settings import Pipeline, Train
+from train.announce import announce, in_words
 from train.betons import BetonSet
-from train.checkpoint import checkpoint_folders, load_checkpoint, read_state, save_checkpoint
+from train.checkpoint import CheckpointWriter, State, load_checkpoint, snapshot
+from train.costs import Costs, model_costs, peak_flops
 from train.data import Chosen, data_facts, make_loader, open_data
 from train.distributed import World, world
+from train.ema import Ema
 from train.images import ImageInput
-from train.loop import Budget, run_loop
+from train.loop import Budget, Learner, run_loop
 from train.losses.head_loss import HeadLoss
-from train.metrics import Metrics
-from train.model import Classifier, build_trunk
+from train.metrics import Metrics, Speed
+from train.model import Classifier, build_trunk, set_up_trunk
 from train.optim import make_optimizer
-
-STOPPED_EXIT_CODE = 75
-"""A run that was asked to stop, saved and left: start it again to go on (EX_TEMPFAIL of sysexits.h)."""
-
-# What may differ between the parts of one run: nothing of it changes what is computed.
-_FREE = {
-    "runtime": {"device", "threads"},
-    "data": {"threads", "prefetch", "verify", "cache", "cache_size"},
-    "checkpoint": {"every_samples", "keep"},
-    "log": {"every_seconds", "tensorboard"},
-}
+from train.parallel import spread
+from train.precision import LossScale, autocast_dtype
+from train.resume import resume_point
+from train.signals import stop_signals
+from train.synthetic import synthetic_batches, synthetic_inputs
+from train.trackers import make_trackers
 
 
 def train_run(data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path | None = None) -> bool:
@@ -56,127 +49,120 @@ def train_run(data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path |
         UserError: whatever does not fit, before anything expensive begins.
     """
     settings = pipeline.train
-    with world(settings.runtime) as here, _stop_signals() as stopping:
+    with world(settings.runtime) as here, stop_signals() as stopping:
+        _check_shares(settings, here)
         chosen = data if isinstance(data, Chosen) else Chosen([str(data)], [labels] if labels else [])
         betons = open_data(chosen, settings.data, here, stopping)
         if betons is None:
             return False
-        if settings.batch_size % here.size:
-            raise UserError(
-                f"train.batch_size is {settings.batch_size}, the number of ranks {here.size}", allowed="a multiple of the number of ranks"
-            )
-        steps = settings.samples // settings.batch_size
-        seen = _resume_point(run, betons, settings)
-        first_step = seen // settings.batch_size
-        if first_step >= steps:
+        checkpoint, state = resume_point(run, betons, settings)
+        budget = _budget(settings, state.samples_seen)
+        if budget.first_step >= budget.steps:
             if here.is_first:
-                print(f"{run} is finished: {seen:,} samples seen")
+                print(f"{run} is finished: {state.samples_seen:,} samples seen")
             return True
-        torch.manual_seed(settings.runtime.seed)
-        model = Classifier(build_trunk(settings.model), HeadLoss(settings.loss, torch.from_numpy(betons.idf))).to(here.device)
-        optimizer = make_optimizer(model, settings.optimizer)
-        if first_step:
-            load_checkpoint(checkpoint_folders(run)[-1], model, optimizer)
+        learner = make_learner(settings, torch.from_numpy(betons.idf), here)
+        if checkpoint:
+            load_checkpoint(checkpoint, learner, state)
+        costs = model_costs(settings.model, betons.vocabulary)
         if here.is_first:
-            dump_yaml(run / "config.yaml", pipeline)
+            dump_yaml(run / "config.yaml", pipeline, leave_out={"recipes": True})
             write_json(run / "data.json", data_facts(betons))
-            _announce(run, betons, model, settings, steps, first_step, here)
-        return _train(betons, run, settings, model, optimizer, Budget(steps, _warmup_steps(settings), first_step), here, stopping)
+            announce(run, settings, costs, learner.model, in_words(betons, budget.steps * settings.batch_size), budget, here)
+        return _train(betons, run, pipeline, learner, state, budget, costs, here, stopping)
 
 
 def _train(
-    betons: BetonSet, run: Path, settings: Train, model: Classifier, optimizer: torch.optim.Optimizer, budget: Budget, here: World,
-    stopping: Any,
+    betons: BetonSet, run: Path, pipeline: Pipeline, learner: Learner, state: State, budget: Budget, costs: Costs, here: World,
+    stopping: Callable[[], bool],
 ) -> bool:  # fmt: skip
-    wrapped = DistributedDataParallel(model) if here.size > 1 else model
-    state = betons.identity | {"vocabulary": betons.vocabulary, "options": _options(settings)}
-
-    def save(finished: int) -> None:
-        if here.is_first:
-            save_checkpoint(run, model, optimizer, state | {"samples_seen": finished * settings.batch_size}, settings.checkpoint.keep)
-
-    metrics = Metrics(
-        run, here, steps=budget.steps, batch_size=settings.batch_size, first_step=budget.first_step, tensorboard=settings.log.tensorboard
-    )
+    settings, number = pipeline.train, state.number
+    metrics = _metrics(run, pipeline, state, budget, costs, here)
     loader = make_loader(betons, settings, budget.first_step, budget.steps, here)
-    try:
-        with loader:
-            return run_loop(
-                loader, ImageInput(settings.data, here.device), wrapped, optimizer, settings, budget, here, metrics, save, stopping
-            )
-    finally:
-        metrics.close()
+    with CheckpointWriter(run, settings.checkpoint.keep, settings.checkpoint.keep_every) as writer:
+
+        def save(finished: int) -> None:
+            nonlocal number
+            if metrics.skipped_in_a_row and finished < budget.steps:
+                return  # these weights may be what made the numbers infinite: the checkpoint before is worth more
+            number += 1
+            tensors = snapshot(learner, here.is_first)
+            counts = {"skipped_steps": metrics.skipped, "skipped_in_a_row": metrics.skipped_in_a_row}
+            scale = learner.scale.state() if learner.scale else None
+            now = {"samples_seen": finished * settings.batch_size, "number": number, "loss_scale": scale, **counts}
+            if here.is_first:
+                writer.save(tensors, state.model_copy(update=now))
+
+        try:
+            with loader:
+                inputs = ImageInput(settings.data, here.device)
+                return run_loop(loader, inputs, learner, settings, budget, here, metrics, save, stopping)
+        finally:
+            metrics.close()
 
 
-def _warmup_steps(settings: Train) -> int:
-    return round(settings.optimizer.warmup_samples / settings.batch_size)
+def synthetic_run(run: Path, pipeline: Pipeline, vocabulary: int, label_limit: int) -> bool:
+    """`train run --synthetic`: the whole budget on random images that lie on the device; metrics in `run`, no checkpoint.
+
+    Returns:
+        True when the budget is spent, False when a signal stopped it.
+    """
+    settings = pipeline.train
+    with world(settings.runtime) as here, stop_signals() as stopping:
+        _check_shares(settings, here)
+        learner = make_learner(settings, torch.ones(vocabulary), here)
+        budget, costs = _budget(settings, 0), model_costs(settings.model, vocabulary)
+        state = State(samples_seen=0, number=0, labels="", idf="", betons="", options="", vocabulary=vocabulary)
+        if here.is_first:
+            run.mkdir(parents=True, exist_ok=True)
+            announce(run, settings, costs, learner.model, f"random images, {vocabulary:,} classes", budget, here)
+        metrics = _metrics(run, pipeline, state, budget, costs, here)
+        try:
+            batches = synthetic_batches(settings, vocabulary, label_limit, here, budget.steps)
+            return run_loop(batches, synthetic_inputs, learner, settings, budget, here, metrics, lambda _: None, stopping)
+        finally:
+            metrics.close()
 
 
-def _options(settings: Train) -> str:
-    return fingerprint(settings.model_dump(exclude=_FREE))
+def make_learner(settings: Train, idf: torch.Tensor, here: World) -> Learner:
+    """Trunk, head and loss with the weights of `runtime.seed`, spread over the ranks, with what trains them.
+
+    Args:
+        settings: `train`.
+        idf: float32 [V].
+        here: this process among all.
+    """
+    torch.manual_seed(settings.runtime.seed)
+    model = Classifier(build_trunk(settings.model), HeadLoss(settings.loss, idf)).to(here.device)
+    set_up_trunk(model.trunk, settings.model)
+    called = spread(model, settings.runtime.parallel, here)
+    scaled = autocast_dtype(settings.runtime.precision, here.device) == torch.float16
+    decay = settings.optimizer.ema_decay
+    return Learner(
+        model, called, make_optimizer(model, settings.optimizer),
+        scale=LossScale(here.device) if scaled else None, ema=Ema(model, decay) if decay else None,
+    )  # fmt: skip
 
 
-def _resume_point(run: Path, betons: BetonSet, settings: Train) -> int:
-    """Samples seen by the newest checkpoint of `run`, 0 if there is none; refuses to mix configurations or data."""
-    folders = checkpoint_folders(run)
-    if not folders:
-        return 0
-    state = read_state(folders[-1])
-    told = {
-        "labels": ("with other labels: fingerprint", betons.labels_out),
-        "idf": ("with another IDF table: SHA-256", betons.labels_out),
-        "betons": ("on other betons: fingerprint", betons.out),
-    }
-    for name, value in betons.identity.items():
-        before = state.get(name, state["labels"])  # a run of the time before --labels has no `betons`: its labels were theirs
-        if before != value:
-            what, where = told[name]
-            raise UserError(
-                f"{run} was trained {what} {before[:16]}, {where} has {value[:16]}",
-                mend="give the --beton and --labels that the run was begun with, or another --out",
-            )
-    if state["options"] != _options(settings):
-        before = load_pipeline(run / "config.yaml").train
+def _metrics(run: Path, pipeline: Pipeline, state: State, budget: Budget, costs: Costs, here: World) -> Metrics:
+    settings, first = pipeline.train, budget.first_step
+    trackers = make_trackers(run, settings.log, first, pipeline.model_dump(exclude={"recipes"})) if here.is_first else []
+    return Metrics(
+        run, here, settings, steps=budget.steps, first_step=first, skipped=(state.skipped_steps, state.skipped_in_a_row),
+        speed=Speed(costs.flops, peak_flops(settings, here.device)), trackers=trackers,
+    )  # fmt: skip
+
+
+def _budget(settings: Train, seen: int) -> Budget:
+    warmup = round(settings.optimizer.warmup_samples / settings.batch_size)
+    return Budget(settings.samples // settings.batch_size, warmup, seen // settings.batch_size)
+
+
+def _check_shares(settings: Train, here: World) -> None:
+    parts = here.size * settings.runtime.accumulation
+    if settings.batch_size % parts:
         raise UserError(
-            f"{run} was begun with another configuration: {'; '.join(_differences(before, settings))}",
-            allowed="the configuration it was begun with",
-            mend=f"take --config {run / 'config.yaml'}, or another --out",
+            f"train.batch_size is {settings.batch_size}, the number of ranks {here.size}, train.runtime.accumulation "
+            f"{settings.runtime.accumulation}",
+            allowed=f"a multiple of {parts}",
         )
-    return int(state["samples_seen"])
-
-
-def _differences(before: Train, now: Train) -> list[str]:
-    old, new = (yaml.safe_dump(part.model_dump(exclude=_FREE), default_flow_style=None) for part in (before, now))
-    return [
-        f"was `{was.strip()}`, is now `{is_now.strip()}`"
-        for was, is_now in zip(old.splitlines(), new.splitlines(), strict=False)
-        if was != is_now
-    ]
-
-
-def _announce(run: Path, betons: BetonSet, model: Classifier, settings: Train, steps: int, first_step: int, here: World) -> None:
-    trunk = sum(parameter.numel() for parameter in model.trunk.parameters())
-    head = sum(parameter.numel() for parameter in model.head.parameters())
-    print(
-        f"{run}: {settings.model.trunk}, {trunk / 1e6:.1f}M + head {head / 1e6:.1f}M parameters, {here.size} x {here.device.type}; "
-        f"{betons.samples:,} samples in {len(betons.paths)} betons, labels of {betons.labels_out} ({betons.labels.tokenizer.name}, "
-        f"{betons.vocabulary:,} classes), budget {steps * settings.batch_size:,} samples = {steps} steps "
-        f"= {steps * settings.batch_size / betons.samples:.2f} epochs" + (f"; resumed at step {first_step}" if first_step else ""),
-        flush=True,
-    )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Any]:
-    """Yield a function that says whether SIGTERM has come; the old handler is put back at the end."""
-    asked = False
-
-    def note(number: int, frame: object) -> None:
-        nonlocal asked
-        asked = True
-
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -10,6 +10,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 from labels.errors import UserError
+from train.parallel import laid_out_like
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _KEYS_SHOWN = 6
@@ -49,7 +50,16 @@ def load_exactly(net: nn.Module, tensors: dict[str, torch.Tensor], file: Path) -
     Raises:
         UserError: naming the missing, unexpected and misshapen keys.
     """
-    wanted = net.state_dict()
+    copy_exactly(net.state_dict(), tensors, file, type(net).__name__)
+
+
+@torch.no_grad()
+def copy_exactly(wanted: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], file: Path, what: str = "this run") -> None:
+    """Copy `tensors` over `wanted`, in place: the same names and shapes in both; a split tensor takes its part.
+
+    Raises:
+        UserError: naming the missing, unexpected and misshapen keys; nothing is copied then.
+    """
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     misshapen = [
         f"{key} is {list(tensors[key].shape)}, wanted {list(wanted[key].shape)}"
@@ -61,10 +71,11 @@ def load_exactly(net: nn.Module, tensors: dict[str, torch.Tensor], file: Path) -
         told = "; ".join(f"{name} ({len(keys)}): {_shorten(keys)}" for name, keys in faults.items() if keys)
         raise UserError(
             f"{file} does not fit the architecture: {told}",
-            allowed=f"the {len(wanted)} tensors of {type(net).__name__}, by timm's own names",
+            allowed=f"the {len(wanted)} tensors of {what}, by their own names",
             mend="give the weights and the architecture (and image size) of the same model",
         )
-    net.load_state_dict(tensors)
+    for key, tensor in wanted.items():
+        tensor.copy_(laid_out_like(tensors[key], tensor))
 
 
 def weights_fingerprint(net: nn.Module) -> str:

@@ -1,14 +1,20 @@
-"""The head's matrix product and the loss as one module: features in, scalar out.
+"""The head's linear layer and the loss as one module: features in, scalar out.
 
 B batch, W trunk width, V vocabulary, K label limit.
 """
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.nn import functional
 
 from labels.settings import Loss
-from train.losses.softmax import softmax_loss
+from train.losses.classwise import asymmetric, bce
+from train.losses.fused import fused, product_type
+from train.losses.head import Head, RowLoss
+from train.losses.positives import Positives, positives
+from train.losses.ranks import everyone
+from train.losses.softmax import softmax_rows
+from train.losses.two_way import two_way
 
 
 class HeadLoss(nn.Module):
@@ -23,11 +29,12 @@ class HeadLoss(nn.Module):
 
     def __init__(self, settings: Loss, idf: torch.Tensor) -> None:
         super().__init__()
+        self.settings = settings
         # Not a part of the weights: it comes from OUT, whose fingerprint every checkpoint names.
-        self.register_buffer("idf", idf if settings.idf else (idf >= 0).float(), persistent=False)
+        self.register_buffer("idf", idf if settings.idf else torch.ones_like(idf), persistent=False)
 
     def forward(self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
-        """Mean loss of a batch.
+        """Mean loss of a batch. Its gradients are computed here, and are exact under autocast as under float32.
 
         Args:
             features: [B, W], after the head's norm.
@@ -35,6 +42,41 @@ class HeadLoss(nn.Module):
             label_ids: int [B, K], padded with PAD_ID.
 
         Returns:
-            float32 scalar.
+            float32 scalar; float64 for a head in float64. Its gradient can be asked for once.
         """
-        return softmax_loss(functional.linear(features, weight, bias), label_ids, self.idf)
+        dtype = product_type(features, weight)
+
+        def compute(needs: tuple[bool, ...]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+            with torch.autocast(weight.device.type, enabled=False):
+                head = Head(features, weight, bias, needs, dtype, self.settings.memory)
+                labels = positives(label_ids, self.idf.to(head.sums))
+                return batch_loss(self.settings, head, labels), head.gradients
+
+        return fused(features, weight, bias, compute)
+
+
+def batch_loss(settings: Loss, head: Head, labels: Positives, group: dist.ProcessGroup | None = None, vocabulary: int = 0) -> torch.Tensor:
+    """The loss of a batch, scalar; adds its gradients to the head's.
+
+    Args:
+        settings: which loss.
+        head: of these samples.
+        labels: of these samples, within the head's classes.
+        group: ranks that hold the other classes for the same samples; then this is the rank's part of a sum.
+        vocabulary: V of all of them together.
+    """
+    vocabulary = vocabulary or len(head.weight)
+    widest = 0 if group is None else -(-vocabulary // group.size())
+    if settings.name == "two_way":
+        return two_way(head, labels, everyone() if group is None else None, group, widest)
+    scale = 1 / (len(head.features) * (vocabulary if settings.name == "soft_margin" else 1))
+    return head.rows(row_loss(settings, group), labels, scale, widest).sum() * scale
+
+
+def row_loss(settings: Loss, group: dist.ProcessGroup | None) -> RowLoss:
+    """The loss of rows by its name; `soft_margin` is `bce` divided by V (torch.nn.MultiLabelSoftMarginLoss)."""
+    if settings.name == "softmax":
+        return lambda logits, labels, gradient: softmax_rows(logits, labels, gradient, group)
+    if settings.name == "asl":
+        return asymmetric(settings.gamma_negative, settings.gamma_positive, settings.clip)
+    return bce()

@@ -1,43 +1,40 @@
-"""Losses from padded label ids and the IDF table; no dense target is ever made.
-
-B batch, V vocabulary, K label limit.
-"""
+"""Cross-entropy against the IDF-weighted label distribution (SuperClass, section 3.2). R rows, V vocabulary."""
 
 import torch
+import torch.distributed as dist
 
-from labels.schema import PAD_ID
-
-
-def target_weights(label_ids: torch.Tensor, idf: torch.Tensor) -> torch.Tensor:
-    """Each label's share of its row's target: t_c = w_c / sum of w over the row (SuperClass, section 3.2).
-
-    Args:
-        label_ids: int [B, K], padded with PAD_ID.
-        idf: float32 [V].
-
-    Returns:
-        float32 [B, K]; rows sum to 1, or to 0 where no label has weight.
-    """
-    weights = idf[label_ids.clamp(min=0)] * (label_ids != PAD_ID)
-    total = weights.sum(dim=1, keepdim=True)
-    return weights / torch.where(total > 0, total, 1.0)
+from train.losses.blocks import float_blocks
+from train.losses.positives import Positives
+from train.losses.ranks import merge_exponentials, ranks
 
 
-def softmax_loss(logits: torch.Tensor, label_ids: torch.Tensor, idf: torch.Tensor) -> torch.Tensor:
-    """Mean over the batch of -sum_c t_c log softmax(x)_c, as logsumexp(x) - sum_c t_c x_c.
+def softmax_rows(logits: torch.Tensor, labels: Positives, gradient: bool, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """-sum_c t_c log softmax(x)_c of every row, as logsumexp(x) - sum_c t_c x_c; then the logits hold softmax(x) - t.
 
-    Rows without weight have loss 0 and still count in the mean, as in the reference (x-cls/superclass, ClsLoss).
+    Rows without weight have loss 0 and gradient 0, as in the reference (x-cls/superclass, ClsLoss).
 
     Args:
-        logits: [B, V].
-        label_ids: int [B, K], padded with PAD_ID.
-        idf: float32 [V].
+        logits: [R, V].
+        labels: of the rows.
+        gradient: whether to leave the gradient in `logits`.
+        group: ranks that hold the other classes of the same rows; then the losses are this rank's parts of a sum.
 
     Returns:
-        float32 scalar.
+        [R], float32 or float64.
     """
-    logits = logits.float()
-    targets = target_weights(label_ids, idf)  # [B, K]
-    picked = logits.gather(1, label_ids.clamp(min=0).long())  # [B, K]
-    rows = torch.logsumexp(logits, dim=1) * (targets.sum(dim=1) > 0) - (targets * picked).sum(dim=1)  # [B]
-    return rows.mean()
+    exact = labels.shares.dtype
+    picked = logits.gather(1, labels.ids).to(exact)
+    top, total = picked.new_empty(2, len(logits), 1)
+    for rows, block in float_blocks(logits, keep=gradient, whole=group is not None):
+        top[rows] = block.amax(dim=1, keepdim=True)
+        block.sub_(top[rows]).exp_()
+        total[rows] = block.sum(dim=1, keepdim=True)
+        factor = merge_exponentials(top[rows], total[rows], group)
+        if gradient:
+            block.mul_(factor * labels.weighted[rows, None] / total[rows])
+    above = picked - top  # [R, K]; never the large common part of all logits
+    if gradient:
+        logits.scatter_(1, labels.ids, (labels.weighted[:, None] * above.exp() / total - labels.shares).to(logits.dtype))
+    targets = labels.shares.masked_fill(~labels.valid, 0.0)
+    losses = total.squeeze(1).log() * labels.weighted / ranks(group) - (targets * above).sum(dim=1)
+    return losses

@@ -1,0 +1,218 @@
+"""Checkpoints: which stay, when they are written, what damage and malice lead to, and that no code in them is run."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from loop_factory import VOCABULARY, settings, train_here
+from safetensors.torch import load_file, save_file
+from trainer_factory import losses, small_config, small_out
+from trainer_process import train
+
+from labels.config import load_pipeline
+from labels.errors import UserError
+from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
+from train.distributed import World
+from train.model import build_trunk
+from train.run import make_learner, train_run
+
+ALONE = World(0, 1, torch.device("cpu"))
+STATE = State(samples_seen=96, number=1, labels="l", idf="i", betons="b", options="o", vocabulary=VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_out(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def finished(out: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose last checkpoint is then taken away, so that there is something left to train."""
+    folder = tmp_path_factory.mktemp("finished")
+    code, said = train("run", "--beton", out, "--out", folder / "run", "--config", config, said=folder / "said")
+    assert code == 0, said
+    shutil.rmtree(checkpoint_folders(folder / "run")[-1])
+    return folder / "run"
+
+
+@pytest.fixture
+def spoilt(finished: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def refused(out: Path, run: Path, config: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        train_run(out, run, load_pipeline(config, overrides))
+    return str(caught.value)
+
+
+def test_all_of_a_learner_comes_back(tmp_path: Path) -> None:
+    chosen = settings("runtime.precision=fp16", "optimizer.ema_decay=0.9")
+    learner, tensors = train_here(tmp_path, chosen, ALONE)
+    assert learner.scale is not None
+    with CheckpointWriter(tmp_path, keep=1, keep_every=0) as writer:
+        writer.save(tensors, STATE.model_copy(update={"loss_scale": learner.scale.state()}))
+    folder = checkpoint_folders(tmp_path)[-1]
+    assert sorted(path.stem for path in folder.iterdir()) == ["head", "head_ema", "optimizer", "state", "trunk", "trunk_ema"]
+    fresh = make_learner(chosen, torch.ones(VOCABULARY), ALONE)
+    load_checkpoint(folder, fresh, read_state(folder))
+    again = snapshot(fresh, True)
+    for file, named in tensors.items():
+        for name, tensor in named.items():
+            assert torch.equal(tensor, again[file][name]), (file, name)
+    assert fresh.scale is not None and fresh.scale.state() == learner.scale.state()
+
+
+def test_trunk_keys_are_timms_own(finished: Path) -> None:
+    for folder in checkpoint_folders(finished):
+        saved = load_file(folder / "trunk.safetensors")
+        build_trunk(load_pipeline(finished / "config.yaml").train.model).load_state_dict(saved)
+        assert "blocks.0.attn.qkv.weight" in saved
+        assert load_file(folder / "head.safetensors").keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_a_snapshot_does_not_change_with_the_weights(tmp_path: Path) -> None:
+    learner, tensors = train_here(tmp_path, settings(), ALONE)
+    before = tensors["trunk"]["cls_token"].clone()
+    with torch.no_grad():
+        learner.model.trunk.cls_token.add_(1.0)  # type: ignore[union-attr, operator]
+    assert torch.equal(tensors["trunk"]["cls_token"], before)
+
+
+def test_the_last_ones_and_every_nth_stay(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "samples-000000000001.partial").mkdir(parents=True)
+    with CheckpointWriter(tmp_path, keep=2, keep_every=4) as writer:
+        for number in range(1, 12):
+            writer.save({"head": {"x": torch.zeros(1)}}, STATE.model_copy(update={"samples_seen": 100 * number, "number": number}))
+    kept = [int(folder.name.removeprefix("samples-")) for folder in checkpoint_folders(tmp_path)]
+    assert kept == [400, 800, 1000, 1100]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train.checkpoint
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.checkpoint, "save_file", full)
+    writer = CheckpointWriter(tmp_path, keep=1, keep_every=0)
+    writer.save({"head": {"x": torch.zeros(1)}}, STATE)
+    with pytest.raises(UserError, match="No space left on device"):
+        writer.save({"head": {"x": torch.zeros(1)}}, STATE)
+    with pytest.raises(UserError, match="No space left on device"):
+        writer.__exit__()
+    assert checkpoint_folders(tmp_path) == []
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    import train.checkpoint
+
+    may_end, really = threading.Event(), train.checkpoint.save_file
+    monkeypatch.setattr(train.checkpoint, "save_file", lambda *arguments: (may_end.wait(60), really(*arguments)))
+    with CheckpointWriter(tmp_path, keep=1, keep_every=0) as writer:
+        writer.save({"head": {"x": torch.zeros(1)}}, STATE)  # returns at once, or this test would wait for a minute
+        assert not may_end.is_set() and checkpoint_folders(tmp_path) == []
+        may_end.set()
+    assert len(checkpoint_folders(tmp_path)) == 1
+
+
+def test_minutes_make_checkpoints_too(out: Path, config: Path, tmp_path: Path) -> None:
+    often = [
+        "--set",
+        "train.checkpoint.every_samples=10M",
+        "--set",
+        "train.checkpoint.every_minutes=1e-9",
+        "--set",
+        "train.checkpoint.keep=99",
+    ]
+    code, said = train(
+        "run", "--beton", out, "--out", tmp_path / "run", "--config", config, "--set", "train.samples=160", *often, said=tmp_path / "s"
+    )
+    assert code == 0, said
+    assert [int(folder.name.removeprefix("samples-")) for folder in checkpoint_folders(tmp_path / "run")] == list(range(16, 161, 16))
+
+
+MARK = "ran-code-of-a-checkpoint"
+
+
+class _Malice:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (MARK,)
+
+
+def test_malicious_files_run_no_code(out: Path, config: Path, spoilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = checkpoint_folders(spoilt)[-1]
+    for name in ("trunk", "head", "optimizer"):
+        file, whole = folder / f"{name}.safetensors", (folder / f"{name}.safetensors").read_bytes()
+        torch.save({"weight": _Malice()}, file)  # a pickle in a zip, under a name that promises none
+        assert f"{name}.safetensors cannot be read as weights" in refused(out, spoilt, config)
+        for header in (2**62, 2**40, len(whole), 0):
+            file.write_bytes(header.to_bytes(8, "little") + whole[8:])
+            assert f"{name}.safetensors cannot be read as weights" in refused(out, spoilt, config)
+        file.write_bytes(b"\x80\x04cos\nmkdir\n(V" + MARK.encode() + b"\ntR.")
+        assert f"{name}.safetensors cannot be read as weights" in refused(out, spoilt, config)
+        file.write_bytes(whole[: len(whole) // 2])
+        assert f"{name}.safetensors cannot be read as weights" in refused(out, spoilt, config)
+        tensors = load_file(folder / "trunk.safetensors") if name != "trunk" else {}
+        save_file({"../../../" + MARK: torch.zeros(1)} | tensors, file)
+        assert "does not fit the architecture" in refused(out, spoilt, config)
+        file.write_bytes(whole)
+    (folder / "extra.pkl").write_bytes(b"\x80\x04cos\nmkdir\n(V" + MARK.encode() + b"\ntR.")
+    os.symlink("/etc", spoilt / "checkpoints" / "samples-..")
+    assert train_run(out, spoilt, load_pipeline(config)), "what is whole is gone on with; strange neighbours are not looked at"
+    assert not list(tmp_path.rglob(MARK)) and losses(spoilt)[-1][0] == 120
+
+
+def test_a_foreign_or_damaged_state_is_told(out: Path, config: Path, spoilt: Path) -> None:
+    file = checkpoint_folders(spoilt)[-1] / "state.json"
+    state = json.loads(file.read_text())
+
+    def told(**changes: object) -> str:
+        file.write_text(json.dumps(state | changes))
+        return refused(out, spoilt, config)
+
+    assert "was trained with another IDF table: SHA-256 0123456789012345, " in told(idf="0123456789" * 6)
+    assert "was trained with other labels: fingerprint other" in told(labels="other")
+    assert "was trained on other betons: fingerprint other" in told(betons="other")
+    assert "state.json says 1 samples seen, its folder samples-" in told(samples_seen=1)
+    assert "state.json is not valid: samples_seen" in told(samples_seen="many")
+    assert "state.json is not valid: loss_scale" in told(loss_scale={"__class__": "os.system"})
+    assert "state.json is not valid: hook: Extra inputs" in told(hook="os.system('true')")
+    for text in ("{", "[" * 100_000, "null", '{"samples_seen": 1e999}'):
+        file.write_text(text)
+        assert "state.json is not" in refused(out, spoilt, config)
+    assert "the checkpoint before it is taken" in refused(out, spoilt, config)
+    shutil.rmtree(file.parent)
+    assert train_run(out, spoilt, load_pipeline(config)), "as it says: the one before it"
+
+
+def test_weights_of_another_model_are_told(out: Path, config: Path, spoilt: Path) -> None:
+    folder = checkpoint_folders(spoilt)[-1]
+    whole = (folder / "trunk.safetensors").read_bytes()
+    trunk = load_file(folder / "trunk.safetensors")
+    trunk["pos_embed"] = torch.zeros(1, 2, 24)
+    save_file(trunk, folder / "trunk.safetensors")
+    assert "other shape (1): pos_embed is [1, 2, 24], wanted [1, 5, 24]" in refused(out, spoilt, config)
+    (folder / "trunk.safetensors").write_bytes(whole)
+    moments = load_file(folder / "optimizer.safetensors")
+    moments["exp_avg.head.9.weight"] = moments.pop("exp_avg.head.1.weight")
+    save_file(moments, folder / "optimizer.safetensors")
+    text = refused(out, spoilt, config)
+    assert "optimizer.safetensors does not fit the architecture: missing (1): exp_avg.head.1.weight; unexpected (1): exp_avg.head.9" in text
+    (folder / "head.safetensors").unlink()
+    assert "no weight file at" in refused(out, spoilt, config)
+    assert "was begun with another configuration" in refused(out, spoilt, config, "train.model.image_size=32")

@@ -1,0 +1,81 @@
+"""`train plan`: its arithmetic, by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from beton_factory import build_out
+from click.testing import CliRunner
+
+from labels.config import load_pipeline
+from labels.settings import Model, Train
+from train.cli import cli
+from train.costs import Costs, activation_bytes, messages
+
+TINY = "trunk: vit_b16, trunk_args: {depth: 2, embed_dim: 64, num_heads: 1}, image_size: 32"
+
+
+def plan(tmp_path: Path, text: str, *arguments: str) -> dict[str, str]:
+    """The lines of a plan by their first word; of several with the same word the last."""
+    file = tmp_path / "p.yaml"
+    file.write_text(text)
+    result = CliRunner().invoke(cli, ["plan", "--config", str(file), *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return {line.split()[0]: line.split(maxsplit=1)[1] for line in result.output.splitlines()}
+
+
+def test_the_plan_of_a_small_run_by_hand(tmp_path: Path) -> None:
+    out = build_out(tmp_path, [30, 20])
+    text = f"train: {{samples: 1000, batch_size: 96, model: {{{TINY}}}, optimizer: {{warmup_samples: 96}}, runtime: {{precision: fp32}}}}"
+    found = plan(tmp_path, text, "--beton", str(out), "--devices", "2", "--rate", "50")
+    assert found["steps"] == "10 of 96 samples = 960, 96 of them warm-up"
+    assert found["epochs"] == "19.20 of 50"
+    trunk = 2 * (12 * 64**2 + 13 * 64) + 3 * 256 * 64 + 5 * 64 + 64 + 4 * 64
+    head = 49_408 * 65 + 128
+    assert found["parameters"] == f"trunk {trunk / 1e6:.1f}M + head {head / 1e6:.1f}M (49,408 classes)"
+    assert found["disk"] == f"{12 * (trunk + head) / 2**30:.1f} GiB: 1 of 1 checkpoints of {12 * (trunk + head) / 2**30:.2f} GiB stay"
+    gradients = 4 * (trunk + head) / 2**20
+    assert found["messages"].startswith(
+        f"{gradients:,.0f} MiB of gradients, {4 * head / 2**20:,.0f} MiB (96%) of them the head's; ddp on 2"
+    )
+    assert found["time"] == f"{960 / 50 / 3600:,.1f} hours at 50 samples/s"
+
+
+def test_epochs_are_not_guessed_and_mfu_is_told_where_the_peak_is_known(tmp_path: Path) -> None:
+    text = f"train: {{model: {{{TINY}}}, runtime: {{peak_tflops: 0.001}}}}"
+    found = plan(tmp_path, text, "--rate", "100")
+    assert found["epochs"] == "not known: give --beton OUT"
+    assert "% of a device's 0 TFLOP/s" in found["time"]
+    assert "messages" not in found
+
+
+def test_the_recipes_plan(tmp_path: Path) -> None:
+    found = plan(tmp_path, "", "--recipe", "superclass-512m", "--devices", "256", "--rate", "10000", "--set", "train.model.trunk=vit_s16")
+    assert found["steps"].startswith("31,250 of 16,384 samples = 512,000,000, 8,192,000 of them warm-up")
+    assert found["parameters"] == "trunk 21.7M + head 19.0M (49,408 classes)"
+    assert found["time"] == "14.2 hours at 10,000 samples/s"
+
+
+@pytest.mark.parametrize(("parallel", "sent"), [("ddp", 2 * 3 / 4 * 400), ("fsdp", 3 * 3 / 4 * 400)])
+def test_what_a_step_sends(parallel: str, sent: float) -> None:
+    costs = Costs(trunk=75 * 2**20, head=25 * 2**20, flops=1)
+    settings = load_pipeline(overrides=[f"train.runtime.parallel={parallel}"]).train
+    assert messages(costs, settings, 4).startswith("400 MiB of gradients, 100 MiB (25%) of them the head's")
+    assert f"each sends {sent:,.0f} MiB a step" in messages(costs, settings, 4)
+
+
+def test_activations_grow_with_depth_and_shrink_with_checkpointing_and_bf16() -> None:
+    def kept(depth: int, precision: str = "fp32", grad_checkpointing: bool = False) -> int:
+        model = Model(trunk="vit_b16", trunk_args={"depth": depth, "embed_dim": 64, "num_heads": 1}, image_size=32)
+        model = model.model_copy(update={"grad_checkpointing": grad_checkpointing})
+        settings = Train(model=model).model_copy(
+            update={"runtime": load_pipeline(overrides=[f"train.runtime.precision={precision}"]).train.runtime}
+        )
+        return activation_bytes(settings, torch.device("cpu"))
+
+    one, two, four = kept(1), kept(2), kept(4)
+    assert four - two == 2 * (two - one)
+    # A block keeps at least its input, both norms' outputs, query, key, value, attention's output and the MLP's two widths of four.
+    assert two - one >= 4 * 5 * 64 * (1 + 2 + 3 + 1 + 8)
+    assert kept(4, grad_checkpointing=True) < four / 2
+    assert kept(4, precision="bf16") < 0.8 * four

@@ -1,0 +1,124 @@
+"""Trunks: the paper's presets in every detail, any timm model, checkpointing and compilation that change nothing."""
+
+import math
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from labels.errors import UserError
+from labels.settings import Loss, Model, Optimizer
+from train.costs import model_costs
+from train.losses.head_loss import HeadLoss
+from train.model import Classifier, build_trunk, set_up_trunk
+from train.optim import by_decay, make_optimizer
+
+SMALL = {"depth": 2, "embed_dim": 128, "num_heads": 2}
+# Width, layers, heads and patch side (SuperClass, section 4), and parameters in millions, counted from these by hand:
+# layers x (12 W^2 + 13 W) + patches, tokens and norms.
+VITS = {"vit_s16": (384, 12, 6, 16), "vit_b16": (768, 12, 12, 16), "vit_l16": (1024, 24, 16, 16), "vit_l14": (1024, 24, 16, 14)}
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_a_vit_preset_is_the_papers(name: str) -> None:
+    width, layers, heads, patch = VITS[name]
+    with torch.device("meta"):
+        vit = build_trunk(Model(trunk=name))
+    assert isinstance(vit, VisionTransformer)
+    block = vit.blocks[0]
+    assert (vit.embed_dim, len(vit.blocks), block.attn.num_heads, width // heads) == (width, layers, heads, 64)
+    assert vit.patch_embed.proj.bias is None and vit.patch_embed.proj.kernel_size == (patch, patch)
+    assert isinstance(vit.norm_pre, nn.LayerNorm) and isinstance(vit.norm, nn.LayerNorm) and isinstance(vit.fc_norm, nn.Identity)
+    assert {norm.eps for norm in (vit.norm_pre, vit.norm, block.norm1, block.norm2)} == {1e-5}
+    assert isinstance(block.mlp.act, nn.GELU) and block.mlp.act.approximate == "none"
+    assert block.mlp.fc1.out_features == 4 * width
+    tokens = (224 // patch) ** 2 + 1
+    by_hand = layers * (12 * width**2 + 13 * width) + 3 * patch**2 * width + tokens * width + width + 4 * width
+    costs = model_costs(Model(trunk=name), 49_408)
+    assert costs.trunk == by_hand
+    assert costs.head == 49_408 * (width + 1) + 2 * width
+    products = layers * (12 * width**2 * tokens + 2 * tokens**2 * width) + 3 * patch**2 * width * (tokens - 1) + width * 49_408
+    assert math.isclose(costs.flops, 6 * products, rel_tol=1e-3), "two operations each, once forward and twice backward"
+
+
+@pytest.mark.parametrize(("name", "millions", "gigaflops"), [("rn50", 23.5, 4.1), ("convnext_t", 27.8, 4.5)])
+def test_convolutional_presets_pool_by_the_mean(name: str, millions: float, gigaflops: float) -> None:
+    costs = model_costs(Model(trunk=name), 1)
+    assert math.isclose(costs.trunk / 1e6, millions, abs_tol=0.1)
+    assert math.isclose(costs.flops / 6e9, gigaflops, abs_tol=0.1), "published multiplications of one image"
+    trunk = build_trunk(Model(trunk=name)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        mean = trunk.forward_features(images).mean(dim=(2, 3))  # type: ignore[operator]
+        pooled = trunk(images)
+        expected = mean if name == "rn50" else trunk.head.norm(mean[:, :, None, None])[:, :, 0, 0]  # type: ignore[union-attr, operator]
+    assert torch.allclose(pooled, expected, atol=1e-5)
+
+
+def test_first_weights_are_the_references() -> None:
+    torch.manual_seed(0)
+    vit = build_trunk(Model(trunk="vit_s16", trunk_args={"depth": 2}))
+    named = dict(vit.named_parameters())
+    bound = {
+        "blocks.1.attn.qkv.weight": math.sqrt(6 / (4 * 384)),
+        "blocks.0.mlp.fc1.weight": 384**-0.5,
+        "blocks.1.mlp.fc2.weight": 1536**-0.5,
+    }
+    bound |= {"patch_embed.proj.weight": (3 * 256) ** -0.5, "blocks.0.attn.proj.weight": 384**-0.5}
+    for name, edge in bound.items():  # uniform between -edge and edge
+        assert named[name].abs().max() <= edge and math.isclose(named[name].std().item(), edge / math.sqrt(3), rel_tol=0.02), name
+    for name in ("cls_token", "pos_embed"):
+        assert math.isclose(named[name].std().item(), 384**-0.5, rel_tol=0.1), name
+    assert not named["blocks.0.attn.qkv.bias"].any() and not named["blocks.0.attn.proj.bias"].any()
+    assert named["blocks.0.mlp.fc1.bias"].abs().max() > 0.01, "torch's own draw"
+    head = Classifier(vit, HeadLoss(Loss(), torch.ones(2000))).head[1]
+    assert math.isclose(head.weight.std().item(), 384**-0.5, rel_tol=0.02) and not head.bias.any()  # type: ignore[union-attr]
+
+
+def test_pool_is_the_mean_of_patch_tokens_and_vectors_are_not_decayed() -> None:
+    trunk = build_trunk(Model(trunk="vit_b16", trunk_args=SMALL, image_size=32))
+    model = Classifier(trunk, HeadLoss(Loss(), torch.ones(50)))
+    images = torch.randn(2, 3, 32, 32)
+    tokens = trunk.forward_features(images)  # type: ignore[operator]  # [B, 1 + patches, W], after the final norm
+    assert torch.allclose(trunk(images), tokens[:, 1:].mean(dim=1), atol=1e-6)
+    assert model.head(trunk(images)).shape == (2, 50)
+    assert model(images, torch.tensor([[1, 2], [3, -1]])).shape == ()
+    decayed, exempt = by_decay(model)
+    assert exempt.keys() >= {"trunk.cls_token", "trunk.norm.weight", "head.0.bias", "head.1.bias", "trunk.blocks.0.attn.qkv.bias"}
+    assert decayed.keys() >= {"trunk.pos_embed", "head.1.weight", "trunk.patch_embed.proj.weight"}
+    assert not exempt.keys() & decayed.keys() and len(exempt) + len(decayed) == len(list(model.parameters()))
+    groups = make_optimizer(model, Optimizer()).param_groups
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.2, len(decayed)), (0.0, len(exempt))]
+
+
+@pytest.mark.parametrize("name", ["vit_b16", "convnext_atto", "resnet18"])
+def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
+    model = Model(trunk=name, trunk_args=SMALL if name == "vit_b16" else {}, image_size=32, grad_checkpointing=True)
+    trunk, images, found = build_trunk(model), torch.randn(2, 3, 32, 32), []
+    for settings in (model.model_copy(update={"grad_checkpointing": False}), model):
+        set_up_trunk(trunk, settings)
+        trunk.zero_grad()
+        trunk(images).square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in trunk.parameters() if parameter.grad is not None])
+    assert any(getattr(module, "grad_checkpointing", False) for module in trunk.modules())
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_compilation_keeps_timms_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk, asked = build_trunk(Model(trunk="vit_b16", trunk_args=SMALL, image_size=32)), []
+    keys = trunk.state_dict().keys()
+    monkeypatch.setattr(torch, "compile", lambda call, **how: asked.append(how) or call)
+    set_up_trunk(trunk, Model(compile=True))
+    assert asked and trunk.state_dict().keys() == keys
+    assert trunk(torch.randn(1, 3, 32, 32)).shape == (1, 128)
+
+
+def test_trunks_that_cannot_be_built_are_refused() -> None:
+    with pytest.raises(UserError, match=r"timm has no model named 'vit_huuge'\n  allowed: vit_s16, vit_b16, .*timm.list_models\(\)"):
+        build_trunk(Model(trunk="vit_huuge"))
+    with pytest.raises(UserError, match=r"timm cannot build 'vit_b16' .*depht"):
+        build_trunk(Model(trunk="vit_b16", trunk_args={"depht": 3}))
+    with pytest.raises(UserError, match="timm has no gradient checkpointing for 'test_byobnet_like'"):
+        set_up_trunk(nn.Linear(1, 1), Model(trunk="test_byobnet_like", grad_checkpointing=True))

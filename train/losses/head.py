@@ -1,0 +1,109 @@
+"""The head's linear layer, a chunk of rows (or of classes) at a time, and the sums of its gradients.
+
+B batch, V vocabulary (of this rank), W trunk width.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from train.losses.blocks import chunks
+from train.losses.positives import Positives
+
+RowLoss = Callable[[torch.Tensor, Positives, bool], torch.Tensor]
+"""Logits [R, V], the rows' labels, whether gradients are wanted -> losses [R]; then the logits hold d loss / d logits."""
+
+_PRODUCT_ROWS = 4096
+
+
+class Head:
+    """Operands in the products' type, gradients summed in float32 (float64 if that is the type).
+
+    Args:
+        features: [B, W].
+        weight: [V, W].
+        bias: [V].
+        needs: which of the three want a gradient.
+        dtype: what the products are computed in.
+        memory: bytes for the logits of a chunk.
+    """
+
+    def __init__(
+        self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, needs: tuple[bool, ...], dtype: torch.dtype, memory: int
+    ) -> None:
+        self.features, self.weight, self.bias = features.to(dtype), weight.to(dtype), bias.to(dtype)
+        self.memory = memory
+        self.sums = torch.float64 if dtype == torch.float64 else torch.float32
+        self.gradients = [
+            torch.zeros_like(operand, dtype=self.sums) if needed else None
+            for operand, needed in zip((features, weight, bias), needs, strict=True)
+        ]
+        self._buffer = torch.empty(0, dtype=dtype, device=features.device)
+
+    @property
+    def training(self) -> bool:
+        """Whether any gradient is wanted."""
+        return any(sum_ is not None for sum_ in self.gradients)
+
+    def rows(self, loss: RowLoss, labels: Positives, scale: float, widest: int = 0) -> torch.Tensor:
+        """Losses [B] of all rows; adds `scale` times their gradients.
+
+        Args:
+            loss: of some rows.
+            labels: of all rows.
+            scale: what the caller multiplies the losses with.
+            widest: count chunks as if the head had so many classes, where all ranks have to take the same chunks.
+        """
+        losses = self.features.new_empty(len(self.features), dtype=self.sums)
+        size = self.features.element_size()
+        for part in chunks(len(self.features), max(widest, len(self.weight)), size, self.memory):
+            x = self.features[part]
+            logits = torch.addmm(self.bias, x, self.weight.T, out=self._chunk(len(x), len(self.weight)))
+            losses[part] = loss(logits, labels[part], self.training)
+            into_features, into_weight, into_bias = self.gradients
+            if into_features is not None:
+                add_product(into_features[part], logits, self.weight, scale)
+            if into_weight is not None:
+                add_product(into_weight, logits.T, x, scale)
+            if into_bias is not None:
+                into_bias.add_(logits.sum(dim=0, dtype=self.sums), alpha=scale)
+        return losses
+
+    def classes(self, loss: Callable[[torch.Tensor, slice], torch.Tensor], ids: torch.Tensor, scale: float) -> torch.Tensor:
+        """Losses [C] of the classes `ids` [C], the batch being the axis they are taken along; adds `scale` times their gradients.
+
+        Args:
+            loss: logits [R, B] of a part of `ids`, and which part -> losses [R]; leaves the gradient in the logits.
+            ids: int64 [C].
+            scale: what the caller multiplies the losses with.
+        """
+        losses = self.features.new_empty(len(ids), dtype=self.sums)
+        for part in chunks(len(ids), len(self.features), self.features.element_size(), self.memory):
+            chosen = self.weight[ids[part]]
+            logits = self._chunk(len(chosen), len(self.features))
+            torch.addmm(self.bias[ids[part], None], chosen, self.features.T, out=logits)
+            losses[part] = loss(logits, part)
+            into_features, into_weight, into_bias = self.gradients
+            if into_features is not None:
+                add_product(into_features, logits.T, chosen, scale)
+            if into_weight is not None:
+                into_weight.index_add_(0, ids[part], (logits @ self.features).to(self.sums), alpha=scale)
+            if into_bias is not None:
+                into_bias.index_add_(0, ids[part], logits.sum(dim=1, dtype=self.sums), alpha=scale)
+        return losses
+
+    def _chunk(self, rows: int, columns: int) -> torch.Tensor:
+        """Memory for logits, the same for all chunks."""
+        if self._buffer.numel() < rows * columns:
+            self._buffer = self._buffer.new_empty(rows * columns)
+        return self._buffer[: rows * columns].view(rows, columns)
+
+
+def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+    """into += scale * left @ right; where `into` is of a finer type, part by part, so that no second [V, W] is made."""
+    if into.dtype == left.dtype:
+        into.addmm_(left, right, alpha=scale)
+        return
+    for start in range(0, len(left), _PRODUCT_ROWS):
+        rows = slice(start, start + _PRODUCT_ROWS)
+        into[rows].add_(left[rows] @ right, alpha=scale)

@@ -1,0 +1,110 @@
+"""One model over many ranks: DDP (weights whole everywhere) or FSDP2 (weights split), and what differs between them.
+
+The loop and the checkpoints see neither: they call what `spread` returns, and take tensors apart and together with the functions here.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from train.distributed import World
+
+
+def spread(model: nn.Module, parallel: str, world: World) -> nn.Module:
+    """What the loop calls in place of `model`, whose parameters FSDP splits in place.
+
+    Args:
+        model: on the device of `world`, with the same weights on every rank; its forward gives the mean loss of a rank's samples.
+        parallel: `ddp` or `fsdp`. A world of one is left as it is.
+    """
+    if world.size == 1:
+        return model
+    if parallel == "fsdp":
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for block in _blocks(model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+    # Buffers matter where batch norm is: then all ranks take the first one's, which a checkpoint keeps.
+    buffers = any(isinstance(module, _BatchNorm) for module in model.modules())
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=buffers, gradient_as_bucket_view=True)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """What FSDP gathers together: the outermost repeated blocks of a trunk (timm keeps them in lists)."""
+    blocks, inside = [], ()
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.ModuleList | nn.Sequential)
+            and len(module) > 1
+            and name.startswith("trunk.")
+            and not name.startswith(inside)
+        ):
+            blocks += [child for child in module if any(True for _ in child.parameters())]
+            inside = (*inside, name + ".")
+    return blocks
+
+
+@contextmanager
+def gradients_exchanged(spread_model: nn.Module, now: bool) -> Iterator[None]:
+    """Around one forward and backward pass: whether its gradients are exchanged at once, or kept to be added to."""
+    if isinstance(spread_model, DistributedDataParallel) and not now:
+        with spread_model.no_sync():
+            yield
+        return
+    if isinstance(spread_model, FSDPModule):
+        spread_model.set_requires_gradient_sync(now)
+    yield
+
+
+def loss_and_gradient_norm(loss: torch.Tensor, parameters: Iterable[torch.Tensor], world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of `loss` over all ranks and norm of the whole gradient, the same on every rank and left on the device.
+
+    Args:
+        loss: scalar, this rank's.
+        parameters: after the backward pass; split ones are counted once over all ranks.
+        world: this process among all.
+
+    Returns:
+        float64 scalars.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    split = _square([gradient for gradient in gradients if isinstance(gradient, DTensor)], loss)
+    both = torch.stack([loss.detach().double() / world.size, split])
+    if world.size > 1:
+        dist.all_reduce(both)
+    same = _square([gradient for gradient in gradients if not isinstance(gradient, DTensor)], loss)
+    return both[0], (both[1] + same).sqrt()
+
+
+def _square(tensors: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64, device=like.device)
+    return torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors])).double().square().sum()  # type: ignore[reportPrivateImportUsage]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a split tensor, in the same memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a split tensor, gathered (all ranks call it together); any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def laid_out_like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The whole `value` on the device of `tensor`, and split as `tensor` is: each rank keeps its part."""
+    value = value.to(tensor.device)
+    if not isinstance(tensor, DTensor):
+        return value
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
