@@ -1,80 +1,276 @@
-"""CPU time per image of the loader, beside a stock ffcv.Loader on the same beton with the same crops asked for.
+"""CPU time per image of the loader, beside stock FFCV on the same betons, OpenCLIP's pipeline on the same tars, and the bare decode.
 
-Run: python benchmarks/loader.py --beton OUT [--image-size 224] [--scale 0.9 1.0] [--repeats 5]
+    python benchmarks/loader.py [--work DIR] [--cases 256/0.9 256/0.08 500/0.9 768/0.9 1024/0.9] [--repeats 5] [--json FILE]
 
-Each side reads the same beton of OUT (the largest), one decoding thread, page cache warm, compiled before the clock starts; the
-sides take turns, the median counts. CPU time is the process's (all threads), not the wall clock's: the machine may be shared.
+A case is a kind of photographs (benchmarks/photo_tiles.py; made into DIR on the first call, with apt-get) and the least share of the area
+that a random crop takes. Every system runs in a process of its own with one decoding thread; they take turns, the page cache is warm, and
+everything is compiled before. What counts is the median of the processor time of the whole process: the machine may be shared.
 """
 
 import argparse
+import io
+import json
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-# A script's folder is searched first, where labels.py would hide the package `labels`.
-sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+# This folder is searched for the first import alone: labels.py would hide the package `labels` (also in the other processes).
+_HERE = str(Path(__file__).resolve().parent)
+sys.path = [_HERE, *(entry for entry in sys.path if str(Path(entry or ".").resolve()) != _HERE)]
+from photo_tiles import KINDS, cut_tiles, fetch_photos, write_tars
 
-from labels.settings import Data
-from train.betons import BetonSet
-from train.loader import Loader
+sys.path.remove(_HERE)
 
-BATCH = 64
+import numpy as np
 
-
-def ours(betons: BetonSet, size: int, scale: list[float], images: int) -> Callable[[], int]:
-    """A function that loads `images` images once and returns how many it loaded."""
-
-    def run() -> int:
-        settings = Data(crop_scale=scale)
-        steps = images // BATCH
-        with Loader(betons, settings, image_size=size, batch_size=BATCH, seed=0, first_step=0, last_step=steps, threads=1) as loader:
-            return sum(len(batch.images) for batch in loader)
-
-    return run
+SIDE, BATCH = 224, 64
+IMAGES = 1024
+"""In one turn: several epochs, so that memory is used again as in training."""
+CAPTIONS = [
+    "Morning light over the harbour, seen from the old bridge",
+    "New arrival: hand-made ceramic cup in autumn colours, dishwasher safe",
+    "a dog running through shallow water with its owner",
+    "IMG_2041.jpg | Winter holiday 2019, mountain hut & ski lift",
+]
 
 
-def stock(path: Path, size: int, scale: list[float]) -> Callable[[], int]:
-    """The same with ffcv's own loader, which is compiled here, once."""
+def prepare(work: Path, name: str) -> Path:
+    """WORK/<name> with shards and an OUT built from them, made once."""
+    from labels.config import load_pipeline
+    from preprocess.build import build_labels
+
+    folder, kind = work / name, next(kind for kind in KINDS if kind.name == name)
+    if not (folder / "out" / "manifest.json").is_file():
+        write_tars(folder / "shards", cut_tiles(fetch_photos(work), kind, 512 if kind.side <= 500 else 256), CAPTIONS)
+        build_labels([str(folder / "shards")], folder / "out", load_pipeline(), betons=True, overwrite=False)
+    return folder
+
+
+def ours(folder: Path, scale: float, device: bool) -> Callable[[], int]:
+    from labels.settings import Data
+    from train.betons import BetonSet
+    from train.loader import Loader
+
+    betons = BetonSet(folder / "out")
+    steps = IMAGES // BATCH
+    settings = Data(crop_scale=[scale, 1.0], prefetch=1)  # the fewest batches that the ring allows
+    loader = Loader(
+        betons, settings, image_size=SIDE, batch_size=BATCH, seed=0, first_step=0, last_step=steps, threads=1,
+        device=device,
+    )  # fmt: skip
+    return lambda: sum(len(batch.images) for batch in loader)
+
+
+def host(folder: Path, scale: float) -> Callable[[], int]:
+    return ours(folder, scale, device=False)
+
+
+def device(folder: Path, scale: float) -> Callable[[], int]:
+    return ours(folder, scale, device=True)
+
+
+def stock(folder: Path, scale: float) -> Callable[[], int]:
+    """ffcv's own loader, on the one beton, its samples repeated as if they were more: starting an epoch costs it much."""
     from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader as StockLoader
-    from ffcv.loader import OrderOption
+    from ffcv.loader import Loader, OrderOption
 
-    image = RandomResizedCropRGBImageDecoder((size, size), scale=tuple(scale))
+    from labels.manifest import read_manifest
+
+    (path,) = (folder / "out" / "beton").glob("*.beton")
+    image = RandomResizedCropRGBImageDecoder((SIDE, SIDE), scale=(scale, 1.0))
     pipelines = {"image": [image], "label_ids": [NDArrayDecoder()], "index": [IntDecoder()]}
-    loader = StockLoader(str(path), batch_size=BATCH, num_workers=1, os_cache=True, order=OrderOption.RANDOM, pipelines=pipelines)
+    loader = Loader(
+        str(path), batch_size=BATCH, num_workers=1, os_cache=True, order=OrderOption.RANDOM, pipelines=pipelines,
+        indices=np.arange(IMAGES) % read_manifest(folder / "out").samples,
+    )  # fmt: skip
     return lambda: sum(len(images) for images, _, _ in loader)
+
+
+def open_clip(folder: Path, scale: float) -> Callable[[], int]:
+    """webdataset, PIL, open_clip's own transform and tokenizer."""
+    import torch
+    import webdataset
+    from open_clip import SimpleTokenizer
+    from open_clip.transform import AugmentationCfg, image_transform
+
+    torch.set_num_threads(1)
+    transform = image_transform(SIDE, is_train=True, aug_cfg=AugmentationCfg(scale=(scale, 1.0)))
+    tokenizer = SimpleTokenizer()
+    tars = [str(path) for path in sorted((folder / "shards").glob("*.tar"))]
+    samples = webdataset.WebDataset(tars, shardshuffle=False).decode("pilrgb").rename(image="jpg", text="txt")
+    batches = samples.map_dict(image=transform, text=lambda text: tokenizer(text)[0]).to_tuple("image", "text").batched(BATCH)
+    return lambda: sum(len(images) for images, _ in batches)
+
+
+def bare(folder: Path, scale: float) -> Callable[[], int]:
+    """libjpeg-turbo alone, called in a compiled loop: every image whole, at full size."""
+    from numba import njit
+
+    from train.jpeg import RGB, Decompressor, tj_decompress
+
+    jpegs = [np.frombuffer(data, np.uint8) for data in jpegs_of(folder)]
+    sizes = np.array([size_of(data) for data in jpegs])
+    addresses, lengths = (np.array([value(data) for data in jpegs], np.uint64) for value in (lambda data: data.ctypes.data, len))
+    decompressor, pixels = Decompressor(), np.empty(int(sizes.prod(1).max()) * 3, np.uint8)
+
+    @njit
+    def decode(addresses, lengths, sizes, handle, pixels):  # noqa: ANN202
+        for row in range(len(addresses)):
+            width, height = sizes[row]
+            tj_decompress(handle, addresses[row], lengths[row], np.uint64(pixels.ctypes.data), width, 3 * width, height, RGB, 0)
+        return len(addresses)
+
+    return lambda: min(len(jpegs), decode(addresses, lengths, sizes, decompressor.handle, pixels))  # keeps the bytes alive
+
+
+def jpegs_of(folder: Path) -> list[bytes]:
+    import webdataset
+
+    tars = [str(path) for path in sorted((folder / "shards").glob("*.tar"))]
+    return [sample["jpg"] for sample in webdataset.WebDataset(tars, shardshuffle=False)]
+
+
+def size_of(jpeg: np.ndarray) -> tuple[int, int]:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(jpeg.tobytes())).size
+
+
+SYSTEMS = {"this, host": host, "this, device": device, "stock FFCV": stock, "OpenCLIP + webdataset": open_clip, "bare decode": bare}
+
+
+def serve(system: str, folder: Path, scale: float, pipe: Connection) -> None:
+    """A process: measures whenever it is asked, and answers with microseconds of processor time an image."""
+    run = SYSTEMS[system](folder, scale)
+    run()
+    pipe.send(0.0)
+    while pipe.recv():
+        start = time.process_time()
+        images = run()
+        pipe.send(1e6 * (time.process_time() - start) / images)
+
+
+def measure(folder: Path, scale: float, repeats: int) -> dict[str, list[float]]:
+    context, ends, times = multiprocessing.get_context("spawn"), {}, {name: [] for name in SYSTEMS}
+    for name in SYSTEMS:
+        ends[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(name, folder, scale, theirs), daemon=True).start()
+        ends[name].recv()  # one after the other: it has compiled and run once
+    for _ in range(repeats):
+        for name, end in ends.items():
+            end.send(True)
+            times[name].append(end.recv())
+    for end in ends.values():
+        end.send(False)
+    return times
+
+
+def likeness(folder: Path, scale: float, count: int = 128) -> dict[str, float]:
+    """Mean PSNR in dB against PIL's bicubic of the same crop: of this loader's host mode and of FFCV's resize (INTER_AREA)."""
+    import cv2
+    from PIL import Image
+
+    from train.crops import random_crop
+    from train.resample import margin_bytes, resize_crop, work_bytes
+
+    found: dict[str, list[float]] = {"this, host": [], "stock FFCV": []}
+    for number, jpeg in enumerate(jpegs_of(folder)[:count]):
+        image = Image.open(io.BytesIO(jpeg))
+        left, top, width, height = random_crop(*image.size, (scale, 1.0), (3 / 4, 4 / 3), 0, 0, number)
+        crop = image.crop((left, top, left + width, top + height))
+        expected, pixels = np.asarray(crop.resize((SIDE, SIDE), Image.Resampling.BICUBIC), float), np.asarray(crop)
+        source = np.append(pixels.ravel(), np.zeros(margin_bytes(3 * width, float(height), SIDE), np.uint8))
+        out, work = np.empty((SIDE, SIDE, 3), np.uint8), np.empty(work_bytes(height, width, float(width), float(height), SIDE), np.uint8)
+        box = (0.0, 0.0, float(width), float(height), False)
+        resize_crop(source, 3 * width, height, width, *box, SIDE, out.reshape(-1), 3 * SIDE, work)
+        for name, result in (("this, host", out), ("stock FFCV", cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA))):
+            found[name].append(10 * np.log10(255**2 / max(float(np.mean((result - expected) ** 2)), 1e-6)))
+    return {name: statistics.mean(values) for name, values in found.items()}
+
+
+def label_cost(folder: Path) -> float:
+    """Microseconds a sample of finding it, its index with it, and copying its label row, which was read with the image's bytes."""
+    from numba import njit
+
+    from train.betons import BetonSet
+    from train.places import TABLE_BYTES, copy_labels, find
+
+    betons = BetonSet(folder / "out")
+    labels, scratch, limit = np.empty((betons.samples, betons.label_limit), np.int32), np.zeros(1 << 20, np.uint8), betons.label_limit
+
+    @njit
+    def labels_alone(tables, samples, limit, vocabulary, scratch, labels):  # noqa: ANN202
+        for sample in samples:
+            place = find(tables, sample, limit, scratch)
+            copy_labels(scratch, TABLE_BYTES + place.status, vocabulary, labels[sample])
+
+    samples, times = np.arange(betons.samples), []
+    with betons.held(samples):
+        for _ in range(20):
+            start = time.process_time()
+            labels_alone(betons.tables, samples, limit, betons.vocabulary, scratch, labels)
+            times.append(1e6 * (time.process_time() - start) / len(samples))
+    return min(times)
+
+
+def python_calls(folder: Path) -> dict[int, float]:
+    """Calls of Python functions a batch, in all threads, for batches of 32 and of 256: what grows with it is paid for every sample."""
+    import threading
+
+    from labels.settings import Data
+    from train.betons import BetonSet
+    from train.loader import Loader
+
+    betons, found = BetonSet(folder / "out"), {}
+    for batch in (32, 32, 256):
+        calls = [0]
+
+        def count(frame: Any, event: str, argument: Any, calls: list[int] = calls) -> None:
+            calls[0] += event == "call"
+
+        loader = Loader(betons, Data(), image_size=SIDE, batch_size=batch, seed=0, first_step=0, last_step=12, threads=1)
+        threading.setprofile(count)
+        sys.setprofile(count)
+        steps = sum(1 for _ in loader)
+        sys.setprofile(None)
+        threading.setprofile(None)
+        found[batch] = calls[0] / steps
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--beton", type=Path, required=True, help="OUT of build-labels")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--scale", type=float, nargs=2, default=[0.9, 1.0])
+    parser.add_argument("--work", type=Path, default=Path("loader-benchmark"))
+    parser.add_argument("--cases", nargs="+", default=["256/0.9", "256/0.08", "500/0.9", "768/0.9", "1024/0.9"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    betons = BetonSet(arguments.beton)
-    part = max(betons.manifest.betons, key=lambda part: part.samples)
-    path = arguments.beton / "beton" / f"{part.number:05d}.beton"
-    sides = {
-        "this loader": ours(betons, arguments.image_size, arguments.scale, part.samples),
-        "stock ffcv.Loader": stock(path, arguments.image_size, arguments.scale),
-    }
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(arguments.repeats + 1):
-        for name, run in sides.items():
-            start = time.process_time()
-            images = run()
-            if repeat:  # the first round warms up
-                times[name].append(1e6 * (time.process_time() - start) / images)
-    base = statistics.median(times["stock ffcv.Loader"])
-    for name, values in times.items():
-        spread = f"{min(values):,.0f} to {max(values):,.0f}"
-        print(
-            f"{name:<18} {statistics.median(values):8,.0f} us of CPU an image ({spread}), {statistics.median(values) / base:.2f} of stock"
-        )
+    results: dict[str, Any] = {}
+    for case in arguments.cases:
+        name, share = case.split("/")
+        folder = prepare(arguments.work, name)
+        times = measure(folder, float(share), arguments.repeats)
+        medians = {system: statistics.median(values) for system, values in times.items()}
+        print(f"\nphotographs {name}, crops of {share} to 1.0 of the area, {SIDE} pixels; us of CPU an image")
+        for system, median in medians.items():
+            ratios = ", ".join(
+                f"{median / medians[other]:.2f} of {other}" for other in ("stock FFCV", "OpenCLIP + webdataset", "bare decode")
+            )
+            print(f"{system:<22} {median:7,.0f} ({min(times[system]):,.0f} to {max(times[system]):,.0f}): {ratios}")
+        psnr = likeness(folder, float(share))
+        print("PSNR against PIL's bicubic of the same crop: " + ", ".join(f"{system} {value:.1f} dB" for system, value in psnr.items()))
+        results[case] = {"microseconds": times, "psnr_db": psnr}
+    folder = prepare(arguments.work, arguments.cases[0].split("/")[0])
+    results["label_microseconds"], results["python_calls_a_batch"] = label_cost(folder), python_calls(folder)
+    print(f"\nlabels and index: {results['label_microseconds']:.2f} us a sample; Python calls a batch: {results['python_calls_a_batch']}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def load_pipeline(file: Path | None = None, overrides: Iterable[str] = (), recip
     """
     if file is None and DEFAULT_FILE.is_file():
         file = DEFAULT_FILE
-    values: dict[str, Any] = _read(file) if file else {}
+    values: dict[str, Any] = read_yaml(file) if file else {}
     if recipe is not None:
         values["train"] = _merged(values.get("train") or {}, _recipe(values, recipe))
     for override in overrides:
@@ -65,7 +65,12 @@ def load_pipeline(file: Path | None = None, overrides: Iterable[str] = (), recip
         raise UserError(_explain(error, file)) from None
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A file of sections with keys; a key given twice is an error, `1e-3` is a number.
+
+    Raises:
+        UserError: missing, not readable as YAML, or no mapping.
+    """
     try:
         values = yaml.load(file.read_text(encoding="utf8"), _Loader)
     except FileNotFoundError:

@@ -60,3 +60,16 @@ def read_idf(path: Path) -> np.ndarray:
     if not np.array_equal(table["token_id"].to_numpy(), np.arange(len(table))):
         raise UserError(f"{path}: token_id is not 0, 1, 2, ... in order", mend=mend)
     return table["idf"].to_numpy().astype(np.float32)
+
+
+def target_weights(idf: np.ndarray) -> np.ndarray:
+    """What the loss aims at for one caption: t_c = w_c / sum of w over its labels (SuperClass, section 3.2).
+
+    Args:
+        idf: w_c of the caption's labels, float [L].
+
+    Returns:
+        float64 [L], which sums to 1, or to 0 where no label has weight.
+    """
+    total = idf.sum(dtype=np.float64)
+    return idf / total if total > 0 else np.zeros(len(idf))

@@ -115,6 +115,11 @@ class Layout:
         """Completion markers, one JSON a finished unit of work: what makes a rerun skip it."""
         return self.out / "done"
 
+    @property
+    def record(self) -> Path:
+        """The shards that OUT was made from; see preprocess/record.py."""
+        return self.markers / "inputs.json"
+
     def label_file(self, shard: str) -> Path:
         return self.labels / f"{shard}.parquet"
 
@@ -132,3 +137,6 @@ class Layout:
 
     def beton_marker(self, number: int) -> Path:
         return self.markers / "beton" / f"{number:05d}.json"
+
+    def place_marker(self, number: int) -> Path:
+        return self.markers / "places" / f"{number:05d}.json"

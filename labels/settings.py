@@ -4,7 +4,6 @@ The comments beside the keys stand in pipeline.yaml; a test holds its values equ
 """
 
 import math
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -29,15 +28,22 @@ def parse_count(value: Any) -> Any:
     return value
 
 
-def parse_bytes(value: Any) -> Any:
-    """`128MiB` -> 134217728; numbers pass through, anything else is left for pydantic to refuse. Units: KiB, MiB, GiB."""
-    if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+) ?([KMG])iB", value)):
-        return int(match[1]) << {"K": 10, "M": 20, "G": 30}[match[2]]
+_SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_size(value: Any) -> Any:
+    """`1.5GiB` -> bytes; whole numbers pass through, anything else is left for pydantic to refuse."""
+    if isinstance(value, str) and value[-3:] in _SIZES:
+        try:
+            size = float(value[:-3]) * _SIZES[value[-3:]]
+        except ValueError:
+            return value
+        return round(size) if math.isfinite(size) else value
     return value
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
@@ -99,17 +105,21 @@ class Model(Section):
 
 class Data(Section):
     threads: Annotated[int, Field(ge=0)] = 0
-    prefetch: Bytes = 2**30
+    prefetch: Size = 2**30
     shuffle_block: Positive = 64
     shuffle_window: Positive = 1024
     subset: str | None = None
     metadata: str | None = None
     verify: bool = False
     cache: str = "~/.cache/superclass"
-    cache_size: Bytes = 100 * 2**30
+    cache_size: Size = 100 * 2**30
     crop_scale: Range = [0.9, 1.0]
     crop_ratio: Range = [0.75, 1.3333333333]
     flip: bool = False
+    resample: Literal["auto", "device", "host"] = "auto"
+    color_jitter: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=4, max_length=4)] = [0.32, 0.32, 0.32, 0.08]
+    color_jitter_probability: Fraction = 0.0
+    grey_probability: Fraction = 0.0
     mean: Channels = [0.48145466, 0.4578275, 0.40821073]
     std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = [0.26862954, 0.26130258, 0.27577711]
 
@@ -120,13 +130,15 @@ class Data(Section):
             raise ValueError(f"crop_scale is {self.crop_scale}; allowed: 0 < low <= high <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"crop_ratio is {self.crop_ratio}; allowed: 0 < low <= high")
+        if self.color_jitter[3] > 0.5:
+            raise ValueError(f"color_jitter is {self.color_jitter}; allowed for the last, the hue: 0 to 0.5")
         return self
 
 
 class Loss(Section):
     name: Literal["softmax", "bce", "asl", "soft_margin", "two_way"] = "softmax"
     idf: bool = True
-    memory: Bytes = 128 << 20
+    memory: Size = 128 << 20
     gamma_negative: Annotated[float, Field(ge=0)] = 4.0
     gamma_positive: Annotated[float, Field(ge=0)] = 1.0
     clip: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -204,12 +216,55 @@ class Train(Section):
         return self
 
 
+class Features(Section):
+    batch_size: Positive = 256
+    threads: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class MaeProbe(Section):
+    epochs: Positive = 90
+    batch_size: Positive = 16_384
+    base_lr: Annotated[float, Field(gt=0)] = 0.1
+    warmup_epochs: Annotated[int, Field(ge=0)] = 10
+    augment: bool = True
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, epochs {self.epochs}; allowed: less than epochs")
+        return self
+
+
 class Probe(Section):
+    recipe: Literal["lbfgs", "mae"] = "lbfgs"
     weight_decay: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
+    seeds: Seeds = [0, 1, 2]
     max_iterations: Positive = 200
-    batch_size: Positive = 256
+    mae: MaeProbe = MaeProbe()
+
+
+class Fewshot(Section):
+    shots: Annotated[list[Positive], Field(min_length=1)] = [10]
+    seeds: Seeds = [0, 1, 2]
+    l2: Annotated[float, Field(gt=0)] = 1024.0
+
+
+class Knn(Section):
+    k: Annotated[list[Positive], Field(min_length=1)] = [10, 20]
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    seeds: Seeds = [0, 1, 2]
+
+
+class Zeroshot(Section):
+    classnames: Annotated[str, Field(min_length=1)] = "auto"
+    templates: Annotated[str, Field(min_length=1)] = "none"
+    labels: str | None = None
+    seeds: Seeds = [0]
 
 
 class Pipeline(Section):
@@ -220,4 +275,8 @@ class Pipeline(Section):
     build: Build = Build()
     train: Train = Train()
     probe: Probe = Probe()
+    fewshot: Fewshot = Fewshot()
+    knn: Knn = Knn()
+    zeroshot: Zeroshot = Zeroshot()
+    features: Features = Features()
     recipes: dict[str, dict[str, Any]] = RECIPES

@@ -1,9 +1,15 @@
-"""One shard to one beton: the unit of work of the second pass.
+"""One group of shards to its betons, or to its files of places: the unit of work of the second pass.
 
-shard + labels/<shard>.parquet -> beton/<nnnnn>.beton -> done/beton/<nnnnn>.json
+shards + labels/<shard>.parquet -> places of all images (a spool holds the converted ones) -> beton/<nnnnn>.beton ...
+                                                            --no-images: places/<nnnnn>.npy ...
+    left out: reason and detail ------------------------------------> done/beton/<nnnnn>.json, named after the first
 """
 
+import hashlib
+import io
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,89 +17,142 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from labels import beton
-from labels.files import local_copy, sha256_file, whole_file, write_json
+from labels.files import is_remote, local_copy, whole_file, write_json
 from labels.layout import Layout
+from labels.places import PLACE
 from labels.settings import Build
 from labels.sparse import pad_rows
-from preprocess.beton_writer import BetonWriter
-from preprocess.images import BadImage, prepare
+from preprocess.beton_plan import Group, Member, row_order
+from preprocess.beton_writer import Samples, write_beton
 from preprocess.inputs.captions import Choice
-from preprocess.inputs.pictures import open_pictures
-from preprocess.inputs.shards import Shard
+from preprocess.inputs.pictures import find_pictures
 from preprocess.inputs.tars import Fault
-
-# Room for a converted image that outgrows its source, e.g. a tiny palette PNG.
-_GROWTH = 4
-_MIN_IMAGE_ROOM = 1 << 20
+from preprocess.settle import settle
+from preprocess.spool import Spool
 
 
 @dataclass(frozen=True)
-class BetonTask:
-    """`options`: fingerprint of what decides the beton's bytes beside the label file's."""
+class GroupTask:
+    """`options`: fingerprint of what decides the betons' bytes beside the label files'; `copy`: False writes places (`--no-images`)."""
 
-    shard: Shard
-    number: int
-    first_index: int
-    labels_sha256: str
+    group: Group
     label_limit: int
     captions: tuple[Choice, ...]
     out: Path
     settings: Build
     options: str
+    copy: bool
 
     @property
     def wanted(self) -> dict[str, Any]:
-        """What a marker must say for its beton to be this task's result."""
-        return {
-            "options": self.options,
-            "source": self.shard.source,
-            "shard": self.shard.name,
-            "first_index": self.first_index,
-            "labels_sha256": self.labels_sha256,
-        }
+        """What a marker must say for its betons to be this task's result."""
+        return {"options": self.options, **self.group.wanted}
+
+    @property
+    def marker(self) -> Path:
+        layout = Layout(self.out)
+        return layout.beton_marker(self.group.first) if self.copy else layout.place_marker(self.group.first)
 
 
-def write_beton(task: BetonTask) -> dict[str, Any]:
-    """Write one beton and its marker; return the marker less the list of faults."""
-    layout = Layout(task.out)
-    path, marker_path = layout.beton_file(task.number), layout.beton_marker(task.number)
-    marker_path.unlink(missing_ok=True)  # an older marker must not vouch for the new file
-    with local_copy(layout.label_file(task.shard.name)) as labels:
-        table = pq.read_table(labels, columns=["key", "label_ids"]).combine_chunks()
-    lists = table["label_ids"].chunk(0) if len(table) else None
-    label_rows = (
-        pad_rows(lists.values.to_numpy(), lists.offsets.to_numpy(), task.label_limit)
-        if lists is not None
-        else np.empty((0, task.label_limit), np.int32)
-    )
-    faults: list[Fault] = []
-    keys = table["key"].to_pylist()
-    with open_pictures(task.shard, keys, task.captions) as pictures:
-        room = min(max(_MIN_IMAGE_ROOM, _GROWTH * pictures.largest), beton.MAX_PAGE_BYTES // 2)
-        page_bytes = beton.page_bytes_for(room + 4 * task.label_limit)
-        with whole_file(path) as partial:
-            with BetonWriter(partial, len(table), page_bytes, task.label_limit) as writer:
-                for row, data in pictures.rows:
-                    if isinstance(data, Fault):
-                        faults.append(data)
-                        continue
-                    try:
-                        jpeg, width, height = prepare(data, task.settings.jpeg_quality, task.settings.max_pixels)
-                        if len(jpeg) + 4 * task.label_limit > page_bytes:
-                            raise BadImage("image file too large", f"{len(jpeg)} bytes do not fit a page of {page_bytes}")
-                    except BadImage as error:
-                        faults.append(Fault(keys[row], error.reason, str(error)))
-                        continue
-                    writer.add(jpeg, width, height, label_rows[row], task.first_index + row)
-            size, digest = partial.stat().st_size, sha256_file(partial)  # while the file is on this machine
-    marker = {
-        **task.wanted,
-        "number": task.number,
-        "samples": writer.samples,
-        "bytes": size,
-        "sha256": digest,
-        "reasons": dict(sorted(Counter(fault.reason for fault in faults).items())),
-    }
-    write_json(marker_path, {**marker, "faults": [[fault.key, fault.reason, fault.detail] for fault in faults]})
+@dataclass(frozen=True)
+class _Rows:
+    """R rows of a group. `member`: int64 [R], position of the row's shard in the group; `labels`: int32 [R, K] (K = 0 for places);
+    `faults`: row -> shard and why it has no image. The rest as in Samples."""
+
+    files: list[np.ndarray]
+    member: np.ndarray
+    file: np.ndarray
+    good: np.ndarray
+    offset: np.ndarray
+    bytes: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    index: np.ndarray
+    labels: np.ndarray
+    faults: dict[int, tuple[str, Fault]]
+
+
+def write_group(task: GroupTask) -> dict[str, Any]:
+    """Write the group's betons and its marker; return the marker less the list of faults."""
+    layout, group = Layout(task.out), task.group
+    task.marker.unlink(missing_ok=True)  # an older marker must not vouch for the new files
+    scratch = None
+    if not is_remote(task.out):
+        scratch = layout.betons if task.copy else layout.places
+        scratch.mkdir(parents=True, exist_ok=True)
+    files = []
+    with ExitStack() as held:
+        spool = held.enter_context(Spool(scratch)) if task.copy else None
+        rows = _collect(task, spool, scratch)
+        for number, order in enumerate(row_order(group, task.settings), start=group.first):
+            kept = order[rows.good[order]]
+            path = layout.beton_file(number) if task.copy else layout.place_file(number)
+            with whole_file(path) as partial:
+                size, digest = _write_copies(partial, rows, kept) if task.copy else _write_places(partial, group, rows, kept)
+            files.append({"number": number, "bytes": size, "sha256": digest, **_told(group, rows, order, len(kept))})
+    marker = {**task.wanted, "files": files, "reasons": _reasons(fault for _, fault in rows.faults.values())}
+    faults = [[shard, fault.key, fault.reason, fault.detail] for _, (shard, fault) in sorted(rows.faults.items())]
+    write_json(task.marker, {**marker, "faults": faults})
     return marker
+
+
+def _collect(task: GroupTask, spool: Spool | None, scratch: Path | None) -> _Rows:
+    """All rows of the group, in the shards' order."""
+    columns: list[tuple[np.ndarray, ...]] = []
+    files: list[np.ndarray] = []
+    faults: dict[int, tuple[str, Fault]] = {}
+    first = 0
+    for at, member in enumerate(task.group.members):
+        keys, labels = _labels(task, member)
+        pictures = find_pictures(member.shard, keys, task.captions, scratch)
+        found = settle(pictures, keys, task.settings, spool)
+        files.append(pictures.data)
+        faults |= {first + row: (member.part.name, fault) for row, fault in found.faults.items()}
+        index = np.arange(len(keys)) + member.part.first_index
+        size = found.places[:, 1] - found.places[:, 0]
+        own_file = np.where(found.spooled, len(task.group.members), at)
+        columns.append((np.full(len(keys), at), own_file, found.good, found.places[:, 0], size, found.width, found.height, index, labels))
+        first += len(keys)
+    if spool is not None:
+        files.append(spool.view())
+    joined = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
+    return _Rows(files, *joined, faults=faults)
+
+
+def _labels(task: GroupTask, member: Member) -> tuple[Any, np.ndarray]:
+    """Keys of a shard's rows, and their padded label rows int32 [rows, K]; for places, which hold none, K is 0."""
+    names = ["key", "label_ids"] if task.copy else ["key"]
+    with local_copy(Layout(task.out).label_file(member.part.name)) as path:
+        table = pq.read_table(path, columns=names).combine_chunks()
+    keys = table["key"].chunk(0)
+    if not task.copy:
+        return keys, np.empty((len(keys), 0), np.int32)
+    lists = table["label_ids"].chunk(0)
+    return keys, pad_rows(lists.values.to_numpy(), lists.offsets.to_numpy(), task.label_limit)
+
+
+def _write_copies(path: Path, rows: _Rows, kept: np.ndarray) -> tuple[int, str]:
+    parts = (rows.file, rows.offset, rows.bytes, rows.width, rows.height, rows.index, rows.labels)
+    return write_beton(path, Samples(rows.files, *(part[kept] for part in parts)))
+
+
+def _write_places(path: Path, group: Group, rows: _Rows, kept: np.ndarray) -> tuple[int, str]:
+    places = np.zeros(len(kept), PLACE)
+    places["shard"] = np.array([member.number for member in group.members])[rows.member[kept]]
+    for name in ("bytes", "offset", "index", "width", "height"):
+        places[name] = getattr(rows, name)[kept]
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, places, version=(1, 0))
+    path.write_bytes(buffer.getbuffer())
+    return buffer.getbuffer().nbytes, hashlib.sha256(buffer.getbuffer()).hexdigest()
+
+
+def _told(group: Group, rows: _Rows, order: np.ndarray, samples: int) -> dict[str, Any]:
+    """What the manifest tells of a file beside its bytes."""
+    shards = [group.members[member].part.name for member in np.unique(rows.member[order])]
+    left_out = _reasons(rows.faults[row][1] for row in order[~rows.good[order]].tolist())
+    return {"shards": shards, "samples": samples, "quarantined": left_out}
+
+
+def _reasons(faults: Iterable[Fault]) -> dict[str, int]:
+    return dict(sorted(Counter(fault.reason for fault in faults).items()))

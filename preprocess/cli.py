@@ -13,7 +13,10 @@ from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.idf import Formula
 from labels.layout import out_path
+from preprocess.append import append_shards, undo_append
 from preprocess.build import build_labels
+from preprocess.cli_options import config_option, parse_out, parse_outs, set_option
+from preprocess.cli_show import SHOW_COMMANDS
 from preprocess.idf_command import sum_idf
 from preprocess.inputs.captions import parse_caption_key
 from preprocess.inputs.rows import read_rows
@@ -21,7 +24,7 @@ from preprocess.inputs.shards import find_shards
 from preprocess.outcome import print_summary
 from preprocess.query import run_query
 from preprocess.train_tokenizer import Kind, train_tokenizer
-from preprocess.verify import verify_build
+from preprocess.verify import mending_command, verify_build
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,16 +33,14 @@ def cli() -> None:
     """Turn image-text shards into sparse labels, an IDF table and betons."""
 
 
-_config = click.option("--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it is there).")
-_set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key, e.g. labels.idf=paper. Repeatable.")
+_decode_check = click.option(
+    "--decode-check", type=click.Choice(["none", "header", "full"]), help="How JPEGs are checked (default: build.decode_check)."
+)
 
 
-def _out(_context: click.Context, _argument: click.Parameter, value: str) -> Path:
-    return out_path(value)
-
-
-def _outs(_context: click.Context, _argument: click.Parameter, value: tuple[str, ...]) -> tuple[Path, ...]:
-    return tuple(out_path(text) for text in value)
+def _as_overrides(**flags: object) -> list[str]:
+    """Flags that were given, as `--set` has them."""
+    return [f"build.{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
 
 
 def _share(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -61,9 +62,11 @@ def _share(_context: click.Context, _option: click.Parameter, value: str | None)
 @click.option("--caption-key", metavar="KEYS", help="Where captions stand, e.g. txt,json:caption (default: build.caption_key).")
 @click.option("--subset", metavar="FILE|CONDITION", help="Only these samples: .npy or .parquet of uids, or SQL on the metadata.")
 @click.option("--no-beton", is_flag=True, help="Stop after the IDF table.")
+@click.option("--no-images", is_flag=True, help="Write where the images lie in the tars, in place of betons: the tars stay the only copy.")
+@_decode_check
 @click.option("--overwrite", is_flag=True, help="Remove what an earlier build with other options left in OUT; nothing else.")
-@_config
-@_set
+@config_option
+@set_option
 def build_labels_command(
     data: tuple[str, ...],
     out: str | None,
@@ -73,6 +76,8 @@ def build_labels_command(
     caption_key: str | None,
     subset: str | None,
     no_beton: bool,
+    no_images: bool,
+    decode_check: str | None,
     overwrite: bool,
     config: Path | None,
     overrides: tuple[str, ...],
@@ -81,15 +86,43 @@ def build_labels_command(
 
     Run the same command again after any interruption: finished shards are skipped.
     """
-    flags = {"workers": workers, "engine": engine, "caption_key": caption_key.split(",") if caption_key else None, "subset": subset}
-    flag_overrides = [f"build.{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    settings = load_pipeline(config, [*overrides, *flag_overrides])
+    keys = caption_key.split(",") if caption_key else None
+    flags = _as_overrides(workers=workers, engine=engine, caption_key=keys, subset=subset, decode_check=decode_check)
+    settings = load_pipeline(config, [*overrides, *flags])
+    if no_beton and no_images:
+        raise UserError(
+            "--no-beton and --no-images are both given", allowed="one of them", mend="--no-beton makes neither betons nor places"
+        )
     if overwrite and share:
         raise UserError("--overwrite with --shard would remove what the other shares write", mend="run it once without --shard first")
     target = out_path(out or settings.paths.out)
-    manifest = build_labels(list(data), target, settings, betons=not no_beton, overwrite=overwrite, share=share)
+    manifest = build_labels(list(data), target, settings, betons=not no_beton, overwrite=overwrite, share=share, no_images=no_images)
     if manifest:
         print_summary(manifest, target)
+
+
+@cli.command("append")
+@click.argument("out", callback=parse_out)
+@click.argument("data", nargs=-1)
+@click.option("--prefix", default="", help="Put before the names of the new shards, which have to come after those of OUT.")
+@click.option("--undo", is_flag=True, help="Give up an append that has not finished, while the manifest still stands.")
+@click.option("--workers", type=int, help="Worker processes (default: all cores).")
+@click.option("--engine", type=click.Choice(["local", "ray"]), help="Where the work runs (default: local).")
+@set_option
+def append_command(
+    out: Path, data: tuple[str, ...], prefix: str, undo: bool, workers: int | None, engine: str | None, overrides: tuple[str, ...]
+) -> None:
+    """Add the shards of DATA to a finished OUT with OUT's own options; without DATA finish what was begun.
+
+    Label rows and betons that are there stay as they are; the IDF table is summed anew.
+    """
+    if undo:
+        print(f"{out}: {undo_append(out)} shards given up")
+        return
+    if set(prefix) & set("/*?[]\\"):
+        raise UserError(f"--prefix {prefix!r} cannot stand in a file name", allowed="letters, digits, - and _")
+    manifest = append_shards(out, list(data), [*overrides, *_as_overrides(workers=workers, engine=engine)], prefix=prefix)
+    print_summary(manifest, out)
 
 
 @cli.command("train-tokenizer")
@@ -102,8 +135,8 @@ def build_labels_command(
 @click.option("--wordnet", default="auto", show_default=True, help="For catlip: the folder with index.noun and data.noun.")
 @click.option("--caption-key", metavar="KEYS", help="Where captions stand, e.g. txt,json:caption (default: build.caption_key).")
 @click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The file to write; labels.tokenizer then names it.")
-@_config
-@_set
+@config_option
+@set_option
 def train_tokenizer_command(
     data: tuple[str, ...],
     kind: Kind,
@@ -128,7 +161,7 @@ def train_tokenizer_command(
 
 
 @cli.command("idf")
-@click.argument("outs", nargs=-1, required=True, callback=_outs)
+@click.argument("outs", nargs=-1, required=True, callback=parse_outs)
 @click.option("--shards", metavar="GLOB", help="Only shards whose name fits, e.g. '0000[0-4]*'.")
 @click.option("--formula", type=click.Choice(get_args(Formula)), help="Default: the one that OUT was built with.")
 @click.option("--recount", is_flag=True, help="Count the label files anew instead of summing the counts that are kept.")
@@ -139,7 +172,7 @@ def idf_command(outs: tuple[Path, ...], shards: str | None, formula: Formula | N
 
 
 @cli.command("sql")
-@click.argument("out", callback=_out)
+@click.argument("out", callback=parse_out)
 @click.argument("query")
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
 def sql_command(out: Path, query: str, form: str) -> None:
@@ -148,16 +181,20 @@ def sql_command(out: Path, query: str, form: str) -> None:
 
 
 @cli.command("verify")
-@click.argument("out", callback=_out)
+@click.argument("out", callback=parse_out)
 def verify_command(out: Path) -> None:
     """Read back everything in OUT and compare it with the manifest; exit code 1 if anything differs."""
     faults = verify_build(out)
     for fault in faults:
         print(fault)
     if faults:
-        print(f"{out}: {len(faults)} faults; mend: run the build-labels command of this OUT again")
+        print(f"{out}: {len(faults)} faults; mend: {mending_command(out)}")
         sys.exit(1)
     print(f"{out}: whole and unchanged")
+
+
+for command in SHOW_COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:

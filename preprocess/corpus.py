@@ -17,15 +17,18 @@ from preprocess.plan import Build, Marker, read_marker
 from preprocess.progress import Meter
 
 
-def pair_pass(build: Build, markers: list[Marker]) -> list[Marker]:
-    """The word pairs of the whole corpus, chosen unless they are chosen for exactly these rows, and put into every label file."""
+def pair_pass(build: Build, markers: list[Marker], fresh: frozenset[str] = frozenset(), *, keep: bool = False) -> list[Marker]:
+    """The word pairs of the whole corpus, chosen unless they are chosen for exactly these rows, and put into every label file.
+
+    `fresh`: as in `label_pass`; `keep`: those that are chosen already serve the shards that were added since.
+    """
     layout, labels = build.layout, build.settings.labels
     # What decides the token ids; the label files themselves change when the pairs are put in.
     rows = [[marker["shard"], marker["source"], marker["options"], marker["keys_sha256"]] for marker in markers]
     wanted = {"rows": fingerprint(rows), "classes": labels.ngram_classes, "min_count": labels.ngram_min_count}
     marker_path = layout.markers / "pairs.json"
     chosen = read_marker(marker_path)
-    if not chosen or chosen.get("of") != wanted or not layout.pairs.is_file():
+    if not chosen or (chosen.get("of") != wanted and not keep) or not layout.pairs.is_file():
         marker_path.unlink(missing_ok=True)
         with spill_folder(layout) as spill:
             files = [layout.label_file(marker["shard"]) for marker in markers]
@@ -39,7 +42,8 @@ def pair_pass(build: Build, markers: list[Marker]) -> list[Marker]:
     ]
     done = {marker["shard"]: marker for marker in markers}
     if tasks:
-        layout.manifest.unlink(missing_ok=True)
+        if any(task.shard not in fresh for task in tasks):
+            layout.manifest.unlink(missing_ok=True)
         with Meter("word pairs", len(markers), len(markers) - len(tasks)) as meter:
             for marker in run_pass(build, add_pairs, tasks):
                 done[marker["shard"]] = marker
@@ -76,6 +80,7 @@ def write_idf(build: Build, parts: list[ShardPart]) -> int:
     captions = sum(part.rows for part in parts)
     if idf_is_done(build, parts):
         return captions
+    layout.manifest.unlink(missing_ok=True)
     marker_path = layout.markers / "idf.json"
     marker_path.unlink(missing_ok=True)
     names = class_names(build)

@@ -1,23 +1,22 @@
 """Image bytes for a beton: a plain RGB JPEG goes in as it is, anything else is converted once."""
 
 import io
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_USUAL_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive Huffman: what every decoder reads
-_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
+from labels.settings import Build, ShorterSide
+from preprocess.jpegs import MAX_SIDE, Jpeg, jpeg_header
+
 _JPEG_START = b"\xff\xd8\xff"
 _END_OF_IMAGE = b"\xff\xd9"
-_MAX_SIDE = 65_500  # libjpeg's own limit
 _ORIENTATION = 0x0112
-_TURNED = range(2, 9)
+_TURNED, _SIDEWAYS = range(2, 9), range(5, 9)
 # Not all that PIL knows: some of its formats start other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# A JPEG that is shrunk is decoded at a fraction of its size, but not below so many times what is wanted.
+_DRAFT = 2
 
 
 class BadImage(Exception):
@@ -28,61 +27,51 @@ class BadImage(Exception):
         super().__init__(detail)
 
 
-@dataclass(frozen=True)
-class Jpeg:
-    """What a JPEG's header says. `plain`: 8-bit colour of a usual coding; `exif`: it may ask for another orientation;
-    `frame_at`: offset in bytes of the frame header, after which every end mark is the image's own."""
-
-    width: int
-    height: int
-    plain: bool
-    exif: bool
-    frame_at: int
-
-
-def jpeg_header(data: bytes) -> Jpeg | None:
-    """Read the markers up to the first frame; None if `data` is no JPEG or its header is damaged."""
-    if not data.startswith(_JPEG_START):
-        return None
-    at, exif = 2, False
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            return None
-        marker = data[at + 1]
-        if marker == 0xFF or marker in _WITHOUT_LENGTH:
-            at += 1 if marker == 0xFF else 2
-            continue
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker in _START_OF_FRAME:
-            if at + 10 > len(data):
-                return None
-            bits, height, width, components = struct.unpack(">BHHB", data[at + 4 : at + 10])
-            return Jpeg(width, height, (bits, components) == (8, 3) and marker in _USUAL_FRAMES, exif, at)
-        if marker == 0xE1 and data[at + 4 : at + 8] == b"Exif":
-            exif = True
-        at += 2 + length
-    return None
-
-
-def prepare(data: bytes, quality: int, max_pixels: int) -> tuple[bytes, int, int]:
+def prepare(data: bytes, settings: Build) -> tuple[bytes, int, int]:
     """The JPEG bytes that go into the beton, with width and height in pixels.
 
-    Plain RGB JPEGs (8 bits, 3 components, upright, with their end mark) are returned untouched. The rest is decoded and
-    written as JPEG of `quality`: transparency on white, EXIF orientation applied, 16-bit and palette images reduced.
+    Plain RGB JPEGs (8 bits, 3 components, upright, with their end mark) that are not to be shrunk are returned untouched. The rest is
+    decoded and written as JPEG: transparency on white, EXIF orientation applied, 16-bit and palette images reduced.
 
     Raises:
         BadImage: no image, cut short, or more than `max_pixels` pixels.
     """
     header = jpeg_header(data)
     if header is not None:
-        _check_size(header.width, header.height, max_pixels)
-        complete = data.find(_END_OF_IMAGE, header.frame_at) >= 0
-        if header.plain and complete and not (header.exif and _orientation(data) in _TURNED):
+        _check_size(header.width, header.height, settings.max_pixels)
+        if is_plain(data, header, settings):
             return data, header.width, header.height
-    image = _decode(data, max_pixels)
+    image = _decode(data, settings)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=settings.jpeg_quality, subsampling=settings.jpeg_subsampling)
     return buffer.getvalue(), image.width, image.height
+
+
+def lying(data: bytes, settings: Build) -> tuple[int, int]:
+    """Width and height of an image that stays in its tar (`--no-images`), where nothing can be converted.
+
+    Raises:
+        BadImage: it is no plain RGB JPEG, or `prepare` would refuse it.
+    """
+    header = jpeg_header(data)
+    if header is not None:
+        _check_size(header.width, header.height, settings.max_pixels)
+        if is_plain(data, header, settings):
+            return header.width, header.height
+    with _words_for_faults(data), _open(data) as image:
+        found = f"{image.format} {image.mode}, {image.width} x {image.height}, orientation {image.getexif().get(_ORIENTATION, 1)}"
+        if header is not None and header.plain and data.find(_END_OF_IMAGE, header.frame_at) < 0:
+            image.load()  # tells what is missing
+            found += ", without its end mark"
+    raise BadImage("not a plain JPEG", f"{found}; with --no-images only upright 8-bit RGB JPEGs can be read where they lie")
+
+
+def is_plain(data: bytes, header: Jpeg, settings: Build) -> bool:
+    """Whether a beton takes this JPEG byte for byte."""
+    if isinstance(settings.images, ShorterSide) and min(header.width, header.height) > settings.images.shorter_side:
+        return False
+    complete = settings.decode_check == "none" or data.find(_END_OF_IMAGE, header.frame_at) >= 0
+    return header.plain and complete and not (header.exif and _orientation(data) in _TURNED)
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
@@ -100,8 +89,8 @@ def image_size(data: bytes) -> tuple[int, int] | None:
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise BadImage("not an image", f"{width} x {height} pixels")
-    if width * height > max_pixels or max(width, height) > _MAX_SIDE:
-        raise BadImage("too many pixels", f"{width} x {height}; allowed: {max_pixels} pixels, {_MAX_SIDE} a side")
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
+        raise BadImage("too many pixels", f"{width} x {height}; allowed: {max_pixels} pixels, {MAX_SIDE} a side")
 
 
 def _orientation(data: bytes) -> int:
@@ -123,21 +112,42 @@ def _open(data: bytes) -> Iterator[Image.Image]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _decode(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode to upright RGB on white. PIL's plugins raise many types on damaged bytes; each becomes a BadImage."""
-    reason = "image cut or damaged" if data.startswith(_JPEG_START) else "not an image"
+@contextmanager
+def _words_for_faults(data: bytes) -> Iterator[None]:
+    """PIL's plugins raise many types on damaged bytes; each becomes a BadImage."""
+    known = data.startswith(_JPEG_START)
     try:
-        with _open(data) as image:
-            reason = "image cut or damaged"
-            _check_size(*image.size, max_pixels)
-            image.load()
-            return _plain(image)
+        yield
     except BadImage:
         raise
     except UnidentifiedImageError:  # its own text holds an address in memory, another one every time
+        reason = "image cut or damaged" if known else "not an image"
         raise BadImage(reason, f"none of {', '.join(_FORMATS)} by its first bytes") from None
     except Exception as error:
-        raise BadImage(reason, f"{type(error).__name__}: {error}") from None
+        raise BadImage("image cut or damaged", f"{type(error).__name__}: {error}") from None
+
+
+def _decode(data: bytes, settings: Build) -> Image.Image:
+    """Decode to upright RGB on white, shrunk if that is asked for."""
+    with _words_for_faults(data), _open(data) as image:
+        _check_size(*image.size, settings.max_pixels)
+        wanted = _wanted_size(*image.size, settings)
+        shrunk = wanted != image.size
+        if shrunk:
+            image.draft(None, (_DRAFT * wanted[0], _DRAFT * wanted[1]))
+        image.load()
+        sideways = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+        plain = _plain(image)
+        width, height = wanted[::-1] if sideways else wanted
+        return plain.resize((width, height), Image.Resampling.BICUBIC) if shrunk else plain
+
+
+def _wanted_size(width: int, height: int, settings: Build) -> tuple[int, int]:
+    """Pixels of an image in the beton: only ever fewer, with the same shape."""
+    if not isinstance(settings.images, ShorterSide) or min(width, height) <= settings.images.shorter_side:
+        return width, height
+    share = settings.images.shorter_side / min(width, height)
+    return round(width * share), round(height * share)
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
 """How a build ends: the checks on what was left out, quarantine.parquet, the manifest and the summary."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -55,24 +56,29 @@ def _told(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
 
 
-def write_quarantine(layout: Layout, parts: list[ShardPart], betons: int = 0) -> None:
-    """quarantine.parquet from the markers of the shards and of the first so many betons, a marker at a time: there may be many faults."""
+def write_quarantine(layout: Layout, parts: list[ShardPart], image_markers: Sequence[Path] = ()) -> None:
+    """quarantine.parquet from the markers of the shards and of the image pass, a marker at a time: there may be many faults."""
     sources = [("labels", layout.label_marker(part.name)) for part in parts if part.quarantined]
-    sources += [("images", layout.beton_marker(number)) for number in range(betons)]
+    sources += [("images", path) for path in image_markers]
 
     def write(partial: Path) -> None:
         with pq.ParquetWriter(partial, QUARANTINE, compression="zstd") as writer:
-            rows: list[dict[str, str]] = []
+            rows: list[tuple[str, ...]] = []
             for stage, path in sources:
-                marker = read_marker(path) or {"shard": "", "faults": []}
-                for key, reason, detail in marker["faults"]:
-                    rows.append({"shard": marker["shard"], "key": key, "stage": stage, "reason": reason, "detail": detail})
+                marker = read_marker(path) or {"faults": []}
+                for fault in marker["faults"]:
+                    shard, key, reason, detail = fault if stage == "images" else [marker["shard"], *fault]
+                    rows.append((shard, key, stage, reason, detail))
                 if len(rows) >= _ROWS_AT_ONCE:
-                    writer.write_table(pa.Table.from_pylist(rows, QUARANTINE))
+                    writer.write_table(_table(rows))
                     rows = []
-            writer.write_table(pa.Table.from_pylist(rows, QUARANTINE))
+            writer.write_table(_table(rows))
 
     write_whole(layout.quarantine, write)
+
+
+def _table(rows: list[tuple[str, ...]]) -> pa.Table:
+    return pa.Table.from_pylist([dict(zip(QUARANTINE.names, row, strict=True)) for row in rows], QUARANTINE)
 
 
 def write_config(build: Build) -> None:
@@ -80,19 +86,9 @@ def write_config(build: Build) -> None:
     dump_yaml(build.layout.config, build.settings, leave_out={"paths": True, "train": True, "probe": True, "build": {"workers", "engine"}})
 
 
-def make_manifest(build: Build, parts: list[ShardPart], captions: int, written: list[Marker], classes: int) -> Manifest:
-    betons = []
-    for number, marker in enumerate(written):
-        betons.append(
-            BetonPart(
-                number=number,
-                shards=[marker["shard"]],
-                samples=marker["samples"],
-                bytes=marker["bytes"],
-                sha256=marker["sha256"],
-                quarantined=marker["reasons"],
-            )
-        )
+def make_manifest(build: Build, parts: list[ShardPart], captions: int, written: list[Marker], classes: int, *, copy: bool) -> Manifest:
+    """The manifest of what is whole in OUT. `written`: markers of the image pass, whose files are betons (`copy`) or places."""
+    files = [BetonPart(**file) for marker in written for file in marker["files"]]
     return Manifest(
         fingerprint=fingerprint([build.label_options, [[part.name, part.rows, part.labels_sha256] for part in parts]]),
         options=build.options,
@@ -109,18 +105,20 @@ def make_manifest(build: Build, parts: list[ShardPart], captions: int, written: 
         idf_sha256=sha256_file(build.layout.idf_parquet),
         quarantine_sha256=sha256_file(build.layout.quarantine),
         shards=parts,
-        betons=betons,
-        places=[],
+        betons=files if copy else [],
+        places=[] if copy else files,
     )
 
 
 def print_summary(manifest: Manifest, out: Path) -> None:
     """What came out, in a few lines on standard output."""
     bad = Counter[str]()
-    for part in [*manifest.shards, *manifest.betons]:
+    for part in [*manifest.shards, *manifest.betons, *manifest.places]:
         bad.update(part.quarantined)
     gib = sum(beton.bytes for beton in manifest.betons) / 2**30
     print(f"{out}: {manifest.captions:,} label rows from {len(manifest.shards)} shards, vocabulary {manifest.tokenizer.vocabulary:,}")
     if manifest.betons:
         print(f"  {manifest.samples:,} samples in {len(manifest.betons)} betons, {gib:.2f} GiB")
+    if manifest.places:
+        print(f"  {manifest.samples:,} samples at their places in the tars that {Layout(out).place_sources} names; keep those")
     print(f"  quarantined: {bad.total():,}" + (f" ({_told(bad)})" if bad else ""))

@@ -8,18 +8,22 @@ from labels.errors import UserError
 from labels.files import is_remote
 from labels.layout import Layout
 from labels.manifest import ShardPart
-from preprocess.beton_job import BetonTask, write_beton
+from preprocess.beton_job import GroupTask, write_group
+from preprocess.beton_plan import Group, Member
 from preprocess.engine import run_tasks
 from preprocess.inputs.shards import Shard
 from preprocess.label_job import LabelTask, label_shard
-from preprocess.plan import Build, Marker, beton_numbers, file_sizes, read_summaries
+from preprocess.plan import Build, ImageFolder, Marker, file_sizes, image_folder, read_summaries
 from preprocess.progress import Meter
 
 Task = TypeVar("Task")
 
 
-def label_pass(build: Build, shards: list[Shard], mine: list[Shard]) -> list[Marker]:
-    """Label files for the shards that are `mine` (an array job's share, or all); markers of the finished ones, in the shards' order."""
+def label_pass(build: Build, shards: list[Shard], mine: list[Shard], fresh: frozenset[str] = frozenset()) -> list[Marker]:
+    """Label files for the shards that are `mine` (an array job's share, or all); markers of the finished ones, in the shards' order.
+
+    `fresh`: names of shards that the manifest of OUT does not speak of; it is taken away before any other's files are changed.
+    """
     markers: dict[str, Marker] = {}
     todo = []
     chosen = {shard.name for shard in mine}
@@ -36,7 +40,7 @@ def label_pass(build: Build, shards: list[Shard], mine: list[Shard]) -> list[Mar
                 LabelTask(shard, build.layout.out, build.settings.labels, build.captions, build.subset is not None, build.label_options)
             )
     _refuse_strangers(build.layout, shards)
-    if todo:
+    if any(task.shard.name not in fresh for task in todo):
         build.layout.manifest.unlink(missing_ok=True)
     with Meter("labels", len(mine), len(mine) - len(todo)) as meter:
         for marker in run_pass(build, label_shard, todo):
@@ -57,7 +61,8 @@ def _refuse_strangers(layout: Layout, shards: list[Shard]) -> None:
     if strangers:
         raise UserError(
             f"{layout.labels} holds label files of {len(strangers)} shards that are not in the input, the first: {strangers[0]}",
-            mend="name all shards of this OUT, give another --out, or --overwrite; files that are not from here have to be moved away",
+            mend="name all shards of this OUT (`preprocess append` remembers them), give another --out, or --overwrite; "
+            "files that are not from here have to be moved away",
         )
 
 
@@ -81,39 +86,58 @@ def shard_parts(shards: list[Shard], markers: list[Marker]) -> list[ShardPart]:
     return parts
 
 
-def beton_pass(build: Build, shards: list[Shard], parts: list[ShardPart], mine: list[Shard]) -> list[Marker]:
-    """One beton a shard that has rows and is `mine`; markers of the finished ones, in the betons' order."""
-    markers: dict[int, Marker] = {}
+def beton_pass(build: Build, groups: list[Group], mine: list[Group], fresh: frozenset[str] = frozenset(), *, copy: bool) -> list[Marker]:
+    """Betons, or without `copy` files of places, for the groups that are `mine`; markers of the finished ones, in the groups' order.
+
+    `fresh`: as in `label_pass`.
+    """
+    layout, folder = build.layout, image_folder(build.layout, copy=copy)
+    known = read_summaries(folder.markers, [f"{group.first:05d}" for group in groups])
+    sizes = file_sizes(folder.files)
+    done: dict[int, Marker] = {}
     tasks = []
-    with_rows = [(shard, part) for shard, part in zip(shards, parts, strict=True) if part.rows]
-    chosen = {shard.name for shard in mine}
-    known = read_summaries(build.layout.markers / "beton", [f"{number:05d}" for number in range(len(with_rows))])
-    there = file_sizes(build.layout.betons)
-    for number, (shard, part) in enumerate(with_rows):
-        task = BetonTask(
-            shard,
-            number,
-            part.first_index,
-            part.labels_sha256,
-            build.label_limit,
-            build.captions,
-            build.layout.out,
-            build.settings.build,
-            build.image_options,
-        )
-        marker = known.get(f"{number:05d}")
-        if marker and task.wanted.items() <= marker.items() and f"{number:05d}.beton" in there:
-            markers[number] = marker
-        elif shard.name in chosen:
+    for group in groups:
+        task = GroupTask(group, build.label_limit, build.captions, layout.out, build.settings.build, build.image_options, copy)
+        marker = known.get(f"{group.first:05d}")
+        if (
+            marker
+            and task.wanted.items() <= marker.items()
+            and all(sizes.get(f"{file['number']:05d}{folder.suffix}") == file["bytes"] for file in marker["files"])
+        ):
+            done[group.first] = marker
+        else:
             tasks.append(task)
-    for number in beton_numbers(build.layout):
-        if number >= len(with_rows):
-            build.layout.beton_marker(number).unlink(missing_ok=True)
-            build.layout.beton_file(number).unlink(missing_ok=True)
-    if tasks:
-        build.layout.manifest.unlink(missing_ok=True)
-    with Meter("betons", len(markers) + len(tasks), len(markers)) as meter:
-        for marker in run_pass(build, write_beton, tasks):
-            markers[marker["number"]] = marker
-            meter.advance(marker["samples"])
-    return [markers[number] for number in sorted(markers)]
+            if marker:  # of other groups: it may not vouch for what is written over its files
+                task.marker.unlink(missing_ok=True)
+    _remove_surplus(folder, groups)
+    chosen = {group.first for group in mine}
+    tasks = [task for task in tasks if task.group.first in chosen]
+    if any(member.part.name not in fresh for task in tasks for member in task.group.members):
+        layout.manifest.unlink(missing_ok=True)
+    stage = "betons" if copy else "places"
+    with Meter(stage, sum(group.files for group in groups), sum(len(marker["files"]) for marker in done.values())) as meter:
+        for marker in run_pass(build, write_group, tasks):
+            done[marker["first"]] = marker
+            meter.advance(sum(file["samples"] for file in marker["files"]), len(marker["files"]))
+    return [done[group.first] for group in groups if group.first in done]
+
+
+def _remove_surplus(folder: ImageFolder, groups: list[Group]) -> None:
+    """What an earlier plan with more betons left behind, and markers that begin no group."""
+    firsts, files = {group.first for group in groups}, sum(group.files for group in groups)
+    for number, path in folder.numbered():
+        if number >= files or (path.suffix == ".json" and number not in firsts):
+            path.unlink(missing_ok=True)
+
+
+def members(shards: list[Shard], parts: list[ShardPart], markers: list[Marker], first: int = 0) -> list[Member]:
+    """Those of the shards that have rows, for `plan_groups`; a shard's bytes count as far as its rows are in the subset.
+
+    `first`: number of the first shard. A CSV tells nothing of its images' bytes.
+    """
+    found = []
+    for number, (shard, part, marker) in enumerate(zip(shards, parts, markers, strict=True), start=first):
+        held = 0 if shard.kind == "csv" else shard.bytes
+        if part.rows:
+            found.append(Member(shard, part, number, held * part.rows // (part.rows + marker["outside_subset"])))
+    return found

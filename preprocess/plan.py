@@ -132,11 +132,25 @@ def _parsed(content: bytes) -> Marker | None:
     return marker if isinstance(marker, dict) else None
 
 
-def beton_numbers(layout: Layout) -> list[int]:
-    """Numbers of the betons in OUT, whole or not; other files beside them are not a build's."""
-    names = {path.name.removesuffix(".beton") for path in layout.betons.glob("*.beton")}
-    names |= {path.name.removesuffix(".json") for path in (layout.markers / "beton").glob("*.json")}
-    return sorted({int(name) for name in names if name.isdecimal()})
+@dataclass(frozen=True)
+class ImageFolder:
+    """Where the second pass writes: betons, or with `--no-images` places."""
+
+    files: Path
+    suffix: str
+    markers: Path
+
+    def numbered(self) -> list[tuple[int, Path]]:
+        """Files and markers here, whole or not, with their numbers; those of other names are not a build's."""
+        paths = [*self.files.glob(f"*{self.suffix}"), *self.markers.glob("*.json")]
+        return [(int(path.stem), path) for path in paths if path.stem.isdecimal() and path.stem == f"{int(path.stem):05d}"]
+
+
+def image_folder(layout: Layout, *, copy: bool) -> ImageFolder:
+    """`copy`: betons, else places."""
+    if copy:
+        return ImageFolder(layout.betons, ".beton", layout.markers / "beton")
+    return ImageFolder(layout.places, ".npy", layout.markers / "places")
 
 
 def remove_build(layout: Layout) -> None:
@@ -149,16 +163,17 @@ def remove_build(layout: Layout) -> None:
         layout.label_file(marker.name.removesuffix(".json")).unlink(missing_ok=True)
         layout.count_file(marker.name.removesuffix(".json")).unlink(missing_ok=True)
         marker.unlink()
-    for number in beton_numbers(layout):
-        layout.beton_marker(number).unlink(missing_ok=True)
-        layout.beton_file(number).unlink(missing_ok=True)
+    for copy in (True, False):
+        for _, path in image_folder(layout, copy=copy).numbered():
+            path.unlink(missing_ok=True)
+    layout.place_sources.unlink(missing_ok=True)
     remove_leftovers(layout)
 
 
 def remove_leftovers(layout: Layout) -> None:
     """Remove the temporary files of killed processes; only while nobody else may write. An object store has none."""
-    markers = layout.markers
-    remove_partials(layout.out, layout.labels, layout.counts, layout.betons, markers, markers / "labels", markers / "beton")
+    markers = [layout.markers, *(layout.markers / name for name in ("labels", "beton", "places"))]
+    remove_partials(layout.out, layout.labels, layout.counts, layout.betons, layout.places, *markers)
 
 
 def check_out(out: Path) -> None:

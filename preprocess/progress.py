@@ -12,7 +12,7 @@ _PLAIN_LINE_SECONDS = 5.0
 
 
 class Meter:
-    """Counts shards and samples of one stage, on standard error."""
+    """Counts shards (or betons) and samples of one stage, on standard error."""
 
     def __init__(self, stage: str, shards: int, done: int = 0) -> None:
         self._stage, self._shards, self._done, self._skipped = stage, shards, done, done
@@ -41,12 +41,12 @@ class Meter:
         elif kind is None:
             self._line()
 
-    def advance(self, samples: int) -> None:
-        """One shard more, with so many samples."""
-        self._done += 1
+    def advance(self, samples: int, shards: int = 1) -> None:
+        """So many samples more, of so many shards."""
+        self._done += shards
         self._samples += samples
         if self._bar:
-            self._bar.update(self._task, advance=1, rate=f"{self._rate():,.0f} samples/s")
+            self._bar.update(self._task, advance=shards, rate=f"{self._rate():,.0f} samples/s")
         elif time.monotonic() - self._last >= _PLAIN_LINE_SECONDS:
             self._line()
 

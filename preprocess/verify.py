@@ -3,25 +3,22 @@
 A faulty file is removed from the finished ones by dropping its marker, so that the build command makes it anew.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from labels import beton
 from labels.errors import UserError
 from labels.files import local_copy, sha256_file
 from labels.idf import idf_weights
 from labels.layout import Layout
-from labels.manifest import BetonPart, Manifest, ShardPart, read_manifest
+from labels.manifest import Manifest, ShardPart, read_manifest
 from labels.schema import COUNTS, LABELS
-from labels.sparse import pad_rows
 from preprocess.plan import read_marker
 from preprocess.query import open_tables
+from preprocess.record import read_record
+from preprocess.verify_images import image_faults, lists_of, unchanged
 
 
 def verify_build(out: Path) -> list[str]:
@@ -30,8 +27,12 @@ def verify_build(out: Path) -> list[str]:
     frequency = np.zeros(manifest.tokenizer.vocabulary, np.int64)
     faults: list[str] = []
     by_name = {shard.name: shard for shard in manifest.shards}
+    record = read_record(layout)
+    begun = {shard.name for shard in record.shards} if record else set()
     for path in sorted(layout.labels.glob("*.parquet")):
-        if path.stem not in by_name:
+        if path.stem not in by_name and path.stem in begun:
+            faults.append(f"{path}: of an append that has not finished; `preprocess append {out}` goes on, with --undo gives it up")
+        elif path.stem not in by_name:
             faults.append(f"{path}: not of this build; move it away")
     whole: set[str] = set()
     for shard in manifest.shards:
@@ -46,27 +47,19 @@ def verify_build(out: Path) -> list[str]:
         if found:
             (layout.markers / "idf.json").unlink(missing_ok=True)
         faults += found
-    for part in manifest.betons:
-        found = _beton_faults(layout, part, by_name[part.shards[0]], manifest, compare_labels=part.shards[0] in whole)
-        if found:
-            layout.beton_marker(part.number).unlink(missing_ok=True)
-        faults += found
+    faults += image_faults(layout, manifest, whole)
     faults += _chosen_faults(layout, manifest)
     if not layout.quarantine.is_file() or sha256_file(layout.quarantine) != manifest.quarantine_sha256:
         faults.append(f"{layout.quarantine}: missing or changed since the build")
     return faults
 
 
-@contextmanager
-def _unchanged(path: Path, expected: str) -> Iterator[tuple[Path, list[str]]]:
-    """The file to read, here (an object is downloaded for the block), and what is wrong with it as a whole."""
-    if not path.is_file():
-        yield path, [f"{path}: missing"]
-        return
-    with local_copy(path) as file:
-        found = sha256_file(file)
-        same = found == expected
-        yield file, [] if same else [f"{path}: changed since the build (SHA-256 {found[:16]}..., in the manifest {expected[:16]}...)"]
+def mending_command(out: Path) -> str:
+    """What makes anew that which `verify_build` has found faulty."""
+    record = read_record(Layout(out))
+    if record and len(record.batches) > 1:
+        return f"run `preprocess append {out}`"
+    return "run the build-labels command of this OUT again"
 
 
 def _chosen_faults(layout: Layout, manifest: Manifest) -> list[str]:
@@ -74,7 +67,7 @@ def _chosen_faults(layout: Layout, manifest: Manifest) -> list[str]:
     faults = []
     marker = read_marker(layout.markers / "pairs.json")
     if manifest.options["labels"]["ngrams"] > 1:
-        with _unchanged(layout.pairs, marker["sha256"] if marker else "") as (_, changed):
+        with unchanged(layout.pairs, marker["sha256"] if marker else "") as (_, changed):
             if changed:
                 (layout.markers / "pairs.json").unlink(missing_ok=True)
             faults += changed
@@ -87,7 +80,7 @@ def _chosen_faults(layout: Layout, manifest: Manifest) -> list[str]:
 def _label_faults(layout: Layout, shard: ShardPart, manifest: Manifest, frequency: np.ndarray) -> list[str]:
     """Faults of one label file and its counts; if there are none, its counts are added to `frequency`, int64 [V]."""
     path = layout.label_file(shard.name)
-    with _unchanged(path, shard.labels_sha256) as (file, changed):
+    with unchanged(path, shard.labels_sha256) as (file, changed):
         if changed:
             return changed
         table = pq.read_table(file).combine_chunks()
@@ -95,7 +88,7 @@ def _label_faults(layout: Layout, shard: ShardPart, manifest: Manifest, frequenc
         return [f"{path}: its schema is not that of format {manifest.format}"]
     if len(table) != shard.rows:
         return [f"{path}: {len(table)} rows, in the manifest {shard.rows}"]
-    ids, offsets = _lists(table)
+    ids, offsets = lists_of(table)
     if len(ids) and not 0 <= ids.min() <= ids.max() < len(frequency):
         return [f"{path}: label ids from {ids.min()} to {ids.max()}, allowed: 0 to {len(frequency) - 1}"]
     rising = np.diff(ids.astype(np.int64)) > 0
@@ -127,16 +120,8 @@ def _count_faults(path: Path, counted: np.ndarray) -> list[str]:
     return []
 
 
-def _lists(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int32 [T] and offsets [N + 1] of the label_ids column."""
-    if not len(table):
-        return np.empty(0, np.int32), np.zeros(1, np.int32)
-    lists = table["label_ids"].chunk(0)
-    return lists.values.to_numpy(), lists.offsets.to_numpy()
-
-
 def _idf_faults(layout: Layout, manifest: Manifest, frequency: np.ndarray) -> list[str]:
-    with _unchanged(layout.idf_parquet, manifest.idf_sha256) as (file, changed):
+    with unchanged(layout.idf_parquet, manifest.idf_sha256) as (file, changed):
         if changed:
             return changed
         table = pq.read_table(file)
@@ -164,35 +149,3 @@ def _idf_faults(layout: Layout, manifest: Manifest, frequency: np.ndarray) -> li
     ):
         faults.append(f"{layout.idf_duckdb}: its tables are not those of idf.parquet and the label files")
     return faults
-
-
-def _beton_faults(layout: Layout, part: BetonPart, shard: ShardPart, manifest: Manifest, *, compare_labels: bool) -> list[str]:
-    path = layout.beton_file(part.number)
-    with _unchanged(path, part.sha256) as (file, changed):
-        if changed:
-            return changed
-        data = np.memmap(file, np.uint8, mode="r")
-        found = _beton_content(path, data, part, shard)
-        if found or not compare_labels:
-            return found
-        with local_copy(layout.label_file(shard.name)) as labels:
-            expected = pad_rows(*_lists(pq.read_table(labels).combine_chunks()), manifest.label_limit)
-        metadata = _metadata(data, part)
-        at = metadata["labels_ptr"].astype(np.int64)[:, None] + np.arange(4 * manifest.label_limit)
-        if not np.array_equal(data[at].view("<i4"), expected[metadata["index"] - shard.first_index]):
-            return [f"{path}: its label rows are not those of the label file"]
-    return []
-
-
-def _beton_content(path: Path, data: np.ndarray, part: BetonPart, shard: ShardPart) -> list[str]:
-    header = data[: beton.HEADER.itemsize].view(beton.HEADER)[0]
-    if header["version"] != beton.VERSION or header["num_samples"] != part.samples:
-        return [f"{path}: version {header['version']}, {header['num_samples']} samples; in the manifest {beton.VERSION}, {part.samples}"]
-    rows = _metadata(data, part)["index"] - shard.first_index
-    if part.samples and (rows.min() < 0 or rows.max() >= shard.rows or (np.diff(rows) <= 0).any()):
-        return [f"{path}: its indices are not rising rows of shard {shard.name}"]
-    return []
-
-
-def _metadata(data: np.ndarray, part: BetonPart) -> np.ndarray:
-    return data[beton.METADATA_OFFSET : beton.METADATA_OFFSET + part.samples * beton.METADATA.itemsize].view(beton.METADATA)

@@ -9,7 +9,11 @@ import numpy as np
 from PIL import Image
 
 from labels.config import load_pipeline
-from preprocess.build import build_labels
+from labels.layout import Layout
+from preprocess.build import complete, make_build
+from preprocess.inputs.shards import find_shards
+from preprocess.plan import check_same_options
+from preprocess.record import Record, write_record
 
 WORDS = ["red", "green", "blue", "cat", "dog", "house", "tree", "car", "boat", "sun", "moon", "star", "bird", "fish"]
 
@@ -43,8 +47,12 @@ def write_shards(folder: Path, counts: list[int]) -> Path:
 
 
 def build_out(folder: Path, counts: list[int], *overrides: str) -> Path:
-    """A finished OUT with so many samples in each of its betons."""
-    shards = write_shards(folder / "shards", counts)
+    """A finished OUT with so many samples in each of its betons: a batch each, since small shards of one batch share a beton."""
+    shards = find_shards([str(write_shards(folder / "shards", counts))]).shards
     out = folder / "out"
-    build_labels([str(shards)], out, load_pipeline(overrides=["build.workers=1", *overrides]), betons=True, overwrite=False)
+    build = make_build(Layout(out), load_pipeline(overrides=["build.workers=1", *overrides]), None)
+    check_same_options(build)
+    record = Record("betons", [[shard] for shard in shards])
+    write_record(build.layout, record)
+    assert [part.samples for part in complete(build, record).betons] == counts
     return out

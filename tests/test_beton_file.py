@@ -10,15 +10,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import Built
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from shard_factory import build, encode, healthy, pixels, sample, write_tar
 from stock_loader import read_beton, stock_process
 
 from labels import beton
+from labels.files import sha256_file
 from labels.manifest import read_manifest
 from labels.schema import PAD_ID
 from labels.sparse import pad_rows
-from preprocess.beton_writer import BetonWriter
+from preprocess.beton_writer import Samples, choose_page, write_beton
 
 LIMIT = 12
 
@@ -30,7 +33,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Built:
     png = encode(Image.fromarray(pixels(77)), "PNG")
     write_tar(folder / "data" / "0.tar", [*healthy(7), *sample("bad", "a cat", b"junk"), *sample("png", "a dog", png), *healthy(3, 20)])
     write_tar(folder / "data" / "1.tar", healthy(40, 100, side=256))
-    build(folder / "data", folder / "out", "--set", f"labels.context={LIMIT}")
+    build(folder / "data", folder / "out", "--set", f"labels.context={LIMIT}", "--set", "build.beton_samples=40")
     return Built(folder / "data", folder / "out")
 
 
@@ -118,15 +121,46 @@ def test_a_page_holds_the_largest_sample() -> None:
     assert found == [1 << 21, 1 << 21, 1 << 21, 1 << 22, 1 << 22, 1 << 31]
 
 
-def test_the_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    row = np.full(LIMIT, PAD_ID, np.int32)
-    with BetonWriter(tmp_path / "b", 2, beton.MIN_PAGE_BYTES, LIMIT) as writer:
-        with pytest.raises(ValueError, match="does not fit a page of 2097152"):
-            writer.add(b"x" * beton.MIN_PAGE_BYTES, 1, 1, row, 0)
-        with pytest.raises(ValueError, match="a label row of 11 ids, not 12"):
-            writer.add(b"x", 1, 1, row[1:], 0)
-        writer.add(b"x" * (beton.MIN_PAGE_BYTES - 4 * LIMIT), 1, 1, row, 0)
-        writer.add(b"y", 1, 1, row, 1)
-    header, metadata, data = parsed(tmp_path / "b")
-    assert header["num_samples"] == 2 and metadata["image"]["data_ptr"].tolist() == [1 << 21, 2 << 21]
-    assert bytes(data[2 << 21 : (2 << 21) + 1]) == b"y"
+def samples_of(images: list[bytes], labels: np.ndarray) -> Samples:
+    """Samples whose images lie one after another in one file."""
+    size = np.array([len(image) for image in images], np.int64)
+    zeros = np.zeros(len(images), np.int64)
+    data = np.frombuffer(b"".join(images), np.uint8)
+    return Samples([data], zeros, np.cumsum(size) - size, size, zeros + 3, zeros + 4, np.arange(len(images)) + 100, labels)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5 << 20) | st.integers(1, 3000), max_size=12),
+    limit=st.sampled_from([1, 75]),
+)
+@settings(max_examples=25, deadline=None)
+def test_every_sample_lies_on_one_page_and_the_hash_is_the_files(
+    sizes: list[int], limit: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("writer") / "b"
+    images = [bytes([number % 251]) * size for number, size in enumerate(sizes)]
+    labels = np.arange(len(sizes) * limit, dtype=np.int32).reshape(-1, limit)
+    length, digest = write_beton(path, samples_of(images, labels))
+    assert (length, digest) == (path.stat().st_size, sha256_file(path))
+    header, metadata, data = parsed(path)
+    page = int(header["page_size"])
+    assert header["num_samples"] == len(sizes) and page & (page - 1) == 0 and page >= beton.MIN_PAGE_BYTES
+    assert metadata["index"].tolist() == list(range(100, 100 + len(sizes)))
+    for image, row, label_row in zip(images, metadata, labels, strict=True):
+        at, labels_at = int(row["image"]["data_ptr"]), int(row["labels_ptr"])
+        assert data[at:labels_at].tobytes() == image
+        assert data[labels_at : labels_at + 4 * limit].view("<i4").tolist() == label_row.tolist()
+        assert at // page == (labels_at + 4 * limit - 1) // page and at >= page
+    table = data[int(header["alloc_table_ptr"]) :].view(beton.ALLOCATION)
+    assert len(table) == 2 * len(sizes)
+
+
+def test_the_page_wastes_little() -> None:
+    photos = np.random.default_rng(0).integers(20_000, 60_000, 1000)
+    assert choose_page(photos)[0] == beton.MIN_PAGE_BYTES
+    large = np.full(200, (1 << 20) + 1000)  # one to a page of 2 MiB would leave half of it empty
+    page, starts = choose_page(large)
+    assert page > beton.MIN_PAGE_BYTES and starts[-1] + large[-1] < 1.2 * large.sum()
+    assert choose_page(np.append(photos, 5 << 20))[0] == 1 << 23, "four times the largest image would be 32 MiB"
+    with pytest.raises(ValueError, match="does not fit a page of 2147483648"):
+        choose_page(np.array([beton.MAX_PAGE_BYTES + 1]))

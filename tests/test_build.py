@@ -76,7 +76,7 @@ def test_schemas_are_explicit(finished: Built) -> None:
 def test_the_manifest_and_the_configuration_tell_what_was_built(finished: Built) -> None:
     manifest = read_manifest(finished.out)
     assert [(shard.name, shard.first_index, shard.rows) for shard in manifest.shards] == [("00000000", 0, 12), ("00000001", 12, 10)]
-    assert [(beton.number, beton.shards, beton.samples) for beton in manifest.betons] == [(0, ["00000000"], 12), (1, ["00000001"], 9)]
+    assert [(beton.number, beton.shards, beton.samples) for beton in manifest.betons] == [(0, ["00000000", "00000001"], 21)]
     assert manifest.captions == 22 and manifest.samples == 21 and manifest.label_limit == 75
     assert quarantined(finished.out) == [
         ("00000000", "000000100", "labels", "caption is not UTF-8"),
@@ -89,7 +89,7 @@ def test_the_manifest_and_the_configuration_tell_what_was_built(finished: Built)
 
 def test_the_summary_names_what_was_left_out(finished: Built, tmp_path: Path) -> None:
     said = preprocess("build-labels", finished.data, "--out", tmp_path / "out")
-    assert "22 label rows from 2 shards, vocabulary 49,408" in said.out and "21 samples in 2 betons" in said.out
+    assert "22 label rows from 2 shards, vocabulary 49,408" in said.out and "21 samples in 1 betons" in said.out
     assert "quarantined: 2 (1 x caption is not UTF-8, 1 x not an image)" in said.out
     assert "labels: 2/2 shards, 22 samples" in said.err and "ETA" in said.err
 
@@ -120,8 +120,8 @@ def test_labels_first_and_betons_later_is_the_same(finished: Built, tmp_path: Pa
 
 @pytest.mark.parametrize("changed", ["captions", "images"])
 def test_a_changed_tar_is_made_anew(tmp_path: Path, changed: str) -> None:
-    data = write_shards(tmp_path / "data", 2, 4)
-    build(data, tmp_path / "out")
+    data, each = write_shards(tmp_path / "data", 2, 4), ("--set", "build.beton_samples=4")
+    build(data, tmp_path / "out", *each)
     old = inodes(tmp_path / "out")
     members = [
         (
@@ -136,8 +136,8 @@ def test_a_changed_tar_is_made_anew(tmp_path: Path, changed: str) -> None:
     ]
     path = write_tar(data / "00000001.tar", members)
     os.utime(path, ns=(1, 1))
-    build(data, tmp_path / "out")
-    build(data, tmp_path / "fresh")
+    build(data, tmp_path / "out", *each)
+    build(data, tmp_path / "fresh", *each)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
     again = written_anew(tmp_path / "out", old)
     assert "beton/00001.beton" in again and "beton/00000.beton" not in again and "labels/00000000.parquet" not in again
@@ -220,7 +220,7 @@ def test_a_half_written_file_is_never_taken_for_whole(built: Built) -> None:
 
 def test_a_damaged_marker_counts_as_unfinished(built: Built) -> None:
     before = contents(built.out)
-    for name in ("labels/00000000.json", "beton/00001.json", "idf.json", "options.json"):
+    for name in ("labels/00000000.json", "beton/00000.json", "idf.json", "options.json", "inputs.json"):
         (built.out / "done" / name).write_text("{")
     build(built.data, built.out)
     assert contents(built.out) == before
@@ -290,9 +290,7 @@ def test_urls(finished: Built, tmp_path: Path) -> None:
         memory.pipe(f"/bucket/shards/{path.name}", path.read_bytes())
     build(["memory://bucket/shards"], tmp_path / "memory")
     assert rows(tmp_path / "memory") == rows(finished.out)
-    for number in range(2):
-        name = f"beton/{number:05d}.beton"
-        assert (tmp_path / "memory" / name).read_bytes() == (finished.out / name).read_bytes()
+    assert (tmp_path / "memory/beton/00000.beton").read_bytes() == (finished.out / "beton/00000.beton").read_bytes()
     memory.pipe("/bucket/shards/00000001.tar", tar_bytes(healthy(1)))
     build(["memory://bucket/shards"], tmp_path / "memory")
     assert len(rows(tmp_path / "memory")) == 13

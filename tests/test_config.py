@@ -109,7 +109,7 @@ def test_forms_of_set(tmp_path: Path, override: str, expected: object) -> None:
         ("labels:\n  idf: smooth\nlabels:\n  idf: paper", ["'labels' is given twice", "line 3"]),
         ("labels: {idff: smooth}", ["labels.idff: unknown key", "did you mean 'idf'?", "allowed: tokenizer, context, idf"]),
         ("train: {model: {trnk: x}}", ["train.model.trnk: unknown key", "did you mean 'trunk'?"]),
-        ("lables: {}", ["lables: unknown key", "did you mean 'labels'?", "allowed: paths, labels, build, train, probe, recipes"]),
+        ("lables: {}", ["lables: unknown key", "did you mean 'labels'?", "allowed: paths, labels, build, train, probe, fewshot"]),
         ("zzz: 1", ["zzz: unknown key; allowed:"]),
         ("labels: {context: many}", ["labels.context: 'many' is not allowed", "valid integer"]),
         ("labels: {context: 7.5}", ["labels.context: 7.5 is not allowed"]),

@@ -1,24 +1,21 @@
-"""Encoders by name, and the features they give: the right weights, the right images, errors that name the fault."""
+"""Encoders by name: the right weights, the right layer and pool, errors that name the fault."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from test_eval_data import encoded, write_folders
 
 from labels.config import dump_yaml
 from labels.errors import UserError
 from labels.settings import Model, Pipeline, Train
-from train.evals import features
-from train.evals.datasets import LabelledImages, load_labelled
-from train.evals.encoders import load_encoder
-from train.evals.features import extract
+from train.evals.encoders.encoder import EncoderSpec
+from train.evals.encoders.load import load_encoder, pair_weights
 from train.model import build_trunk
 
-CPU = torch.device("cpu")
 MODEL = Model(trunk="vit_tiny_patch16_224", trunk_args={"depth": 1, "embed_dim": 24, "num_heads": 2}, image_size=32)
 
 
@@ -36,9 +33,9 @@ def write_run(run: Path, *samples_seen: int) -> dict[int, torch.nn.Module]:
     return trunks
 
 
-def refusal(*arguments, **options) -> str:
+def refusal(spec: str, **asked) -> str:
     with pytest.raises(UserError) as caught:
-        load_encoder(*arguments, **options)
+        load_encoder(EncoderSpec(spec, **asked))
     return str(caught.value)
 
 
@@ -110,7 +107,7 @@ def test_timm_with_local_weights_drops_the_classifier(tmp_path: Path, name: str,
     model = timm.create_model(name, pretrained=False).eval()
     file = tmp_path / f"weights.{ending}"
     save_file(model.state_dict(), file) if ending == "safetensors" else torch.save({"model": model.state_dict()}, file)
-    encoder = load_encoder(f"timm:{name}", weights=str(file))
+    encoder = load_encoder(EncoderSpec(f"timm:{name}", str(file)))
     images = torch.randn(2, 3, 160, 160)
     model.reset_classifier(0)  # type: ignore[operator]
     assert torch.allclose(encoder(images), model(images), atol=1e-6)
@@ -141,62 +138,95 @@ def test_timm_refusals(tmp_path: Path) -> None:
 
 
 def test_specs_that_mean_nothing() -> None:
-    for spec in ("resnet50", "timm:", "open_clip:ViT-B-32"):
+    for spec in ("resnet50", "timm:", "clip:ViT-B-32"):
         assert "is no known kind" in refusal(spec) and "pixels:SIDE" in refusal(spec)
     for spec in ("pixels:0", "pixels:big"):
         assert "has no whole number of pixels" in refusal(spec)
-    assert "--weights with timm:NAME only" in refusal("pixels:8", weights="w.pth")
+    assert "--weights with timm:NAME and open_clip:NAME only" in refusal("pixels:8", weights="w.pth")
 
 
-@pytest.fixture
-def parts(tmp_path: Path) -> tuple[LabelledImages, LabelledImages]:
-    train_dir = write_folders(tmp_path / "train", {"a": 3, "b": 2})
-    for index, file in enumerate(sorted(train_dir.rglob("*.png"))):
-        file.write_bytes(encoded((index * 40, 255 - index, 7)))
-    return load_labelled(train_dir, write_folders(tmp_path / "test", {"a": 2}, start=9))
+def test_weights_go_to_the_encoders_that_take_some() -> None:
+    asked = pair_weights(["run:a", "timm:x", "pixels:4", "open_clip:y"], ["1.pth", "2.pth"], layer=-1)
+    assert [one.weights for one in asked] == [None, "1.pth", None, "2.pth"] and asked[0].layer == -1
+    assert [one.weights for one in pair_weights(["timm:x", "timm:x"], ["1.pth", "2.pth"])] == ["1.pth", "2.pth"]
+    for specs, weights, told in (
+        ([], [], "no encoder is named"),
+        (["pixels:4"], ["w.pth"], "--weights was given 1 times for 0 timm and open_clip encoders (none)"),
+        (["timm:a", "open_clip:b"], ["w.pth"], "one --weights for each timm:NAME and open_clip:NAME"),
+    ):
+        with pytest.raises(UserError) as caught:
+            pair_weights(specs, weights)
+        assert told in str(caught.value)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_pixel_features_are_the_pixels_in_order(parts, batch_size: int) -> None:
-    found = extract(load_encoder("pixels:4"), parts[0], batch_size=batch_size, device=CPU)
-    assert found.shape == (5, 48) and found.dtype == np.float32
-    expected = np.array([[index * 40, 255 - index, 7] for index in range(5)]) / 255
-    assert np.allclose(found.reshape(5, 3, 16), expected[:, :, None], atol=1e-6)
-    assert load_encoder("pixels:").images.side == 32
+def tokens_by_hand(net, images: torch.Tensor, blocks: int) -> torch.Tensor:
+    """timm's own modules in a row: what a ViT's tokens are after some blocks and the final norm."""
+    x = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(images))))
+    for block in net.blocks[:blocks]:
+        x = block(x)
+    return net.norm(x)
 
 
-def test_features_are_the_trunks_on_normalised_images(tmp_path: Path, parts) -> None:
-    trunks = write_run(tmp_path / "run", 1)
-    found = extract(load_encoder(f"{tmp_path}/run"), parts[0], batch_size=2, device=CPU)
-    image = torch.tensor([2 * 40, 253, 7]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 255
-    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (Train().data.mean, Train().data.std))
-    with torch.no_grad():
-        expected = trunks[1]((image - mean) / std)[0].numpy()
-    assert np.allclose(found[2], expected, atol=1e-4)
+@pytest.fixture(scope="module")
+def weights_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A file of random weights for a timm model."""
+
+    def write(name: str) -> Path:
+        torch.manual_seed(1)
+        file = tmp_path_factory.mktemp("weights") / f"{name}.safetensors"
+        save_file(timm.create_model(name, num_classes=0).state_dict(), file)
+        return file
+
+    return write
 
 
-def test_cached_features_are_taken_and_belong_to_one_encoder_and_data(tmp_path: Path, parts, monkeypatch) -> None:
-    cache = tmp_path / "cache"
-    first = extract(load_encoder("pixels:4"), parts[0], batch_size=2, device=CPU, cache=cache)
-    extract(load_encoder("pixels:5"), parts[0], batch_size=2, device=CPU, cache=cache)
-    extract(load_encoder("pixels:4"), parts[1], batch_size=2, device=CPU, cache=cache)
-    assert len(list(cache.iterdir())) == 3
-    monkeypatch.setattr(features, "_run", lambda *_: pytest.fail("extracted again"))
-    assert np.array_equal(extract(load_encoder("pixels:4"), parts[0], batch_size=3, device=CPU, cache=cache), first)
+# test_vit: a class token, as MAE's and DINOv2's; test_vit4: class token and register, mean pool, its norm behind the pool
+@pytest.mark.parametrize("name", ["test_vit", "test_vit4"])
+def test_layers_and_pools_of_a_vit(weights_of, name: str) -> None:
+    file = str(weights_of(name))
+    net: Any = timm.create_model(name, num_classes=0, checkpoint_path=file).eval()
+    images, depth, prefix = torch.randn(2, 3, 160, 160), len(net.blocks), net.num_prefix_tokens
+    prints = {load_encoder(EncoderSpec(f"timm:{name}", file)).describe()["weights"]}
+    for layer, block in ((1, 1), (-1, depth), (-2, depth - 1)):
+        tokens = tokens_by_hand(net, images, block)
+        expected = {"cls": net.fc_norm(tokens[:, 0]), "avg": net.fc_norm(tokens[:, prefix:].mean(1))}
+        expected["cls+avg"] = torch.cat([expected["cls"], expected["avg"]], 1)
+        for pool, features in expected.items():
+            encoder = load_encoder(EncoderSpec(f"timm:{name}", file, layer, pool))
+            assert torch.allclose(encoder(images), features, atol=1e-5) and encoder.width == features.shape[1]
+            about = encoder.describe()
+            assert (about["pool"], about["layer"]) == (pool, f"{block} of {depth}") and "final norm" in about["norm"]
+            prints.add(about["weights"])
+    assert len(prints) == 1  # the weights are the same, whatever is read
+    last = load_encoder(EncoderSpec(f"timm:{name}", file, -1))
+    assert torch.allclose(last(images), net(images), atol=1e-5)
 
 
-def test_unreadable_images_are_named_and_counted(parts) -> None:
-    parts[0].places[1].path.write_bytes(b"no image at all")
-    parts[0].places[4].path.write_bytes(encoded(size=(50, 50))[:-30])
-    with pytest.raises(UserError) as caught:
-        extract(load_encoder("pixels:4"), parts[0], batch_size=2, device=CPU)
-    text = str(caught.value)
-    assert "2 of 5 images" in text and "a/1.png (UnidentifiedImageError" in text and "b/1.png" in text and "mend or remove" in text
+def test_layers_that_are_not_there(weights_of) -> None:
+    file = str(weights_of("test_vit4"))
+    depth = len(timm.create_model("test_vit4").blocks)  # type: ignore[arg-type]
+    for layer in (0, depth + 1, -depth - 1):
+        text = refusal("timm:test_vit4", weights=file, layer=layer)
+        assert f"has no layer {layer}: it has {depth}" in text and "-1 (the last)" in text
+    assert "the pool 'max' is unknown" in refusal("timm:test_vit4", weights=file, pool="max")
+    assert "has no class token to pool by 'cls'" in refusal("untrained:timm:test_resnet", pool="cls")
+    assert "has no layers to choose from" in refusal("pixels:4", layer=1)
 
 
-def test_features_that_are_not_finite_are_refused(tmp_path: Path, parts) -> None:
+def test_a_runs_default_is_its_last_layer_pooled_by_the_mean(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 1)
-    encoder = load_encoder(f"{tmp_path}/run")
-    encoder.net.state_dict()["norm.weight"].fill_(float("nan"))
-    with pytest.raises(UserError, match=r"not finite, first for a/0\.png[\s\S]*earlier checkpoint"):
-        extract(encoder, parts[0], batch_size=2, device=CPU)
+    images = torch.randn(2, 3, 32, 32)
+    own = load_encoder(f"{tmp_path}/run")
+    assert torch.allclose(own(images), load_encoder(EncoderSpec(f"{tmp_path}/run", layer=-1, pool="avg"))(images), atol=1e-6)
+    cls = load_encoder(EncoderSpec(f"{tmp_path}/run", pool="cls"))
+    assert not torch.allclose(own(images), cls(images), atol=1e-3) and own.checkpoint == cls.checkpoint
+
+
+def test_stages_of_a_convolutional_net() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 160, 160)
+    first, last = (load_encoder(EncoderSpec("untrained:timm:test_resnet", layer=layer)) for layer in (2, -1))
+    maps = first.net.net.forward_intermediates(images, intermediates_only=True)  # type: ignore[operator, union-attr]
+    assert torch.allclose(first(images), maps[1].mean((2, 3)), atol=1e-5)
+    assert torch.allclose(last(images), maps[-1].mean((2, 3)), atol=1e-5) and last.width > first.width
+    assert torch.allclose(last(images), load_encoder("untrained:timm:test_resnet")(images), atol=1e-5)

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from labels.errors import UserError
-from train.evals.datasets import load_labelled
-from train.evals.features import decode
+from train.evals.data.sets import load_data, load_pair
+from train.evals.pixels import decode, decode_crop
 
 
 def encoded(colour: tuple[int, ...] | int = (255, 0, 0), kind: str = "PNG", mode: str = "RGB", size=(12, 8)) -> bytes:
@@ -24,7 +24,7 @@ def write_folders(directory: Path, counts: dict[str, int], start: int = 0) -> Pa
     for label, count in counts.items():
         (directory / label).mkdir(parents=True)
         for index in range(start, start + count):
-            (directory / label / f"{index}.png").write_bytes(encoded())
+            (directory / label / f"{index}.png").write_bytes(encoded((index % 256, *label.ljust(2).encode()[:2])))
     return directory
 
 
@@ -53,7 +53,7 @@ def held_out(tmp_path: Path) -> Path:
 
 def refusal(train_dir: Path, held_out: Path) -> str:
     with pytest.raises(UserError) as caught:
-        load_labelled(train_dir, held_out)
+        load_pair(train_dir, held_out)
     return str(caught.value)
 
 
@@ -63,7 +63,8 @@ def test_folders_are_classes_sorted_by_name(tmp_path: Path, held_out: Path) -> N
     (train_dir / ".hidden").mkdir()
     (train_dir / "dog" / "deep").mkdir()
     (train_dir / "dog" / "deep" / "x.PNG").write_bytes(encoded((0, 0, 9)))
-    train, test = load_labelled(train_dir, held_out)
+    data = load_pair(train_dir, held_out)
+    train, test = data.train, data.test
     assert train.classes == test.classes == ("cat", "dog")
     assert train.keys == ["cat/0.png", "dog/0.png", "dog/1.png", "dog/deep/x.PNG"]
     assert train.targets.tolist() == [0, 1, 1, 1] and train.targets.dtype == np.int64
@@ -77,7 +78,7 @@ def test_shards_hold_the_class_in_the_json(tmp_path: Path, held_out: Path, below
     write_tar(tmp_path / "train" / below / "00001.tar", sample("000000007", 5, images[2]))
     write_tar(tmp_path / "train" / below / "00000.tar", [*sample("a.b/1", "cat", images[0]), ("a.b/1.seg.png", b"no image of ours")])
     write_tar(tmp_path / "train" / below / "00002.tar", sample("k", "dog", images[1]))
-    train, _ = load_labelled(tmp_path / "train", held_out)
+    train = load_pair(tmp_path / "train", held_out).train
     assert train.keys == ["00000.tar/a.b/1", "00001.tar/000000007", "00002.tar/k"]
     assert train.classes == ("5", "cat", "dog") and train.targets.tolist() == [1, 0, 2]
     assert [place.read() for place in train.places] == [images[0], images[2], images[1]]
@@ -86,7 +87,7 @@ def test_shards_hold_the_class_in_the_json(tmp_path: Path, held_out: Path, below
 def test_fingerprint_is_of_the_content_not_the_place(tmp_path: Path, held_out: Path) -> None:
     prints = []
     for name, counts in (("a", {"cat": 2, "dog": 1}), ("b", {"cat": 2, "dog": 1}), ("c", {"cat": 1, "dog": 2})):
-        prints.append(load_labelled(write_folders(tmp_path / name, counts), held_out)[0].fingerprint)
+        prints.append(load_pair(write_folders(tmp_path / name, counts), held_out).train.fingerprint)
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -104,7 +105,7 @@ def test_classes_that_cannot_be_probed(tmp_path: Path, held_out: Path) -> None:
     other = write_folders(tmp_path / "other", {"cat": 1, "newt": 1, "emu": 1}, start=50)
     text = refusal(train_dir, other)
     assert "has 2 classes that" in text and "emu, newt" in text and "the 2 classes of the training part: cat, dog" in text
-    assert "hold the same 2 samples" in refusal(train_dir, train_dir)
+    assert "2 of 2 test images are training images too" in refusal(train_dir, train_dir)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,7 @@ def test_classes_that_cannot_be_probed(tmp_path: Path, held_out: Path) -> None:
         ([("1.jpg", b"x"), ("1.json", b'{"cl')], "has a json that cannot be read"),
         ([("1.txt", b"x"), ("1.json", b'{"class": "a"}')], "has 0 images (members: txt, json)"),
         ([("1.jpg", b"x"), ("1.png", b"x"), ("1.json", b'{"class": "a"}')], "has 2 images"),
+        ([*sample("1", "a"), ("1.jpg", b"x")], "the sample '1' has two members .jpg"),
         (sample("1", "a") + sample("2", "a") + sample("1", "a"), "has the key 't.tar/1' 2 times"),
     ],
 )
@@ -179,3 +181,70 @@ def test_big_jpegs_decode_alike_with_and_without_the_decoders_own_scaling() -> N
 )
 def test_decode_takes_every_mode(mode: str, colour, kind: str, expected: int) -> None:
     assert (abs(decode(encoded(colour, kind, mode), 8).astype(int) - expected) <= 1).all()
+
+
+def test_test_images_in_the_training_part_are_found_by_their_bytes(tmp_path: Path, held_out: Path) -> None:
+    train_dir = write_folders(tmp_path / "train", {"cat": 3, "dog": 3})
+    cache = tmp_path / "cache"
+    assert load_pair(train_dir, held_out, cache).overlap == 0
+    assert len(list(cache.glob("overlap-*.json"))) == 1
+    (train_dir / "dog" / "other name.png").write_bytes((held_out / "cat" / "100.png").read_bytes())
+    for _ in range(2):  # found, and then known
+        with pytest.raises(UserError) as caught:
+            load_pair(train_dir, held_out, cache)
+        text = str(caught.value)
+        assert "1 of 1 test images are training images too, the first: cat/100.png" in text
+        assert "dog/other name.png" in text and "remove them from one of the two parts" in text
+    assert len(list(cache.glob("overlap-*.json"))) == 2
+
+
+def test_an_image_of_the_same_size_is_no_overlap(tmp_path: Path) -> None:
+    for part, shade in (("train", 0), ("test", 1)):
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            (tmp_path / part / label / "x.bmp").write_bytes(encoded((shade, len(label), 3), "BMP"))
+    sizes = {file.stat().st_size for file in tmp_path.rglob("*.bmp")}
+    (tmp_path / "train" / "b" / "x.bmp").write_bytes(encoded((9, 9, 9), "BMP"))
+    assert len(sizes) == 1 and load_data(f"folders:{tmp_path}").overlap == 0
+
+
+def test_whole_numbers_are_ordered_by_value(tmp_path: Path) -> None:
+    write_folders(tmp_path / "train", {"10": 1, "9": 1, "b": 1, "a": 1})
+    write_folders(tmp_path / "val", {"9": 1}, start=50)
+    assert load_data(f"folders:{tmp_path}").classes == ("9", "10", "a", "b")
+
+
+def test_shards_by_kind_with_cls_members(tmp_path: Path) -> None:
+    for part, shades in (("train", (1, 2)), ("test", (3,))):
+        members = []
+        for shade in shades:
+            members += [(f"{shade}.jpg", encoded((shade * 60, 0, 0), "JPEG")), (f"{shade}.cls", str(shade % 2).encode())]
+        write_tar(tmp_path / part / "0.tar", members)
+    data = load_data(f"shards:{tmp_path}")
+    assert data.classes == ("0", "1") and data.train.targets.tolist() == [1, 0] and data.test.targets.tolist() == [1]
+    (tmp_path / "test" / "0.tar").unlink()
+    with pytest.raises(UserError, match="holds no tar"):
+        load_data(f"shards:{tmp_path}")
+
+
+def test_data_that_is_named_wrongly(tmp_path: Path) -> None:
+    for spec, told in (
+        (str(tmp_path), "is no known kind of data"),
+        ("mnist:x", "imagenet:DIR, pets:DIR, cars:DIR, folders:DIR, shards:DIR, parquet:DIR"),
+        (f"folders:{tmp_path}/gone", "no directory at"),
+        (f"folders:{tmp_path}", "has no test part"),
+    ):
+        (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / "a" / "0.png").write_bytes(encoded())
+        with pytest.raises(UserError) as caught:
+            load_data(spec)
+        assert told in str(caught.value)
+
+
+def test_random_crops_depend_on_seed_epoch_and_row_alone() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    crops = [decode_crop(buffer.getvalue(), 16, *draw) for draw in ((0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    assert all(crop.shape == (16, 16, 3) for crop in crops)
+    assert np.array_equal(crops[0], crops[1]) and all(not np.array_equal(crops[0], other) for other in crops[2:])

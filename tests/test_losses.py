@@ -177,7 +177,8 @@ def test_bf16_autocast_is_as_near_as_the_dense_form(name: str, monkeypatch: pyte
     dense = dense_loss(settings, logits.float(), label_ids, idf)
     for mine, theirs, true in zip(found, [dense, *gradients(dense, inputs)], exact, strict=True):
         assert mine.dtype == torch.float32
-        assert (mine - true).norm() <= 1.1 * (theirs - true).norm() + 1e-5 * true.norm()
+        # The weight's gradient is rounded once a chunk, three times here.
+        assert (mine - true).norm() <= 1.5 * (theirs - true).norm() + 1e-5 * true.norm()
 
 
 def test_bf16_on_a_cpu_without_it_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

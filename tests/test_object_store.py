@@ -72,7 +72,8 @@ def test_shards_in_and_out_out(server: Any, bucket: str, finished: Built, tmp_pa
     found, expected = contents(download(server, f"{bucket}/out", tmp_path / "out")), contents(finished.out)
     assert found.keys() == expected.keys() - {".lock"}
     changed = {name for name in found if found[name] != expected[name]}
-    assert all(re.fullmatch(r"done/(labels|beton)/.*\.json", name) for name in changed), changed  # they name the tar they are made from
+    # These name the tar they are made from.
+    assert all(re.fullmatch(r"done/(labels/.*|beton/.*|inputs)\.json", name) for name in changed), changed
     said = preprocess("verify", f"{bucket}/out")
     assert (said.code, said.out) == (0, f"{bucket}/out: whole and unchanged\n")
 
@@ -103,7 +104,7 @@ def test_a_rerun_skips_and_an_interrupted_build_goes_on(
 
 def test_damage_is_found_and_mended(server: Any, bucket: str, finished: Built) -> None:
     build(finished.data, bucket)
-    for name in ("labels/00000000.parquet", "beton/00001.beton", "idf.duckdb"):
+    for name in ("labels/00000000.parquet", "beton/00000.beton", "idf.duckdb"):
         data = bytearray(server.cat_file(f"{bucket}/{name}"))
         data[len(data) // 2] ^= 1
         server.pipe_file(f"{bucket}/{name}", bytes(data))

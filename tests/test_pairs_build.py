@@ -86,9 +86,10 @@ def test_a_subset_repeats_leaves_out_and_is_verified(data: Path, tmp_path: Path)
 
 
 def test_array_jobs_give_the_bytes_of_one_run(data: Path, tmp_path: Path) -> None:
-    build(data, tmp_path / "whole", *PAIRS)
+    settings = (*PAIRS, "--set", "build.beton_samples=10")
+    build(data, tmp_path / "whole", *settings)
     out = tmp_path / "shares"
-    command = ["build-labels", data, "--out", out, "--workers", 1, *PAIRS]
+    command = ["build-labels", data, "--out", out, "--workers", 1, *settings]
     assert "labels of 1 of 2 shards are done" in preprocess(*command, "--shard", "1/2").out
     assert "labels of all 2 shards are done; now run" in preprocess(*command, "--shard", "0/2").out
     assert preprocess(*command, "--no-beton").code == 0

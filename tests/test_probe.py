@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -16,11 +17,19 @@ from test_eval_data import encoded, write_folders
 
 from labels.config import load_pipeline
 from labels.errors import UserError
-from labels.settings import Probe
-from train.evals import probe
-from train.evals.logistic import Axes, fit, start_at_zero
-from train.evals.probe import choose_weight_decay, linear_probe, majority, stratified_split, top_k
-from train.evals.run_probe import run_probe
+from labels.settings import Features, MaeProbe, Pipeline, Probe
+from train.evals.data.sets import load_pair
+from train.evals.encoders.encoder import EncoderSpec
+from train.evals.features import Extractor
+from train.evals.pixels import decode_crop
+from train.evals.protocols import lbfgs_probe
+from train.evals.protocols import mae_probe as mae_module
+from train.evals.protocols.lbfgs_probe import choose_weight_decay, linear_probe, majority, stratified_split
+from train.evals.protocols.logistic import Axes, fit, start_at_zero
+from train.evals.protocols.mae_probe import cached_epochs, learning_rate, mae_probe, make_optimizer
+from train.evals.protocols.probe import LinearProbe
+from train.evals.protocols.protocol import top_k
+from train.evals.run_protocol import run_protocol
 
 CPU = torch.device("cpu")
 SETTINGS = Probe(weight_decay=[1e-1, 1e-2, 1e-3], seeds=[0, 1], max_iterations=100)
@@ -82,7 +91,7 @@ def test_float32_products_reach_the_same_minimum_in_chunks(monkeypatch) -> None:
     raw, targets = torch.from_numpy(x), torch.from_numpy(y)
     losses = []
     for dtype, chunk in ((torch.float64, 2**25), (torch.float32, 2**25), (torch.float32, 3 * 7)):
-        monkeypatch.setattr("train.evals.logistic._CHUNK_LOGITS", chunk)
+        monkeypatch.setattr("train.evals.protocols.logistic._CHUNK_LOGITS", chunk)
         axes = Axes.of(raw.to(dtype))
         options: dict[str, Any] = {"weight_decay": 1e-3, "curvature": axes.curvature, "max_iterations": 500}
         solution = fit(axes(raw.to(dtype)), targets, start=start_at_zero(10, 3, CPU), **options)
@@ -114,7 +123,7 @@ def test_the_choice_is_by_validation_accuracy_and_of_equals_the_strongest(monkey
     x, y = blobs(60, 4, 3, seed=6)
     axes = Axes.of(torch.from_numpy(x))
     shares = iter([0.5, 0.7, 0.7])
-    monkeypatch.setattr(probe, "top_k", lambda *_: next(shares))
+    monkeypatch.setattr(lbfgs_probe, "top_k", lambda *_: next(shares))
     options: dict[str, Any] = {"classes": 3, "curvature": axes.curvature, "settings": SETTINGS, "seed": 0}
     assert choose_weight_decay(axes(torch.from_numpy(x)), y, **options) == (1e-2, {1e-1: 0.5, 1e-2: 0.7, 1e-3: 0.7})
 
@@ -186,24 +195,31 @@ def write_colours(directory: Path, seed: int, per_class: int) -> Path:
     return directory
 
 
+def run_probe(specs: list[str], train_dir: Path, test_dir: Path, probe: Probe, out: Path | None = None) -> dict[str, Any]:
+    pipeline = Pipeline(probe=probe)
+    asked = [EncoderSpec(spec) for spec in specs]
+    return run_protocol(LinearProbe(), asked, lambda: load_pair(train_dir, test_dir), pipeline, Extractor(CPU, Features()), out)
+
+
 def test_run_probe_reports_every_encoder(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     train_dir, test_dir = write_colours(tmp_path / "train", 1, 8), write_colours(tmp_path / "test", 2, 4)
     write_run(tmp_path / "run", 5)
     out = tmp_path / "deep" / "probe.json"
     specs = [f"run:{tmp_path}/run", f"untrained:{tmp_path}/run", "pixels:4"]
-    result = run_probe(specs, train_dir, test_dir, SETTINGS, out=out)
+    result = run_probe(specs, train_dir, test_dir, SETTINGS, out)
     assert json.loads(out.read_text()) == result
     assert result["protocol"] == "L-BFGS logistic regression on cached features, stand-in for MAE's recipe"
     assert result["classes"] == ["blue", "green", "red"] and result["train"]["samples"] == 32
-    assert result["test"]["samples_per_class"] == {"blue": 4, "green": 4, "red": 8}
+    assert result["test"]["samples_per_class"] == {"blue": 4, "green": 4, "red": 8} and result["test_images_in_train"] == 0
     rows = {row["encoder"]: row for row in result["results"]}
     assert list(rows) == ["majority class", *specs]
     assert rows["majority class"]["top1"] == 0.5
     assert rows["pixels:4"]["top1"] > 0.9 and rows["pixels:4"]["description"]["architecture"] == "raw pixels"
+    assert rows["pixels:4"]["description"]["layer"] == "none" and rows[specs[0]]["description"]["pool"] == "avg"
     drawn = {spec: {one["encoder_weights"] for one in rows[spec]["seeds"]} for spec in specs}
     assert [len(drawn[spec]) for spec in specs] == [1, 2, 1]  # only the untrained trunk is drawn anew for each seed
-    assert rows[specs[1]]["seed_varies"] == "initialisation and validation split"
+    assert rows[specs[1]]["seed_varies"] == "initialisation and what is drawn"
     top1 = [one["top1"] for one in rows[specs[1]]["seeds"]]
     assert rows[specs[1]]["top1"] == pytest.approx(np.mean(top1))
     assert rows[specs[1]]["top1_std"] == pytest.approx(np.std(top1, ddof=1))
@@ -211,15 +227,109 @@ def test_run_probe_reports_every_encoder(tmp_path: Path, capsys, monkeypatch) ->
     assert "majority class" in printed and "pixels:4" in printed and "50.0" in printed
 
 
+def test_the_validation_part_is_stored_beside_the_result(tmp_path: Path) -> None:
+    train_dir, test_dir = write_colours(tmp_path / "train", 1, 5), write_colours(tmp_path / "test", 2, 2)
+    result = run_probe(["pixels:2"], train_dir, test_dir, SETTINGS, tmp_path / "probe.json")
+    table = pq.read_table(tmp_path / "probe.splits.parquet").to_pylist()
+    data, seeds = load_pair(train_dir, test_dir), result["results"][1]["seeds"]
+    for seed, one in zip((0, 1), seeds, strict=True):
+        rows = stratified_split(data.train.targets, SETTINGS.validation_fraction, seed)[1]
+        assert [row["key"] for row in table if row["seed"] == seed] == [data.train.keys[row] for row in rows]
+        assert one["split"] == len(rows)
+    assert all(row["class"] == row["key"].split("/")[0] and row["encoder"] == "pixels:2" for row in table)
+    assert seeds[0]["split_fingerprint"] != seeds[1]["split_fingerprint"]
+
+
 def test_run_probe_refuses_before_it_works(tmp_path: Path) -> None:
     train_dir, test_dir = write_colours(tmp_path / "train", 1, 2), write_colours(tmp_path / "test", 2, 1)
-    cases: list[tuple[list[str], dict[str, Any], str]] = [
-        ([], {}, "no encoder is named"),
-        (["pixels:4"], {"out": tmp_path}, "is a directory"),
-        (["pixels:4"], {"weights": ["w.pth"]}, "--weights was given 1 times for 0 timm encoders (none)"),
-        (["timm:test_vit", "timm:test_resnet"], {"weights": ["w.pth"]}, "one --weights for each timm:NAME"),
-    ]
-    for specs, options, told in cases:
-        with pytest.raises(UserError) as caught:
-            run_probe(specs, train_dir, test_dir, SETTINGS, **options)
-        assert told in str(caught.value)
+    with pytest.raises(UserError, match="is a directory"):
+        run_probe(["pixels:4"], train_dir, test_dir, SETTINGS, tmp_path)
+    single = write_folders(tmp_path / "single", {"blue": 1, "green": 1})
+    with pytest.raises(UserError, match="no class of the training part has two samples"):
+        run_probe(["pixels:4"], single, write_folders(tmp_path / "held", {"blue": 1}, start=70), SETTINGS)
+
+
+MAE = MaeProbe(epochs=20, batch_size=40, base_lr=0.1, warmup_epochs=4, augment=False)
+
+
+def test_maes_schedule() -> None:
+    settings = MaeProbe()
+    peak = 0.1 * 16_384 / 256
+    assert [learning_rate(settings, 16_384, epoch) for epoch in (0, 5, 10, 50, 90)] == pytest.approx([0, peak / 2, peak, peak / 2, 0])
+    with pytest.raises(UserError, match="warmup_epochs is 90, epochs 90"):
+        load_pipeline(overrides=["probe.mae.warmup_epochs=90"])
+
+
+def test_lars_takes_maes_steps() -> None:
+    """main_linprobe.py's util/lars.py: trust ratio and momentum for matrices, momentum alone for vectors."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(5, 3)
+    optimizer = make_optimizer(linear)
+    weights = {name: parameter.detach().clone() for name, parameter in linear.named_parameters()}
+    moments = {name: torch.zeros_like(value) for name, value in weights.items()}
+    for step, rate in enumerate((0.5, 2.0, 1.0)):
+        gradients = {name: torch.randn(value.shape, generator=torch.Generator().manual_seed(step)) for name, value in weights.items()}
+        for name, parameter in linear.named_parameters():
+            parameter.grad = gradients[name].clone()
+            ratio = 0.001 * weights[name].norm() / gradients[name].norm() if parameter.ndim > 1 else 1.0
+            moments[name] = 0.9 * moments[name] + gradients[name] * ratio
+            weights[name] = weights[name] - rate * moments[name]
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    for name, parameter in linear.named_parameters():
+        assert torch.allclose(parameter, weights[name], atol=1e-6)
+
+
+def test_mae_probe_equals_a_plain_loop() -> None:
+    x, y = blobs(90, 6, 3, seed=1)
+    test_x, test_y = blobs(60, 6, 3, seed=2)
+    x, test_x = x.astype(np.float32), test_x.astype(np.float32)
+    settings = MAE.model_copy(update={"epochs": 5, "warmup_epochs": 2})
+    found = mae_probe(cached_epochs(x, CPU), y, test_x, test_y, classes=3, settings=settings, seed=7, device=CPU)
+
+    weight = torch.empty(3, 6)
+    torch.nn.init.trunc_normal_(weight, std=0.01, generator=torch.Generator().manual_seed(7))
+    bias, moments = torch.zeros(3), [torch.zeros(3, 6), torch.zeros(3)]
+    mean, variance = torch.zeros(6), torch.ones(6)
+    for epoch in range(5):
+        order = np.random.default_rng([7, epoch]).permutation(90)
+        for step in range(2):  # ten of ninety sit out
+            rows = order[40 * step : 40 * step + 40]
+            batch, targets = torch.from_numpy(x[rows]), torch.from_numpy(y[rows])
+            mean = 0.9 * mean + 0.1 * batch.mean(0)
+            variance = 0.9 * variance + 0.1 * batch.var(0)
+            normed = (batch - batch.mean(0)) / (batch.var(0, correction=0) + 1e-6).sqrt()
+            error = (normed @ weight.T + bias).softmax(1) - torch.nn.functional.one_hot(targets, 3)
+            gradients = [error.T @ normed / 40, error.mean(0)]
+            gradients[0] = gradients[0] * 0.001 * weight.norm() / gradients[0].norm()
+            moments = [0.9 * moment + gradient for moment, gradient in zip(moments, gradients, strict=True)]
+            rate = learning_rate(settings, 40, epoch + step / 2)
+            weight, bias = weight - rate * moments[0], bias - rate * moments[1]
+    logits = (torch.from_numpy(test_x) - mean) / (variance + 1e-6).sqrt() @ weight.T + bias
+    assert found["top1"] == pytest.approx(top_k(logits, torch.from_numpy(test_y), 1)) and found["batch_size"] == 40
+    loss = torch.nn.functional.cross_entropy(normed @ (weight + rate * moments[0]).T + bias + rate * moments[1], targets)
+    assert found["final_loss"] == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_maes_recipe_learns_with_and_without_augmentation(tmp_path: Path, monkeypatch) -> None:
+    train_dir, test_dir = write_colours(tmp_path / "train", 1, 4), write_colours(tmp_path / "test", 2, 4)
+    draws = []
+
+    def crop(encoded: bytes, side: int, *draw: int) -> np.ndarray:
+        draws.append(draw)
+        return decode_crop(encoded, side, *draw)
+
+    monkeypatch.setattr(mae_module, "decode_crop", crop)
+    mae = MaeProbe(epochs=60, batch_size=4, base_lr=200.0, warmup_epochs=4)
+    variants = set()
+    for augment in (False, True):
+        result = run_probe(
+            ["pixels:2"], train_dir, test_dir, Probe(recipe="mae", seeds=[3], mae=mae.model_copy(update={"augment": augment}))
+        )
+        assert ("random resized crops and flips" in result["protocol"]) == augment and "LARS" in result["protocol"]
+        row = result["results"][1]
+        assert row["top1"] > 0.8 and "split" not in row["seeds"][0]
+        variants.add(row["variant"])
+    assert len(variants) == 2
+    assert sorted(draws) == [(3, epoch, row) for epoch in range(60) for row in range(16)]  # every image once an epoch, with its own crop

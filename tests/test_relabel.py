@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tar(shards / "00000000_a.tar", sample("000000500", b"\xff\xfe"))
     broken = [*sample("000000600", "a broken picture", b"no image"), *sample("000000601", "the picture after it", photo(601, 50, 40))]
     write_tar(shards / "00000000_b.tar", broken)
-    build(shards, folder / "out")
+    build(shards, folder / "out", "--set", "build.beton_samples=17")
     build(shards, folder / "short", "--no-beton", "--set", SHORT)
     build(shards, folder / "paper", "--no-beton", "--set", "labels.idf=paper")
     return folder
@@ -289,10 +289,10 @@ def test_an_index_outside_all_shards_reads_nothing(folder: Path, short: Path, tm
     make_all(folder / "out", short)
     out = tmp_path / "out"
     shutil.copytree(folder / "out", out)
-    with open(out / "beton" / "00002.beton", "r+b") as file:
+    with open(out / "beton" / "00001.beton", "r+b") as file:
         file.seek(beton.METADATA_OFFSET + 2 * beton.METADATA.itemsize + beton.METADATA.fields["index"][1])  # type: ignore[index]
         file.write(index.to_bytes(8, "little", signed=True))
-    with pytest.raises(UserError, match=rf"00002\.beton, sample 2 has the index {index}, which is no row of its shard(.|\n)*verify"):
+    with pytest.raises(UserError, match=rf"00001\.beton, sample 2 has the index {index}, which is no row of its shard(.|\n)*verify"):
         batches(BetonSet(out, short))
 
 

@@ -21,7 +21,7 @@ from preprocess.inputs import tablefile
 from preprocess.inputs.captions import parse_caption_key
 from preprocess.inputs.rowbatch import ROWS
 from preprocess.inputs.shards import Shard, find_shards
-from preprocess.inputs.tableimages import has_images, largest_image, table_images
+from preprocess.inputs.tableimages import has_images, table_images
 from preprocess.inputs.tables import read_table_rows
 from preprocess.inputs.tars import Fault
 
@@ -328,7 +328,7 @@ def test_a_remote_table_reads_the_same() -> None:
     try:
         table = shard("memory://test-tables/t.csv")
         assert captions(table) == ["a cat"]
-        assert list(table_images(table, ["000000000000"])) == [(0, b"image a")] and largest_image(table) == 7
+        assert list(table_images(table, ["000000000000"])) == [(0, b"image a")]
     finally:
         memory.rm("/test-tables", recursive=True)
 
@@ -351,7 +351,7 @@ def test_images_of_a_parquet(tmp_path: Path, form: str, name: str) -> None:
     values = [jpeg(number) for number in range(4)]
     columns = {"text": ["a", "b", "c", "d"], "key": ["k0", "k1", "k2", "k3"], name: _FORMS[form]([*values[:3], None])}
     table = parquet(tmp_path, columns)
-    assert has_images(table) and largest_image(table) == max(map(len, values[:3]))
+    assert has_images(table)
     assert images(table, ["k0", "k2", "k2", "k3"]) == [(0, values[0]), (1, values[2]), (2, values[2]), (3, ("k3", "no image"))]
     assert images(table, []) == []
 
@@ -376,7 +376,6 @@ def test_images_beside_a_csv(tmp_path: Path) -> None:
     missing = [(row, (keys[row], "no image")) for row in (1, 3, 5)]
     found = [(0, b"a" * 100), (2, "b é".encode() * 100), (4, b"a" * 100)]
     assert images(table, keys) == sorted([*found, *missing], key=lambda pair: pair[0])
-    assert largest_image(table) >= len("b é".encode() * 100)
     (fault,) = [data for row, data in table_images(table, keys) if row == 1]
     assert isinstance(fault, Fault) and fault.detail == "im/none.jpg: No such file or directory"
 
@@ -385,7 +384,7 @@ def test_a_struct_may_name_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"from the file")
     value = {"bytes": None, "path": "a.jpg"}
     table = parquet(tmp_path, {"text": ["a"], "image": pa.array([value], _STRUCT)})
-    assert images(table, ["000000000000"]) == [(0, b"from the file")] and largest_image(table) == len(b"from the file")
+    assert images(table, ["000000000000"]) == [(0, b"from the file")]
 
 
 def test_a_failed_download_of_the_same_key_is_not_the_image(tmp_path: Path) -> None:
@@ -410,7 +409,6 @@ def test_images_beyond_a_damaged_page_are_faults(tmp_path: Path) -> None:
     found = images(table, keys)
     assert len(keys) == 90 and [row for row, _ in found] == list(range(90))
     assert [data for _, data in found] == [*pictures[:30], *((key, "table cut or damaged") for key in keys[30:])]
-    assert largest_image(table) == max(map(len, pictures[:30]))
 
 
 def test_batches_stream(tmp_path: Path) -> None:

@@ -85,11 +85,11 @@ def test_a_file_that_does_not_belong(built: Built) -> None:
 
 def test_all_faults_are_told(built: Built) -> None:
     flip_bit(built.out / "labels" / "00000000.parquet")
-    (built.out / "beton" / "00001.beton").unlink()
+    (built.out / "beton" / "00000.beton").unlink()
     (built.out / "quarantine.parquet").unlink()
     said = preprocess("verify", built.out)
     assert said.out.splitlines()[-1].startswith(f"{built.out}: 3 faults")
-    assert "00000000.parquet: changed since the build (SHA-256" in said.out and "00001.beton: missing" in said.out
+    assert "00000000.parquet: changed since the build (SHA-256" in said.out and "00000.beton: missing" in said.out
 
 
 def _with(manifest: Manifest, out: Path, **changes: object) -> None:

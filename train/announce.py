@@ -1,4 +1,4 @@
-"""What a run says before its first step, and what it writes down for people and reports."""
+"""What a run says before its first step."""
 
 from pathlib import Path
 from typing import Any

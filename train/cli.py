@@ -1,5 +1,6 @@
 """The command `train`: parse, call, report. Everything it does lives in the modules it imports."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from labels.errors import UserError
 from labels.layout import local_out
 from labels.manifest import read_manifest
 from labels.settings import Pipeline
+from train import options
+from train.evals.commands import register
 
 CLIP_VOCABULARY = 49_408
 """Classes that are planned for where no OUT is given."""
@@ -24,16 +27,13 @@ def cli() -> None:
     """Pre-train a vision encoder on betons, and measure what it is worth."""
 
 
-_config = click.option("--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it is there).")
-_set = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key, e.g. train.batch_size=256. Repeatable."
-)
+register(cli)
 
 
 _recipe = click.option("--recipe", metavar="NAME", help="Entry of `recipes` in pipeline.yaml, laid over its section `train`.")
 
 
-def _data(command: Callable[..., Any]) -> Callable[..., Any]:
+def _betons(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say what is trained on."""
     for option in (
         click.option(
@@ -53,12 +53,12 @@ def _data(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @cli.command("run")
-@_data
+@_betons
 @click.option("--out", "run", type=click.Path(path_type=Path), help="Folder of the run (default: paths.run).")
 @click.option("--synthetic", is_flag=True, help="Random images made once on the device, no checkpoints: what the model alone can do.")
 @_recipe
-@_config
-@_set
+@options.config
+@options.overrides
 def run_command(
     betons: tuple[str, ...], labels: tuple[str, ...], idf: Path | None, run: Path | None, synthetic: bool, recipe: str | None,
     config: Path | None, overrides: tuple[str, ...],
@@ -91,8 +91,8 @@ def run_command(
     help="Samples/s over all devices. Repeatable.",
 )  # fmt: skip
 @_recipe
-@_config
-@_set
+@options.config
+@options.overrides
 def plan_command(
     beton: str | None, devices: int, rates: tuple[float, ...], recipe: str | None, config: Path | None, overrides: tuple[str, ...]
 ) -> None:
@@ -116,40 +116,15 @@ def head_size(pipeline: Pipeline, beton: str | None) -> tuple[int, int, int | No
     return manifest.tokenizer.vocabulary, manifest.label_limit, manifest.samples
 
 
-@cli.command("probe")
-@click.option(
-    "--train",
-    "train_dir",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Training part: class folders, or shards with `class` in the json.",
-)
-@click.option("--test", "test_dir", type=click.Path(path_type=Path), required=True, help="Test part, laid out alike.")
-@click.option(
-    "--encoder",
-    "encoders",
-    multiple=True,
-    required=True,
-    metavar="SPEC",
-    help="run:RUN, untrained:RUN, timm:NAME or pixels:SIDE. Repeatable.",
-)
-@click.option("--weights", multiple=True, metavar="FILE", help="Weight file of each timm: encoder in turn, or `hub`.")
-@click.option("--out", type=click.Path(path_type=Path), help="Result JSON.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps features between calls.")
-@_config
-@_set
-def probe_command(
-    train_dir: Path, test_dir: Path, encoders: tuple[str, ...], weights: tuple[str, ...], out: Path | None, cache: Path | None,
-    config: Path | None, overrides: tuple[str, ...],
-) -> None:  # fmt: skip
-    """Fit a linear classifier on the features of frozen encoders; accuracy on the test part."""
-    import torch
+@cli.command("predict")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="How many tokens of each image.")
+def predict_command(run: Path, images: tuple[Path, ...], top: int) -> None:
+    """The likeliest tokens of images by RUN's newest checkpoint, as JSON (`preprocess explain` gives them names)."""
+    from train.predict import predict_tokens
 
-    from train.evals.run_probe import run_probe
-
-    settings = load_pipeline(config, overrides).probe
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run_probe(encoders, train_dir, test_dir, settings, weights=weights, out=out, cache=cache, device=device)
+    print(json.dumps(predict_tokens(run, images, top), indent=1))
 
 
 def main() -> None:

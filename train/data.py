@@ -14,6 +14,7 @@ from labels.manifest import read_manifest
 from labels.settings import Data, Train
 from train.betons import BetonSet
 from train.distributed import World
+from train.images import resamples
 from train.loader import Loader
 from train.relabel import make_rows_once
 from train.sources import parse_sources
@@ -64,6 +65,7 @@ def make_loader(betons: BetonSet, settings: Train, first_step: int, last_step: i
         betons, settings.data, image_size=settings.model.image_size, batch_size=settings.batch_size, seed=settings.runtime.seed,
         first_step=first_step, last_step=last_step, rank=here.rank, world=here.size,
         threads=settings.data.threads or len(os.sched_getaffinity(0)), pinned=here.device.type == "cuda",
+        device=resamples(settings.data, here.device),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""One batch, compiled: find the sample, decode its JPEG as small as the crop allows, crop, resize, copy the labels.
+"""One batch, compiled: find the sample, read it, decode the part of its image that is needed, copy the labels.
 
-S image side, B batch, K label limit. No Python runs per sample; the JPEG decoder's return code is checked for each.
+B batch, S image side, K label limit. No Python runs per sample; the JPEG decoder's return code is checked for each.
 """
 
 from typing import NamedTuple
@@ -8,40 +8,50 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from train.crops import flipped, random_crop
-from train.jpeg import RGB, tj_decompress, tj_error
+from train.pixels import DAMAGED, Crops, decode_row, fits_canvas, window_of
 from train.places import BAD_JPEG, BAD_LABEL, BAD_READ, OK, TABLE_BYTES, Tables, copy_labels, find, read_sample
-from train.resample import resize_crop
+from train.resample import aligned
 
 _GREY = 128
-_FATAL = 1
-
-
-@njit(inline="always")
-def _shrink(width: int, height: int, size: int) -> int:
-    """The largest of 1, 2, 4, 8 by which the decoder may shrink a crop that has to fill `size` pixels."""
-    factor = 1
-    while factor < 8 and min(width, height) >= 2 * factor * size:
-        factor *= 2
-    return factor
-
-
-class Crops(NamedTuple):
-    """How images are cropped: shares of the area, width / height, whether half are mirrored, and the seed of it all."""
-
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    flip: bool
-    seed: int
+_CANVAS_STEP = 16
 
 
 class Rows(NamedTuple):
-    """A batch in memory: images uint8 [B, S, S, 3], labels int32 [B, K], positions int64 [B] of their rows among all, status uint8 [B]."""
+    """A batch in memory.
+
+    - `images` uint8 [B, H, W, 3]: S x S pixels, or in mode `device` as many as the largest crop of the batch needs.
+    - `boxes` float32 [B, BOX]: how they become S x S.
+    - `labels` int32 [B, K].
+    - `positions` int64 [B]: of their rows among all.
+    - `status` uint8 [B].
+    """
 
     images: np.ndarray
+    boxes: np.ndarray
     labels: np.ndarray
     positions: np.ndarray
     status: np.ndarray
+
+
+@njit(nogil=True, cache=True)
+def canvas_shape(tables: Tables, samples: np.ndarray, epochs: np.ndarray, limit: int, crops: Crops, scratch: np.ndarray) -> tuple[int, int]:
+    """Rows and columns in pixels of the smallest canvas for all images of a batch, in steps of 16 (few sizes: memory is used again)."""
+    rows = columns = crops.size
+    for row in range(len(samples)):
+        place = find(tables, samples[row], limit, scratch)
+        if place.status == OK:
+            window = window_of(place.width, place.height, crops, epochs[row], place.row)
+            if fits_canvas(window, crops):
+                rows, columns = max(rows, window.rows), max(columns, window.columns)
+    return -(-rows // _CANVAS_STEP) * _CANVAS_STEP, -(-columns // _CANVAS_STEP) * _CANVAS_STEP
+
+
+@njit
+def _leave_out(image: np.ndarray, box: np.ndarray, labels: np.ndarray) -> None:
+    """Grey, without labels: a sample that has no part in the loss."""
+    image.reshape(-1)[:] = _GREY
+    labels[:] = -1
+    box[0], box[1], box[2], box[3], box[4], box[5], box[6] = 0.0, 0.0, image.shape[1], image.shape[0], image.shape[1], image.shape[0], 0.0
 
 
 @njit(nogil=True, cache=True)
@@ -64,44 +74,30 @@ def load_rows(
     Returns:
         0, or the bytes of scratch that the row at which it stopped needs; that row and later ones are not filled.
     """
-    images, labels, status = rows.images, rows.labels, rows.status
-    size, limit = images.shape[1], labels.shape[1]
+    images, boxes, labels, status = rows.images, rows.boxes, rows.labels, rows.status
+    limit = labels.shape[1]
     for row in range(begin, end):
-        images[row] = _GREY
-        labels[row] = -1
         place = find(tables, samples[row], limit, scratch)
         rows.positions[row], status[row] = place.row, place.status
-        if place.status != OK:
-            continue
-        left, top, w, h = random_crop(place.width, place.height, crops.scale, crops.ratio, crops.seed, epochs[row], place.row)
-        shrink = _shrink(w, h, size)
-        pixel_width, pixel_height = (place.width + shrink - 1) // shrink, (place.height + shrink - 1) // shrink
-        labels_at = TABLE_BYTES + place.bytes
-        pixels_at = (labels_at + 4 * limit + 63) // 64 * 64
-        needed = pixels_at + pixel_width * pixel_height * 3
-        if needed > scratch.shape[0]:
-            return needed
-        if not read_sample(place, limit, scratch):
-            status[row] = BAD_READ
-            continue
-        failed = tj_decompress(
-            handle,
-            np.uint64(scratch.ctypes.data + TABLE_BYTES),
-            np.uint64(place.bytes),
-            np.uint64(scratch.ctypes.data + pixels_at),
-            pixel_width,
-            pixel_width * 3,
-            pixel_height,
-            RGB,
-            0,
-        )
-        # The decoder also returns -1 for warnings, e.g. bytes too many behind a marker; the picture is there then.
-        if failed != 0 and tj_error(handle) == _FATAL:
-            status[row] = BAD_JPEG
-            continue
-        pixels = scratch[pixels_at:needed].reshape(pixel_height, pixel_width * 3)
-        mirror = crops.flip and flipped(crops.seed, epochs[row], place.row)
-        resize_crop(pixels, left / shrink, top / shrink, w / shrink, h / shrink, mirror, images[row])
-        if not copy_labels(scratch, labels_at, vocabulary, labels[row]):
-            status[row] = BAD_LABEL
+        if place.status == OK:
+            labels_at = TABLE_BYTES + place.bytes
+            pixels_at = aligned(labels_at + 4 * limit)
+            if pixels_at >= scratch.shape[0]:
+                return 2 * pixels_at
+            if not read_sample(place, limit, scratch):
+                status[row] = BAD_READ
+            else:
+                window = window_of(place.width, place.height, crops, epochs[row], place.row)
+                needed = decode_row(
+                    scratch[TABLE_BYTES:].ctypes.data, place.bytes, place.width, place.height, window, crops, handle,
+                    scratch[pixels_at:], images[row], boxes[row],
+                )  # fmt: skip
+                if needed > 0:
+                    return pixels_at + needed
+                if needed == DAMAGED:
+                    status[row] = BAD_JPEG
+                elif not copy_labels(scratch, labels_at, vocabulary, labels[row]):
+                    status[row] = BAD_LABEL
+        if status[row] != OK and status[row] != BAD_LABEL:
+            _leave_out(images[row], boxes[row], labels[row])
     return 0

@@ -25,6 +25,8 @@ from train.betons import BetonSet
 from train.faults import count_bad
 from train.jpeg import Decompressor
 from train.order import Order
+from train.pixels import Crops
+from train.places import TABLE_BYTES
 from train.threads import Threads
 
 _FIRST_SCRATCH_BYTES = 1 << 20
@@ -39,11 +41,11 @@ class _Worker:
 
 @dataclass(frozen=True)
 class _Filling:
-    """A batch that the threads are at."""
+    """A batch that the threads are at; one of them begins by handing out its parts."""
 
     slot: Slot
     samples: np.ndarray
-    futures: list[Future[None]]
+    parts: Future[list[Future[None]]]
 
 
 class Loader:
@@ -62,16 +64,18 @@ class Loader:
         rank, world: this process among all.
         threads: decoding threads.
         pinned: page-locked memory, for asynchronous copies to a GPU.
+        device: leave crops as the decoder gives them, to be resampled by train/images.py; else they are resampled here.
+        centre: the middle of each image, as evaluators see it, in place of a random crop.
     """
 
     def __init__(
         self, betons: BetonSet, settings: Data, *, image_size: int, batch_size: int, seed: int, first_step: int, last_step: int,
-        rank: int = 0, world: int = 1, threads: int = 1, pinned: bool = False,
+        rank: int = 0, world: int = 1, threads: int = 1, pinned: bool = False, device: bool = False, centre: bool = False,
     ) -> None:  # fmt: skip
         self._betons, self._settings = betons, settings
         low, high = settings.crop_scale
         narrow, wide = settings.crop_ratio
-        self._crops = decode.Crops((low, high), (narrow, wide), settings.flip, seed)
+        self._crops = Crops((low, high), (narrow, wide), settings.flip, seed, image_size, centre, device)
         self.order = Order(betons.sizes, betons.quotas, settings.shuffle_block, settings.shuffle_window, seed)
         self._image_size, self._batch_size, self._pinned = image_size, batch_size, pinned
         self._rank, self._world, self._threads = rank, world, threads
@@ -104,7 +108,7 @@ class Loader:
                 submit()
             while filling:
                 done = filling.popleft()
-                for future in done.futures:
+                for future in done.parts.result():
                     future.result()
                 yield done.slot.batch(count_bad(self._betons, done.samples, done.slot.rows))
                 if done.slot.copied is not None:
@@ -115,19 +119,33 @@ class Loader:
     def _slots(self) -> deque[Slot]:
         """As many as `prefetch` has room for and steps need: one is with the loop while the others are being filled."""
         share = self._batch_size // self._world
-        first = Slot(share, self._image_size, self._betons.label_limit, self._pinned)
+
+        def slot() -> Slot:
+            return Slot(share, self._image_size, self._betons.label_limit, self._pinned, self._crops.device)
+
+        first = slot()
         count = min(max(self._settings.prefetch // first.bytes, 2), max(self._last_step - self._first_step, 1) + 1)
-        return deque([first, *(Slot(share, self._image_size, self._betons.label_limit, self._pinned) for _ in range(count - 1))])
+        return deque([first, *(slot() for _ in range(count - 1))])
 
     def _submit(self, step: int, slot: Slot, pool: ThreadPoolExecutor, workers: deque[_Worker], ahead: Ahead) -> _Filling:
         """Let the threads begin the batch of one step."""
         begin = step * self._batch_size
         ahead.follow(begin, begin + self._batch_size, first=step == self._first_step)
         samples, epochs = self.order.batch(step, self._batch_size, self._rank, self._world)
-        samples = self._betons.chosen(samples)
+        samples, slot.epochs = self._betons.chosen(samples), epochs
+        return _Filling(slot, samples, pool.submit(self._hand_out, pool, workers, slot, samples, epochs))
+
+    def _hand_out(
+        self, pool: ThreadPoolExecutor, workers: deque[_Worker], slot: Slot, samples: np.ndarray, epochs: np.ndarray
+    ) -> list[Future[None]]:
+        """Where the device resamples, fit the canvas to the batch; then let all threads fill it."""
+        if self._crops.device:
+            with self._betons.held(samples):
+                scratch = np.empty(TABLE_BYTES, np.uint8)
+                slot.fit(*decode.canvas_shape(self._betons.tables, samples, epochs, self._betons.label_limit, self._crops, scratch))
         bounds = np.linspace(0, len(samples), min(self._threads, len(samples)) + 1).astype(int).tolist()
         parts = pairwise(bounds)
-        return _Filling(slot, samples, [pool.submit(self._fill, workers, slot, samples, epochs, *part) for part in parts])
+        return [pool.submit(self._fill, workers, slot, samples, epochs, *part) for part in parts]
 
     def _fill(self, workers: deque[_Worker], slot: Slot, samples: np.ndarray, epochs: np.ndarray, begin: int, end: int) -> None:
         worker = workers.popleft()  # as many workers as threads: there is always one

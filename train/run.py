@@ -79,6 +79,7 @@ def _train(
     settings, number = pipeline.train, state.number
     metrics = _metrics(run, pipeline, state, budget, costs, here)
     loader = make_loader(betons, settings, budget.first_step, budget.steps, here)
+
     with CheckpointWriter(run, settings.checkpoint.keep, settings.checkpoint.keep_every) as writer:
 
         def save(finished: int) -> None:
@@ -95,7 +96,7 @@ def _train(
 
         try:
             with loader:
-                inputs = ImageInput(settings.data, here.device)
+                inputs = ImageInput(settings.data, here.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
                 return run_loop(loader, inputs, learner, settings, budget, here, metrics, save, stopping)
         finally:
             metrics.close()

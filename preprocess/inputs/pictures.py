@@ -1,80 +1,126 @@
-"""The image bytes of a shard's label rows, in the rows' order, whatever the shard is."""
+"""Where the image files of a shard's label rows lie, whatever the shard is: places in one mapped file.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+local tar -> its own places | remote tar -> a copy of it | table -> a file of its images, one after another
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions when it is imported)
+
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from labels.errors import UserError
 from preprocess.inputs.captions import Choice
 from preprocess.inputs.rows import read_rows, reads_side
 from preprocess.inputs.shards import Shard
-from preprocess.inputs.tableimages import largest_image, table_images
-from preprocess.inputs.tarrows import IndexedSample, SampleLike, local_index, wanted_suffixes
-from preprocess.inputs.tars import Fault, Sample, walk
+from preprocess.inputs.tableimages import table_images
+from preprocess.inputs.tarindex import gather_strings, index_data
+from preprocess.inputs.tarrows import wanted_suffixes
+from preprocess.inputs.tars import IMAGE_SUFFIXES, Fault, Sample, walk
+from preprocess.spool import Spool, map_path
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """`largest`: upper bound in bytes of the largest image file; `rows`: a row's number, and its image file or why there is none."""
+    """The images of R rows.
 
-    largest: int
-    rows: Iterator[tuple[int, bytes | Fault]]
+    `data`: uint8 [bytes], mapped; `places`: int64 [R, 2], begin and end of each row's image file in it, begin -1 where there is none;
+    `faults`: why there is none, by row.
+    """
+
+    data: np.ndarray
+    places: np.ndarray
+    faults: dict[int, Fault]
 
 
-@contextmanager
-def open_pictures(shard: Shard, keys: list[str], choices: tuple[Choice, ...]) -> Iterator[Pictures]:
+def is_local_tar(shard: Shard) -> bool:
+    """Whether a shard's images can be read where they lie."""
+    return shard.kind == "tar" and "://" not in shard.path
+
+
+def find_pictures(shard: Shard, keys: pa.StringArray, choices: tuple[Choice, ...], scratch: Path | None) -> Pictures:
     """The images of a shard's label rows.
 
     Args:
-        shard: open until the block ends.
-        keys: of the label rows, in order; a repeated key is a repeated sample.
+        shard: the shard.
+        keys: of the R label rows, in order; a repeated key is a repeated sample.
         choices: where the captions of those rows came from.
+        scratch: a local folder for what is not in a local tar; None takes the system's.
 
     Raises:
-        UserError: the tar that the rows were read from no longer holds one of them.
+        UserError: the shard no longer holds one of the rows, or cannot be read.
     """
     if shard.kind != "tar":
-        yield Pictures(largest_image(shard), table_images(shard, keys))
-        return
-    index = local_index(shard, choices)
-    if index is not None:
-        wanted = wanted_suffixes(choices)
-        samples: dict[str, SampleLike] = {key: IndexedSample(index, wanted, number) for number, key in enumerate(index.keys.to_pylist())}
-        yield _of_samples(shard, keys, choices, samples)
-        return
+        return _of_table(shard, keys, scratch)
     with shard.open() as file:
-        walked: dict[str, SampleLike] = {}
-        for sample in walk(file, shard.bytes):
-            if isinstance(sample, Sample):
-                walked.setdefault(sample.key, sample)
-        yield _of_samples(shard, keys, choices, walked)
+        if is_local_tar(shard):
+            return _of_tar(shard, file, map_path(Path(shard.path)), keys, choices)
+        with Spool(scratch) as spool:
+            spool.copy(file)
+            return _of_tar(shard, spool.file, spool.view(), keys, choices)
 
 
-def _of_samples(shard: Shard, keys: list[str], choices: tuple[Choice, ...], samples: dict[str, SampleLike]) -> Pictures:
-    sizes = [sample.size(sample.image_suffix) for sample in samples.values() if sample.image_suffix]
-    return Pictures(max(sizes, default=0), _tar_pictures(shard, keys, choices, samples))
+def _of_table(shard: Shard, keys: pa.StringArray, scratch: Path | None) -> Pictures:
+    places = np.full((len(keys), 2), -1, np.int64)
+    faults: dict[int, Fault] = {}
+    with Spool(scratch) as spool:
+        for row, image in table_images(shard, keys.to_pylist()):
+            if isinstance(image, Fault):
+                faults[row] = image
+            else:
+                places[row] = spool.append(image)
+        return Pictures(spool.view(), places, faults)
 
 
-def _tar_pictures(
-    shard: Shard, keys: list[str], choices: tuple[Choice, ...], samples: dict[str, SampleLike]
-) -> Iterator[tuple[int, bytes | Fault]]:
-    from_side = reads_side(shard, choices)
-    expected = {}
-    if from_side:
-        for batch in read_rows(shard, choices):
-            expected.update(zip(batch.table["key"].to_pylist(), batch.table["caption"].to_pylist(), strict=True))
-    for row, key in enumerate(keys):
-        sample = samples.get(key)
-        if sample is None or sample.image_suffix is None:
-            if not from_side:
-                raise UserError(
-                    f"{shard.path} no longer holds the sample {key!r} that its label file has",
-                    mend="the tar changed during the build: run the same command again",
-                )
-            yield row, Fault(key, "not in the tar", "the side Parquet has it")
-            continue
-        text = sample.read("txt") if from_side else None
-        if text is not None and text != expected[key].encode("utf8"):
-            yield row, Fault(key, "caption differs", "the tar's txt is not the side Parquet's caption")
-            continue
-        yield row, sample.read(sample.image_suffix) or b""
+def _of_tar(shard: Shard, file: BinaryIO, data: np.ndarray, keys: pa.StringArray, choices: tuple[Choice, ...]) -> Pictures:
+    wanted = wanted_suffixes(choices)
+    index = index_data(data, wanted) if len(data) == shard.bytes else None
+    samples, members = (index.keys, index.places) if index else _walked(file, len(data), wanted)
+    images = members[:, [wanted.index(suffix) for suffix in IMAGE_SUFFIXES]]
+    first = (images[:, :, 0] >= 0).argmax(axis=1)
+    places = images[np.arange(len(images)), first]
+    numbers = pc.fill_null(pc.index_in(keys, value_set=samples), -1).to_numpy()
+    of_rows = np.where(numbers[:, None] >= 0, places[numbers], -1) if len(places) else np.full((len(keys), 2), -1, np.int64)
+    missing = of_rows[:, 0] < 0
+    if not reads_side(shard, choices):
+        if missing.any():
+            raise UserError(
+                f"{shard.path} no longer holds the sample {keys[int(missing.argmax())].as_py()!r} that its label file has",
+                mend="the tar changed during the build: run the same command again",
+            )
+        return Pictures(data, of_rows, {})
+    texts = np.where(missing[:, None], -1, members[numbers, wanted.index("txt")]) if len(members) else of_rows
+    differs = ~_same_captions(shard, keys, choices, gather_strings(data, texts))
+    told = (
+        (missing, "not in the tar", "the side Parquet has it"),
+        (differs, "caption differs", "the tar's txt is not the side Parquet's caption"),
+    )
+    faults = {int(row): Fault(keys[int(row)].as_py(), *words) for which, *words in told for row in np.flatnonzero(which)}
+    of_rows[differs] = -1
+    return Pictures(data, of_rows, faults)
+
+
+def _same_captions(shard: Shard, keys: pa.StringArray, choices: tuple[Choice, ...], texts: pa.LargeBinaryArray) -> np.ndarray:
+    """bool [R]: whether a row's txt, where it has one, is the caption that the side Parquet had for its key."""
+    batches = [batch.table.select(["key", "caption"]) for batch in read_rows(shard, choices)]
+    table = pa.concat_tables(batches).combine_chunks()
+    numbers = pc.index_in(keys, value_set=table["key"])
+    captions = table["caption"].take(numbers).combine_chunks().cast(pa.large_binary())
+    return pc.fill_null(pc.equal(captions, texts), True).to_numpy(zero_copy_only=False)
+
+
+def _walked(file: BinaryIO, size: int, wanted: tuple[str, ...]) -> tuple[pa.StringArray, np.ndarray]:
+    """Keys of the S samples of a tar that only `walk` can read, and places int64 [S, W, 2] of the wanted members."""
+    keys: list[str] = []
+    places = []
+    for sample in walk(file, size):
+        if isinstance(sample, Sample):
+            keys.append(sample.key)
+            found = [sample.members.get(suffix) for suffix in wanted]
+            places.append([(-1, -1) if member is None else (member.offset_data, member.offset_data + member.size) for member in found])
+    return pa.array(keys, pa.string()), np.array(places, np.int64).reshape(len(keys), len(wanted), 2)

@@ -30,20 +30,6 @@ def has_images(shard: Shard) -> bool:
         return True
 
 
-def largest_image(shard: Shard) -> int:
-    """Upper bound, in bytes, for the largest image file of a table that `has_images`; reads all of a Parquet's image column."""
-    largest = 0
-    try:
-        for _, value in _images(open_table(shard), with_keys=False):
-            if isinstance(value, bytes):
-                largest = max(largest, len(value))
-            elif isinstance(value, str):
-                largest = max(largest, _file_bytes(_place(shard, value)))
-    except TableDamaged:  # told where the rows are read
-        pass
-    return largest
-
-
 def table_images(shard: Shard, keys: Sequence[str]) -> Iterator[tuple[int, bytes | Fault]]:
     """For every label row in order: its number, and its image file's bytes or why there is none.
 
@@ -56,7 +42,7 @@ def table_images(shard: Shard, keys: Sequence[str]) -> Iterator[tuple[int, bytes
     """
     row = 0
     try:
-        for key, value in _images(open_table(shard), with_keys=True):
+        for key, value in _images(open_table(shard)):
             if row == len(keys):
                 return
             if key != keys[row]:
@@ -93,11 +79,11 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
-def _images(table: Table, *, with_keys: bool) -> Iterator[tuple[str, bytes | str | None]]:
-    """Key, and bytes or path, of every sample; without keys in place of a key the row's number, and failed downloads too."""
+def _images(table: Table) -> Iterator[tuple[str, bytes | str | None]]:
+    """Key, and bytes or path, of every sample."""
     column = _image_column(table)
     assert column is not None
-    identity = identity_columns(table.schema.names) if with_keys else []
+    identity = identity_columns(table.schema.names)
     for first, batch in table.batches([*identity, column], _ROWS_AT_ONCE):
         keys, batch = identified(batch, first, table.shard.path)
         for key, value in zip(keys.to_pylist(), batch.column(column), strict=True):
@@ -125,14 +111,6 @@ def _read(shard: Shard, key: str, value: bytes | str | None) -> bytes | Fault:
     except Exception as error:  # what a server's client raises is its own affair
         told = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return Fault(key, "no image", f"{_printable(value)}: {told}")
-
-
-def _file_bytes(place: str) -> int:
-    try:
-        filesystem, path = url_to_fs(place)
-        return int(filesystem.size(path) or 0)
-    except Exception:  # told where the image is read
-        return 0
 
 
 def _place(shard: Shard, path: str) -> str:

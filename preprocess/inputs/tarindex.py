@@ -9,7 +9,6 @@ Shapes: M members, S samples, W wanted suffixes.
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions when it is imported)
 
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numba import njit
+
+from preprocess.spool import map_path
 
 _BLOCK = 512
 _FIRST_ROOM = 1 << 16
@@ -60,12 +61,13 @@ def index_tar(path: Path, size: int, wanted: tuple[str, ...]) -> TarIndex | None
         size: its length in bytes, as it was found; another length gives None.
         wanted: W lower-case suffixes without the leading dot.
     """
-    if size < _BLOCK or path.stat().st_size != size:
+    return None if path.stat().st_size != size else index_data(map_path(path), wanted)
+
+
+def index_data(data: np.ndarray, wanted: tuple[str, ...]) -> TarIndex | None:
+    """The same of a tar that is mapped already, uint8 [bytes]."""
+    if len(data) < _BLOCK:
         return None
-    with path.open("rb") as file:
-        # All at once: a page fault for every header would cost more than all the rest.
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-        data = np.frombuffer(mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ), np.uint8)
     room = _FIRST_ROOM
     while True:
         members = np.empty((room, _FIELDS), np.int64)

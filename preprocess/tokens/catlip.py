@@ -113,6 +113,11 @@ class CatlipTokenizer:
 
         return FastPieces(self._learn, self.encode_slowly, self._max_known, MARKUP)
 
+    def clean(self, caption: str) -> str:
+        """See `preprocess.tokens.tokenizer.Tokenizer.clean`."""
+        text = clip_clean(caption)
+        return remove_stop_words(text) if self._without_stop_words else text
+
     def encode_rows(self, captions: Captions, limit: int) -> Rows:
         """Synset ids in the words' order, and label sets, see `preprocess.tokens.tokenizer.Tokenizer.encode_rows`."""
         return self.fast.encode_rows(captions, limit)

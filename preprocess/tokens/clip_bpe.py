@@ -95,6 +95,11 @@ class ClipTokenizer:
         """
         return self.fast.encode_rows(captions, limit)
 
+    def clean(self, caption: str) -> str:
+        """See `preprocess.tokens.tokenizer.Tokenizer.clean`."""
+        text = clip_clean(caption)
+        return " ".join(self._split(text)) if self._dropped else text
+
     @property
     def whole_words(self) -> tuple[np.ndarray, np.ndarray]:
         """Bool [V] each: tokens that begin a word (none is marked so), and tokens that end one."""

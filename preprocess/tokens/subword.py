@@ -68,6 +68,13 @@ class SubwordTokenizer:
         self._rule = None if rule and rule.flags & JOINED and without_stop_words else rule
         self.path: Literal["fast", "plain"] = "fast" if self._rule else "plain"
 
+    def clean(self, caption: str) -> str:
+        """See `preprocess.tokens.tokenizer.Tokenizer.clean`."""
+        text = _without_surrogates(caption)
+        text = remove_stop_words(text) if self._without_stop_words else text
+        normalizer = self._engine.normalizer
+        return normalizer.normalize_str(text) if normalizer else text
+
     def encode_rows(self, captions: Captions, limit: int) -> Rows:
         """Token ids and label sets, see `preprocess.tokens.tokenizer.Tokenizer.encode_rows`."""
         if self.fast is not None:

@@ -36,6 +36,10 @@ class Tokenizer(Protocol):
         """starts_word, ends_word, bool [V] each: a word border lies between ids a and b if ends_word[a] or starts_word[b]."""
         ...
 
+    def clean(self, caption: str) -> str:
+        """The text that is cut into tokens: a caption after cleaning and without removed stop words. For people; ids do without."""
+        ...
+
     def encode_rows(self, captions: Captions, limit: int) -> Rows:
         """Token ids and label sets of N captions; the excluded ids are in neither.
 

@@ -1,8 +1,8 @@
-"""Evaluation protocols: each takes features and targets, none knows the trainer.
+"""What an encoder is worth: each protocol takes features and classes, none knows the trainer.
 
-datasets.py   labelled images on disk: places, classes, fingerprint
-encoders.py   frozen encoders by name; weights.py reads their files
-features.py   encoder x data -> [N, W] arrays, once for each pair
-probe.py      features -> accuracies; logistic.py is its solver
-run_probe.py  `train probe`: all of it for a list of encoders, a table and the result JSON
+data/          images as people have them on disk -> places, classes, fingerprints
+encoders/      frozen encoders by name: runs, timm, open_clip, Hugging Face
+features.py    encoder x data -> [N, W], once for each pair; pixels.py: bytes -> pixels
+protocols/     features -> scores: probe, few-shot, nearest neighbours, zero-shot
+measure.py     scores -> rows and splits; run_protocol.py: one command; suite.py: all of them; tables.py
 """

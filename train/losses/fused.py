@@ -10,21 +10,30 @@ Compute = Callable[[tuple[bool, ...]], tuple[torch.Tensor, list[torch.Tensor | N
 
 
 class _Fused(torch.autograd.Function):
-    """The gradients are made with the loss; backward only multiplies them by what comes from above."""
+    """The gradients are made with the loss; backward multiplies them by what comes from above and gives them away.
+
+    They are as large as the head: a copy would cost as much memory again, and its first touch some hundredths of a second. So a second
+    backward pass over a retained graph computes them anew.
+    """
 
     @staticmethod
     def forward(ctx: Any, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, compute: Compute) -> torch.Tensor:
-        loss, gradients = compute(ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = (features.dtype, weight.dtype, bias.dtype)
+        ctx.compute, ctx.dtypes = compute, (features.dtype, weight.dtype, bias.dtype)
+        loss, ctx.gradients = compute(ctx.needs_input_grad[:3])
         return loss
 
     @staticmethod
     def backward(ctx: Any, above: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("the fused loss has no second derivative: backward(create_graph=True) is not supported")
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (*(None if gradient is None else (gradient * above).to(dtype) for gradient, dtype in pairs), None)
+        gradients, ctx.gradients = ctx.gradients or ctx.compute(ctx.needs_input_grad[:3])[1], None
+        # Asking for the value costs nothing on a CPU, and without accumulation it is 1.
+        if above.device.type != "cpu" or above.item() != 1.0:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(above)
+        pairs = zip(gradients, ctx.dtypes, strict=True)
+        return (*(None if gradient is None else gradient.to(dtype) for gradient, dtype in pairs), None)
 
 
 @torch.compiler.disable

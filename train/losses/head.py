@@ -26,19 +26,23 @@ class Head:
         needs: which of the three want a gradient.
         dtype: what the products are computed in.
         memory: bytes for the logits of a chunk.
+        buffer: kept from an earlier call, for the logits; used if large enough.
     """
 
     def __init__(
-        self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, needs: tuple[bool, ...], dtype: torch.dtype, memory: int
-    ) -> None:
+        self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, needs: tuple[bool, ...], dtype: torch.dtype, memory: int,
+        buffer: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.features, self.weight, self.bias = features.to(dtype), weight.to(dtype), bias.to(dtype)
         self.memory = memory
         self.sums = torch.float64 if dtype == torch.float64 else torch.float32
         self.gradients = [
-            torch.zeros_like(operand, dtype=self.sums) if needed else None
+            torch.empty_like(operand, dtype=self.sums) if needed else None  # the first chunk fills them
             for operand, needed in zip((features, weight, bias), needs, strict=True)
         ]
-        self._buffer = torch.empty(0, dtype=dtype, device=features.device)
+        if buffer is None or buffer.dtype != dtype or buffer.device != features.device:
+            buffer = torch.empty(0, dtype=dtype, device=features.device)
+        self.buffer: torch.Tensor = buffer
 
     @property
     def training(self) -> bool:
@@ -61,16 +65,20 @@ class Head:
             logits = torch.addmm(self.bias, x, self.weight.T, out=self._chunk(len(x), len(self.weight)))
             losses[part] = loss(logits, labels[part], self.training)
             into_features, into_weight, into_bias = self.gradients
+            first = part.start == 0
             if into_features is not None:
-                add_product(into_features[part], logits, self.weight, scale)
+                add_product(into_features[part], logits, self.weight, scale, first=True)
             if into_weight is not None:
-                add_product(into_weight, logits.T, x, scale)
+                add_product(into_weight, logits.T, x, scale, first)
             if into_bias is not None:
-                into_bias.add_(logits.sum(dim=0, dtype=self.sums), alpha=scale)
+                column_sums = logits.sum(dim=0, dtype=self.sums)
+                torch.mul(column_sums, scale, out=into_bias) if first else into_bias.add_(column_sums, alpha=scale)
         return losses
 
     def classes(self, loss: Callable[[torch.Tensor, slice], torch.Tensor], ids: torch.Tensor, scale: float) -> torch.Tensor:
         """Losses [C] of the classes `ids` [C], the batch being the axis they are taken along; adds `scale` times their gradients.
+
+        To be called after `rows`, which begins the sums.
 
         Args:
             loss: logits [R, B] of a part of `ids`, and which part -> losses [R]; leaves the gradient in the logits.
@@ -85,7 +93,7 @@ class Head:
             losses[part] = loss(logits, part)
             into_features, into_weight, into_bias = self.gradients
             if into_features is not None:
-                add_product(into_features, logits.T, chosen, scale)
+                add_product(into_features, logits.T, chosen, scale, first=False)
             if into_weight is not None:
                 into_weight.index_add_(0, ids[part], (logits @ self.features).to(self.sums), alpha=scale)
             if into_bias is not None:
@@ -94,16 +102,17 @@ class Head:
 
     def _chunk(self, rows: int, columns: int) -> torch.Tensor:
         """Memory for logits, the same for all chunks."""
-        if self._buffer.numel() < rows * columns:
-            self._buffer = self._buffer.new_empty(rows * columns)
-        return self._buffer[: rows * columns].view(rows, columns)
+        if self.buffer.numel() < rows * columns:
+            self.buffer = self.buffer.new_empty(rows * columns)
+        return self.buffer[: rows * columns].view(rows, columns)
 
 
-def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
-    """into += scale * left @ right; where `into` is of a finer type, part by part, so that no second [V, W] is made."""
+def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, first: bool) -> None:
+    """into += scale * left @ right (=, the first time); where `into` is of a finer type, part by part: no second [V, W] is made."""
     if into.dtype == left.dtype:
-        into.addmm_(left, right, alpha=scale)
+        into.addmm_(left, right, alpha=scale, beta=0.0 if first else 1.0)
         return
     for start in range(0, len(left), _PRODUCT_ROWS):
         rows = slice(start, start + _PRODUCT_ROWS)
-        into[rows].add_(left[rows] @ right, alpha=scale)
+        product = left[rows] @ right
+        torch.mul(product, scale, out=into[rows]) if first else into[rows].add_(product, alpha=scale)

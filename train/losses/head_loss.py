@@ -30,6 +30,7 @@ class HeadLoss(nn.Module):
     def __init__(self, settings: Loss, idf: torch.Tensor) -> None:
         super().__init__()
         self.settings = settings
+        self._buffer: torch.Tensor | None = None  # kept from step to step: touching fresh memory costs more than using it
         # Not a part of the weights: it comes from OUT, whose fingerprint every checkpoint names.
         self.register_buffer("idf", idf if settings.idf else torch.ones_like(idf), persistent=False)
 
@@ -48,11 +49,13 @@ class HeadLoss(nn.Module):
 
         def compute(needs: tuple[bool, ...]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
             with torch.autocast(weight.device.type, enabled=False):
-                head = Head(features, weight, bias, needs, dtype, self.settings.memory)
+                head = Head(features, weight, bias, needs, dtype, self.settings.memory, self._buffer)
                 labels = positives(label_ids, self.idf.to(head.sums))
-                return batch_loss(self.settings, head, labels), head.gradients
+                loss = batch_loss(self.settings, head, labels)
+                self._buffer = head.buffer
+                return loss, head.gradients
 
-        return fused(features, weight, bias, compute)
+        return fused(features, weight, bias, compute)  # type: ignore[call-arg]  # the decorator hides the parameters
 
 
 def batch_loss(settings: Loss, head: Head, labels: Positives, group: dist.ProcessGroup | None = None, vocabulary: int = 0) -> torch.Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from labels.errors import UserError
 from labels.settings import Probe
-from train.evals.logistic import TOLERANCE, Axes, fit, start_at_zero
+from train.evals.protocols.logistic import TOLERANCE, Axes, fit, start_at_zero
+from train.evals.protocols.protocol import accuracies, top_k
 
 PROTOCOL = "L-BFGS logistic regression on cached features, stand-in for MAE's recipe"
 _FLOAT64_NUMBERS = 2**23  # training features up to this size are computed with in float64
@@ -110,7 +111,7 @@ def linear_probe(
             zero = start_at_zero(x.shape[1], classes, device)
             solution = fit(x, y, weight_decay=best, curvature=axes.curvature, start=zero, max_iterations=settings.max_iterations)
             how = {"converged": solution.converged, "evaluations": solution.evaluations}
-            refits[best] = {**_score(solution.logits(x_test), y_test, classes), **how}
+            refits[best] = {**accuracies(solution.logits(x_test), y_test), **how}
         edges = (min(accuracy), max(accuracy)) if len(accuracy) > 1 else ()
         validation = {str(value): share for value, share in accuracy.items()}
         results.append({"seed": seed, "weight_decay": best, "at_edge": best in edges, "validation": validation, **refits[best]})
@@ -120,13 +121,4 @@ def linear_probe(
 def majority(train_y: np.ndarray, test_y: np.ndarray, *, classes: int) -> dict[str, Any]:
     """What the class counts of the training part alone score on the test part: top1 and top5 as in linear_probe."""
     counts = torch.from_numpy(np.bincount(train_y, minlength=classes))
-    return _score(counts.expand(len(test_y), classes), torch.from_numpy(test_y), classes)
-
-
-def top_k(logits: Tensor, y: Tensor, k: int) -> float:
-    """The share of rows whose class y [N] is among the k greatest of logits [N, C]."""
-    return float((logits.topk(k, dim=1).indices == y[:, None]).any(1).double().mean())
-
-
-def _score(logits: Tensor, y: Tensor, classes: int) -> dict[str, Any]:
-    return {"top1": top_k(logits, y, 1), "top5": top_k(logits, y, 5) if classes > 5 else None}
+    return accuracies(counts.expand(len(test_y), classes), torch.from_numpy(test_y))

@@ -1,0 +1,192 @@
+"""Charts as inline SVG, drawn twice: for a wide page and for a phone, of which the page's style shows one.
+
+Text keeps its size that way. Every axis has a name with its unit; a logarithmic one says so.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from labels.page import Html, html, join, tag
+
+WIDE, NARROW = 720, 340
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 14, 44
+_CHARACTER = 6.6  # width of a digit of 12 pixels, about
+
+
+@dataclass(frozen=True)
+class Axis:
+    """`label`: quantity and unit; `low`, `high`: the range shown, filled from the data where None; `log`: base 10."""
+
+    label: str
+    log: bool = False
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve; `kind`: `faint` for raw values behind a mean, `other` for what is compared with."""
+
+    xs: Sequence[float]
+    ys: Sequence[float]
+    kind: Literal["", "faint", "other"] = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A named point."""
+
+    x: float
+    y: float
+    name: str
+
+
+@dataclass(frozen=True)
+class _Scale:
+    axis: Axis
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: list[float] = field(default_factory=list)
+
+    def __call__(self, value: float) -> float:
+        """Pixels."""
+        low, high, at = (math.log10(v) if self.axis.log else v for v in (self.low, self.high, value))
+        return self.start + (self.end - self.start) * (at - low) / (high - low)
+
+
+def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Sequence[Mark] = (), note: str = "") -> Html:
+    """Curves over an axis.
+
+    Args:
+        title: what is seen, for the caption and for those who do not see it.
+        x, y: the axes.
+        series: names, where given, stand at the curves' ends.
+        marks: named points; a narrow page shows every second one.
+        note: a remark in the caption.
+    """
+
+    def draw(width: int, height: int) -> Html:
+        xs, ys = ([value for line in series for value in getattr(line, name)] for name in ("xs", "ys"))
+        across, up = _scales(width, height, x, y, xs, ys)
+        parts = [_frame(across, up, width, height)]
+        for line in series:
+            points = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in zip(line.xs, line.ys, strict=True))
+            parts.append(Html(f'<polyline class="line {line.kind}" points="{points}"/>'))
+            if line.name:
+                parts.append(_text(across(line.xs[-1]) - 4, up(line.ys[-1]) - 6, line.name, "end", "name"))
+        shown = marks if width == WIDE else marks[::2]
+        parts += [_mark(mark, across, up, above=place % 2 == 0) for place, mark in enumerate(shown)]
+        return join(parts)
+
+    return _figure(title, note, draw)
+
+
+def bar_chart(
+    title: str, x: Axis, y: Axis, edges: Sequence[float], heights: Sequence[float], bad: Sequence[float] | None = None, note: str = ""
+) -> Html:
+    """Bars from edge to edge, N + 1 edges for N heights.
+
+    `bad`: how much of each height, from the top on, is drawn as bad.
+    """
+
+    def draw(width: int, height: int) -> Html:
+        across, up = _scales(width, height, x, y, edges, [0.0, *heights])
+        gap = 1.0 if (across.end - across.start) / len(heights) > 3 else 0.0
+        parts = [_frame(across, up, width, height)]
+        for place, value in enumerate(heights):
+            left, right = across(edges[place]), across(edges[place + 1])
+            wrong = bad[place] if bad else 0.0
+            for part_low, part_high, kind in ((0.0, value - wrong, "bar"), (value - wrong, value, "bar bad")):
+                if part_high > part_low:
+                    top = up(part_high)
+                    size = f'width="{max(right - left - gap, 0.5):.2f}" height="{up(part_low) - top:.2f}"'
+                    parts.append(Html(f'<rect class="{kind}" x="{left:.2f}" y="{top:.2f}" {size}/>'))
+        return join(parts)
+
+    return _figure(title, note, draw)
+
+
+def short_number(value: float) -> str:
+    """As axes tell it: 1500 -> 1.5k."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{unit}"
+    return f"{value:g}"
+
+
+def _figure(title: str, note: str, draw: Callable[[int, int], Html]) -> Html:
+    drawings = []
+    for kind, width, height in (("wide", WIDE, 320), ("narrow", NARROW, 260)):
+        inner = join([tag("title", title), draw(width, height)])
+        drawings.append(tag("div", tag("svg", inner, viewBox=f"0 0 {width} {height}", role="img", aria_label=title), class_=kind))
+    caption = tag("figcaption", f"{title}. {note}" if note else f"{title}.")
+    return tag("figure", join([*drawings, caption]), class_="chart")
+
+
+def _scales(width: int, height: int, x: Axis, y: Axis, xs: Sequence[float], ys: Sequence[float]) -> tuple[_Scale, _Scale]:
+    across = _scale(x, xs, _LEFT, width - _RIGHT, count=8 if width == WIDE else 4)
+    return across, _scale(y, ys, height - _BOTTOM, _TOP, count=5)
+
+
+def _scale(axis: Axis, values: Sequence[float], start: float, end: float, count: int) -> _Scale:
+    positive = [value for value in values if value > 0] if axis.log else list(values)
+    low = axis.low if axis.low is not None else min(positive, default=1.0 if axis.log else 0.0)
+    high = axis.high if axis.high is not None else max(positive, default=low)
+    if high <= low:
+        high = low * 10 if axis.log else low + 1
+    ticks = log_ticks(low, high) if axis.log else linear_ticks(low, high, count)
+    return _Scale(axis, low, high, start, end, ticks)
+
+
+def linear_ticks(low: float, high: float, count: int) -> list[float]:
+    """At most about `count` round numbers in a range, 1, 2 or 5 times a power of ten apart."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(place * step, 12) for place in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """The powers of ten in a range."""
+    return [10.0**power for power in range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)]
+
+
+def _frame(across: _Scale, up: _Scale, width: int, height: int) -> Html:
+    """Grid lines, ticks and the axes' names."""
+    parts = []
+    for value in up.ticks:
+        parts.append(_line(_LEFT, up(value), width - _RIGHT, up(value), "grid"))
+        parts.append(_text(_LEFT - 6, up(value) + 4, short_number(value), "end"))
+    parts.append(_line(_LEFT, height - _BOTTOM, width - _RIGHT, height - _BOTTOM, "axis"))
+    for value in across.ticks:
+        at, half = across(value), len(short_number(value)) * _CHARACTER / 2
+        parts.append(_line(at, height - _BOTTOM, at, height - _BOTTOM + 4, "axis"))
+        parts.append(_text(min(max(at, half), width - half), height - _BOTTOM + 17, short_number(value), "middle"))
+    names = [f"{axis.label}{', log scale' if axis.log else ''}" for axis in (across.axis, up.axis)]
+    parts.append(_text((_LEFT + width - _RIGHT) / 2, height - 6, names[0], "middle"))
+    middle = (_TOP + height - _BOTTOM) / 2
+    parts.append(Html(f'<text transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">{html(names[1])}</text>'))
+    return join(parts)
+
+
+def _mark(mark: Mark, across: _Scale, up: _Scale, *, above: bool) -> Html:
+    """A dot with its name, on the upper left or the lower right of it, whichever has room."""
+    x, y = across(mark.x), up(mark.y)
+    room = len(mark.name) * _CHARACTER + 8
+    left = (above and x - room > _LEFT) or x + room > across.end
+    text = _text(x - 5, y - 7, mark.name, "end", "name") if left else _text(x + 6, y + 14, mark.name, "start", "name")
+    return join([Html(f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'), text])
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
+    return Html(f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> Html:
+    return Html(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html(text)}</text>')

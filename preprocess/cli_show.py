@@ -1,0 +1,109 @@
+"""The commands of `preprocess` that show, foretell and examine: explain, report, plan, doctor."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from labels.config import load_pipeline
+from labels.files import write_whole
+from labels.layout import out_path
+from labels.settings import parse_count
+from preprocess.cli_options import config_option, parse_out, set_option
+from preprocess.doctor import examine, print_findings
+from preprocess.estimate import estimate
+from preprocess.forecast import Prices, print_estimate
+from preprocess.show.card import draw_card
+from preprocess.show.explain_page import explanation_page
+from preprocess.show.explanation import explain
+from preprocess.show.report_page import report_page
+from preprocess.show.summary import summarise
+from preprocess.show.terminal import print_explanation
+
+_file = click.Path(path_type=Path, dir_okay=False)
+
+
+def _count(_context: click.Context, _option: click.Parameter, value: str | None) -> int | None:
+    """`1.28B` as a number."""
+    count = parse_count(int(value) if value and value.isdecimal() else value)
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise click.BadParameter(f"{value!r}; allowed: a number of samples, e.g. 12800000, 12.8M or 1.28B")
+    return count
+
+
+@click.command("explain")
+@click.argument("out", callback=parse_out)
+@click.argument("sample", metavar="KEY|UID")
+@click.option("--shard", metavar="NAME", help="The shard to look in, where a key stands in several.")
+@click.option("--checkpoint", "run", type=click.Path(path_type=Path), metavar="RUN", help="Tell this run's likeliest tokens too.")
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="How many of them.")
+@click.option("--html", "page", type=_file, help="Write a page that opens without a network.")
+@click.option("--png", "card", type=_file, help="Write a picture.")
+def explain_command(out: Path, sample: str, shard: str | None, run: Path | None, top: int, page: Path | None, card: Path | None) -> None:
+    """Show one sample of OUT from caption to target: image, cleaned caption, tokens, frequencies, IDF, weights."""
+    told = explain(out, sample, shard=shard, run=run, top=top)
+    print_explanation(told, Console(markup=False, emoji=False, highlight=False))
+    if page:
+        text = explanation_page(told)
+        write_whole(page, lambda partial: partial.write_text(text, encoding="utf8"))
+    if card:
+        data = draw_card(told)
+        write_whole(card, lambda partial: partial.write_bytes(data))
+
+
+@click.command("report")
+@click.argument("out", callback=parse_out)
+@click.option("--out", "page", type=_file, required=True, metavar="FILE", help="The HTML file to write.")
+@click.option("--pictures", type=click.IntRange(min=0), default=24, show_default=True, help="Images in the gallery.")
+def report_command(out: Path, page: Path, pictures: int) -> None:
+    """Write one HTML file that shows what a build made of its data; it opens without a network."""
+    text = report_page(summarise(out, pictures))
+    write_whole(page, lambda partial: partial.write_text(text, encoding="utf8"))
+    print(f"{page}: {page.stat().st_size / 2**20:.1f} MiB")
+
+
+@click.command("plan")
+@click.argument("data", nargs=-1, required=True)
+@click.option("--out", help="Where OUT is to be, for the free space there (default: paths.out).")
+@click.option("--samples", callback=_count, help="Foretell for so many samples of this kind (default: all of DATA), e.g. 1.28B.")
+@click.option("--workers", type=click.IntRange(min=1), help="Worker processes of the build (default: build.workers).")
+@click.option("--no-beton", is_flag=True, help="A build that stops after the IDF table.")
+@click.option("--price-per-hour", type=click.FloatRange(min=0), help="Of this machine.")
+@click.option("--price-per-gib-month", type=click.FloatRange(min=0), help="Of storage.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@config_option
+@set_option
+def plan_command(
+    data: tuple[str, ...], out: str | None, samples: int | None, workers: int | None, no_beton: bool, price_per_hour: float | None,
+    price_per_gib_month: float | None, as_json: bool, config: Path | None, overrides: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Measure two or three shards of DATA in a temporary folder, and foretell time, disk, memory and cost of the whole build."""
+    settings = load_pipeline(config, [*overrides, *([f"build.workers={workers}"] if workers else [])])
+    target = out_path(out or settings.paths.out)
+    found = estimate(list(data), target, settings, samples=samples, betons=not no_beton)
+    prices = Prices(price_per_hour, price_per_gib_month)
+    if as_json:
+        print(json.dumps(found.describe(prices), indent=1))
+    else:
+        print_estimate(found, prices, Console(markup=False, emoji=False, highlight=False))
+
+
+@click.command("doctor")
+@click.option("--out", help="The folder whose disk is tried (default: paths.out).")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@config_option
+def doctor_command(out: str | None, as_json: bool, config: Path | None) -> None:
+    """Examine this machine: Python, libraries, GPU, disk, memory, limits; exit code 1 if something needed is missing."""
+    settings = load_pipeline(config)
+    findings = examine(Path(out or settings.paths.out), settings)
+    if as_json:
+        print(json.dumps([finding.describe() for finding in findings], indent=1))
+    else:
+        print_findings(findings, Console(markup=False, emoji=False, highlight=False))
+    if any(finding.state == "missing" for finding in findings):
+        sys.exit(1)
+
+
+SHOW_COMMANDS = (explain_command, report_command, plan_command, doctor_command)

@@ -1,0 +1,168 @@
+"""`preprocess explain`: the numbers are the loss's own, captions come from the shard or are told as decoded, errors name the sample."""
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Built
+from page_checks import check_page
+from PIL import Image
+from safetensors.torch import save_file
+from shard_factory import build, healthy, preprocess, rows, sample, write_tar
+
+from labels.config import dump_yaml, load_pipeline
+from labels.files import write_json
+from labels.idf import read_idf, target_weights
+from labels.manifest import read_manifest
+from preprocess.show.explanation import explain
+from preprocess.tokens.readable import name_of, text_of
+from train.checkpoint import State
+from train.evals.encoders import load_encoder
+from train.evals.features import decode
+from train.losses.positives import positives
+from train.model import build_head, build_trunk
+from train.weights import load_exactly, read_weights
+
+
+def test_weights_are_the_losss(finished: Built) -> None:
+    idf = read_idf(finished.out / "idf.parquet")
+    for row in rows(finished.out)[:6]:
+        told = {label.token_id: label.weight for label in explain(finished.out, row["key"]).labels}
+        expected = positives(torch.tensor([row["label_ids"]]), torch.from_numpy(idf)).shares[0]
+        assert np.allclose([told[token] for token in row["label_ids"]], expected.numpy(), atol=1e-6)
+    assert target_weights(np.zeros(3)).tolist() == [0, 0, 0]
+
+
+def test_by_key_and_by_uid_with_the_image_of_its_row(finished: Built) -> None:
+    by_key, by_uid = explain(finished.out, "000000013"), explain(finished.out, f"{13:032x}")
+    assert by_key == by_uid
+    assert by_key.caption == "two dogs, a cat and the sea 13" == by_key.cleaned
+    assert by_key.image == healthy(1, first=13)[0][1]
+    assert by_key.tokens[0] == "two" and by_key.sample.index == 13
+
+
+def test_caption_and_cleaned_caption_differ_where_cleaning_did_something(finished: Built) -> None:
+    told = explain(finished.out, "000000002")
+    assert told.caption.startswith("Ünïcode &amp;amp;")
+    assert told.cleaned == 'ünïcode & "quotes" 2'
+    assert told.notes == []
+
+
+def test_without_the_shard_the_caption_is_decoded_and_says_so(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "data" / "0.tar", healthy(4))
+    build(tmp_path / "data", tmp_path / "out")
+    tar.rename(tmp_path / "elsewhere.tar")
+    told = explain(tmp_path / "out", "000000001")
+    assert told.caption == "two dogs , a cat and the sea 1"
+    assert told.caption_from == "put together from the tokens: 0.tar is no longer where it was"
+    assert told.cleaned is None and told.image is not None
+
+
+def test_command_writes_page_and_picture(finished: Built, tmp_path: Path) -> None:
+    said = preprocess("explain", finished.out, "000000003", "--html", tmp_path / "x.html", "--png", tmp_path / "x.png")
+    assert said.code == 0, said.err
+    assert "犬と猫" in said.out and "t_c" in said.out
+    page = check_page((tmp_path / "x.html").read_text("utf8"))
+    assert "犬と猫" in page.text and page.images == 1
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.format == "PNG" and picture.width == 1200
+
+
+def test_a_quarantined_sample_says_why(finished: Built) -> None:
+    said = preprocess("explain", finished.out, "000000100")
+    assert said.code == 2
+    assert "has no label row '000000100': it was left out, caption is not UTF-8" in said.err
+    assert "no image: not an image" in preprocess("explain", finished.out, "000000101").out
+
+
+def test_a_key_in_two_shards_asks_which(tmp_path: Path) -> None:
+    for shard in ("a", "b"):
+        write_tar(tmp_path / "data" / f"{shard}.tar", sample("7", f"a {shard} cat"))
+    build(tmp_path / "data", tmp_path / "out")
+    said = preprocess("explain", tmp_path / "out", "7")
+    assert said.code == 2
+    assert "'7' stands in 2 shards" in said.err and "--shard NAME" in said.err
+    assert explain(tmp_path / "out", "7", shard="b").caption == "a b cat"
+    assert "allowed: a, b" in preprocess("explain", tmp_path / "out", "7", "--shard", "c").err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tokenizer", "text", "names"),
+    [
+        (["red</w>", "sno", "ws</w>", "Ã©</w>"], "clip", "red snows é", ["red", "sno…", "ws", "é"]),
+        (["un", "##able", "to"], "wordpiece", "unable to", ["un", "…able", "to"]),
+        (["▁un", "able", "▁to"], "unigram", "unable to", ["un", "able", "to"]),
+        (["dog.n.01", "cat.n.01"], "catlip", "dog.n.01, cat.n.01", ["dog.n.01", "cat.n.01"]),
+        (["Ġred", "Ġcat"], "bpe", "red cat", ["red", "cat"]),
+    ],
+)
+def test_tokens_become_text(tokens: list[str], tokenizer: str, text: str, names: list[str]) -> None:
+    assert text_of(tokens, tokenizer) == text
+    assert [name_of(token, tokenizer) for token in tokens] == names
+
+
+@pytest.fixture(scope="module")
+def run(finished: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a tiny net that was never trained, as `train run` leaves it."""
+    folder = tmp_path_factory.mktemp("run")
+    small = {"patch_size": 16, "depth": 1, "embed_dim": 32, "num_heads": 2}
+    model = {"trunk_args": small, "trunk": "vit_tiny_patch16_224", "image_size": 32}
+    pipeline = load_pipeline(overrides=[f"train.model={model}"])
+    manifest = read_manifest(finished.out)
+    vocabulary = manifest.tokenizer.vocabulary
+    checkpoint = folder / "checkpoints" / "samples-000000000064"
+    checkpoint.mkdir(parents=True)
+    torch.manual_seed(0)
+    save_file(build_trunk(pipeline.train.model).state_dict(), checkpoint / "trunk.safetensors")
+    save_file(build_head(32, vocabulary).state_dict(), checkpoint / "head.safetensors")
+    state = State(samples_seen=64, number=1, labels="", idf="", betons="", options="", vocabulary=vocabulary)
+    write_json(checkpoint / "state.json", state.model_dump())
+    dump_yaml(folder / "config.yaml", pipeline)
+    write_json(folder / "data.json", {"tokenizer_fingerprint": manifest.tokenizer.fingerprint})
+    return folder
+
+
+def test_a_runs_likeliest_tokens(finished: Built, run: Path, tmp_path: Path) -> None:
+    told = explain(finished.out, "000000003", run=run, top=5)
+    file = run / "checkpoints" / told.checkpoint / "head.safetensors"
+    encoder, head = load_encoder(f"run:{run}"), build_head(32, 49_408)
+    load_exactly(head, read_weights(file), file)
+    pixels = torch.from_numpy(decode(told.image or b"", 32).copy()).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in encoder.images[1:])
+    with torch.no_grad():
+        expected = head(encoder((pixels - mean) / std)).softmax(dim=1)[0].topk(5)
+    assert [guess.label.token_id for guess in told.guesses] == expected.indices.tolist()
+    assert np.allclose([guess.probability for guess in told.guesses], expected.values.numpy(), rtol=1e-5)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("name: softmax", "name: bce"))
+    assert 0.2 < explain(finished.out, "000000003", run=run, top=1).guesses[0].probability < 1  # of this token alone
+    write_json(run / "data.json", {"tokenizer_fingerprint": "0123"})
+    said = preprocess("explain", finished.out, "000000003", "--checkpoint", run)
+    assert said.code == 2
+    assert "was trained on other classes: 49,408 of tokenizer 0123" in said.err and "give the OUT" in said.err
+
+
+def test_a_run_without_checkpoint_is_told_in_trains_words(finished: Built, tmp_path: Path) -> None:
+    said = preprocess("explain", finished.out, "000000003", "--checkpoint", tmp_path)
+    assert said.code == 2
+    assert "has no finished checkpoint" in said.err
+
+
+def test_the_terminal_shows_the_picture_in_blocks(finished: Built) -> None:
+    from rich.console import Console
+
+    from preprocess.show.terminal import print_explanation
+
+    stream = io.StringIO()
+    print_explanation(explain(finished.out, "000000003"), Console(file=stream, force_terminal=True, color_system="truecolor", width=100))
+    assert len(re.findall("▀", stream.getvalue())) == 40 * 20
+
+
+def test_explain_loads_no_torch() -> None:
+    code = "import preprocess.show.predictions, preprocess.cli, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,107 @@
+"""The commands of the evaluations: parse, call, report. What is imported inside takes a second: not for --help."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from labels.config import load_pipeline
+from train import options
+
+_PATH = click.Path(path_type=Path)
+_OPTIONS = (
+    click.option("--data", metavar="KIND:DIR", help="imagenet:, pets:, cars:, folders:, shards: or parquet:DIR, as downloaded."),
+    click.option("--train", "train_dir", type=_PATH, help="Instead of --data: training part, class folders or shards."),
+    click.option("--test", "test_dir", type=_PATH, help="Test part, laid out alike."),
+    click.option(
+        "--encoder", "encoders", multiple=True, required=True, metavar="SPEC",
+        help="run:RUN, untrained:RUN, timm:NAME, open_clip:NAME, hf:DIR or pixels:SIDE. Repeatable.",
+    ),
+    click.option("--weights", multiple=True, metavar="FILE", help="Weight file of each timm: and open_clip: encoder in turn."),
+    click.option("--layer", type=int, help="Features of this block: 1 is the first, -1 the last (default: the model's own output)."),
+    click.option("--pool", metavar="avg|cls|cls+avg", help="Pool of the patches, the class token, or both (default: the model's own)."),
+    click.option("--out", type=_PATH, help="Result JSON; what was drawn lies beside it as <name>.splits.parquet."),
+    click.option("--cache", type=_PATH, help="Folder that keeps features between calls."),
+    options.config,
+    options.overrides,
+)  # fmt: skip
+
+
+def _evaluation(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command("probe")
+@click.option("--recipe", type=click.Choice(["lbfgs", "mae"]), help="Default: probe.recipe.")
+@_evaluation
+def probe(recipe: str | None, **arguments: Any) -> None:
+    """Fit a linear classifier on the features of frozen encoders; accuracy on the test part."""
+    _run("probe", arguments, {"probe.recipe": recipe})
+
+
+@click.command("fewshot")
+@_evaluation
+def fewshot(**arguments: Any) -> None:
+    """Ridge regression on a few training images a class (big_vision's 10-shot)."""
+    _run("fewshot", arguments, {})
+
+
+@click.command("knn")
+@_evaluation
+def knn(**arguments: Any) -> None:
+    """Nearest neighbours of frozen features: DINO's weighted vote, and the majority."""
+    _run("knn", arguments, {})
+
+
+@click.command("zeroshot")
+@click.option("--classnames", metavar="imagenet|FILE", help="Names of the classes (default: zeroshot.classnames).")
+@click.option("--templates", metavar="openai|FILE", help="Templates with {} for the name (default: zeroshot.templates).")
+@_evaluation
+def zeroshot(classnames: str | None, templates: str | None, **arguments: Any) -> None:
+    """Classify by the classes' names alone: by the pre-training head's logits of their tokens."""
+    _run("zeroshot", arguments, {"zeroshot.classnames": classnames, "zeroshot.templates": templates})
+
+
+@click.command("eval")
+@click.option("--suite", type=_PATH, required=True, metavar="FILE", help="YAML: lists of encoders, data and protocols.")
+@click.option("--out", type=_PATH, required=True, help="Folder of features, results and the table; the same command goes on there.")
+@options.config
+@options.overrides
+def evaluate(suite: Path, out: Path, config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Every encoder by every protocol on every data set; one table at the end."""
+    from train.evals.measure import on_device
+    from train.evals.suite import run_suite
+    from train.evals.suite_file import read_suite
+
+    extract = on_device(load_pipeline(config, overrides).features, out / "features")
+    run_suite(read_suite(suite), out, extract, config, overrides)
+
+
+def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> None:
+    """`flags`: keys that have an option of their own, which wins over --set."""
+    from train.evals.encoders.load import pair_weights
+    from train.evals.measure import on_device
+    from train.evals.protocols.registry import PROTOCOLS
+    from train.evals.run_protocol import named_data, run_protocol
+
+    set_by_flags = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    pipeline = load_pipeline(arguments["config"], [*arguments["overrides"], *set_by_flags])
+    encoders = pair_weights(arguments["encoders"], arguments["weights"], arguments["layer"], arguments["pool"])
+    cache = arguments["cache"]
+    run_protocol(
+        PROTOCOLS[name],
+        encoders,
+        lambda: named_data(arguments["data"], arguments["train_dir"], arguments["test_dir"], cache),
+        pipeline,
+        on_device(pipeline.features, cache),
+        arguments["out"],
+    )
+
+
+def register(group: click.Group) -> None:
+    """Add all of them to the command `train`."""
+    for command in (probe, fewshot, knn, zeroshot, evaluate):
+        group.add_command(command)

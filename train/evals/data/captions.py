@@ -1,0 +1,119 @@
+"""Images with captions: COCO's own files, Karpathy's splits, Flickr30k, and webdataset tars.
+
+    coco:DIR       annotations/captions_{train,val}{2014,2017}.json, images in DIR/<part>/ or DIR/images/<part>/
+    karpathy:DIR   dataset_coco.json, images in DIR/{train,val}2014/; or dataset_flickr30k.json, images below DIR
+    flickr30k:DIR  dataset_flickr30k.json (Karpathy's splits), images in flickr30k-images/ or flickr30k_images/ or images/
+    pairs:DIR      DIR/{train,val,test}/*.tar: <key>.jpg with <key>.txt
+
+A part is `train`, `val` or `test`; Karpathy's `restval` belongs to `train`, as usual.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from labels.errors import UserError
+from train.evals.data.images import CaptionedImages, FilePlace
+from train.evals.data.listing import image_member, list_tars, tar_members
+from train.evals.data.published import missing
+
+_IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images", "images", ".")
+_PART_OF: dict[str, str] = {"restval": "train"}
+
+
+def load_captions(spec: str) -> dict[str, CaptionedImages]:
+    """The parts that `KIND:DIR` has, by name.
+
+    Raises:
+        UserError: an unknown kind, a layout that is not there, images without file or caption.
+    """
+    kind, _, value = spec.partition(":")
+    if kind not in CAPTION_KINDS or not value:
+        raise UserError(f"--data {spec!r} names no captioned data", allowed=", ".join(f"{name}:DIR" for name in CAPTION_KINDS))
+    directory = Path(value)
+    if not directory.is_dir():
+        raise UserError(f"no directory at {directory}", mend="mend the path given to --data")
+    return CAPTION_KINDS[kind](directory)
+
+
+def read_coco(directory: Path) -> dict[str, CaptionedImages]:
+    """COCO captions: `train` and `val`, of 2017 or else of 2014."""
+    parts = {}
+    for part in ("train", "val"):
+        names = [f"{part}{year}" for year in (2017, 2014)]
+        name = next((name for name in names if (directory / "annotations" / f"captions_{name}.json").is_file()), None)
+        if name is None:
+            continue
+        content = _read_json(directory / "annotations" / f"captions_{name}.json")
+        captions: dict[int, list[str]] = {}
+        for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
+        folder = next((directory / place for place in (name, f"images/{name}") if (directory / place).is_dir()), directory / name)
+        images = [(image["file_name"], folder / image["file_name"], captions.get(image["id"], [])) for image in content["images"]]
+        parts[part] = _captioned(directory, images)
+    if not parts:
+        raise missing("COCO captions", directory, "annotations/captions_{train,val}{2014,2017}.json")
+    return parts
+
+
+def read_karpathy(directory: Path) -> dict[str, CaptionedImages]:
+    """Karpathy's splits of COCO or Flickr30k: `train`, `val` and `test`."""
+    files = [directory / f"dataset_{name}.json" for name in ("coco", "flickr30k")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise missing("a data set with Karpathy's splits", directory, "dataset_coco.json or dataset_flickr30k.json")
+    folder = next(directory / name for name in _IMAGE_FOLDERS if (directory / name).is_dir())
+    found: dict[str, list[tuple[str, Path, list[str]]]] = {}
+    for image in _read_json(file)["images"]:
+        # COCO's entries name the folder, Flickr's lie in one.
+        path = directory / image["filepath"] / image["filename"] if "filepath" in image else folder / image["filename"]
+        part = _PART_OF.get(str(image["split"]), str(image["split"]))
+        found.setdefault(part, []).append((image["filename"], path, [sentence["raw"].strip() for sentence in image["sentences"]]))
+    return {part: _captioned(directory, images) for part, images in found.items()}
+
+
+def read_pairs(directory: Path) -> dict[str, CaptionedImages]:
+    """Tars of image-text pairs, one folder a part."""
+    parts = {}
+    for part in ("train", "val", "test"):
+        samples = []
+        for path in list_tars(directory / part):
+            for tar, key, fields in tar_members(path):
+                text = tar.extractfile(fields["txt"]) if "txt" in fields else None
+                if text is None:
+                    raise UserError(f"{path}: the sample {key!r} has no txt", allowed="<key>.jpg with <key>.txt")
+                caption = text.read().decode("utf8", "replace").strip()
+                samples.append((f"{path.name}/{key}", image_member(path, key, fields), [caption]))
+        if samples:
+            parts[part] = CaptionedImages.of(directory / part, samples)
+    if not parts:
+        raise UserError(f"{directory} holds no pairs", allowed="DIR/{train,val,test}/*.tar with <key>.jpg and <key>.txt")
+    return parts
+
+
+def _captioned(directory: Path, images: list[tuple[str, Path, list[str]]]) -> CaptionedImages:
+    gone = [path for _, path, _ in images if not path.is_file()]
+    if gone:
+        raise UserError(
+            f"{len(gone)} of {len(images)} images are missing, the first: {gone[0]}", mend=f"unpack the images into {directory}"
+        )
+    bare = [name for name, _, captions in images if not captions]
+    if bare:
+        raise UserError(f"{len(bare)} of {len(images)} images of {directory} have no caption, the first: {bare[0]}")
+    return CaptionedImages.of(directory, [(name, FilePlace.of_file(path), captions) for name, path, captions in images])
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is not readable as JSON: {error}", mend="fetch it again") from None
+
+
+CAPTION_KINDS: dict[str, Callable[[Path], dict[str, CaptionedImages]]] = {
+    "coco": read_coco,
+    "karpathy": read_karpathy,
+    "flickr30k": read_karpathy,
+    "pairs": read_pairs,
+}

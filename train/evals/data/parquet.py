@@ -1,0 +1,110 @@
+"""Labelled images in Parquet, as Hugging Face's hub keeps them: a column of image bytes and a column of classes.
+
+image column   `image`, `img` or `jpg`: binary, or struct<bytes: binary, ...>
+class column   `label`, `class` or `fine_label`: text, or a whole number (named by the file's own `huggingface` metadata, if it is there)
+"""
+
+import json
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from labels.errors import UserError
+from train.evals.data.images import Sample
+
+_IMAGES, _CLASSES = ("image", "img", "jpg"), ("label", "class", "fine_label")
+_GROUPS_HELD = 4  # row groups of encoded images in memory: threads read neighbouring rows
+_reading = threading.Lock()
+
+
+class ParquetPlace(NamedTuple):
+    """Row `row` of a row group; `column` is the leaf that holds the bytes, e.g. `image.bytes`."""
+
+    path: Path
+    group: int
+    row: int
+    column: str
+
+    @property
+    def size_bytes(self) -> int:
+        """Unknown before it is read."""
+        return -1
+
+    def read(self) -> bytes:
+        """The encoded image."""
+        with _reading:  # else all threads would read the same new group
+            values = _read_group(self.path, self.path.stat().st_mtime_ns, self.group, self.column)
+        return values[self.row].as_py() or b""
+
+
+@lru_cache(_GROUPS_HELD)
+def _read_group(path: Path, modified_ns: int, group: int, column: str) -> pa.ChunkedArray:
+    with pq.ParquetFile(path) as file:
+        values = file.read_row_group(group, columns=[column]).column(0)
+    return pa.chunked_array([chunk.field("bytes") for chunk in values.chunks]) if "." in column else values
+
+
+def list_parquet(files: list[Path]) -> tuple[list[Sample], tuple[str, ...] | None]:
+    """Every labelled image of some Parquet files of one schema; only classes are read, no image.
+
+    Returns:
+        The samples, in order of file and row, and the classes in the order of their numbers where the files name them.
+
+    Raises:
+        UserError: a file that is no such table, or a class that is missing.
+    """
+    samples: list[Sample] = []
+    names: tuple[str, ...] | None = None
+    for path in files:
+        try:
+            with pq.ParquetFile(path) as file:
+                schema = file.schema_arrow
+                image, label = _columns(path, schema)
+                names = _class_names(schema, label) or names
+                for group in range(file.num_row_groups):
+                    for row, value in enumerate(file.read_row_group(group, columns=[label]).column(0).to_pylist()):
+                        key = f"{path.name}/{len(samples)}"
+                        samples.append(Sample(key, _name(path, row, value, names), ParquetPlace(path, group, row, image)))
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} is not readable as Parquet: {error}", mend="fetch or write this file again") from None
+    return samples, names
+
+
+def _columns(path: Path, schema: pa.Schema) -> tuple[str, str]:
+    image = next((name for name in _IMAGES if name in schema.names), None)
+    label = next((name for name in _CLASSES if name in schema.names), None)
+    if image is None or label is None:
+        raise UserError(
+            f"{path} has the columns {', '.join(schema.names)}",
+            allowed=f"an image column ({', '.join(_IMAGES)}) and a class column ({', '.join(_CLASSES)})",
+            mend="rename the columns",
+        )
+    kind = schema.field(image).type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return f"{image}.bytes", label
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise UserError(f"{path}: the column {image} is of type {kind}", allowed="binary, or a struct with `bytes`")
+    return image, label
+
+
+def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
+    """The names that Hugging Face's metadata gives to the numbers of a class column."""
+    try:
+        features: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return tuple(map(str, features[label]["names"]))
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def _name(path: Path, row: int, value: Any, names: tuple[str, ...] | None) -> str:
+    if isinstance(value, int) and names is not None:
+        if 0 <= value < len(names):
+            return names[value]
+        raise UserError(f"{path} has the class {value} in row {row}", allowed=f"0 to {len(names) - 1}, which the file names")
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise UserError(f"{path} has no class in row {row}: {value!r}", allowed="a name or a whole number")
+    return str(value)

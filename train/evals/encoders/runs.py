@@ -1,0 +1,62 @@
+"""Encoders from this trainer: a run's checkpoint, and the same trunk untrained."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from labels.config import load_pipeline
+from labels.errors import UserError
+from labels.settings import Train
+from train.checkpoint import checkpoint_folders
+from train.evals.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
+from train.evals.encoders.timm_models import with_readout
+from train.model import build_trunk
+from train.weights import load_exactly, read_weights
+
+
+def load_run(asked: EncoderSpec, path: Path) -> Encoder:
+    """The trunk of `path`: a run's newest checkpoint, or one checkpoint's folder."""
+    path = path.resolve()
+    checkpoint = path if path in checkpoint_folders(path.parent.parent) else newest_checkpoint(path)
+    train = load_pipeline(checkpoint.parent.parent / "config.yaml").train
+    trunk, file = build_trunk(train.model), checkpoint / "trunk.safetensors"
+    load_exactly(trunk, read_weights(file), file)
+    net, words = with_readout(asked, trunk)
+    return finish(asked, net, _form(train), {**_architecture(train), "checkpoint": checkpoint.name, **words}, checkpoint=checkpoint)
+
+
+def untrained_run(asked: EncoderSpec, run: Path, seed: int) -> Encoder:
+    """The trunk that RUN/config.yaml describes, drawn from `seed`."""
+    if not run.is_dir():
+        raise UserError(f"no run folder at {run}", allowed="untrained:RUN, RUN holding a config.yaml", mend="mend --encoder")
+    train = load_pipeline(run / "config.yaml").train
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net, words = with_readout(asked, build_trunk(train.model))
+    words = {**_architecture(train), "checkpoint": f"none, drawn from seed {seed}", **words}
+    return finish(asked, net, _form(train), words, seeded=True)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The finished checkpoint of `run` with the most samples seen; `.partial` folders are never taken.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = checkpoint_folders(run)
+    if not folders:
+        raise UserError(
+            f"{run} has no finished checkpoint",
+            allowed="a run folder with checkpoints/samples-<number>/, or one such folder",
+            mend="train first (train run), or wait for the run's first checkpoint",
+        )
+    return folders[-1]
+
+
+def _form(train: Train) -> ImageForm:
+    return ImageForm(train.model.image_size, tuple(train.data.mean), tuple(train.data.std))
+
+
+def _architecture(train: Train) -> dict[str, Any]:
+    return {"architecture": train.model.trunk, "architecture_args": train.model.trunk_args}

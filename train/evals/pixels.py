@@ -1,0 +1,59 @@
+"""Image bytes -> pixels, the same for every encoder. S image side.
+
+bytes -> PIL (RGB, alpha on white) -> shorter side to S, bicubic, centre crop -> uint8 [S, S, 3]
+"""
+
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+TRANSFORM = "RGB, alpha on white, shorter side to image_size (PIL bicubic, antialiased), centre crop"
+DECODE_FAULTS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for bytes that are no whole image."""
+
+
+def decode(encoded: bytes, side: int) -> np.ndarray:
+    """Image bytes of any kind that Pillow reads -> uint8 [S, S, 3]: shorter side to S, bicubic, centre crop.
+
+    Raises:
+        OSError, ValueError, SyntaxError, DecompressionBombError: Pillow's own, for bytes that are no whole image.
+    """
+    with Image.open(BytesIO(encoded)) as image:
+        image.draft(None, (2 * side, 2 * side))  # lets the JPEG decoder halve big images, never below twice the side
+        rgb = _to_rgb(image)
+    short = min(rgb.size)
+    left, top = (rgb.width - short) / 2, (rgb.height - short) / 2
+    return _resize(rgb, side, (left, top, left + short, top + short))
+
+
+def decode_crop(encoded: bytes, side: int, seed: int, epoch: int, index: int) -> np.ndarray:
+    """The same with RandomResizedCrop (area 0.08 to 1, aspect 3/4 to 4/3) and a flip of one half: uint8 [S, S, 3].
+
+    The crop is a function of (seed, epoch, index) alone.
+
+    Raises:
+        OSError, ValueError, SyntaxError, DecompressionBombError: as for `decode`.
+    """
+    from train.crops import flipped, random_crop  # compiled: only for those who augment
+
+    with Image.open(BytesIO(encoded)) as image:
+        rgb = _to_rgb(image)
+    left, top, width, height = random_crop(rgb.width, rgb.height, (0.08, 1.0), (3 / 4, 4 / 3), seed, epoch, index)
+    pixels = _resize(rgb, side, (left, top, left + width, top + height))
+    return pixels[:, ::-1] if flipped(seed, epoch, index) else pixels
+
+
+def _resize(rgb: Image.Image, side: int, box: tuple[float, float, float, float]) -> np.ndarray:
+    return np.asarray(rgb.resize((side, side), Image.Resampling.BICUBIC, box=box))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB: 16-bit grey keeps its high byte (Pillow would clip it), transparency is laid on white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    return image.convert("RGB")

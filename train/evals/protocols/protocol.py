@@ -1,0 +1,72 @@
+"""What every protocol is: for one encoder and one data set it gives scores, one for each seed and variant. N samples, C classes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from labels.settings import Pipeline, Section
+from train.evals.data.sets import DataSet
+from train.evals.encoders.encoder import Encoder
+from train.evals.features import Extractor
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure's worth of work.
+
+    Attributes:
+        variant: what tables call it, e.g. `10-shot`.
+        seed: what was drawn from it.
+        metrics: name -> value, shares of 1; None where it does not apply. The first is the main one.
+        detail: JSON values: what was chosen, and how the solver ended.
+        split: rows of the training part that were drawn, in their order; None where all of it was used.
+    """
+
+    variant: str
+    seed: int
+    metrics: dict[str, float | None]
+    detail: dict[str, Any] = field(default_factory=dict)
+    split: np.ndarray | None = None
+
+
+class Evaluation(Protocol):
+    """A protocol by name. The test part gives the last figure alone: nothing is chosen by it."""
+
+    name: str
+
+    def settings(self, pipeline: Pipeline) -> Section:
+        """Its section of the configuration, which has `seeds`."""
+        ...
+
+    def describe(self, settings: Any) -> str:
+        """What it is, in words that a result can be compared by."""
+        ...
+
+    def check(self, data: DataSet, settings: Any) -> None:
+        """Refuse data that it cannot be run on, before anything expensive.
+
+        Raises:
+            UserError: naming the thing and the mend.
+        """
+        ...
+
+    def unfit(self, encoder: Encoder) -> str | None:
+        """Why this encoder cannot be measured so, with what could be done; None if it can."""
+        ...
+
+    def scores(self, encoder: Encoder, data: DataSet, settings: Any, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
+        """Run it. `seeds`: those of the settings, or one of them where the encoder itself is drawn from a seed."""
+        ...
+
+
+def top_k(logits: Tensor, y: Tensor, k: int) -> float:
+    """The share of rows whose class y [N] is among the k greatest of logits [N, C]."""
+    return float((logits.topk(k, dim=1).indices == y[:, None]).any(1).double().mean())
+
+
+def accuracies(logits: Tensor, y: Tensor) -> dict[str, float | None]:
+    """top1, and top5 where there are more than 5 classes, of logits [N, C] for the classes y [N]."""
+    return {"top1": top_k(logits, y, 1), "top5": top_k(logits, y, 5) if logits.shape[1] > 5 else None}

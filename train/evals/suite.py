@@ -1,0 +1,132 @@
+"""`train eval --suite FILE --out DIR`: every encoder by every protocol on every data set, and one table at the end.
+
+    encoders:                                  protocols:
+      - run:run                                  - probe
+      - encoder: timm:vit_base_patch16_224.mae   - protocol: probe
+        weights: mae.pth                           set: {recipe: mae}
+        layer: -2                                - fewshot
+        pool: avg                                - knn
+    data: [pets:/data/pets, folders:mine]        - zeroshot
+
+DIR/features/         features, shared by all protocols and by later calls
+DIR/results/<fingerprint>.json, .splits.parquet   one cell; a cell that is there is not measured again
+DIR/suite.json, table.md   all cells together
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from labels.errors import UserError
+from labels.files import fingerprint, write_json, write_whole
+from labels.settings import Pipeline
+from train.evals.data.sets import DataSet, load_data
+from train.evals.encoders.encoder import Encoder, EncoderSpec
+from train.evals.encoders.load import load_encoder
+from train.evals.features import Extractor
+from train.evals.measure import majority_row, measure, result, write_splits
+from train.evals.pixels import TRANSFORM
+from train.evals.protocols.protocol import Evaluation
+from train.evals.suite_file import ProtocolEntry, Suite
+from train.evals.tables import Grid
+
+
+class _Planned(NamedTuple):
+    """A protocol with its configuration, and the word that stands before its variants."""
+
+    evaluation: Evaluation
+    pipeline: Pipeline
+    prefix: str
+
+
+class _Cell(NamedTuple):
+    """One encoder by one protocol on one data set. `reason`: why it cannot be measured so."""
+
+    data: DataSet
+    encoder: EncoderSpec
+    planned: _Planned
+    file: Path
+    reason: str | None
+
+
+def run_suite(suite: Suite, out: Path, extract: Extractor, config: Path | None = None, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Measure every cell that is not there yet, print the table, and write suite.json and table.md.
+
+    Args:
+        extract: keeps its features below `out`.
+        config, overrides: the configuration that the protocols' own keys are laid over.
+
+    Returns:
+        What suite.json holds: `results`, one row a data set, encoder and variant.
+
+    Raises:
+        UserError: whatever does not fit; encoders, data and protocols are all checked before the first is measured.
+    """
+    planned = [_plan(entry, config, overrides) for entry in suite.protocols]
+    data_sets = [load_data(spec, extract.cache) for spec in suite.data]
+    for plan in planned:
+        for data in data_sets:
+            plan.evaluation.check(data, plan.evaluation.settings(plan.pipeline))
+    # Loaded once to see that all are sound and what they are, and let go: many large ones would not fit side by side.
+    about = [_about(entry.asked, planned) for entry in suite.encoders]
+    cells = list(_cells(out, data_sets, about, planned, extract))
+    held: tuple[EncoderSpec, Encoder] | None = None
+    for number, cell in enumerate(cells, start=1):
+        if cell.reason or cell.file.is_file():
+            continue
+        where = f"[{number}/{len(cells)}] {cell.data.name}: {cell.planned.evaluation.name}: {cell.encoder.name}"
+        print(where, flush=True)
+        if held is None or held[0] != cell.encoder:
+            held = (cell.encoder, load_encoder(cell.encoder))
+        _measure(cell, held[1], extract)
+    rows = [row for cell in cells for row in _rows(cell)]
+    rows = [{"data": data.name, **majority_row(data)} for data in data_sets] + rows
+    rows.sort(key=lambda row: suite.data.index(row["data"]))  # stable: within a data set as the suite file has them
+    grid = Grid(rows)
+    grid.print(f"top-1 %, mean ± deviation over seeds: {out}")
+    for reason in dict.fromkeys(f"{cell.planned.evaluation.name} of {cell.encoder.name}: {cell.reason}" for cell in cells if cell.reason):
+        print(f"left out: {reason}")
+    found = {"results": rows, "suite": suite.model_dump(), "cells": [cell.file.stem for cell in cells if not cell.reason]}
+    write_json(out / "suite.json", found)
+    write_whole(out / "table.md", lambda partial: partial.write_text(grid.markdown(), encoding="utf8"))
+    return found
+
+
+def _plan(entry: ProtocolEntry, config: Path | None, overrides: tuple[str, ...]) -> _Planned:
+    return _Planned(entry.evaluation, entry.pipeline(config, overrides), f"{entry.name}: " if entry.name else "")
+
+
+def _about(asked: EncoderSpec, planned: list[_Planned]) -> tuple[EncoderSpec, dict[str, Any], list[str | None]]:
+    """An encoder's description, and for each protocol why it cannot be measured so."""
+    encoder = load_encoder(asked)
+    return asked, encoder.describe(), [plan.evaluation.unfit(encoder) for plan in planned]
+
+
+def _cells(out: Path, data_sets: list[DataSet], about: list[Any], planned: list[_Planned], extract: Extractor) -> Iterator[_Cell]:
+    for data in data_sets:
+        for asked, description, reasons in about:
+            for plan, reason in zip(planned, reasons, strict=True):
+                settings: Any = plan.evaluation.settings(plan.pipeline)
+                parts = [data.name, *((part.fingerprint, part.modified_ns) for part in (data.train, data.test))]
+                what = [plan.evaluation.describe(settings), settings.model_dump(), asked.name, description, extract.precision, TRANSFORM]
+                yield _Cell(data, asked, plan, out / "results" / f"{fingerprint([parts, what])}.json", reason)
+
+
+def _measure(cell: _Cell, encoder: Encoder, extract: Extractor) -> None:
+    evaluation, pipeline = cell.planned.evaluation, cell.planned.pipeline
+    measured = measure(evaluation, encoder, cell.data, pipeline, extract)
+    if len(measured.splits):
+        write_splits(cell.file.with_suffix(".splits.parquet"), [measured.splits])
+    write_json(cell.file, result(evaluation, cell.data, pipeline, extract, measured.rows))
+
+
+def _rows(cell: _Cell) -> Iterator[dict[str, Any]]:
+    if cell.reason:
+        return
+    try:
+        rows = json.loads(cell.file.read_bytes())["results"]
+    except (ValueError, LookupError) as error:
+        raise UserError(f"{cell.file} is damaged: {error!r}", mend="remove it; the same command measures it again") from None
+    for row in rows:
+        yield {"data": cell.data.name, **row, "variant": cell.planned.prefix + row["variant"], "cell": cell.file.stem}
