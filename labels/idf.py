@@ -4,16 +4,14 @@ N captions, V vocabulary entries, df(c) = number of captions that contain token 
 """
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from labels.choices import Formula
 from labels.errors import UserError
 from labels.files import local_copy
 from labels.schema import TOKENS
-
-Formula = Literal["smooth", "paper", "none"]
 
 
 def idf_weights(document_frequency: np.ndarray, captions: int, formula: Formula) -> np.ndarray:

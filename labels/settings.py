@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from labels.idf import Formula
+from labels.choices import Formula
 from labels.recipes import RECIPES
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}

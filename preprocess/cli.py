@@ -9,22 +9,14 @@ from typing import get_args
 import click
 
 from labels import __version__
-from labels.config import load_pipeline
+from labels.choices import Formula, TokenizerKind
 from labels.errors import UserError
-from labels.idf import Formula
 from labels.layout import out_path
-from preprocess.append import append_shards, undo_append
-from preprocess.build import build_labels
 from preprocess.cli_options import config_option, parse_out, parse_outs, set_option
 from preprocess.cli_show import SHOW_COMMANDS
-from preprocess.idf_command import sum_idf
-from preprocess.inputs.captions import parse_caption_key
-from preprocess.inputs.rows import read_rows
-from preprocess.inputs.shards import find_shards
-from preprocess.outcome import print_summary
-from preprocess.query import run_query
-from preprocess.train_tokenizer import Kind, train_tokenizer
-from preprocess.verify import mending_command, verify_build
+from preprocess.workers import start_server
+
+# What is large is imported by the command that needs it, which also is when `build-labels` has its worker processes under way.
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -86,6 +78,12 @@ def build_labels_command(
 
     Run the same command again after any interruption: finished shards are skipped.
     """
+    if engine != "ray" and workers != 1:
+        start_server()
+    from labels.config import load_pipeline
+    from preprocess.build import build_labels
+    from preprocess.outcome import print_summary
+
     keys = caption_key.split(",") if caption_key else None
     flags = _as_overrides(workers=workers, engine=engine, caption_key=keys, subset=subset, decode_check=decode_check)
     settings = load_pipeline(config, [*overrides, *flags])
@@ -116,6 +114,9 @@ def append_command(
 
     Label rows and betons that are there stay as they are; the IDF table is summed anew.
     """
+    from preprocess.append import append_shards, undo_append
+    from preprocess.outcome import print_summary
+
     if undo:
         print(f"{out}: {undo_append(out)} shards given up")
         return
@@ -127,7 +128,7 @@ def append_command(
 
 @cli.command("train-tokenizer")
 @click.argument("data", nargs=-1, required=True)
-@click.option("--kind", type=click.Choice(get_args(Kind)), required=True, help="What to train.")
+@click.option("--kind", type=click.Choice(get_args(TokenizerKind)), required=True, help="What to train.")
 @click.option(
     "--vocab-size", type=click.IntRange(min=1), default=32_768, show_default=True, help="Tokens; catlip has as many as pass --min-count."
 )
@@ -139,7 +140,7 @@ def append_command(
 @set_option
 def train_tokenizer_command(
     data: tuple[str, ...],
-    kind: Kind,
+    kind: TokenizerKind,
     vocab_size: int,
     min_count: int | None,
     wordnet: str,
@@ -149,6 +150,12 @@ def train_tokenizer_command(
     overrides: tuple[str, ...],
 ) -> None:
     """Train a tokenizer, or choose CatLIP's synsets, on the captions of DATA."""
+    from labels.config import load_pipeline
+    from preprocess.inputs.captions import parse_caption_key
+    from preprocess.inputs.rows import read_rows
+    from preprocess.inputs.shards import find_shards
+    from preprocess.train_tokenizer import train_tokenizer
+
     settings = load_pipeline(config, overrides)
     choices = parse_caption_key(caption_key.split(",") if caption_key else settings.build.caption_key)
     shards = find_shards(list(data)).shards
@@ -168,6 +175,8 @@ def train_tokenizer_command(
 @click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The Parquet file to write.")
 def idf_command(outs: tuple[Path, ...], shards: str | None, formula: Formula | None, recount: bool, target: Path) -> None:
     """Sum the IDF table of some shards, or of several OUTs together, from the counts that are kept for every shard."""
+    from preprocess.idf_command import sum_idf
+
     print(f"{target}: {sum_idf(list(outs), target, shards=shards, formula=formula, recount=recount)}")
 
 
@@ -177,6 +186,8 @@ def idf_command(outs: tuple[Path, ...], shards: str | None, formula: Formula | N
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
 def sql_command(out: Path, query: str, form: str) -> None:
     """Ask OUT's tables (tokens, corpus, shards, labels) with SQL, read-only."""
+    from preprocess.query import run_query
+
     run_query(out, query, form)  # type: ignore[arg-type]  # click has checked the choice
 
 
@@ -184,6 +195,8 @@ def sql_command(out: Path, query: str, form: str) -> None:
 @click.argument("out", callback=parse_out)
 def verify_command(out: Path) -> None:
     """Read back everything in OUT and compare it with the manifest; exit code 1 if anything differs."""
+    from preprocess.verify import mending_command, verify_build
+
     faults = verify_build(out)
     for fault in faults:
         print(fault)

@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from labels.choices import Formula
 from labels.errors import UserError
 from labels.files import is_remote, local_copy, whole_file, write_whole
-from labels.idf import Formula, idf_weights
+from labels.idf import idf_weights
 from labels.layout import Layout
 from labels.manifest import ShardPart
 from labels.schema import COUNTS, TOKENS

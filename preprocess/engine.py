@@ -3,19 +3,15 @@
 A dead worker ends a local run with its reason; on Ray its task is given to another (ray_engine.py).
 """
 
-import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import pyarrow as pa
-
 from labels.errors import UserError
+from preprocess.workers import worker_pool
 
 Engine = Literal["local", "ray"]
 Task = TypeVar("Task")
@@ -52,8 +48,7 @@ def run_tasks(
     if workers == 1 or len(tasks) == 1:
         yield from map(function, tasks)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=_begin_worker) as pool:
+    with worker_pool(min(workers, len(tasks))) as pool:
         waiting = iter(tasks)
         running: set[Future[Result]] = set()
         try:
@@ -74,26 +69,3 @@ def run_tasks(
         finally:
             for future in running:
                 future.cancel()
-
-
-def one_core() -> None:
-    """In a worker: no threads of libraries beside its own, since there is a worker for every core.
-
-    Arrow's own allocators give memory back and fault it in again with every batch; the system's keeps it.
-    """
-    pa.set_cpu_count(1)
-    pa.set_memory_pool(pa.system_memory_pool())
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _begin_worker() -> None:
-    """In a worker: end as soon as the parent does, also when it is killed, so that no orphan writes beside the next run."""
-    one_core()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait_for_any([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

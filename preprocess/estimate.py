@@ -17,6 +17,7 @@ from labels.errors import UserError
 from labels.files import is_remote
 from labels.layout import Layout
 from labels.settings import Pipeline
+from preprocess.beton_plan import plan_groups
 from preprocess.corpus import write_idf
 from preprocess.counts import sum_counts
 from preprocess.engine import run_tasks, worker_count
@@ -24,7 +25,7 @@ from preprocess.forecast import Forecast, Measured, forecast
 from preprocess.inputs.captions import parse_caption_key
 from preprocess.inputs.rows import read_rows
 from preprocess.inputs.shards import Shard, find_shards
-from preprocess.passes import beton_pass, label_pass, shard_parts
+from preprocess.passes import beton_pass, label_pass, members, shard_parts
 from preprocess.plan import Build
 from preprocess.tokens.tokenizer import make_tokenizer
 
@@ -116,14 +117,16 @@ def _build(task: _Task, started: float) -> Measured:
     marker = label_pass(build, shards, shards)[0]
     parts = shard_parts(shards, [marker])
     idf_s = _seconds(lambda: write_idf(build, parts))
-    beton_s = _seconds(lambda: beton_pass(build, shards, parts, shards)) if task.betons else 0.0
-    written = beton_pass(build, shards, parts, shards) if task.betons else []
+    groups = plan_groups([members(shards, parts, [marker], 0)], settings.build)
+    beton_s = _seconds(lambda: beton_pass(build, groups, groups, copy=True)) if task.betons else 0.0
+    written = beton_pass(build, groups, groups, copy=True) if task.betons else []
+    files = [file for one in written for file in one["files"]]
     return Measured(
         name=task.shard.name,
         source_bytes=task.shard.bytes,
         vocabulary=len(build.tokenizer.tokens),
         rows=marker["rows"],
-        samples=sum(part["samples"] for part in written),
+        samples=sum(file["samples"] for file in files),
         left_out=sum(marker["reasons"].values()) + sum(sum(part["reasons"].values()) for part in written),
         start_s=started,
         tokenizer_s=tokenizer_s,
@@ -134,7 +137,7 @@ def _build(task: _Task, started: float) -> Measured:
         beton_s=beton_s,
         label_bytes=layout.label_file(task.shard.name).stat().st_size + layout.count_file(task.shard.name).stat().st_size,
         table_bytes=layout.idf_parquet.stat().st_size + layout.idf_duckdb.stat().st_size,
-        beton_bytes=sum(part["bytes"] for part in written),
+        beton_bytes=sum(file["bytes"] for file in files),
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 

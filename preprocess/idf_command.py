@@ -13,9 +13,10 @@ from pathlib import Path
 import duckdb
 import pyarrow.parquet as pq
 
+from labels.choices import Formula
 from labels.errors import UserError
 from labels.files import is_remote, local_copy
-from labels.idf import Formula, read_idf
+from labels.idf import read_idf
 from labels.layout import Layout
 from labels.manifest import Manifest, ShardPart, read_manifest
 from preprocess.counts import document_frequencies, sum_counts, write_idf_parquet

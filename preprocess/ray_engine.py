@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from labels.errors import UserError
 from labels.files import own_partials
-from preprocess.engine import one_core
+from preprocess.workers import one_core
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

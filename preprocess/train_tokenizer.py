@@ -11,17 +11,16 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from labels.choices import TokenizerKind
 from labels.errors import UserError
 from labels.files import write_whole
 from preprocess.tokens.catlip import CatlipTokenizer, write_vocabulary
 
-Kind = Literal["bpe", "wordpiece", "unigram", "wordlevel", "catlip"]
 # Called for each pass over the captions; wordpiece takes two.
 Captions = Callable[[], Iterable[list[str]]]
 
@@ -33,7 +32,7 @@ _MAX_SENTENCES = 5_000_000
 
 
 def train_tokenizer(
-    captions: Captions, kind: Kind, *, out: Path, vocab_size: int = 32_768, min_count: int | None = None, wordnet: str = "auto"
+    captions: Captions, kind: TokenizerKind, *, out: Path, vocab_size: int = 32_768, min_count: int | None = None, wordnet: str = "auto"
 ) -> int:
     """Train a tokenizer and write its file, in one step.
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_factory import CAPTIONS, build, refused, rows, sample, write_tar
 
+from labels.choices import Formula
 from labels.errors import UserError
-from labels.idf import Formula, idf_weights, read_idf
+from labels.idf import idf_weights, read_idf
 from labels.schema import LABELS, TOKENS
 from preprocess.counts import ShardCounts, document_frequencies, sum_counts
 from preprocess.tokens.clip_bpe import ClipTokenizer

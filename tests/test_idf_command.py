@@ -12,9 +12,10 @@ import pytest
 from conftest import Built
 from shard_factory import preprocess
 
+from labels.choices import Formula
 from labels.errors import UserError
 from labels.files import sha256_file
-from labels.idf import Formula, idf_weights
+from labels.idf import idf_weights
 from labels.layout import Layout
 from labels.manifest import Manifest, ShardPart, TokenizerPart, write_manifest
 from labels.schema import COUNTS, LABELS, TOKENS

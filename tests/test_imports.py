@@ -50,7 +50,7 @@ def test_tests_are_flat() -> None:
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import preprocess, preprocess.cli", [*HEAVY, "train"]),
+        ("import preprocess, preprocess.cli, preprocess.build, preprocess.ready", [*HEAVY, "train"]),
         (
             "import labels.beton, labels.config, labels.idf, labels.manifest, labels.schema, labels.sparse",
             [*HEAVY, "train", "preprocess"],

@@ -1,7 +1,12 @@
 """What the loader delivers: the right pixels and labels, whatever the threads, and damage that is named."""
 
+import gc
 import io
 import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,7 @@ from PIL import Image
 from labels import beton
 from labels.errors import UserError
 from labels.settings import Data
+from train.batch import Batch
 from train.betons import BetonSet
 from train.crops import flipped, random_crop
 from train.jpeg import Decompressor
@@ -107,21 +113,72 @@ def test_extreme_shapes_fall_back_to_the_centre() -> None:
     assert random_crop(1, 1, (0.9, 1.0), (0.75, 1.33), 0, 0, 0) == (0, 0, 1, 1)
 
 
-def test_loader_ends_its_threads_after_an_early_break(out: Path) -> None:
-    import threading
+def test_a_thousand_epochs_with_early_breaks_leave_nothing_behind(out: Path) -> None:
+    betons = BetonSet(out)
 
-    before = threading.active_count()
-    for _ in range(5):
-        with Loader(BetonSet(out), Data(), image_size=SIDE, batch_size=8, seed=0, first_step=0, last_step=50, threads=3) as loader:
-            next(iter(loader))
-    assert threading.active_count() == before
+    def state() -> tuple[int, int]:
+        return threading.active_count(), open_files()
+
+    before, torchs = state(), torch.get_num_threads()
+    for epoch in range(1000):
+        loader = Loader(betons, Data(), image_size=8, batch_size=19, seed=0, first_step=3 * epoch, last_step=3 * epoch + 3, threads=3)
+        for batch in loader:
+            if epoch % 3 == 0 or batch.bad:
+                break
+        assert state() == before
+        if epoch == 100:
+            memory = resident()
+    assert resident() - memory < 16 << 20
+    assert torch.get_num_threads() == torchs
     assert Decompressor().handle
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_other_tests() -> None:
+    """Errors that were caught elsewhere hold frames, and those open sets, until they are collected."""
+    gc.collect()
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_threads_end_when_the_loop_fails_and_when_the_block_does(out: Path) -> None:
+    before = threading.active_count()
+    loader = Loader(BetonSet(out), Data(), image_size=SIDE, batch_size=8, seed=0, first_step=0, last_step=50, threads=3)
+    with pytest.raises(ZeroDivisionError), loader:
+        next(1 // 0 for _ in loader)
+    assert threading.active_count() == before
+    with loader:
+        kept = iter(loader)
+        next(kept)
+        assert threading.active_count() > before
+    assert threading.active_count() == before
+
+
+def test_files_of_a_set_are_closed_with_it(out: Path) -> None:
+    before = open_files()
+    betons = BetonSet(out)
+    assert open_files() == before + 3
+    del betons
+    assert open_files() == before
+
+
+@pytest.mark.parametrize(("prefetch", "slots"), [(1, 2), (19 * (SIDE * SIDE * 3 + 75 * 4) * 5, 5), (2**40, 21)])
+def test_prefetch_is_bounded_in_bytes(out: Path, prefetch: int, slots: int) -> None:
+    loader = Loader(BetonSet(out), Data(prefetch=prefetch), image_size=SIDE, batch_size=19, seed=0, first_step=0, last_step=20)
+    memory = {batch.images.data_ptr() for batch in loader}
+    assert len(memory) <= slots
+    assert len(memory) >= min(slots, 20) - 1
 
 
 def patched(out: Path, tmp_path: Path, number: int, at: int, data: bytes) -> Path:
     """A copy of OUT with bytes of one beton overwritten."""
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     with open(copy / "beton" / f"{number:05d}.beton", "r+b") as file:
@@ -158,9 +215,45 @@ def test_a_table_entry_outside_the_file_is_an_error(out: Path, tmp_path: Path) -
         load(copy, 3)
 
 
-def edit_manifest(out: Path, tmp_path: Path, **values: object) -> Path:
-    import shutil
+def copied(out: Path, tmp_path: Path) -> Path:
+    shutil.copytree(out, tmp_path / "copy")
+    return tmp_path / "copy"
 
+
+def endless(out: Path) -> Iterator[Batch]:
+    """Batches of very many epochs in blocks of 4 samples, windows of 2 blocks."""
+    settings = Data(shuffle_block=4, shuffle_window=2, prefetch=1)
+    return iter(Loader(BetonSet(out), settings, image_size=8, batch_size=19, seed=0, first_step=0, last_step=10_000, threads=2))
+
+
+def test_a_beton_that_is_cut_during_the_run_is_an_error_that_names_it(out: Path, tmp_path: Path) -> None:
+    copy = copied(out, tmp_path)
+    batches = endless(copy)
+    next(batches)
+    os.truncate(copy / "beton" / "00002.beton", 4096)
+    with pytest.raises(UserError, match=r"00002\.beton (has 4096 bytes, and had \d+ when it was opened|cannot be read at byte)"):
+        for _ in batches:
+            pass
+
+
+def test_a_beton_that_disappears_during_the_run_is_an_error_that_names_it(out: Path, tmp_path: Path) -> None:
+    copy = copied(out, tmp_path)
+    batches = endless(copy)
+    next(batches)
+    (copy / "beton" / "00000.beton").unlink()
+    with pytest.raises(UserError, match=r"00000\.beton was removed or replaced while it was in use(.|\n)*put it back"):
+        for _ in batches:
+            pass
+
+
+def test_a_read_that_fails_is_an_error_that_names_the_file(out: Path, tmp_path: Path) -> None:
+    betons = BetonSet(copied(out, tmp_path))
+    os.truncate(betons.paths[1], 3000)
+    with pytest.raises(UserError, match=r"00001\.beton cannot be read at byte \d+ \(it has 3000 bytes now\): it was cut"):
+        next(iter(Loader(betons, Data(), image_size=8, batch_size=57, seed=0, first_step=0, last_step=1)))
+
+
+def edit_manifest(out: Path, tmp_path: Path, **values: object) -> Path:
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     manifest = json.loads((copy / "manifest.json").read_text())

@@ -353,8 +353,8 @@ def test_the_command_on_two_ranks_has_one_rank_make_the_arrays(folder: Path, sho
 class _Alone(World):
     """One rank of many, who hears only itself."""
 
-    def any(self, flag: bool) -> bool:
-        return flag
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        return flags
 
 
 def test_a_stop_while_arrays_are_made_keeps_what_is_done(folder: Path, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from test_catlip import write_wordnet
 
+from labels.choices import TokenizerKind
 from labels.errors import UserError
 from labels.settings import Labels
 from preprocess.tokens.tokenizer import make_tokenizer
-from preprocess.train_tokenizer import Kind, train_tokenizer
+from preprocess.train_tokenizer import train_tokenizer
 
-KINDS: tuple[Kind, ...] = ("bpe", "wordpiece", "unigram", "wordlevel")
+KINDS: tuple[TokenizerKind, ...] = ("bpe", "wordpiece", "unigram", "wordlevel")
 
 
 def captions() -> Iterator[list[str]]:
@@ -33,7 +34,7 @@ def _needs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trained_tokenizer_is_used_on_the_fast_path(kind: Kind, tmp_path: Path) -> None:
+def test_a_trained_tokenizer_is_used_on_the_fast_path(kind: TokenizerKind, tmp_path: Path) -> None:
     _needs(kind)
     out = tmp_path / "deep" / "tokenizer.json"
     size = train_tokenizer(captions, kind, out=out, vocab_size=400)
@@ -50,7 +51,7 @@ def test_a_trained_tokenizer_is_used_on_the_fast_path(kind: Kind, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_captions_give_the_same_file(kind: Kind, tmp_path: Path) -> None:
+def test_the_same_captions_give_the_same_file(kind: TokenizerKind, tmp_path: Path) -> None:
     _needs(kind)
     code = (
         "import sys; from pathlib import Path; from test_train_tokenizer import captions, train_tokenizer\n"
@@ -101,7 +102,7 @@ def test_catlip_keeps_the_synsets_of_enough_captions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_captions_are_an_error(kind: Kind, tmp_path: Path) -> None:
+def test_no_captions_are_an_error(kind: TokenizerKind, tmp_path: Path) -> None:
     _needs(kind)
     with pytest.raises(UserError, match="there are no captions"):
         train_tokenizer(lambda: [], kind, out=tmp_path / "t.json", vocab_size=300)
@@ -109,6 +110,6 @@ def test_no_captions_are_an_error(kind: Kind, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
-def test_a_vocabulary_too_small_is_an_error(kind: Kind, tmp_path: Path) -> None:
+def test_a_vocabulary_too_small_is_an_error(kind: TokenizerKind, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--vocab-size is 20\n  allowed: "):
         train_tokenizer(captions, kind, out=tmp_path / "t.json", vocab_size=20)

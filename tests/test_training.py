@@ -18,7 +18,7 @@ from trainer_process import free_port, start, train
 from labels.config import load_pipeline
 from labels.errors import UserError
 from train.checkpoint import checkpoint_folders
-from train.order import batch_samples
+from train.order import Order
 from train.run import train_run
 from train.signals import STOPPED_EXIT_CODE
 
@@ -133,10 +133,10 @@ def test_one_rank_then_two_then_one_see_every_sample_once_an_epoch(out: Path, co
         assert (step, lr) == (other_step, other_lr)
         assert abs(loss - other_loss) <= 1e-5 * abs(loss)
     # What the loader was asked for in each part of the run: together, every sample of every whole epoch once.
-    seen, first = [], 0
+    seen, first, by = [], 0, Order([SAMPLES], (1,), 64, 1024, 0)
     for last, ranks in changed:
         for step in range(first, last):
-            seen += [batch_samples(step, 16, rank, ranks, SAMPLES, 0)[0] for rank in range(ranks)]
+            seen += [by.batch(step, 16, rank, ranks)[0] for rank in range(ranks)]
         first = last
     order = np.concatenate(seen)
     for epoch in range(len(order) // SAMPLES):

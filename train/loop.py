@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -133,9 +134,12 @@ def micro_batches(batch: Any, parts: int) -> Iterator[Any]:
     if parts == 1:
         yield batch
         return
-    tensors = {field.name: value for field in dataclasses.fields(batch) if isinstance(value := getattr(batch, field.name), torch.Tensor)}
-    for cut in zip(*(tensor.chunk(parts) for tensor in tensors.values()), strict=True):
-        yield dataclasses.replace(batch, **dict(zip(tensors, cut, strict=True)))
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    arrays = {name: value for name, value in fields.items() if isinstance(value, torch.Tensor | np.ndarray)}
+    rows = len(next(iter(arrays.values())))
+    for number in range(parts):
+        part = slice(rows * number // parts, rows * (number + 1) // parts)
+        yield dataclasses.replace(batch, **{name: value[part] for name, value in arrays.items()})
 
 
 def _update(

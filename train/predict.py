@@ -15,8 +15,9 @@ from PIL import Image
 from labels.config import load_pipeline
 from labels.errors import UserError
 from train.checkpoint import checkpoint_folders, read_state
-from train.evals.encoders import load_encoder, newest_checkpoint
-from train.evals.features import decode
+from train.evals.encoders.load import load_encoder
+from train.evals.encoders.runs import newest_checkpoint
+from train.evals.pixels import decode
 from train.model import build_head
 from train.weights import load_exactly, read_weights
 

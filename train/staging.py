@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labels.errors import UserError
-from labels.files import is_remote, whole_file
+from labels.files import TEMPORARY_SUFFIX, is_remote, whole_file
 from labels.manifest import BetonPart
 from train.openfiles import OpenFiles
 from train.places import NO_FILE, Tables
@@ -24,6 +25,7 @@ from train.threads import Threads
 
 _CHUNK_BYTES = 1 << 23
 _AT_ONCE = 4
+_WAIT_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,31 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
         with _lock(target):
             if not target.is_file() or target.stat().st_size != part.bytes:
-                self._make_room(part.bytes)
+                while not self._reserve(target, part.bytes):
+                    time.sleep(_WAIT_S)  # what others fetch just now can go when they have opened it
                 with whole_file(target, durable=False) as partial:
                     _fetch(source, part, partial)
             os.utime(target)  # the least recently used goes first
             yield target
 
-    def _make_room(self, wanted: int) -> None:
-        """Remove what was used least recently until `wanted` bytes fit; what others hold locked stays."""
+    def _reserve(self, target: Path, wanted: int) -> bool:
+        """Remove what was used least recently until `wanted` bytes fit, and take that room; False while locked files are in the way."""
         with _lock(self.folder / "room"):
             files = [(path.stat(), path) for path in self.folder.glob("*.beton*") if path.suffix != ".lock"]
             total = sum(found.st_size for found, _ in files)
             for found, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
                 if total + wanted <= self.bytes:
-                    return
-                with _lock(path.with_suffix(".beton"), wait=False) as held:
-                    if held:
+                    break
+                with _lock(self.folder / f"{path.name.partition('.')[0]}.beton", wait=False) as free:
+                    if free:
                         path.unlink(missing_ok=True)
                         total -= found.st_size
+            if total + wanted > self.bytes:
+                return False
+            partial = target.with_name(target.name + TEMPORARY_SUFFIX)
+            partial.touch()
+            os.truncate(partial, wanted)  # so that others count its room
+            return True
 
 
 class Staging:
@@ -162,8 +171,7 @@ def _fetch(source: Path, part: BetonPart, target: Path) -> None:
     mend = f"run `preprocess verify` on the OUT of {source}; copy it anew if it is whole"
     digest, size = hashlib.sha256(), 0
     try:
-        with source.open("rb") as remote, open(target, "wb") as local:
-            os.truncate(target, part.bytes)  # so that others count its room
+        with source.open("rb") as remote, open(target, "r+b") as local:
             while chunk := remote.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 local.write(chunk)

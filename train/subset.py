@@ -74,9 +74,9 @@ def _counts(one: Opened, subset: str, metadata: str | None) -> np.ndarray:
         con.register("firsts", _first_rows(one))
         try:
             query, values = _query(con, subset, metadata)
-            reader = con.execute(query, [files, *values]).to_arrow_reader(_ROWS_AT_ONCE)
+            reader = con.sql(query, params=[files, *values]).to_arrow_reader(_ROWS_AT_ONCE)
             for batch in reader:
-                rows, repeats = (batch.column(at).to_numpy(zero_copy_only=False) for at in (0, 1))
+                rows, repeats = (column.to_numpy(zero_copy_only=False) for column in batch.columns)
                 if repeats.max(initial=0) > _MOST_REPEATS:
                     raise UserError(f"the subset {subset} repeats a uid {repeats.max()} times", allowed=f"{_MOST_REPEATS} times")
                 counts[rows.astype(np.int64)] = repeats
@@ -102,7 +102,8 @@ def _query(con: duckdb.DuckDBPyConnection, subset: str, metadata: str | None) ->
         array = np.load(subset, mmap_mode="r", allow_pickle=False)
         if [array.dtype[name].str[1:] for name in array.dtype.names or ()] != ["u8", "u8"]:
             raise ValueError(f"it holds {array.dtype}")
-        high, low = (np.ascontiguousarray(array[name]) for name in array.dtype.names or ())
+        first, last = array.dtype.fields
+        high, low = np.ascontiguousarray(array[first]), np.ascontiguousarray(array[last])
         con.register("uids", pa.table({"high": high, "low": low}))
         numbers = [f"TRY_CAST('0x' || substr(uid, {at}, 16) AS UBIGINT)" for at in (1, 17)]
         wanted = "SELECT high, low, count(*) AS repeats FROM uids GROUP BY ALL"
@@ -110,7 +111,7 @@ def _query(con: duckdb.DuckDBPyConnection, subset: str, metadata: str | None) ->
     if subset.endswith(".parquet"):
         wanted = "SELECT uid, count(*) AS repeats FROM read_parquet(?) GROUP BY uid"
         return f"SELECT row, repeats FROM ({rows}) JOIN ({wanted}) USING (uid)", [subset]
-    if con.extract_statements(f"SELECT 1 WHERE ({subset})").__len__() != 1:
+    if len(con.extract_statements(f"SELECT 1 WHERE ({subset})")) != 1:
         raise ValueError("it is not one condition")
     if metadata is None:
         return f"SELECT row, 1 AS repeats FROM ({rows}) WHERE ({subset})", []

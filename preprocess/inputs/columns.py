@@ -41,7 +41,7 @@ def row_keys(batch: pa.RecordBatch, first: int, path: str) -> pa.StringArray:
     keys = pa.nulls(len(batch), pa.string())
     for name in KEY_COLUMNS:
         if keys.null_count and name in batch.schema.names:
-            keys = pc.coalesce(keys, _identifiers(batch, name, path))
+            keys = _first_of(keys, _identifiers(batch, name, path))
     if keys.null_count:
         numbers = pc.cast(pa.array(np.arange(first, first + len(batch))), pa.string())
         keys = pc.coalesce(keys, pc.utf8_lpad(numbers, _KEY_DIGITS, "0"))
@@ -60,7 +60,9 @@ def row_sizes(batch: pa.RecordBatch) -> tuple[pa.Int32Array, pa.Int32Array]:
         columns = [_column(batch, name) for name in names]
         if not width.null_count:
             break
-        sides = [pa.nulls(len(batch), pa.int32()) if column is None else _sides(column) for column in columns]
+        if any(column is None for column in columns):
+            continue
+        sides = [_sides(column) for column in columns if column is not None]
         both = pc.and_(pc.is_valid(sides[0]), pc.is_valid(sides[1]))
         width, height = (pc.coalesce(old, pc.if_else(both, new, None)) for old, new in zip((width, height), sides, strict=True))
     return width, height
@@ -81,7 +83,7 @@ def row_captions(batch: pa.RecordBatch, choices: Sequence[Choice], path: str) ->
         texts, invalid = _chosen(batch, choice, path)
         undecided = pc.is_null(captions)
         faults |= {row: told for row, told in invalid.items() if row not in faults and undecided[row].as_py()}
-        captions = pc.coalesce(captions, texts)
+        captions = _first_of(captions, texts)
         if faults:  # an unreadable caption decides its row
             captions = pc.if_else(_mask(len(batch), faults), None, captions)
     return captions, faults
@@ -106,6 +108,11 @@ def offsets_and_bytes(strings: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
     _, places, text = strings.buffers()
     offsets = np.frombuffer(places, np.int32, len(strings) + 1, strings.offset * 4)
     return offsets, np.frombuffer(text, np.uint8) if text else np.empty(0, np.uint8)
+
+
+def _first_of(texts: pa.StringArray, others: pa.StringArray) -> pa.StringArray:
+    """`texts`, and where they are null `others`; not copied where all of them are."""
+    return others if texts.null_count == len(texts) else pc.coalesce(texts, others)
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array | None:
@@ -190,6 +197,9 @@ def _identifiers(batch: pa.RecordBatch, name: str, path: str) -> pa.StringArray:
     if invalid:
         raw = column.cast(pa.binary()).to_pylist()
         texts = pa.array([value if value is None else value.decode("utf8", "backslashreplace") for value in raw], pa.string())
+    offsets, _ = offsets_and_bytes(texts)
+    if texts.null_count == 0 and (offsets[1:] > offsets[:-1]).all():
+        return texts  # a new array would be a copy
     return pc.if_else(pc.equal(texts, ""), None, texts)
 
 

@@ -11,8 +11,12 @@ import pyarrow as pa
 from numba import njit
 
 from preprocess.inputs.columns import offsets_and_bytes
+from preprocess.tokens.wordbits import load, prefetch
+from preprocess.tokens.wordtable import Scalar
 
-_START, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)  # FNV-1a
+_START, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x9E3779B97F4A7C15)
+_LOW = np.uint64(20)
+_AHEAD = 16
 _FIRST_SLOTS = 1 << 16
 
 
@@ -71,10 +75,13 @@ class _Twice:
 def _add_all(slots: np.ndarray, hashes: np.ndarray) -> bool:
     """Add hashes, less the 0 that stands for nothing, to an open-addressing set; whether one was there already."""
     mask, found = len(slots) - 1, False
-    for value in hashes:
+    for place in range(len(hashes)):
+        ahead = hashes[min(place + _AHEAD, len(hashes) - 1)]
+        prefetch(slots, np.int64(ahead >> _LOW) & mask)  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
+        value = hashes[place]
         if value == 0:
             continue
-        slot = np.int64(value >> np.uint64(20)) & mask
+        slot = np.int64(value >> _LOW) & mask
         while slots[slot] != 0 and slots[slot] != value:
             slot = (slot + 1) & mask
         found |= slots[slot] == value
@@ -89,11 +96,22 @@ def _hashes(strings: pa.StringArray) -> np.ndarray:
 
 @njit(nogil=True, cache=True)
 def _hash_each(offsets: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """uint64 [N] of strings as int32 [N + 1] offsets into uint8 [B]."""
+    """uint64 [N] of strings as int32 [N + 1] offsets into uint8 [B], eight bytes at a time."""
     hashes = np.empty(len(offsets) - 1, np.uint64)
     for row in range(len(hashes)):
-        value = _START
-        for at in range(offsets[row], offsets[row + 1]):
-            value = (value ^ np.uint64(text[at])) * _PRIME
-        hashes[row] = value | np.uint64(1)  # never 0
+        at, end = np.int64(offsets[row]), np.int64(offsets[row + 1])
+        value = _START ^ np.uint64(end - at)
+        while at + 8 <= end:
+            value = _mixed(value, load(text, at))  # pyright: ignore[reportCallIssue]
+            at += 8
+        rest = np.uint64(0)
+        for i in range(at, end):
+            rest = (rest << np.uint64(8)) | np.uint64(text[i])
+        hashes[row] = _mixed(value, rest) | np.uint64(1)  # never 0
     return hashes
+
+
+@njit(nogil=True, forceinline=True)
+def _mixed(value: Scalar, more: Scalar) -> Scalar:
+    value = (value ^ more) * _PRIME
+    return value ^ (value >> np.uint64(32))

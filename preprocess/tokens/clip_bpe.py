@@ -141,7 +141,7 @@ class ClipTokenizer:
         if len(self._known) + len(words) > _MAX_KNOWN_WORDS:
             # Bounded memory on any input; the table only saves time, so starting over changes nothing.
             self._known = {}
-        batch = sorted(words - self._known.keys())
+        batch = sorted(word for word in words if word not in self._known)  # `words - keys` would walk all the known ones
         for word, encoding in zip(batch, self._engine.encode_batch(batch, add_special_tokens=False), strict=True):
             self._known[word] = tuple(encoding.ids)
 

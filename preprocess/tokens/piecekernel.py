@@ -10,7 +10,8 @@ import numpy as np
 from numba import njit
 
 from labels.files import fingerprint
-from preprocess.tokens.wordtable import SLOW, WAITING, Scalar, Words, append, copy_ids, find, insert, keys
+from preprocess.tokens.wordqueue import KEEP, PIECE, QUEUED_WORDS, enqueue, new_queue, resolve_known
+from preprocess.tokens.wordtable import SLOW, WAITING, Scalar, Words, append, find, insert, keys
 
 # Flags of a block. JOINED: a piece is looked up with the space before it, if there is one. STRICT: a caption with a space at its
 # beginning, its end or beside another is slow. RUNS: it is not, but the spaces too many are a piece: all at the end of a caption, all
@@ -20,7 +21,7 @@ JOINED, STRICT, RUNS, MARKUP = 1, 2, 4, 8
 MAX_PIECE_BYTES = 256
 
 _MAX_CLEANED_BYTES = 1_000_000
-_SPACE, _NONE, _KEEP = np.uint64(0x20), np.uint64(0), np.uint8(0)
+_SPACE, _NONE = np.uint64(0x20), np.uint64(0)
 
 
 @njit(nogil=True)
@@ -33,25 +34,16 @@ def _marked_up(text: np.ndarray, begin: Scalar, end: Scalar) -> Scalar:
 
 
 @njit(nogil=True)
-def _encode_caption(
-    words: Words,
-    text: np.ndarray,
-    begin: Scalar,
-    end: Scalar,
-    flags: Scalar,
-    rows: np.ndarray,
-    row: Scalar,
-    missing: np.ndarray,
-    missed: Scalar,
+def _queue_pieces(
+    slots: np.ndarray, text: np.ndarray, begin: Scalar, at: Scalar, end: Scalar, flags: Scalar, queue: np.ndarray
 ) -> tuple[Scalar, Scalar]:
-    """One caption; every piece is looked at, even past the limit, since one unsafe piece may change the whole caption.
+    """Queue the pieces of the caption text[begin:end] from `at` on, as far as there is room.
 
     Returns:
-        the number of ids, WAITING or SLOW; and the new number of missing pieces.
+        where it stopped, or SLOW; and how many are queued.
     """
-    slots, letters, listed = words.slots, words.letters, words.ids
-    count, waiting, at = 0, False, begin
-    while at < end:
+    size = 0
+    while at < end and size < QUEUED_WORDS:
         after = at
         while after < end and text[after] == 0x20:
             after += 1
@@ -60,13 +52,13 @@ def _encode_caption(
             if flags & RUNS:
                 run = end if after == end else after - 1
             elif flags & STRICT:
-                return SLOW, missed
+                return SLOW, size
             elif after == end:
-                break
+                return end, size
         first, second = _NONE, _NONE
         if run > at:
             start, stop = at, run
-            first, second = keys(text, start, stop, _KEEP)
+            first, second = keys(text, start, stop, KEEP)
         else:
             start = after
             if flags & JOINED and after > at:
@@ -76,20 +68,35 @@ def _encode_caption(
                 first, second = append(first, second, stop - start, text[stop])
                 stop += 1
         if stop - start > MAX_PIECE_BYTES:
-            return SLOW, missed
-        slot = find(slots, letters, text, start, stop, _KEEP, first, second)
-        if slot >= 0:
-            count = copy_ids(slots, listed, slot, rows, row, count)
-            if count == SLOW:
-                return SLOW, missed
-        elif missed == len(missing):
-            return SLOW, missed
-        else:
-            missing[missed, 0], missing[missed, 1] = start, stop
-            missed += 1
-            waiting = True
+            return SLOW, size
+        size = enqueue(slots, queue, size, start, stop, PIECE, first, second)
         at = stop
-    return (WAITING if waiting else count), missed
+    return at, size
+
+
+@njit(nogil=True)
+def _encode_caption(
+    words: Words,
+    text: np.ndarray,
+    begin: Scalar,
+    end: Scalar,
+    flags: Scalar,
+    queue: np.ndarray,
+    rows: np.ndarray,
+    row: Scalar,
+    missing: np.ndarray,
+    missed: Scalar,
+) -> tuple[Scalar, Scalar]:
+    """One caption: the number of ids, WAITING or SLOW; and the new number of missing pieces."""
+    count, at, before = 0, begin, missed
+    while at < end:
+        at, size = _queue_pieces(words.slots, text, begin, at, end, flags, queue)
+        if at == SLOW:
+            return SLOW, missed
+        _, count, missed = resolve_known(words.slots, words.letters, words.ids, text, queue, 0, size, rows, row, count, missing, missed)
+        if count == SLOW:
+            return SLOW, missed
+    return (WAITING if missed > before else count), missed
 
 
 def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None]]:
@@ -99,13 +106,13 @@ def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None
     def encode_pieces(words, text, offsets, pending, flags, out, counts, missing):  # noqa: ANN202 - numba infers it
         """Encode the captions `pending` of a block into out int32 [R, L] and counts int64 [R]; the number of missing pieces."""
         _ = sources
-        missed = 0
+        missed, queue = 0, new_queue(1)
         for row in pending:
             begin, end = offsets[row], offsets[row + 1]
             if flags & MARKUP and _marked_up(text, begin, end):
                 counts[row] = SLOW
             else:
-                counts[row], missed = _encode_caption(words, text, begin, end, flags, out, row, missing, missed)
+                counts[row], missed = _encode_caption(words, text, begin, end, flags, queue, out, row, missing, missed)
         return missed
 
     @njit(nogil=True, cache=True)
@@ -115,15 +122,15 @@ def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None
         begin, first_id = 0, 0
         for piece in range(len(ends)):
             end, last_id = ends[piece], id_ends[piece]
-            first, second = keys(text, begin, end, _KEEP)
-            slot = find(words.slots, words.letters, text, begin, end, _KEEP, first, second)
+            first, second = keys(text, begin, end, KEEP)
+            slot = find(words.slots, words.letters, text, begin, end, KEEP, first, second)
             if slot < 0:
                 number = max(last_id - first_id, unsafe[piece])
-                insert(words, text, begin, end, _KEEP, -1 - slot, first, second, ids[first_id:last_id], number)
+                insert(words, text, begin, end, KEEP, -1 - slot, first, second, ids[first_id:last_id], number)
             begin, first_id = end, last_id
 
     return encode_pieces, add_known
 
 
-_FILES = ("piecekernel.py", "wordtable.py")
+_FILES = ("piecekernel.py", "wordbits.py", "wordqueue.py", "wordtable.py")
 encode_pieces, add_known = _compiled_once(fingerprint([Path(__file__).with_name(name).read_text("utf8") for name in _FILES]))

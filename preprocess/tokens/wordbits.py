@@ -18,7 +18,7 @@ _EIGHT, _FULL, _THREE = np.uint64(8), np.uint64(64), np.uint64(3)
 
 
 @intrinsic
-def _load(typingctx: Any, text: Any, at: Any) -> Any:
+def load(typingctx: Any, text: Any, at: Any) -> Any:
     """text[at : at + 8] as one number, the first byte lowest; the caller has looked that they are there."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -29,6 +29,22 @@ def _load(typingctx: Any, text: Any, at: Any) -> Any:
         return number
 
     return types.uint64(text, types.int64), emit
+
+
+@intrinsic
+def prefetch(typingctx: Any, array: Any, at: Any) -> Any:
+    """Have the cache line of array[at] fetched from memory while other work goes on; the caller has looked that it is there."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), emit
 
 
 @intrinsic
@@ -53,7 +69,7 @@ def leading_letters(text: np.ndarray, at: Scalar) -> tuple[Scalar, Scalar]:
 
     Any byte from 0x80 on is no letter; what its carry does above it is behind the first that is none.
     """
-    folded = _load(text, np.int64(at)) | _CASE  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
+    folded = load(text, np.int64(at)) | _CASE  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
     letters = (folded + _FROM_A) & ~(folded + _BEYOND_Z) & _HIGH
     bits = _trailing_zeros(letters ^ _HIGH) & ~(_EIGHT - np.uint64(1))
     kept = folded if bits == _FULL else folded & ((np.uint64(1) << bits) - np.uint64(1))

@@ -16,88 +16,37 @@ from numba import njit
 
 from labels.files import fingerprint
 from preprocess.tokens.wordmerge import MAX_WORD_BYTES, Merges, merge
+from preprocess.tokens.wordqueue import KEEP, PIECE, QUEUED_WORDS, enqueue, new_queue, queued, resolve_known
 from preprocess.tokens.wordsplit import is_space, next_word, survey
-from preprocess.tokens.wordtable import SLOW, UNSAFE, WAITING, Scalar, Words, copy_ids, find, insert, keys
+from preprocess.tokens.wordtable import SLOW, UNSAFE, WAITING, Scalar, Words, find, find_from, insert, keys
 
 # A longer piece makes its caption slow: it hardly ever comes twice.
 _MAX_PIECE_BYTES = 1024
+# Captions that are queued together.
+_GROUP = 8
 
 
 @njit(nogil=True, forceinline=True)
-def _encode_known(
-    slots: np.ndarray,
-    letters: np.ndarray,
-    listed: np.ndarray,
-    single: np.ndarray,
-    text: np.ndarray,
-    at: Scalar,
-    end: Scalar,
-    rows: np.ndarray,
-    row: int,
-    count: Scalar,
+def _queue_plain(
+    slots: np.ndarray, text: np.ndarray, at: Scalar, end: Scalar, queue: np.ndarray, size: Scalar, room: Scalar
 ) -> tuple[Scalar, Scalar]:
-    """Append the ids of plain ASCII (printable and white space) to rows[row], up to the first word that is not in the table.
-
-    The inner loop of all: it takes bare arrays, since counting references to those of a tuple would cost as much again.
-
-    Returns:
-        where it stopped (`end`, an unknown word, or anywhere if the row is full), and the new number of ids.
-    """
-    while at < end and count < rows.shape[1]:
+    """Queue the words of plain ASCII (printable and white space); where it stopped (`end`, or there was no room), and the new size."""
+    while at < end and size < room:
         if text[at] <= 0x20:
             at += 1
             continue
         stop, fold, first, second = next_word(text, at, end)
-        if stop == at + 1:
-            token = single[text[at] | fold]
-            rows[row, count] = token
-            count += token >= 0
-        else:
-            slot = find(slots, letters, text, at, stop, fold, first, second)
-            if slot < 0:
-                break
-            count = copy_ids(slots, listed, slot, rows, row, count)
+        size = enqueue(slots, queue, size, at, stop, fold, first, second)
         at = stop
-    return at, count
+    return at, size
 
 
 @njit(nogil=True)
-def _encode_plain(
-    words: Words, merges: Merges, text: np.ndarray, at: Scalar, end: Scalar, rows: np.ndarray, row: int, count: int
-) -> Scalar:
-    """Append the ids of plain ASCII to rows[row], learning unknown words; the new number of ids, or SLOW."""
-    slots, letters = words.slots, words.letters
-    while True:
-        at, count = _encode_known(slots, letters, words.ids, merges.single, text, at, end, rows, row, count)
-        if at == end or count == rows.shape[1]:
-            return count
-        stop, fold, first, second = next_word(text, at, end)
-        if stop - at > MAX_WORD_BYTES:
-            return SLOW
-        slot = -1 - find(slots, letters, text, at, stop, fold, first, second)
-        number = merge(merges, text, at, stop, fold)
-        insert(words, text, at, stop, fold, slot, first, second, merges.scratch[0], number)
-        for i in range(min(number, rows.shape[1] - count)):
-            rows[row, count + i] = merges.scratch[0, i]
-        count = min(count + number, rows.shape[1])
-        at = stop
-
-
-@njit(nogil=True)
-def _encode_mixed(
-    words: Words, merges: Merges, text: np.ndarray, begin: Scalar, end: Scalar, rows: np.ndarray, row: int, missing: np.ndarray, missed: int
+def _queue_mixed(
+    slots: np.ndarray, text: np.ndarray, at: Scalar, end: Scalar, queue: np.ndarray, size: Scalar, room: Scalar
 ) -> tuple[Scalar, Scalar]:
-    """A caption beyond plain ASCII, piece by piece.
-
-    Every piece is looked at, even past the limit: one unsafe piece changes how ftfy reads the whole caption.
-    Missing pieces are appended to missing int64 [M, 2] (begin, end).
-
-    Returns:
-        the number of ids, WAITING or SLOW; and the new number of missing pieces.
-    """
-    slots, letters = words.slots, words.letters
-    count, waiting, at = 0, False, begin
-    while at < end:
+    """The same for a caption beyond plain ASCII: of each piece that is, the whole; SLOW instead of a place if one is too long."""
+    while at < end and size < room:
         odd = at
         while odd < end and text[odd] < 0x80 and text[odd] != 0x26:
             odd += 1
@@ -107,28 +56,54 @@ def _encode_mixed(
                 start -= 1
         if start > at:
             # All plain pieces up to the odd one together: most of such a caption is plain.
-            count = _encode_plain(words, merges, text, at, start, rows, row, count)
-            if count == SLOW or odd == end:
-                return (WAITING if waiting and count != SLOW else count), missed
+            at, size = _queue_plain(slots, text, at, start, queue, size, room)
+            continue
         stop = odd
         while stop < end and not is_space(text[stop]):
             stop += 1
         if stop - start > _MAX_PIECE_BYTES:
-            return SLOW, missed
-        first, second = keys(text, start, stop, np.uint8(0))
-        slot = find(slots, letters, text, start, stop, np.uint8(0), first, second)
-        if slot >= 0:
-            count = copy_ids(slots, words.ids, slot, rows, row, count)
-            if count == SLOW:
-                return SLOW, missed
-        elif missed == len(missing):
-            return SLOW, missed
-        else:
-            missing[missed, 0], missing[missed, 1] = start, stop
-            missed += 1
-            waiting = True
+            return SLOW, size
+        first, second = keys(text, start, stop, KEEP)
+        size = enqueue(slots, queue, size, start, stop, PIECE, first, second)
         at = stop
-    return (WAITING if waiting else count), missed
+        while at < end and is_space(text[at]):
+            at += 1
+    return at, size
+
+
+@njit(nogil=True)
+def _resolve(
+    words: Words,
+    merges: Merges,
+    text: np.ndarray,
+    queue: np.ndarray,
+    item: Scalar,
+    last: Scalar,
+    rows: np.ndarray,
+    row: Scalar,
+    count: Scalar,
+    missing: np.ndarray,
+    missed: Scalar,
+) -> tuple[Scalar, Scalar]:
+    """Append the ids of queue[item:last] to rows[row], learning unknown words; the number of ids, or SLOW, and of missing pieces."""
+    slots, letters, listed, limit = words.slots, words.letters, words.ids, rows.shape[1]
+    while True:
+        item, count, missed = resolve_known(slots, letters, listed, text, queue, item, last, rows, row, count, missing, missed)
+        if count == SLOW or item == last:
+            return count, missed
+        begin, end, fold, first, second, start = queued(queue, item)
+        if end - begin > MAX_WORD_BYTES:
+            return SLOW, missed
+        slot = -1 - find_from(slots, letters, text, begin, end, fold, first, second, start)
+        number = merge(merges, text, begin, end, fold)
+        if end - begin == 1:
+            merges.scratch[0, 0] = merges.single[text[begin] | fold]
+            number = np.int64(merges.scratch[0, 0] >= 0)
+        insert(words, text, begin, end, fold, slot, first, second, merges.scratch[0], number)  # pyright: ignore[reportArgumentType]
+        for i in range(min(number, limit - count)):
+            rows[row, count + i] = merges.scratch[0, i]
+        count = min(count + number, limit)
+        item += 1
 
 
 @njit(nogil=True)
@@ -137,7 +112,7 @@ def _encode_block(
     merges: Merges,
     text: np.ndarray,
     offsets: np.ndarray,
-    rows: np.ndarray,
+    pending: np.ndarray,
     out: np.ndarray,
     counts: np.ndarray,
     missing: np.ndarray,
@@ -149,7 +124,7 @@ def _encode_block(
         merges: byte-pair merges.
         text: uint8 [B].
         offsets: int64 [R + 1], the captions of the block in `text`.
-        rows: int64, which of them to encode.
+        pending: int64, which of them to encode.
         out: int32 [R, L], where the ids of a caption go.
         counts: int64 [R], the number of ids of a caption, WAITING or SLOW.
         missing: int64 [M, 2], room for the begin and end of pieces that are not in the table.
@@ -157,20 +132,38 @@ def _encode_block(
     Returns:
         the number of missing pieces.
     """
-    slots, letters, listed, single = words.slots, words.letters, words.ids, merges.single
-    missed = 0
-    for row in rows:
-        begin, end = offsets[row], offsets[row + 1]
-        kind = survey(text, begin, end)
-        if kind == 0:
-            at, count = _encode_known(slots, letters, listed, single, text, begin, end, out, row, 0)
-            if at < end and count < out.shape[1]:
-                count = _encode_plain(words, merges, text, at, end, out, row, count)
-            counts[row] = count
-        elif kind == 1:
-            counts[row], missed = _encode_mixed(words, merges, text, begin, end, out, row, missing, missed)
-        else:
-            counts[row] = SLOW
+    slots, queue, missed = words.slots, new_queue(_GROUP + 1), 0
+    # Of each caption of a group: whether it is plain, how far it is queued, where its words end in the queue.
+    kinds, places, ends = np.empty(_GROUP, np.int64), np.empty(_GROUP, np.int64), np.empty(_GROUP, np.int64)
+    for start in range(0, len(pending), _GROUP):
+        group, size = min(_GROUP, len(pending) - start), 0
+        for number in range(group):
+            row = pending[start + number]
+            at, end = offsets[row], offsets[row + 1]
+            kinds[number] = survey(text, at, end)
+            if kinds[number] == 0:
+                places[number], size = _queue_plain(slots, text, at, end, queue, size, size + QUEUED_WORDS)
+            elif kinds[number] == 1:
+                places[number], size = _queue_mixed(slots, text, at, end, queue, size, size + QUEUED_WORDS)
+            ends[number] = size
+        item = 0
+        for number in range(group):
+            row = pending[start + number]
+            at, end, before, count = places[number], offsets[row + 1], missed, 0
+            if kinds[number] != SLOW:
+                count, missed = _resolve(words, merges, text, queue, item, ends[number], out, row, 0, missing, missed)
+            item = ends[number]
+            # What the queue had no room for: long captions.
+            while kinds[number] != SLOW and at != SLOW and at < end and count != SLOW and (kinds[number] == 1 or count < out.shape[1]):
+                if kinds[number] == 0:
+                    at, last = _queue_plain(slots, text, at, end, queue, size, size + QUEUED_WORDS)
+                else:
+                    at, last = _queue_mixed(slots, text, at, end, queue, size, size + QUEUED_WORDS)
+                count, missed = _resolve(words, merges, text, queue, size, last, out, row, count, missing, missed)
+            if kinds[number] == SLOW or at == SLOW or count == SLOW:
+                counts[row] = SLOW
+            else:
+                counts[row] = WAITING if missed > before else count
     return missed
 
 
@@ -228,5 +221,5 @@ def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None
     return encode_block, add_pieces
 
 
-_FILES = ("wordbits.py", "wordkernel.py", "wordmerge.py", "wordsplit.py", "wordtable.py")
+_FILES = ("wordbits.py", "wordkernel.py", "wordmerge.py", "wordqueue.py", "wordsplit.py", "wordtable.py")
 encode_block, add_pieces = _compiled_once(fingerprint([Path(__file__).with_name(name).read_text("utf8") for name in _FILES]))

@@ -78,11 +78,11 @@ def _scan_each(text: np.ndarray, begin: Scalar, at: Scalar, end: Scalar, first: 
 
 @njit(nogil=True, forceinline=True)
 def next_word(text: np.ndarray, at: Scalar, end: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-    """Where the word that begins at `at` ends, the bit to fold its case with, and, for two bytes and more, its keys."""
+    """Where the word that begins at `at` ends, the bit to fold its case with, and its keys."""
     stop, first, second = scan_letters(text, at, end)
     if stop > at:
         return stop, _FOLD, first, second
-    stop = at + 1
+    stop, first = at + 1, np.uint64(text[at])
     if is_digit(text[at]):
         return stop, _KEEP, first, second
     short = contraction(text, at, end)
@@ -91,9 +91,8 @@ def next_word(text: np.ndarray, at: Scalar, end: Scalar) -> tuple[Scalar, Scalar
         first, second = keys(text, at, at + short, _FOLD)
         return at + short, _FOLD, first, second
     while stop < end and text[stop] > 0x20 and not is_letter(text[stop]) and not is_digit(text[stop]):
+        first, second = append(first, second, stop - at, text[stop])
         stop += 1
-    if stop > at + 1:
-        first, second = keys(text, at, stop, _KEEP)
     return stop, _KEEP, first, second
 
 

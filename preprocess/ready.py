@@ -1,0 +1,15 @@
+"""What the server of worker processes imports and does once, before they are forked from it (see workers.py): nothing for others.
+
+Loading compiled code costs a second, half of it for numba's own tables; CLIP's tokenizer is the one that most builds take.
+"""
+
+from labels.settings import Labels
+from preprocess import beton_job, label_job  # noqa: F401 - to have them imported
+from preprocess.tokens.clip_bpe import ClipTokenizer
+from preprocess.tokens.tokenizer import make_tokenizer
+from preprocess.workers import one_core
+
+one_core()
+_tokenizer = make_tokenizer(Labels())
+assert isinstance(_tokenizer, ClipTokenizer)
+_tokenizer.encode_rows(["a caption"], 1)
