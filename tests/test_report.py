@@ -32,7 +32,7 @@ def test_the_page_stands_alone(report: Path) -> None:
     assert page.images == 6
     for told in ("caption is not UTF-8", "000000100", "000000101", "rank by document frequency, log scale", "IDF (nats)", "犬と猫"):
         assert told in page.text, told
-    assert "All 4 files of the manifest are there" in page.text
+    assert "All 3 files of the manifest are there" in page.text
 
 
 def test_numbers_are_those_of_the_label_rows(finished: Built) -> None:
@@ -50,10 +50,10 @@ def test_numbers_are_those_of_the_label_rows(finished: Built) -> None:
 
 
 def test_what_is_missing_or_cut_is_told(built: Built, tmp_path: Path) -> None:
-    beton = built.out / "beton" / "00001.beton"
+    beton = built.out / "beton" / "00000.beton"
     beton.write_bytes(beton.read_bytes()[:-1])
     text = check_page_of(built.out, tmp_path / "x.html")
-    assert "1 files are missing or damaged" in text and "beton/00001.beton has" in text and "preprocess verify" in text
+    assert "1 files are missing or damaged" in text and "beton/00000.beton has" in text and "preprocess verify" in text
 
 
 def test_without_betons_there_are_no_pictures(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "b" / "shards").mkdir()
     for tar in sorted(shards.iterdir())[3:]:
         tar.rename(folder / "b" / "shards" / tar.name)
-    build(folder / "b" / "shards", folder / "b" / "out")
+    build(folder / "b" / "shards", folder / "b" / "out", "--set", "build.beton_samples=16")  # a beton a shard
     sum_idf([folder / "a" / "out", folder / "b" / "out"], folder / "both" / "idf.parquet")
     return folder
 
