@@ -13,6 +13,9 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from labels import beton
 from labels.errors import UserError
 from labels.files import is_remote
 from labels.layout import Layout
@@ -138,8 +141,14 @@ def _build(task: _Task, started: float) -> Measured:
         label_bytes=layout.label_file(task.shard.name).stat().st_size + layout.count_file(task.shard.name).stat().st_size,
         table_bytes=layout.idf_parquet.stat().st_size + layout.idf_duckdb.stat().st_size,
         beton_bytes=sum(file["bytes"] for file in files),
+        head_bytes=sum(_head_bytes(layout.beton_file(file["number"])) for file in files),
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _head_bytes(path: Path) -> int:
+    header = np.fromfile(path, beton.HEADER, 1)[0]
+    return beton.first_page_offset(int(header["num_samples"]), int(header["page_size"]))
 
 
 def _seconds(work: Callable[[], object]) -> float:

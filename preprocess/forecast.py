@@ -26,7 +26,7 @@ _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**2
 class Measured:
     """One shard that was built. Seconds: `start_s` until its process ran, `tokenizer_s` of making the tokenizer, `read_warm_s` and
     `label_warm_s` of loading compiled code for reading and for tokenizing, `label_s` and `beton_s` of the work itself, `idf_s` of the
-    tables. `peak_bytes`: of its process."""
+    tables. `head_bytes`: of its betons, what lies before the first image. `peak_bytes`: of its process."""
 
     name: str
     source_bytes: int
@@ -44,6 +44,7 @@ class Measured:
     label_bytes: int
     table_bytes: int
     beton_bytes: int
+    head_bytes: int
     peak_bytes: int
 
 
@@ -137,7 +138,10 @@ def forecast(
     disk = {"labels": round(per_byte("label_bytes") * total * factor), "idf": round(mean("table_bytes"))}
     if betons:
         seconds["betons"] = start + (0.0 if alone else mean("read_warm_s")) + elapsed("beton_s")
-        disk["betons"] = round(per_byte("beton_bytes") * total * factor)
+        images = (per_byte("beton_bytes") - per_byte("head_bytes")) * total * factor
+        # Small shards share a beton, and its head.
+        heads = max(per_byte("samples") * total * factor / settings.build.beton_samples, images / (settings.build.beton_size * 2**30))
+        disk["betons"] = round(images + math.ceil(heads) * mean("head_bytes"))
     speeds = [(one.label_s + one.beton_s) / one.source_bytes for one in measured]
     return Forecast(
         shards=count, source_bytes=round(total * factor), rows=samples or round(rows), measured=[one.name for one in measured],

@@ -63,7 +63,7 @@ def test_the_measured_are_middling_and_from_everywhere() -> None:
 def measured(**changed: float) -> Measured:
     seconds = {"start_s": 1.0, "tokenizer_s": 0.125, "read_warm_s": 0.5, "label_warm_s": 0.25, "label_s": 2.0, "idf_s": 3.0, "beton_s": 4.0}
     counts = {"source_bytes": 100, "vocabulary": 10, "rows": 10, "samples": 10, "left_out": 0}
-    sizes = {"label_bytes": 7, "table_bytes": 11, "beton_bytes": 90, "peak_bytes": 1 << 20}
+    sizes = {"label_bytes": 7, "table_bytes": 11, "beton_bytes": 90, "head_bytes": 0, "peak_bytes": 1 << 20}
     values = {"name": "0", **seconds, **counts, **sizes}
     return Measured(**{**values, **changed})  # type: ignore[arg-type]
 
