@@ -22,8 +22,8 @@ from labels.manifest import read_manifest
 from preprocess.show.explanation import explain
 from preprocess.tokens.readable import name_of, text_of
 from train.checkpoint import State
-from train.evals.encoders import load_encoder
-from train.evals.features import decode
+from train.evals.encoders.load import load_encoder
+from train.evals.pixels import decode
 from train.losses.positives import positives
 from train.model import build_head, build_trunk
 from train.weights import load_exactly, read_weights
