@@ -55,6 +55,16 @@ def test_architecture_names_every_module() -> None:
             assert path.name.startswith("__") or name == "cli.py" or known, f"{package}/{name}"
 
 
+def test_architecture_names_each_module_once_and_none_that_is_gone() -> None:
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf8").split("## Modules")[1].split("## Decisions")[0]
+    there = {path.name for package in ("labels", "preprocess", "train") for path in (ROOT / package).rglob("*.py")}
+    for section in re.split(r"^\| \*\*", table, flags=re.MULTILINE)[1:]:
+        rows = [line.split("|")[1] for line in section.splitlines()[1:] if line.startswith("| ")]
+        named = [name for row in rows for name in re.findall(r"[\w/]+\.py", row)]
+        assert len(named) == len(set(named)), sorted(name for name in set(named) if named.count(name) > 1)
+        assert {name.rpartition("/")[2] for name in named} <= there
+
+
 @pytest.mark.parametrize("command", re.findall(r"^(preprocess|train) ([a-z-]+)", README, re.MULTILINE))
 def test_commands_exist(command: tuple[str, str]) -> None:
     group = {"preprocess": preprocess.cli.cli, "train": train.cli.cli}[command[0]]
