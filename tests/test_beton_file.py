@@ -96,6 +96,28 @@ def test_rows_are_numbered_through_all_shards(dataset: Built) -> None:
     assert found == [[*range(7), *range(8, 12)], list(range(12, 52))], "row 7 has no image, and keeps its number"
 
 
+def test_a_stock_ffcv_loader_reads_a_beton_of_two_shuffled_shards(stock: ProcessPoolExecutor, tmp_path: Path) -> None:
+    write_tar(tmp_path / "data" / "0.tar", [*healthy(12), *sample("bad", "a cat", b"junk")])
+    write_tar(tmp_path / "data" / "1.tar", healthy(20, 100))
+    build(tmp_path / "data", tmp_path / "out", "--set", f"labels.context={LIMIT}", "--set", "build.shuffle_window=2")
+    assert [part.shards for part in read_manifest(tmp_path / "out").betons] == [["0", "1"]]
+    path = tmp_path / "out" / "beton" / "00000.beton"
+    images, labels, index = stock.submit(read_beton, path, True).result(timeout=300)
+    rows = index.ravel().tolist()
+    assert sorted(rows) == [*range(12), *range(13, 33)] and rows != sorted(rows)
+    assert len({row < 13 for row in rows[:12]}) == 2, "neighbours come from both"
+    keys, expected = (np.concatenate(parts) for parts in zip(*(expected_rows(tmp_path / "out", name) for name in "01"), strict=True))
+    assert labels.tolist() == expected[rows].tolist()
+    originals = images_of(tmp_path / "data" / "0.tar") | images_of(tmp_path / "data" / "1.tar")
+    _, metadata, data = parsed(path)
+    for image, row, key in zip(images, metadata, keys[rows], strict=True):
+        stored = data[row["image"]["data_ptr"] : row["labels_ptr"]].tobytes()
+        assert stored == originals[key]
+        with Image.open(io.BytesIO(stored)) as picture:
+            expected_pixels = np.asarray(picture).astype(int)
+        assert np.abs(expected_pixels - image.reshape(expected_pixels.shape)).mean() < 2
+
+
 @pytest.mark.parametrize(("number", "os_cache"), [(0, True), (0, False), (1, True), (1, False)])
 def test_a_stock_ffcv_loader_reads_every_beton(dataset: Built, stock: ProcessPoolExecutor, number: int, os_cache: bool) -> None:
     path = dataset.out / "beton" / f"{number:05d}.beton"
