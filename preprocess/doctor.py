@@ -36,7 +36,8 @@ _OPEN_FILES, _MIB_A_WORKER, _MIB_A_SECOND, _FREE_GIB = 4_096, 512, 100, 10
 _COLOURS: dict[str, str] = {"good": "green", "weak": "yellow", "absent": "dim", "missing": "bold red"}
 _EXTRAS = {
     "train": "the trainer", "ffcv": "FFCV's own loader", "ray": "build-labels --engine ray", "s3": "OUT and shards on s3://",
-    "sentencepiece": "train-tokenizer --kind unigram", "demo": "the demo's plots", "dev": "tests and checks",
+    "sentencepiece": "train-tokenizer --kind unigram", "wandb": "metrics to Weights & Biases", "demo": "the demo's plots",
+    "evals": "encoders of open_clip and Hugging Face", "dev": "tests and checks",
 }  # fmt: skip
 
 
@@ -82,9 +83,13 @@ def _requirements() -> dict[str, list[Requirement]]:
         return groups
     for line in lines:
         requirement = Requirement(line)
-        name = next((extra for extra in _EXTRAS if requirement.marker and not requirement.marker.evaluate({"extra": ""})
-                     and requirement.marker.evaluate({"extra": extra})), "")  # fmt: skip
-        groups.setdefault(name, []).append(requirement)
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": ""}):
+            groups[""].append(requirement)
+            continue
+        for extra in _EXTRAS:
+            if marker.evaluate({"extra": extra}):
+                groups.setdefault(extra, []).append(requirement)
     return groups
 
 
@@ -210,7 +215,8 @@ def print_findings(findings: list[Finding], console: Console) -> None:
     """For people."""
     table = Table.grid(padding=(0, 2))
     for finding in findings:
-        table.add_row(finding.name, Text(finding.state, _COLOURS[finding.state]), finding.value)
+        # Text: the name of an extra, [train], would be taken for a colour.
+        table.add_row(Text(finding.name), Text(finding.state, _COLOURS[finding.state]), Text(finding.value))
         if finding.mend:
             table.add_row("", "", Text(f"mend: {finding.mend}", "yellow" if finding.state != "absent" else "dim"))
     console.print(table)

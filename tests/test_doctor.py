@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,20 @@ def test_a_missing_library_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     told = found(tmp_path, code=1)["libraries"]
     assert told["state"] == "missing" and "ftfy not installed" in told["value"] and "duckdb 1.0.0" in told["value"]
     assert "'ftfy<7,>=6.3'" in told["mend"]
+
+
+def test_what_an_extra_asks_for_is_not_needed_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["numpy>=2", 'no-such-tracker>=1; extra == "wandb"', 'no-such-thing>=1; extra == "not-known-here"']
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: asked)
+    told = found(tmp_path)
+    assert told["libraries"]["state"] == "good" and "no-such" not in told["libraries"]["value"]
+    assert told["[wandb]"]["state"] == "absent" and "no-such-tracker" in told["[wandb]"]["value"]
+    assert "[wandb]" in preprocess("doctor", "--out", tmp_path).out
+
+
+def test_every_extra_is_known() -> None:
+    with open(Path(__file__).parent.parent / "pyproject.toml", "rb") as file:
+        assert set(doctor._EXTRAS) == set(tomllib.load(file)["project"]["optional-dependencies"])
 
 
 def test_the_trainers_decoder_is_needed_where_the_trainer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
