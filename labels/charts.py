@@ -12,6 +12,7 @@ from labels.page import Html, html, join, tag
 
 WIDE, NARROW = 720, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 14, 44
+_HUES = 8  # as many as page.css has
 _CHARACTER = 6.6  # width of a digit of 12 pixels, about
 
 
@@ -27,12 +28,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve; `kind`: `faint` for raw values behind a mean, `other` for what is compared with."""
+    """One curve; `kind`: `faint` for raw values behind a mean; `hue`: its number among several, which the page's style gives a colour."""
 
     xs: Sequence[float]
     ys: Sequence[float]
-    kind: Literal["", "faint", "other"] = ""
+    kind: Literal["", "faint"] = ""
     name: str = ""
+    hue: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Se
     Args:
         title: what is seen, for the caption and for those who do not see it.
         x, y: the axes.
-        series: names, where given, stand at the curves' ends.
+        series: names, where given, stand in a legend above.
         marks: named points; a narrow page shows every second one.
         note: a remark in the caption.
     """
@@ -76,14 +78,12 @@ def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Se
         parts = [_frame(across, up, width, height)]
         for line in series:
             points = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in zip(line.xs, line.ys, strict=True))
-            parts.append(Html(f'<polyline class="line {line.kind}" points="{points}"/>'))
-            if line.name:
-                parts.append(_text(across(line.xs[-1]) - 4, up(line.ys[-1]) - 6, line.name, "end", "name"))
+            parts.append(Html(f'<polyline class="{_style(line)}" points="{points}"/>'))
         shown = marks if width == WIDE else marks[::2]
         parts += [_mark(mark, across, up, above=place % 2 == 0) for place, mark in enumerate(shown)]
         return join(parts)
 
-    return _figure(title, note, draw)
+    return _figure(title, note, draw, _legend(series))
 
 
 def bar_chart(
@@ -119,8 +119,21 @@ def short_number(value: float) -> str:
     return f"{value:g}"
 
 
-def _figure(title: str, note: str, draw: Callable[[int, int], Html]) -> Html:
-    drawings = []
+def _style(line: Series) -> str:
+    """Classes of a curve: colours come again after `_HUES`, with other dashes."""
+    dashes = f" dash{line.hue // _HUES % 3}" if line.hue >= _HUES else ""
+    return f"line hue{line.hue % _HUES}{dashes}{' faint' if line.kind else ''}"
+
+
+def _legend(series: Sequence[Series]) -> list[Html]:
+    named = [line for line in series if line.name]
+    sample = '<svg viewBox="0 0 28 10" aria-hidden="true"><polyline class="{}" points="0,5 28,5"/></svg>'
+    lines = [tag("li", join([Html(sample.format(_style(line))), tag("span", line.name)])) for line in named]
+    return [tag("ul", join(lines), class_="legend")] if named else []
+
+
+def _figure(title: str, note: str, draw: Callable[[int, int], Html], above: Sequence[Html] = ()) -> Html:
+    drawings = [*above]
     for kind, width, height in (("wide", WIDE, 320), ("narrow", NARROW, 260)):
         inner = join([tag("title", title), draw(width, height)])
         drawings.append(tag("div", tag("svg", inner, viewBox=f"0 0 {width} {height}", role="img", aria_label=title), class_=kind))

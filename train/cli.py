@@ -16,6 +16,7 @@ from labels.manifest import read_manifest
 from labels.settings import Pipeline
 from train import options
 from train.evals.commands import register
+from train.report.command import report
 
 CLIP_VOCABULARY = 49_408
 """Classes that are planned for where no OUT is given."""
@@ -28,6 +29,7 @@ def cli() -> None:
 
 
 register(cli)
+cli.add_command(report)
 
 
 _recipe = click.option("--recipe", metavar="NAME", help="Entry of `recipes` in pipeline.yaml, laid over its section `train`.")

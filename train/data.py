@@ -76,6 +76,7 @@ def data_facts(betons: BetonSet) -> dict[str, Any]:
         "beton": str(betons.out), "labels": str(betons.labels_out), "fingerprints": betons.identity, "samples": betons.samples,
         "vocabulary": betons.vocabulary, "label_limit": betons.label_limit, "captions": sum(one.labels.captions for one in betons.opened),
         "tokenizer": labels.tokenizer.name, "tokenizer_fingerprint": labels.tokenizer.fingerprint, "idf_formula": labels.idf_formula,
+        "label_options": labels.options.get("labels", {}),
     }  # fmt: skip
     sources = [
         {"beton": str(one.source.out), "labels": str(one.labels_out), "group": one.source.group, "betons": len(one.parts)}

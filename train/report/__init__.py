@@ -1,0 +1,1 @@
+"""`train report`: runs and results as one page."""

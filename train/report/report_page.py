@@ -1,0 +1,114 @@
+"""The report of runs as a page: curves, recipe, results beside the paper's; see labels/page.py."""
+
+from collections.abc import Sequence
+
+from labels.charts import Axis, line_chart, short_number
+from labels.page import Html, Section, details, join, page, paragraph, table, tag, tiles
+from train.report.curves import loss_curves, throughput_curves
+from train.report.published import published
+from train.report.result_tables import measured_tables, paper_tables
+from train.report.results import Row
+from train.report.runs import Run, differences
+
+
+def report_page(runs: Sequence[Run], results: Sequence[Row]) -> str:
+    """The whole HTML file; `results` may hold encoders that are none of `runs`."""
+    paper = published()
+    sections = [
+        Section("loss", "Loss", _loss(runs)),
+        Section("speed", "Throughput", _speed(runs)),
+        Section("recipe", "Recipe", _recipe(runs)),
+        Section("results", "Results", measured_tables(results, paper)),
+        Section("paper", "The paper's tables", paper_tables(runs, results, paper)),
+    ]
+    if len(runs) == 1:
+        return page(f"{runs[0].name}: what the training did", _tiles(runs[0]), sections)
+    return page(f"{len(runs)} runs: what training did", paragraph(", ".join(run.name for run in runs)), [_overview(runs), *sections])
+
+
+def _tiles(run: Run) -> Html:
+    rate, wait, mfu = (run.weighed(key) for key in ("samples_per_s", "data_wait", "mfu"))
+    loss, skipped, bad = run.last_loss(), run.skipped, run.bad_images
+    return tiles(
+        [
+            ("Samples seen", f"{run.samples:,}", f"{run.samples / run.budget:.0%} of the budget"),
+            ("Loss", _or_dash(loss, "{:.3f}"), "nats, mean of the last 1% of steps"),
+            ("Throughput", _or_dash(rate, "{:,.0f}"), f"samples/s; {_hours(run.seconds())} in the loop"),
+            ("Data wait", _or_dash(wait, "{:.1%}"), "of the time"),
+            ("MFU", _or_dash(mfu, "{:.1%}"), "" if mfu is not None else "the device's peak is not known"),
+            ("Faults", f"{skipped + bad:,}", f"{skipped:,} steps skipped, {bad:,} bad images"),
+        ]
+    )
+
+
+def _overview(runs: Sequence[Run]) -> Section:
+    rows = []
+    for run in runs:
+        rate, wait, mfu = (run.weighed(key) for key in ("samples_per_s", "data_wait", "mfu"))
+        seen = f"{short_number(run.samples)} ({run.samples / run.budget:.0%})"
+        numbers = [_or_dash(run.last_loss(), "{:.3f}"), _hours(run.seconds()), _or_dash(rate, "{:,.0f}"), _or_dash(wait, "{:.1%}")]
+        rows.append([run.name, seen, *numbers, _or_dash(mfu, "{:.1%}"), f"{run.skipped:,}", f"{run.bad_images:,}"])
+    columns = ["Run", "#Samples seen", "#Loss (nats)", "#Time", "#Samples/s", "#Data wait", "#MFU", "#Skipped steps", "#Bad images"]
+    told = "Loss: mean of the last 1% of steps. Losses of different kinds, or of different labels, cannot be compared with each other."
+    return Section("runs", "Runs", join([table(columns, rows, caption="All runs"), paragraph(told, muted=True)]))
+
+
+def _loss(runs: Sequence[Run]) -> Html:
+    curves = loss_curves(runs)
+    if not curves:
+        return paragraph("No step is written yet.")
+    note = "The mean of neighbouring steps" + (", behind it the steps themselves" if len(runs) == 1 else "")
+    return line_chart("Loss over samples seen", Axis("samples seen", low=0.0), Axis("loss (nats)"), curves, note=note)
+
+
+def _speed(runs: Sequence[Run]) -> Html:
+    charts = []
+    for title, key, label, factor in (
+        ("Throughput", "samples_per_s", "samples/s", 1.0),
+        ("Time spent waiting for data", "data_wait", "% of the time", 100.0),
+        ("Model FLOPs utilisation (MFU)", "mfu", "% of the device's peak", 100.0),
+    ):
+        curves = throughput_curves(runs, key, factor)
+        if curves:
+            top = max(max(curve.ys) for curve in curves)
+            charts.append(line_chart(title, Axis("samples seen", low=0.0), Axis(label, low=0.0, high=top * 1.05 or 1.0), curves))
+    if not charts:
+        return paragraph("No throughput is written yet.")
+    if all(run.weighed("mfu") is None for run in runs):
+        charts.append(paragraph("MFU is not told: the device's peak is not known (train.runtime.peak_tflops says it).", muted=True))
+    return join(charts)
+
+
+def _recipe(runs: Sequence[Run]) -> Html:
+    rows = [[tag("code", key), *(tag("code", _value(value)) for value in values)] for key, values in differences(runs)]
+    if len(runs) > 1:
+        lead = "What the runs differ in." if rows else "The runs have one and the same recipe."
+    else:
+        lead = "What differs from the built-in defaults." if rows else "The built-in defaults."
+    shown = [table(["Key", *(run.name for run in runs)], rows, caption=lead.removesuffix("."))] if rows else []
+    whole = [
+        details(
+            f"The whole recipe of {run.name}",
+            table(
+                ["Key", "Value"],
+                [[tag("code", key), tag("code", _value(value))] for key, value in run.recipe.items()],
+                caption=f"Recipe of {run.name}",
+            ),
+        )
+        for run in runs
+    ]
+    return join([paragraph(lead), *shown, *whole])
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "-"
+    return short_number(value) if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:,.1f} min"
