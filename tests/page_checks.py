@@ -1,9 +1,13 @@
-"""What every page has to be: well-formed, readable without a network, with a text for every image."""
+"""What every page has to be: well-formed, readable without a network, with a text for every image; and what Chromium says of it."""
 
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from pathlib import Path
 
+CHROMIUM = shutil.which("chromium")
 _VOID = {"meta", "link", "img", "br", "input"}
 
 
@@ -64,3 +68,14 @@ def check_page(markup: str) -> Page:
     assert not reader.open
     assert reader.page.links <= reader.page.ids
     return reader.page
+
+
+def shown_in_chromium(page: Path, folder: Path) -> str:
+    """What Chromium says while it draws the page as on a phone."""
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+    command = [str(CHROMIUM), *flags.split(), "--disable-sync", f"--user-data-dir={folder}", "--enable-logging=stderr"]
+    picture = folder.with_suffix(".png")
+    command += [f"--screenshot={picture}", "--window-size=360,800", page.as_uri()]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert picture.is_file(), ended.stderr
+    return ended.stderr

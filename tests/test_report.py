@@ -1,21 +1,17 @@
 """`preprocess report`: a page that holds all it shows, with the numbers of OUT; tried in Chromium where it is installed."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import Built
 from hypothesis import given
 from hypothesis import strategies as st
-from page_checks import check_page
+from page_checks import CHROMIUM, check_page, shown_in_chromium
 from shard_factory import preprocess, rows, write_shards
 
 from labels.charts import Axis, Series, line_chart, linear_ticks, log_ticks
 from labels.page import Html, html, table, tag
 from preprocess.show.summary import summarise
-
-CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +72,6 @@ def test_chromium_shows_it_without_a_complaint(report: Path, tmp_path: Path) -> 
     spoilt = tmp_path / "spoilt.html"
     spoilt.write_text(report.read_text("utf8").replace("</main>", '<img src="http://localhost:9/x.png" alt="x"></main>'), "utf8")
     assert "CONSOLE" in shown_in_chromium(spoilt, tmp_path / "bad")
-
-
-def shown_in_chromium(page: Path, folder: Path) -> str:
-    """What Chromium says while it draws the page as on a phone."""
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-    command = [str(CHROMIUM), *flags.split(), "--disable-sync", f"--user-data-dir={folder}", "--enable-logging=stderr"]
-    picture = folder.with_suffix(".png")
-    command += [f"--screenshot={picture}", "--window-size=360,800", page.as_uri()]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert picture.is_file(), ended.stderr
-    return ended.stderr
 
 
 def test_text_is_escaped_and_markup_is_not() -> None:

@@ -15,7 +15,9 @@ _PATH = click.Path(path_type=Path)
     "--results", multiple=True, type=_PATH, metavar="FILE|DIR",
     help="Result JSONs of probe, fewshot, knn, zeroshot or eval, or a folder that holds some. Repeatable.",
 )  # fmt: skip
-@click.option("--out", "page", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE", help="The HTML file to write.")
+@click.option(
+    "--out", "page", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE", help="The HTML file to write."
+)
 def report(runs: tuple[Path, ...], results: tuple[Path, ...], page: Path) -> None:
     """Write one HTML file of runs: loss, speed, recipes, results beside the paper's; it opens without a network."""
     from train.report.report_page import report_page

@@ -16,7 +16,7 @@ def loss_curves(runs: Sequence[Run]) -> list[Series]:
     curves = []
     for hue, run in enumerate(runs):
         samples, losses = _columns([line for line in run.steps if line["loss"] is not None], "loss")
-        if len(runs) == 1:
+        if len(runs) == 1 and len(samples):
             kept = np.unique(np.linspace(0, len(samples) - 1, _RAW_POINTS).round().astype(int))
             curves.append(Series(samples[kept].tolist(), losses[kept].tolist(), "faint"))
         curves.append(_series(samples, losses, run.name if len(runs) > 1 else "", hue))

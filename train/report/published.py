@@ -95,7 +95,9 @@ def measured(ablation: Ablation, runs: Sequence[Run], rows: Sequence[Row]) -> Me
     kinds = [{run.path.resolve() for run in runs if matches(run, line)} for line in ablation.rows]
     mine = [row for row in rows if row.run and any(is_variant(row, column) for column in ablation.columns)]
     columns = list(dict.fromkeys((row.data, row.variant) for row in mine if any(row.run in kind for kind in kinds)))
-    cells = [[_cell([row for row in mine if row.run in kind and (row.data, row.variant) == column]) for column in columns] for kind in kinds]
+    cells = [
+        [_cell([row for row in mine if row.run in kind and (row.data, row.variant) == column]) for column in columns] for kind in kinds
+    ]
     return Measured(columns, cells) if sum(any(cell != "-" for cell in line) for line in cells) > 1 else None
 
 

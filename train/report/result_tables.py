@@ -29,7 +29,10 @@ def paper_tables(runs: Sequence[Run], rows: Sequence[Row], paper: Published) -> 
 
 
 def _block(data: str, rows: Sequence[Row], benchmarks: Sequence[Benchmark]) -> Html:
-    encoders, variants = dict.fromkeys(row.encoder for row in rows), dict.fromkeys(row.variant for row in rows if row.variant != row.encoder)
+    encoders, variants = (
+        dict.fromkeys(row.encoder for row in rows),
+        dict.fromkeys(row.variant for row in rows if row.variant != row.encoder),
+    )
     cells = {(row.encoder, row.variant): row for row in rows}
     lines = []
     for encoder in encoders:
@@ -53,7 +56,15 @@ def _value(row: Row, name: str) -> str:
 
 def _all_metrics(rows: Sequence[Row]) -> Html:
     lines = [
-        [row.data, tag("code", row.encoder), row.variant, name, _value(row, name), row.seeds or "-", tag("span", row.protocol, class_="long")]
+        [
+            row.data,
+            tag("code", row.encoder),
+            row.variant,
+            name,
+            _value(row, name),
+            row.seeds or "-",
+            tag("span", row.protocol, class_="long"),
+        ]
         for row in rows
         for name in row.metrics
     ]

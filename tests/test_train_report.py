@@ -1,0 +1,196 @@
+"""`train report`: curves, recipes and results of runs on one page that stands alone, the paper's figures beside them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from page_checks import CHROMIUM, check_page, shown_in_chromium
+
+from labels.config import dump_yaml, load_pipeline
+from labels.errors import UserError
+from labels.files import write_json
+from labels.settings import Pipeline
+from train.cli import cli
+from train.report.curves import binned, loss_curves
+from train.report.published import measured, published
+from train.report.results import read_results
+from train.report.runs import differences, read_runs
+
+STEPS, BATCH = 400, 64
+LABELS = {"tokenizer": "clip", "stop_words": "keep", "idf": "smooth"}
+
+
+def write_run(run: Path, *overrides: str, loss: float = 9.0, stop_words: str = "keep") -> Path:
+    """A run of 400 steps: losses that fall by 1, 100 samples/s, then 300; step 7 skipped."""
+    keys = [f"train.batch_size={BATCH}", f"train.samples={BATCH * STEPS}", "train.optimizer.warmup_samples=0", *overrides]
+    run.mkdir(parents=True)
+    dump_yaml(run / "config.yaml", load_pipeline(None, keys), leave_out={"recipes": True})
+    write_json(run / "data.json", {"samples": 7179, "vocabulary": 49408, "label_options": LABELS | {"stop_words": stop_words}})
+    lines: list[dict[str, Any]] = []
+    for step in range(1, STEPS + 1):
+        line = {"step": step, "samples": step * BATCH, "loss": loss - step / STEPS, "lr": 1e-3, "grad_norm": 1.0}
+        lines.append(line | ({"loss": None, "skipped": True} if step == 7 else {}))
+        if step % 200 == 0:
+            fast = step > 200
+            speed = {"samples_per_s": 300.0 if fast else 100.0, "data_wait": 0.3 if fast else 0.1, "mfu": 0.4, "bad_images": 2}
+            lines.append({"step": step, "samples": step * BATCH, **speed})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def result(encoder: str, variant: str, value: float, *, std: float | None = None, name: str = "top1") -> dict[str, Any]:
+    return {"encoder": encoder, "variant": variant, "metrics": [name], name: value, f"{name}_std": std, "seeds": [{"seed": 0}, {"seed": 1}]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three runs that differ in their loss, two of them in the seed alone; a suite's results, and a caption result."""
+    folder = tmp_path_factory.mktemp("train-report")
+    for name, overrides in (("soft", []), ("soft-1", ["train.runtime.seed=1"]), ("bce", ["train.loss.name=bce"])):
+        write_run(folder / name, "train.loss.idf=false", *overrides, loss=5.0 if name == "bce" else 9.0)
+    majority = result("majority class", "majority class", 0.25)
+    probes = {"soft": 0.5, "soft-1": 0.54, "bce": 0.4}
+    rows = [result(f"run:{folder}/{name}", "probe", value, std=0.01) for name, value in probes.items()]
+    rows.append(result("pixels:16 <&>", "probe", 0.3))
+    cells = [{"data": "imagenet:/data", **row, "cell": "0a"} for row in [majority, *rows]]
+    write_json(folder / "results" / "suite.json", {"results": cells, "cells": ["0a"]})
+    write_json(folder / "results" / "results" / "0a.json", {"data": "imagenet:/data", "protocol": "a probe in words", "results": rows})
+    caption = {"data": "coco:/data", "protocol": "greedy", "results": [result(f"run:{folder}/soft", "caption", 87.25, name="cider")]}
+    write_json(folder / "results" / "caption.json", caption)
+    write_json(folder / "results" / "other.json", {"results": 3})
+    return folder
+
+
+def report(folder: Path, *arguments: str) -> str:
+    command = ["report", *arguments, "--out", str(folder / "page.html")]
+    said = CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert said.exit_code == 0, said.output
+    return (folder / "page.html").read_text("utf8")
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    runs = [str(folder / name) for name in ("soft", "soft-1", "bce")]
+    return report(folder, *runs, "--results", str(folder / "results"))
+
+
+def test_the_page_stands_alone_and_tells_all(page: str) -> None:
+    read = check_page(page)
+    assert read.ids >= {"runs", "loss", "speed", "recipe", "results", "paper"}
+    for told in ("train.loss.name", "bce", "pixels:16 <&>", "50.0 ± 1.0", "87.2", "a probe in words"):
+        assert told in read.text, told
+    # Published figures of the same protocol and data are there, those of others are not.
+    assert "Published: linear probe, ImageNet-1k" in read.text and "Published: CIDEr" in read.text and "Published: 10-shot" not in read.text
+    assert page.count('class="legend"') == 4
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_chromium_shows_it_without_a_complaint(page: str, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(page, "utf8")
+    assert "CONSOLE" not in shown_in_chromium(tmp_path / "page.html", tmp_path / "shown")
+
+
+def test_a_single_run_is_told_against_the_defaults(folder: Path) -> None:
+    text = check_page(report(folder, str(folder / "soft"))).text
+    assert "What differs from the built-in defaults" in text and "No results were given" in text and "100% of the budget" in text
+    [run] = read_runs([folder / "soft"])
+    assert dict(differences([run])) == {
+        "train.samples": [BATCH * STEPS],
+        "train.batch_size": [BATCH],
+        "train.loss.idf": [False],
+        "train.optimizer.warmup_samples": [0],
+    }
+
+
+def test_numbers_of_a_run(folder: Path) -> None:
+    [run] = read_runs([folder / "soft"])
+    half = BATCH * STEPS / 2
+    assert run.seconds() == pytest.approx(half / 100 + half / 300)
+    assert run.weighed("data_wait") == pytest.approx(0.2) and run.weighed("memory_gib") is None
+    assert run.last_loss() == pytest.approx(9 - (397 + 398 + 399 + 400) / 4 / STEPS)
+    assert (run.samples, run.budget, run.skipped, run.bad_images) == (BATCH * STEPS, BATCH * STEPS, 1, 2)
+    raw, mean = loss_curves([run])
+    assert len(raw.xs) == STEPS - 1 and len(mean.xs) == 200 and (raw.kind, mean.kind) == ("faint", "")
+
+
+def test_bad_images_are_counted_over_the_lives_of_a_run(folder: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        for count in (1, 1, 4):  # a process that went on counts from 0
+            file.write(json.dumps({"step": 401, "samples": BATCH * 401, "samples_per_s": 1.0, "bad_images": count}) + "\n")
+        file.write('{"step": 402, "sam')  # and was killed in the middle of a line
+    [read] = read_runs([run])
+    assert read.bad_images == 2 + 4
+
+
+def test_bins_are_means_of_neighbours() -> None:
+    assert binned(np.arange(6.0), 3).tolist() == [0.5, 2.5, 4.5]
+    assert binned(np.arange(3.0), 200).tolist() == [0, 1, 2]
+    assert len(binned(np.array([]), 4)) == 0
+
+
+def test_results_are_kept_once(folder: Path) -> None:
+    rows = read_results([folder / "results", folder / "results" / "caption.json"])
+    assert len(rows) == 1 + 4 + 1
+    assert {row.protocol for row in rows if row.variant == "probe"} == {"a probe in words"}
+
+
+def test_the_paper_s_table_of_losses_has_these_runs_beside_it(folder: Path) -> None:
+    runs, rows = read_runs([folder / name for name in ("soft", "soft-1", "bce")]), read_results([folder / "results"])
+    tables = {one.title: measured(one, runs, rows) for one in published().ablations}
+    losses = tables.pop("Losses")
+    assert losses and losses.columns == [("imagenet:/data", "probe")]
+    assert losses.cells == [["52.0 ± 2.8, 2 runs"], ["40.0 ± 1.0"], ["-"], ["-"], ["-"]]
+    assert not any(tables.values()), "nothing else differs between them"
+
+
+def test_conditions_of_published_lines_name_keys_that_runs_have(folder: Path) -> None:
+    [run] = read_runs([folder / "soft"])
+    conditions = [line.where for one in published().ablations for line in one.rows]
+    assert {key for where in conditions for key in where} <= run.recipe.keys()
+    assert all(len(line.published) == len(one.columns) for one in published().ablations for line in one.rows)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for part in ("a", "b"):
+        write_run(tmp_path / part / "run")
+    runs = read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "a" / ".." / "a" / "run"])
+    assert [run.name for run in runs] == ["a/run", "b/run"]
+    assert differences(runs) == []
+
+
+def test_labels_differ_where_only_the_stop_words_do(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", stop_words="remove")
+    assert differences(read_runs([tmp_path / "a", tmp_path / "b"])) == [("labels.stop_words", ["keep", "remove"])]
+
+
+def test_mistakes_are_told(folder: Path, tmp_path: Path) -> None:
+    def refusal(call: Any, *paths: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            call(paths)
+        return str(caught.value)
+
+    assert "is no run: there is no such folder" in refusal(read_runs, tmp_path / "gone")
+    assert "is no run: it has no config.yaml" in refusal(read_runs, tmp_path)
+    run = write_run(tmp_path / "run")
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"step": 3,', '"step": 3', 1))
+    assert "metrics.jsonl: line 3 is damaged" in refusal(read_runs, run)
+    assert "there is no" in refusal(read_results, tmp_path / "gone")
+    assert "other.json is no result" in refusal(read_results, folder / "results" / "other.json")
+    assert "holds no result" in refusal(read_results, run)
+    (tmp_path / "cut.json").write_text('{"results": [')
+    assert "cut.json is damaged" in refusal(read_results, tmp_path / "cut.json")
+
+
+def test_defaults_are_no_difference(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    dump_yaml(run / "config.yaml", Pipeline(), leave_out={"recipes": True})
+    (run / "metrics.jsonl").write_text("")
+    text = check_page(report(tmp_path, str(run))).text
+    assert "The built-in defaults." in text and "No step is written yet." in text and "No throughput is written yet." in text
