@@ -28,7 +28,7 @@ def write_run(run: Path, *overrides: str, loss: float = 9.0, stop_words: str = "
     keys = [f"train.batch_size={BATCH}", f"train.samples={BATCH * STEPS}", "train.optimizer.warmup_samples=0", *overrides]
     run.mkdir(parents=True)
     dump_yaml(run / "config.yaml", load_pipeline(None, keys), leave_out={"recipes": True})
-    write_json(run / "data.json", {"samples": 7179, "vocabulary": 49408, "label_options": LABELS | {"stop_words": stop_words}})
+    write_json(run / "data.json", {"samples": 7179, "vocabulary": 49408, "tokenizer": "clip", "label_options": LABELS | {"stop_words": stop_words}})
     lines: list[dict[str, Any]] = []
     for step in range(1, STEPS + 1):
         line = {"step": step, "samples": step * BATCH, "loss": loss - step / STEPS, "lr": 1e-3, "grad_norm": 1.0}

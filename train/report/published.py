@@ -4,7 +4,6 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from importlib import resources
 from typing import Any
 
@@ -69,14 +68,8 @@ def is_variant(row: Row, protocol: str) -> bool:
 
 
 def matches(run: Run, line: Line) -> bool:
-    """Whether a run is of a line's kind: its recipe has all the values, `*` in words standing for anything."""
-    if not line.where:
-        return False
-    return all(_equal(run.recipe.get(key), wanted) for key, wanted in line.where.items())
-
-
-def _equal(value: Any, wanted: Any) -> bool:
-    return fnmatchcase(str(value), wanted) if isinstance(wanted, str) else value == wanted
+    """Whether a run is of a line's kind: its recipe has all the values."""
+    return bool(line.where) and all(run.recipe.get(key) == wanted for key, wanted in line.where.items())
 
 
 @dataclass(frozen=True)

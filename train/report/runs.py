@@ -13,7 +13,7 @@ from labels.settings import Pipeline
 
 # What a run says of its machine and its files, not of what it learns.
 _NOT_RECIPE = ("train.runtime.device", "train.runtime.threads", "train.checkpoint.", "train.log.", "train.data.cache", "train.data.verify")
-_DATA_KEYS = ("samples", "captions", "vocabulary", "idf_formula")
+_DATA_KEYS = ("samples", "captions", "tokenizer", "vocabulary", "idf_formula")
 
 
 @dataclass(frozen=True)

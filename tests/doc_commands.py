@@ -1,0 +1,138 @@
+"""The commands in the documentation: found in its fenced blocks and inline code, and put before the real command lines.
+
+    ```bash        every command is parsed as its program would parse it, and not run: it needs a cluster, terabytes, or minutes
+    ```bash run    is also run, in this process, in the folder that the pages' tests share
+    ```yaml NAME   a configuration or a suite; NAME is a file that later commands read
+    ```python run  is run there, too
+    ```sql         see test_readme.py and test_cookbook.py
+    ```text        is no command
+"""
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+import preprocess.cli
+import train.cli
+from labels.config import load_pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
+GROUPS: dict[str, click.Group] = {"preprocess": preprocess.cli.cli, "train": train.cli.cli}
+_FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+# Programs that are not this project's: their own options are not checked.
+_OTHERS = {"aws", "cat", "cd", "cp", "duckdb", "export", "git", "img2dataset", "ls", "mkdir", "python3", "ray", "rm", "sbatch", "source", "xdg-open"}
+
+
+class Block(NamedTuple):
+    """A fenced block: its info string and its text."""
+
+    info: str
+    text: str
+
+    @property
+    def language(self) -> str:
+        return self.info.partition(" ")[0]
+
+    @property
+    def run(self) -> bool:
+        return self.info.endswith(" run")
+
+
+def blocks(page: Path) -> list[Block]:
+    """All fenced blocks of a page, in order."""
+    return [Block(*found) for found in _FENCE.findall(page.read_text("utf8"))]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each simple command of a shell block; comments and variables' values are gone."""
+    text = re.sub(r"\$\{?\w+\}?", "0", text.replace("\\\n", " "))
+    for line in text.splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+        lexer.whitespace_split, lexer.commenters = True, "#"
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if set(word) <= set(";&|"):
+                if words:
+                    yield words
+                words = []
+            else:
+                words.append(word)
+
+
+def own_command(words: list[str]) -> tuple[str, list[str]] | None:
+    """The group and the arguments where a command is one of this project's, behind variables, srun and torchrun or not."""
+    for place, word in enumerate(words):
+        if word in GROUPS:
+            before = [other for other in words[:place] if "=" not in other and not other.startswith("-")]
+            if not before or before[0] in ("srun", "torchrun", "python") and set(before[1:]) <= {"torchrun", "python"}:
+                return word, words[place + 1 :]
+    return None
+
+
+def parse(group: str, words: list[str]) -> click.Context:
+    """As the program parses it, configuration included, up to where it would begin to work.
+
+    Raises:
+        click.UsageError, UserError: what the user would read.
+    """
+    top = click.Context(GROUPS[group], info_name=group)
+    command = GROUPS[group].get_command(top, words[0]) if words else None
+    if command is None:
+        raise click.UsageError(f"{group} has no command {words[:1]}")
+    context = command.make_context(words[0], words[1:], parent=top)
+    file = context.params.get("config")
+    load_pipeline(file if file and file.is_file() else None, context.params.get("overrides", ()), context.params.get("recipe"))
+    return context
+
+
+def check(words: list[str]) -> None:
+    """Refuse a command that would not be understood."""
+    own = own_command(words)
+    if own:
+        parse(*own)
+        return
+    program = next((word for word in words if "=" not in word), "export")
+    if program == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+    elif program == "python":
+        assert (ROOT / words[words.index("python") + 1]).is_file(), words
+    elif program == "pip":
+        for wanted in re.findall(r"\[([\w,]+)\]", " ".join(words)):
+            assert set(wanted.split(",")) <= tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+    else:
+        assert program in _OTHERS, words
+
+
+def inline_commands(page: Path) -> list[list[str]]:
+    """Words of the inline code that begins with this project's commands or their options; `|` stands for a choice of values."""
+    text = _FENCE.sub("", page.read_text("utf8")).replace("\\|", "/")
+    found = []
+    for code in _INLINE.findall(text):
+        if code.split(" ")[0] in GROUPS or code.startswith("--"):
+            found.append(shlex.split(code))
+    return found
+
+
+def check_inline(words: list[str]) -> None:
+    """Every option that is named exists, in the command that is named or else in any; `--set` names a key that there is."""
+    commands = [GROUPS[words[0]].get_command(click.Context(GROUPS[words[0]]), words[1])] if words[0] in GROUPS and len(words) > 1 else []
+    if words[0] not in GROUPS:
+        commands = [group.get_command(click.Context(group), name) for group in GROUPS.values() for name in group.list_commands(click.Context(group))]
+    assert all(commands), f"no such command: {' '.join(words)}"
+    known = {option for command in commands if command for parameter in command.params for option in parameter.opts} | {"--help", "--version"}
+    for place, word in enumerate(words):
+        if word.startswith("--"):
+            assert word.partition("=")[0] in known, f"{' '.join(words)}: no option {word}"
+        if word == "--set" and "=" in "".join(words[place + 1 : place + 2]) and "..." not in words[place + 1]:
+            key = words[place + 1].partition("=")[0]
+            pipeline = load_pipeline()
+            for name in key.split("."):
+                pipeline = getattr(pipeline, name, None)
+                assert pipeline is not None or name in ("subset", "clip_norm"), f"no key {key}"
