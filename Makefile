@@ -1,5 +1,5 @@
-# make demo: the main job on real input.  make test: the tests.  make check: style and types.
-.PHONY: setup demo test check lock clean
+# make demo: the main job on real input.  make test: the tests.  make check: style and types.  make wheel: dist/*.whl.
+.PHONY: setup demo test check wheel lock clean
 
 BIN := .venv/bin
 
@@ -19,6 +19,9 @@ check: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --warnings
+
+wheel: setup
+	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 # After changing a range in pyproject.toml: the exact versions that .venv holds become the lock.
 lock: setup

@@ -1,13 +1,15 @@
 """The commands in the documentation: found in its fenced blocks and inline code, and put before the real command lines.
 
-    ```bash        every command is parsed as its program would parse it, and not run: it needs a cluster, terabytes, or minutes
-    ```bash run    is also run, in this process, in the folder that the pages' tests share
-    ```yaml NAME   a configuration or a suite; NAME is a file that later commands read
-    ```python run  is run there, too
-    ```sql         see test_readme.py and test_cookbook.py
-    ```text        is no command
+```bash        every command is parsed as its program would parse it, and not run: it needs a cluster, terabytes, or minutes
+```bash run    is also run, in this process, in the folder that the pages' tests share
+```yaml NAME   a configuration or a suite; NAME is a file that later commands read
+```python run  is run there, too
+```sql         see test_readme.py and test_cookbook.py
+```text        is no command
 """
 
+import importlib
+import inspect
 import re
 import shlex
 import tomllib
@@ -22,12 +24,34 @@ import train.cli
 from labels.config import load_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
+]
 GROUPS: dict[str, click.Group] = {"preprocess": preprocess.cli.cli, "train": train.cli.cli}
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 # Programs that are not this project's: their own options are not checked.
-_OTHERS = {"aws", "cat", "cd", "cp", "duckdb", "export", "git", "img2dataset", "ls", "mkdir", "python3", "ray", "rm", "sbatch", "source", "xdg-open"}
+_OTHERS = {
+    "aws",
+    "cat",
+    "cd",
+    "cp",
+    "duckdb",
+    "export",
+    "git",
+    "img2dataset",
+    "ls",
+    "mkdir",
+    "python3",
+    "ray",
+    "rm",
+    "sbatch",
+    "source",
+    "xdg-open",
+}
 
 
 class Block(NamedTuple):
@@ -71,7 +95,7 @@ def own_command(words: list[str]) -> tuple[str, list[str]] | None:
     for place, word in enumerate(words):
         if word in GROUPS:
             before = [other for other in words[:place] if "=" not in other and not other.startswith("-")]
-            if not before or before[0] in ("srun", "torchrun", "python") and set(before[1:]) <= {"torchrun", "python"}:
+            if not before or (before[0] in ("srun", "torchrun", "python") and set(before[1:]) <= {"torchrun", "python"}):
                 return word, words[place + 1 :]
     return None
 
@@ -87,8 +111,8 @@ def parse(group: str, words: list[str]) -> click.Context:
     if command is None:
         raise click.UsageError(f"{group} has no command {words[:1]}")
     context = command.make_context(words[0], words[1:], parent=top)
-    file = context.params.get("config")
-    load_pipeline(file if file and file.is_file() else None, context.params.get("overrides", ()), context.params.get("recipe"))
+    file, recipe = context.params.get("config"), context.params.get("recipe") if words[0] in ("run", "plan") else None
+    load_pipeline(file if file and file.is_file() else None, context.params.get("overrides", ()), recipe)
     return context
 
 
@@ -111,28 +135,40 @@ def check(words: list[str]) -> None:
 
 
 def inline_commands(page: Path) -> list[list[str]]:
-    """Words of the inline code that begins with this project's commands or their options; `|` stands for a choice of values."""
-    text = _FENCE.sub("", page.read_text("utf8")).replace("\\|", "/")
-    found = []
-    for code in _INLINE.findall(text):
-        if code.split(" ")[0] in GROUPS or code.startswith("--"):
-            found.append(shlex.split(code))
-    return found
+    """Words of the inline code that begins with this project's commands or options; `|` stands for a choice of values.
+
+    The first column of a table with the heading `there` holds other programs' options, and is left out.
+    """
+    text, foreign, lines = _FENCE.sub("", page.read_text("utf8")).replace("\\|", "/"), False, []
+    for line in text.splitlines():
+        foreign = line.startswith("|") and (foreign or line.startswith("| there |"))
+        lines.append(line.split("|", 2)[-1] if foreign else line)
+    codes = _INLINE.findall("\n".join(lines))
+    return [shlex.split(code) for code in codes if code.split(" ")[0] in GROUPS or code.startswith("--")]
 
 
-def check_inline(words: list[str]) -> None:
-    """Every option that is named exists, in the command that is named or else in any; `--set` names a key that there is."""
-    commands = [GROUPS[words[0]].get_command(click.Context(GROUPS[words[0]]), words[1])] if words[0] in GROUPS and len(words) > 1 else []
+def check_inline(words: list[str], page: Path) -> None:
+    """Every option that is named exists: in the command that is named, else in any or in a script beside the page; `--set` is sound."""
+    tops = {name: click.Context(group) for name, group in GROUPS.items()}
     if words[0] not in GROUPS:
-        commands = [group.get_command(click.Context(group), name) for group in GROUPS.values() for name in group.list_commands(click.Context(group))]
-    assert all(commands), f"no such command: {' '.join(words)}"
-    known = {option for command in commands if command for parameter in command.params for option in parameter.opts} | {"--help", "--version"}
+        named = [group.get_command(tops[name], one) for name, group in GROUPS.items() for one in group.list_commands(tops[name])]
+    else:
+        named = [GROUPS[words[0]].get_command(tops[words[0]], word) for word in words[1:2]]
+    assert all(named), f"no such command: {' '.join(words)}"
+    known = {option for command in named if command for parameter in command.params for option in parameter.opts} | {"--help", "--version"}
+    for script in page.parent.glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text("utf8")))
     for place, word in enumerate(words):
         if word.startswith("--"):
             assert word.partition("=")[0] in known, f"{' '.join(words)}: no option {word}"
         if word == "--set" and "=" in "".join(words[place + 1 : place + 2]) and "..." not in words[place + 1]:
-            key = words[place + 1].partition("=")[0]
-            pipeline = load_pipeline()
-            for name in key.split("."):
-                pipeline = getattr(pipeline, name, None)
-                assert pipeline is not None or name in ("subset", "clip_norm"), f"no key {key}"
+            load_pipeline(None, [words[place + 1]])
+
+
+def api_row(name: str) -> str:
+    """A line of docs/api.md, from the code: the name, its parameters, the first sentence of its docstring."""
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute)
+    summary = (inspect.getdoc(found) or "").partition("\n\n")[0].replace("\n", " ")
+    called = ", ".join(parameter for parameter in inspect.signature(found).parameters if parameter != "self")
+    return f"| `{name}` | {called or '-'} | {summary.replace('|', '&#124;')} |"

@@ -28,7 +28,9 @@ def write_run(run: Path, *overrides: str, loss: float = 9.0, stop_words: str = "
     keys = [f"train.batch_size={BATCH}", f"train.samples={BATCH * STEPS}", "train.optimizer.warmup_samples=0", *overrides]
     run.mkdir(parents=True)
     dump_yaml(run / "config.yaml", load_pipeline(None, keys), leave_out={"recipes": True})
-    write_json(run / "data.json", {"samples": 7179, "vocabulary": 49408, "tokenizer": "clip", "label_options": LABELS | {"stop_words": stop_words}})
+    write_json(
+        run / "data.json", {"samples": 7179, "vocabulary": 49408, "tokenizer": "clip", "label_options": LABELS | {"stop_words": stop_words}}
+    )
     lines: list[dict[str, Any]] = []
     for step in range(1, STEPS + 1):
         line = {"step": step, "samples": step * BATCH, "loss": loss - step / STEPS, "lr": 1e-3, "grad_norm": 1.0}
@@ -84,7 +86,7 @@ def test_the_page_stands_alone_and_tells_all(page: str) -> None:
         assert told in read.text, told
     # Published figures of the same protocol and data are there, those of others are not.
     assert "Published: linear probe, ImageNet-1k" in read.text and "Published: CIDEr" in read.text and "Published: 10-shot" not in read.text
-    assert page.count('class="legend"') == 4
+    assert page.count('class="legend"') == 2 + 3, "a chart for each kind of loss, and three of speed"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -112,7 +114,7 @@ def test_numbers_of_a_run(folder: Path) -> None:
     assert run.weighed("data_wait") == pytest.approx(0.2) and run.weighed("memory_gib") is None
     assert run.last_loss() == pytest.approx(9 - (397 + 398 + 399 + 400) / 4 / STEPS)
     assert (run.samples, run.budget, run.skipped, run.bad_images) == (BATCH * STEPS, BATCH * STEPS, 1, 2)
-    raw, mean = loss_curves([run])
+    raw, mean = loss_curves([run], [run])
     assert len(raw.xs) == STEPS - 1 and len(mean.xs) == 200 and (raw.kind, mean.kind) == ("faint", "")
 
 

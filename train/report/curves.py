@@ -11,10 +11,15 @@ from train.report.runs import Run
 _POINTS, _RAW_POINTS = 200, 1_500
 
 
-def loss_curves(runs: Sequence[Run]) -> list[Series]:
-    """Means of neighbouring steps, and behind a single run's the steps themselves; skipped steps are left out."""
+def loss_curves(runs: Sequence[Run], shown: Sequence[Run]) -> list[Series]:
+    """Means of neighbouring steps, and behind a single run's the steps themselves; skipped steps are left out.
+
+    `shown` of all `runs`, whose order gives each its colour.
+    """
     curves = []
     for hue, run in enumerate(runs):
+        if run not in shown:
+            continue
         samples, losses = _columns([line for line in run.steps if line["loss"] is not None], "loss")
         if len(runs) == 1 and len(samples):
             kept = np.unique(np.linspace(0, len(samples) - 1, _RAW_POINTS).round().astype(int))

@@ -54,11 +54,16 @@ def _overview(runs: Sequence[Run]) -> Section:
 
 
 def _loss(runs: Sequence[Run]) -> Html:
-    curves = loss_curves(runs)
-    if not curves:
-        return paragraph("No step is written yet.")
+    """A chart for each kind of loss: their heights have nothing to do with each other."""
     note = "The mean of neighbouring steps" + (", behind it the steps themselves" if len(runs) == 1 else "")
-    return line_chart("Loss over samples seen", Axis("samples seen", low=0.0), Axis("loss (nats)"), curves, note=note)
+    kinds = dict.fromkeys(run.recipe["train.loss.name"] for run in runs)
+    charts = []
+    for kind in kinds:
+        curves = loss_curves(runs, [run for run in runs if run.recipe["train.loss.name"] == kind])
+        if curves:
+            title = "Loss over samples seen" + (f": {kind}" if len(kinds) > 1 else "")
+            charts.append(line_chart(title, Axis("samples seen", low=0.0), Axis("loss (nats)"), curves, note=note))
+    return join(charts) if charts else paragraph("No step is written yet.")
 
 
 def _speed(runs: Sequence[Run]) -> Html:

@@ -71,12 +71,17 @@ def _all_metrics(rows: Sequence[Row]) -> Html:
     return table(["Data", "Encoder", "Variant", "Metric", "#Value", "#Seeds", "Protocol"], lines, caption="Every metric of every result")
 
 
+def _published(value: float | None) -> str:
+    """With as many decimals as it was published with, one at least."""
+    return "-" if value is None else max(f"{value:.1f}", f"{value:g}", key=len)
+
+
 def _ablation(ablation: Ablation, runs: Sequence[Run], rows: Sequence[Row]) -> Html:
     here = measured(ablation, runs, rows)
     columns = ["", *(f"#{_COLUMN_NAMES[column]}, published" for column in ablation.columns)]
     columns += [f"#{variant} on {data}, here" for data, variant in here.columns] if here else []
     lines = []
     for place, line in enumerate(ablation.rows):
-        numbers = [f"{value:g}" if value is not None else "-" for value in line.published]
+        numbers = [_published(value) for value in line.published]
         lines.append([line.name, *numbers, *(here.cells[place] if here else [])])
     return join([tag("h3", ablation.title), table(columns, lines, caption=f"{ablation.title}: {ablation.setting}")])
