@@ -21,6 +21,7 @@ check: setup
 	@$(BIN)/pyright --warnings
 
 wheel: setup
+	@rm -rf build
 	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 # After changing a range in pyproject.toml: the exact versions that .venv holds become the lock.

@@ -161,7 +161,7 @@ def check_inline(words: list[str], page: Path) -> None:
     for place, word in enumerate(words):
         if word.startswith("--"):
             assert word.partition("=")[0] in known, f"{' '.join(words)}: no option {word}"
-        if word == "--set" and "=" in "".join(words[place + 1 : place + 2]) and "..." not in words[place + 1]:
+        if word == "--set" and words[place + 1 :] and not words[place + 1].startswith("section."):
             load_pipeline(None, [words[place + 1]])
 
 
