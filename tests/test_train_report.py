@@ -156,6 +156,11 @@ def test_conditions_of_published_lines_name_keys_that_runs_have(folder: Path) ->
     assert all(len(line.published) == len(one.columns) for one in published().ablations for line in one.rows)
 
 
+def test_arguments_of_the_trunk_are_a_difference(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "train.model.trunk_args={depth: 4}")
+    assert ("train.model.trunk_args.depth", [4]) in differences(read_runs([run]))
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for part in ("a", "b"):
         write_run(tmp_path / part / "run")

@@ -12,7 +12,15 @@ from labels.errors import UserError
 from labels.settings import Pipeline
 
 # What a run says of its machine and its files, not of what it learns.
-_NOT_RECIPE = ("train.runtime.device", "train.runtime.threads", "train.checkpoint.", "train.log.", "train.data.cache", "train.data.verify")
+_NOT_RECIPE = (
+    "train.runtime.device",
+    "train.runtime.threads",
+    "train.runtime.peak_tflops",
+    "train.checkpoint.",
+    "train.log.",
+    "train.data.cache",
+    "train.data.verify",
+)
 _DATA_KEYS = ("samples", "captions", "tokenizer", "vocabulary", "idf_formula")
 
 
@@ -124,7 +132,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     sides = [run.recipe for run in runs]
     if len(runs) == 1:
         defaults = recipe(Pipeline()) | _flat("labels.", Pipeline().labels.model_dump())
-        sides = [defaults, {key: value for key, value in runs[0].recipe.items() if key in defaults}]
+        sides = [defaults, {key: value for key, value in runs[0].recipe.items() if not key.startswith("data.")}]
     keys = dict.fromkeys(key for side in sides for key in side)
     rows = [(key, [side.get(key) for side in sides]) for key in keys]
     return [(key, values[-len(runs) :]) for key, values in rows if any(value != values[0] for value in values) and values[-1] is not None]
