@@ -5,28 +5,20 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 
-from labels.config import load_pipeline
 from labels.files import write_whole
 from labels.layout import out_path
-from labels.settings import parse_count
 from preprocess.cli_options import config_option, parse_out, set_option
-from preprocess.doctor import examine, print_findings
-from preprocess.estimate import estimate
-from preprocess.forecast import Prices, print_estimate
-from preprocess.show.card import draw_card
-from preprocess.show.explain_page import explanation_page
-from preprocess.show.explanation import explain
-from preprocess.show.report_page import report_page
-from preprocess.show.summary import summarise
-from preprocess.show.terminal import print_explanation
+
+# What is large is imported by the command that needs it: `build-labels` loads this file too.
 
 _file = click.Path(path_type=Path, dir_okay=False)
 
 
 def _count(_context: click.Context, _option: click.Parameter, value: str | None) -> int | None:
     """`1.28B` as a number."""
+    from labels.settings import parse_count
+
     count = parse_count(int(value) if value and value.isdecimal() else value)
     if count is not None and (not isinstance(count, int) or count < 1):
         raise click.BadParameter(f"{value!r}; allowed: a number of samples, e.g. 12800000, 12.8M or 1.28B")
@@ -43,6 +35,13 @@ def _count(_context: click.Context, _option: click.Parameter, value: str | None)
 @click.option("--png", "card", type=_file, help="Write a picture.")
 def explain_command(out: Path, sample: str, shard: str | None, run: Path | None, top: int, page: Path | None, card: Path | None) -> None:
     """Show one sample of OUT from caption to target: image, cleaned caption, tokens, frequencies, IDF, weights."""
+    from rich.console import Console
+
+    from preprocess.show.card import draw_card
+    from preprocess.show.explain_page import explanation_page
+    from preprocess.show.explanation import explain
+    from preprocess.show.terminal import print_explanation
+
     told = explain(out, sample, shard=shard, run=run, top=top)
     print_explanation(told, Console(markup=False, emoji=False, highlight=False))
     if page:
@@ -59,6 +58,9 @@ def explain_command(out: Path, sample: str, shard: str | None, run: Path | None,
 @click.option("--pictures", type=click.IntRange(min=0), default=24, show_default=True, help="Images in the gallery.")
 def report_command(out: Path, page: Path, pictures: int) -> None:
     """Write one HTML file that shows what a build made of its data; it opens without a network."""
+    from preprocess.show.report_page import report_page
+    from preprocess.show.summary import summarise
+
     text = report_page(summarise(out, pictures))
     write_whole(page, lambda partial: partial.write_text(text, encoding="utf8"))
     print(f"{page}: {page.stat().st_size / 2**20:.1f} MiB")
@@ -80,6 +82,12 @@ def plan_command(
     price_per_gib_month: float | None, as_json: bool, config: Path | None, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Measure two or three shards of DATA in a temporary folder, and foretell time, disk, memory and cost of the whole build."""
+    from rich.console import Console
+
+    from labels.config import load_pipeline
+    from preprocess.estimate import estimate
+    from preprocess.forecast import Prices, print_estimate
+
     settings = load_pipeline(config, [*overrides, *([f"build.workers={workers}"] if workers else [])])
     target = out_path(out or settings.paths.out)
     found = estimate(list(data), target, settings, samples=samples, betons=not no_beton)
@@ -96,6 +104,11 @@ def plan_command(
 @config_option
 def doctor_command(out: str | None, as_json: bool, config: Path | None) -> None:
     """Examine this machine: Python, libraries, GPU, disk, memory, limits; exit code 1 if something needed is missing."""
+    from rich.console import Console
+
+    from labels.config import load_pipeline
+    from preprocess.doctor import examine, print_findings
+
     settings = load_pipeline(config)
     findings = examine(Path(out or settings.paths.out), settings)
     if as_json:
