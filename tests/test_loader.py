@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 from labels import beton
 from labels.errors import UserError
 from labels.settings import Data
+from train import decode
 from train.batch import Batch
 from train.betons import BetonSet
 from train.crops import flipped, random_crop
@@ -175,6 +177,45 @@ def test_prefetch_is_bounded_in_bytes(out: Path, prefetch: int, slots: int) -> N
     memory = {batch.images.data_ptr() for batch in loader}
     assert len(memory) <= slots
     assert len(memory) >= min(slots, 20) - 1
+
+
+def test_canvases_count_for_prefetch(out: Path) -> None:
+    settings, largest = Data(crop_scale=[1.0, 1.0], prefetch=6 * 19 * (96 * 96 * 3 + 75 * 4)), 0
+    loader = Loader(BetonSet(out), settings, image_size=SIDE, batch_size=19, seed=0, first_step=0, last_step=40, device=True)
+    memory = {}
+    for step, batch in enumerate(loader):
+        if step >= 20:  # every size has been met
+            memory[batch.images.data_ptr()] = batch.images.untyped_storage().nbytes()
+            largest = max(largest, memory[batch.images.data_ptr()])
+    assert largest > 19 * 64 * 64 * 3
+    assert settings.prefetch - largest - 19 * 75 * 4 < sum(memory.values()) + 19 * 75 * 4 * len(memory) + largest
+    assert sum(memory.values()) <= settings.prefetch
+
+
+def test_the_next_batch_is_decoded_while_the_loop_has_one(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Semaphore(0)
+    load_rows = decode.load_rows
+
+    def count(*arguments: Any) -> int:
+        begun.release()
+        return load_rows(*arguments)
+
+    monkeypatch.setattr(decode, "load_rows", count)
+    settings = Data(prefetch=1)  # two batches, the least
+    with Loader(BetonSet(out), settings, image_size=8, batch_size=19, seed=0, first_step=0, last_step=9) as loader:
+        batches = iter(loader)
+        next(batches)
+        next(batches)
+        for number in range(3):
+            assert begun.acquire(timeout=60), number
+
+
+def test_a_flipped_bit_in_the_table_is_told(out: Path, tmp_path: Path) -> None:
+    """The pointers of image and labels bound each other: what lies between is the JPEG."""
+    at = beton.METADATA_OFFSET + 5 * beton.METADATA.itemsize + beton.METADATA.fields["labels_ptr"][1]  # type: ignore[index]
+    copy = patched(out, tmp_path, 0, at + 7, b"\x80")
+    with pytest.raises(UserError, match=r"00000\.beton, sample 5: its table entry points outside the file"):
+        load(copy, 3)
 
 
 def patched(out: Path, tmp_path: Path, number: int, at: int, data: bytes) -> Path:

@@ -3,6 +3,8 @@
 B batch (of this rank), S image side, H x W canvas, K label limit.
 """
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,3 +73,32 @@ class Slot:
         """What it holds now, for the loop."""
         boxes = self._boxes if self._device else None
         return Batch(self._images, boxes, self._label_ids, self._positions, self.epochs, bad, self.copied)
+
+
+class Ring:
+    """Slots for batches decoded ahead: as many as `room` bytes hold of the largest, canvases counted as they are; two at least.
+
+    Args:
+        make: a new slot.
+        room: bytes.
+        most: no more slots than that.
+
+    Attributes:
+        free: slots to be filled next.
+    """
+
+    def __init__(self, make: Callable[[], Slot], room: int, most: int) -> None:
+        self._make, self._room, self._most = make, room, max(most, 2)
+        self._slots = [make(), make()]  # how large they get, the first batch shows
+        self.free = deque(self._slots)
+
+    def give_back(self, slot: Slot) -> None:
+        """The loop is done with it. Slots that have grown beyond the room are dropped as they come, others made while there is room."""
+        wanted = min(max(self._room // max(one.bytes for one in self._slots), 2), self._most)
+        if len(self._slots) > wanted:
+            self._slots.remove(slot)
+            return
+        self.free.append(slot)
+        new = [self._make() for _ in range(wanted - len(self._slots))]
+        self._slots += new
+        self.free += new

@@ -2,9 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -15,6 +13,7 @@ from labels.layout import local_out
 from labels.manifest import read_manifest
 from labels.settings import Pipeline
 from train import options
+from train.bench.commands import bench
 from train.evals.commands import register
 from train.report.command import report
 
@@ -30,35 +29,14 @@ def cli() -> None:
 
 register(cli)
 cli.add_command(report)
-
-
-_recipe = click.option("--recipe", metavar="NAME", help="Entry of `recipes` in pipeline.yaml, laid over its section `train`.")
-
-
-def _betons(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say what is trained on."""
-    for option in (
-        click.option(
-            "--idf", type=click.Path(path_type=Path), metavar="FILE", help="IDF table to take (`preprocess idf`), or an OUT that has one."
-        ),
-        click.option(
-            "--labels", multiple=True, metavar="OTHER_OUT",
-            help="Other labels for the same rows (default: the betons'). With several OUTs: one for each.",
-        ),
-        click.option(
-            "--beton", "betons", is_flag=False, flag_value="", multiple=True, metavar="[OUT[=SHARE]]",
-            help="OUT of build-labels, its manifest, some of its betons, or a glob (no value: paths.out). Repeatable; =0.3: a mixture.",
-        ),
-    ):  # fmt: skip
-        command = option(command)
-    return command
+cli.add_command(bench)
 
 
 @cli.command("run")
-@_betons
+@options.betons
 @click.option("--out", "run", type=click.Path(path_type=Path), help="Folder of the run (default: paths.run).")
 @click.option("--synthetic", is_flag=True, help="Random images made once on the device, no checkpoints: what the model alone can do.")
-@_recipe
+@options.recipe
 @options.config
 @options.overrides
 def run_command(
@@ -66,7 +44,6 @@ def run_command(
     config: Path | None, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Pre-train by classification, or go on with an interrupted run: the same command again."""
-    from train.data import Chosen
     from train.run import synthetic_run, train_run  # torch takes a second: not for --help
     from train.signals import STOPPED_EXIT_CODE
 
@@ -77,9 +54,7 @@ def run_command(
         if not synthetic_run(target / "synthetic", pipeline, vocabulary, label_limit):
             sys.exit(STOPPED_EXIT_CODE)
         return
-    if not betons:
-        raise UserError("`train run` was given no betons", mend="add --beton OUT (--beton alone takes paths.out), or --synthetic")
-    chosen = Chosen([beton or pipeline.paths.out for beton in betons], [local_out(one) for one in labels], idf)
+    chosen = options.chosen(pipeline, betons, labels, idf, "train run", ", or --synthetic")
     if not train_run(chosen, target, pipeline):
         print(f"stopped and saved; the same command goes on with {target}")
         sys.exit(STOPPED_EXIT_CODE)
@@ -92,7 +67,7 @@ def run_command(
     "--rate", "rates", multiple=True, type=click.FloatRange(min=0, min_open=True), default=(1e3, 1e4, 1e5), show_default=True,
     help="Samples/s over all devices. Repeatable.",
 )  # fmt: skip
-@_recipe
+@options.recipe
 @options.config
 @options.overrides
 def plan_command(

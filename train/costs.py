@@ -90,10 +90,14 @@ def peak_flops(settings: Train, device: torch.device) -> float | None:
         return settings.runtime.peak_tflops * 1e12
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    known = next((tflops for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
+    known = peak_tflops(torch.cuda.get_device_name(device))
     share = 0.5 if autocast_dtype(settings.runtime.precision, device) is None else 1.0
     return None if known is None else known * share * 1e12
+
+
+def peak_tflops(name: str) -> float | None:
+    """Dense bf16 TFLOP/s of a device of that name, if it is known."""
+    return next((tflops for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
 
 
 def _count(module: nn.Module) -> int:

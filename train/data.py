@@ -64,9 +64,14 @@ def make_loader(betons: BetonSet, settings: Train, first_step: int, last_step: i
     return Loader(
         betons, settings.data, image_size=settings.model.image_size, batch_size=settings.batch_size, seed=settings.runtime.seed,
         first_step=first_step, last_step=last_step, rank=here.rank, world=here.size,
-        threads=settings.data.threads or len(os.sched_getaffinity(0)), pinned=here.device.type == "cuda",
+        threads=loading_threads(settings.data), pinned=here.device.type == "cuda",
         device=resamples(settings.data, here.device),
     )  # fmt: skip
+
+
+def loading_threads(settings: Data) -> int:
+    """`train.data.threads`, or for 0 the number of cores this process may use."""
+    return settings.threads or len(os.sched_getaffinity(0))
 
 
 def data_facts(betons: BetonSet) -> dict[str, Any]:

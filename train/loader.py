@@ -20,7 +20,7 @@ import numpy as np
 from labels.settings import Data
 from train import decode
 from train.ahead import Ahead
-from train.batch import Batch, Slot
+from train.batch import Batch, Ring, Slot
 from train.betons import BetonSet
 from train.faults import count_bad
 from train.jpeg import Decompressor
@@ -75,7 +75,7 @@ class Loader:
         self._betons, self._settings = betons, settings
         low, high = settings.crop_scale
         narrow, wide = settings.crop_ratio
-        self._crops = Crops((low, high), (narrow, wide), settings.flip, seed, image_size, centre, device)
+        self.crops = Crops((low, high), (narrow, wide), settings.flip, seed, image_size, centre, device)
         self.order = Order(betons.sizes, betons.quotas, settings.shuffle_block, settings.shuffle_window, seed)
         self._image_size, self._batch_size, self._pinned = image_size, batch_size, pinned
         self._rank, self._world, self._threads = rank, world, threads
@@ -97,35 +97,27 @@ class Loader:
     def _batches(self) -> Generator[Batch]:
         steps = iter(range(self._first_step, self._last_step))
         workers = deque(_Worker() for _ in range(self._threads))
-        free, filling = self._slots(), deque[_Filling]()
+        ring, filling = Ring(self._slot, self._settings.prefetch, self._last_step - self._first_step + 1), deque[_Filling]()
         with Ahead(self._betons, self.order, self._rank, self._world) as ahead, Threads(self._threads, "decode") as pool:
 
             def submit() -> None:
-                if (step := next(steps, None)) is not None:
-                    filling.append(self._submit(step, free.popleft(), pool, workers, ahead))
+                while ring.free and (step := next(steps, None)) is not None:
+                    filling.append(self._submit(step, ring.free.popleft(), pool, workers, ahead))
 
-            while len(free) > 1 and len(filling) < self._last_step - self._first_step:
-                submit()
+            submit()
             while filling:
                 done = filling.popleft()
                 for future in done.parts.result():
                     future.result()
+                submit()  # before this batch goes out, so that the threads are at the next ones while the loop has it
                 yield done.slot.batch(count_bad(self._betons, done.samples, done.slot.rows))
                 if done.slot.copied is not None:
                     done.slot.copied.synchronize()  # else the threads would overwrite what the GPU has yet to copy
-                free.append(done.slot)
+                ring.give_back(done.slot)
                 submit()
 
-    def _slots(self) -> deque[Slot]:
-        """As many as `prefetch` has room for and steps need: one is with the loop while the others are being filled."""
-        share = self._batch_size // self._world
-
-        def slot() -> Slot:
-            return Slot(share, self._image_size, self._betons.label_limit, self._pinned, self._crops.device)
-
-        first = slot()
-        count = min(max(self._settings.prefetch // first.bytes, 2), max(self._last_step - self._first_step, 1) + 1)
-        return deque([first, *(slot() for _ in range(count - 1))])
+    def _slot(self) -> Slot:
+        return Slot(self._batch_size // self._world, self._image_size, self._betons.label_limit, self._pinned, self.crops.device)
 
     def _submit(self, step: int, slot: Slot, pool: ThreadPoolExecutor, workers: deque[_Worker], ahead: Ahead) -> _Filling:
         """Let the threads begin the batch of one step."""
@@ -139,10 +131,10 @@ class Loader:
         self, pool: ThreadPoolExecutor, workers: deque[_Worker], slot: Slot, samples: np.ndarray, epochs: np.ndarray
     ) -> list[Future[None]]:
         """Where the device resamples, fit the canvas to the batch; then let all threads fill it."""
-        if self._crops.device:
+        if self.crops.device:
             with self._betons.held(samples):
                 scratch = np.empty(TABLE_BYTES, np.uint8)
-                slot.fit(*decode.canvas_shape(self._betons.tables, samples, epochs, self._betons.label_limit, self._crops, scratch))
+                slot.fit(*decode.canvas_shape(self._betons.tables, samples, epochs, self._betons.label_limit, self.crops, scratch))
         bounds = np.linspace(0, len(samples), min(self._threads, len(samples)) + 1).astype(int).tolist()
         parts = pairwise(bounds)
         return [pool.submit(self._fill, workers, slot, samples, epochs, *part) for part in parts]
@@ -152,7 +144,7 @@ class Loader:
         try:
             with self._betons.held(samples[begin:end]):
                 while needed := decode.load_rows(
-                    self._betons.tables, samples, epochs, begin, end, self._crops, self._betons.vocabulary,
+                    self._betons.tables, samples, epochs, begin, end, self.crops, self._betons.vocabulary,
                     worker.decompressor.handle, worker.scratch, slot.rows,
                 ):  # fmt: skip
                     worker.scratch = np.empty(needed, np.uint8)

@@ -95,6 +95,15 @@ def fits_canvas(window: Window, crops: Crops) -> bool:
     return crops.device and max(window.columns, window.rows) <= _LARGEST_CANVAS * crops.size
 
 
+@njit(inline="always")
+def decompress(address: int, size: int, width: int, height: int, shrink: int, handle: int, pixels: np.ndarray) -> bool:
+    """Decode a JPEG of width x height pixels, shrunk, into `pixels`, uint8 [rows * columns * 3]; False if it does not decode."""
+    columns, rows = (width + shrink - 1) // shrink, (height + shrink - 1) // shrink
+    failed = tj_decompress(handle, np.uint64(address), np.uint64(size), np.uint64(pixels.ctypes.data), columns, 3 * columns, rows, RGB, 0)
+    # The decoder also returns -1 for warnings, e.g. bytes too many behind a marker; the picture is there then.
+    return failed == 0 or tj_error(handle) != _FATAL
+
+
 @njit
 def decode_row(
     address: int, size: int, width: int, height: int, window: Window, crops: Crops, handle: int, scratch: np.ndarray, image: np.ndarray,
@@ -122,11 +131,7 @@ def decode_row(
     needed = at_work + work_bytes(window.rows, window.columns, window.width, window.height, side)
     if needed > scratch.shape[0]:
         return needed
-    failed = tj_decompress(
-        handle, np.uint64(address), np.uint64(size), np.uint64(scratch.ctypes.data), pixel_width, pitch, pixel_height, RGB, 0
-    )
-    # The decoder also returns -1 for warnings, e.g. bytes too many behind a marker; the picture is there then.
-    if failed != 0 and tj_error(handle) == _FATAL:
+    if not decompress(address, size, width, height, shrink, handle, scratch):
         return DAMAGED
     source, target, target_pitch = scratch[window.top * pitch + 3 * window.left :], image.reshape(-1), 3 * image.shape[1]
     if fits_canvas(window, crops):

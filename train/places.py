@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit, types  # pyright: ignore[reportPrivateImportUsage]  (numba documents it there)
 
-from labels.beton import ALLOCATION, METADATA
+from labels.beton import METADATA
 from labels.places import PLACE
 
 OK, BAD_TABLE, BAD_JPEG, BAD_LABEL, BAD_INDEX, BAD_READ = range(6)
@@ -24,7 +24,7 @@ NO_FILE = -1
 TABLE_BYTES = 128
 """The head of scratch memory, where table rows are read to; the sample's own bytes come behind it."""
 
-_META_BYTES, _ALLOC_BYTES, _PLACE_BYTES = METADATA.itemsize, ALLOCATION.itemsize, PLACE.itemsize
+_META_BYTES, _PLACE_BYTES = METADATA.itemsize, PLACE.itemsize
 _LABELS_AT, _INDEX_AT = METADATA.fields["labels_ptr"][1], METADATA.fields["index"][1]  # type: ignore[index]
 _P_BYTES, _P_OFFSET, _P_INDEX = (PLACE.fields[name][1] for name in ("bytes", "offset", "index"))  # type: ignore[index]
 _P_WIDTH, _P_HEIGHT = (PLACE.fields[name][1] for name in ("width", "height"))  # type: ignore[index]
@@ -128,17 +128,14 @@ def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> Place:
     local, table, length = sample - tables.first_samples[number], tables.files[number], tables.bytes[number]
     file = table
     labels_at = np.int64(0)
-    in_beton = tables.allocations[number] > 0
-    if in_beton:
-        entry = tables.allocations[number] + 2 * local * _ALLOC_BYTES
-        if not read_at(table, tables.tables[number] + local * _META_BYTES, _META_BYTES, scratch, 0) or not read_at(
-            table, entry, 24, scratch, _META_BYTES
-        ):
+    if tables.allocations[number] > 0:
+        if not read_at(table, tables.tables[number] + local * _META_BYTES, _META_BYTES, scratch, 0):
             return Place(BAD_READ, table, 0, 0, 0, 0, 0, 0, 0)
         width, height, offset = number_at(scratch, 1, 2), number_at(scratch, 3, 2), number_at(scratch, 5, 8)
         labels_at, index = number_at(scratch, _LABELS_AT, 8), number_at(scratch, _INDEX_AT, 8)
-        size = number_at(scratch, _META_BYTES + 16, 8)
-        agree = number_at(scratch, _META_BYTES + 8, 8) == offset
+        # The label row lies right behind the image, so that its pointer tells the length too: one read, not another of the table behind.
+        size, length = labels_at - offset, tables.allocations[number]
+        agree = labels_at <= length - 4 * limit
     else:
         if not read_at(table, tables.tables[number] + local * _PLACE_BYTES, _PLACE_BYTES, scratch, 0):
             return Place(BAD_READ, table, 0, 0, 0, 0, 0, 0, 0)
@@ -153,8 +150,7 @@ def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> Place:
         return Place(BAD_TABLE, file, offset, size, width, height, row, 0, 0)
     begin, end = tables.shards[number, 0], tables.shards[number, 1]
     if begin == end:  # the label row lies in the beton
-        status = OK if 0 < labels_at <= length - 4 * limit else BAD_TABLE
-        return Place(status, file, offset, size, width, height, row, file, labels_at)
+        return Place(OK, file, offset, size, width, height, row, file, labels_at)
     part = begin + max(np.searchsorted(tables.first_indices[begin:end], index, side="right") - 1, 0)
     position = index - tables.first_indices[part]
     status = OK if 0 <= position < tables.row_counts[part] and tables.row_files[part] != NO_FILE else BAD_INDEX

@@ -1,0 +1,153 @@
+"""Large sets, many small betons, images left in their tars, and how well samples are mixed.
+
+    python benchmarks/set.py [--work DIR] [--repeats 5] [--parts open order small mixing]
+
+    open     10 million samples in 100 betons (whose pages are holes: opening does not read them): seconds and memory, in a new process
+    order    1.28 billion samples: seconds until the first batch, and memory, in a new process
+    small    images/s of one beton, of the same samples in 16 betons, and of the same in their tars (`--no-images`), in turns, page cache
+             warm; pixels and labels are compared
+    mixing   batches of 1,024 out of a million samples in 100 shards, beside a true shuffle: shards in a batch, most samples of one shard,
+             correlation of sample and position, mean distance of two neighbours as a share of the set (a third, if they are independent)
+
+Photographs (benchmarks/photo_tiles.py) and OUTs are made in DIR on the first call.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_HERE = str(Path(__file__).resolve().parent)  # searched for the first import alone: labels.py would hide the package `labels`
+sys.path = [_HERE, *(entry for entry in sys.path if str(Path(entry or ".").resolve()) != _HERE)]
+from photo_tiles import KINDS, cut_tiles, fetch_photos, write_tars
+
+sys.path.remove(_HERE)
+
+import numpy as np
+import torch
+
+from labels import beton
+from labels.layout import Layout
+from labels.manifest import read_manifest, write_manifest
+from labels.settings import Data
+from train.betons import BetonSet
+from train.loader import Loader
+from train.order import Order
+from train.relabel import make_rows
+
+BETONS, SAMPLES_EACH = 100, 100_000
+SIDE, BATCH, STEPS, IMAGES = 224, 128, 16, 512
+_MEASURED = """
+import resource, time
+{imports}
+memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+begun = time.perf_counter()
+{work}
+seconds = time.perf_counter() - begun
+print(f"{{seconds:.2f}} s, {{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024:.0f}} MiB beyond {{memory / 1024:.0f}}")
+"""
+
+
+def prepare(work: Path) -> dict[str, Path]:
+    """The same photographs as one beton, as 16, and as places in their tars."""
+    shards, outs = work / "set" / "shards", {name: work / "set" / name for name in ("one", "sixteen", "tars")}
+    if not shards.is_dir():
+        write_tars(shards, cut_tiles(fetch_photos(work), KINDS[0], IMAGES), ["a photograph of a place", "hills at dusk, seen from afar"])
+    more = {"one": [], "sixteen": ["--set", f"build.beton_samples={IMAGES // 16}"], "tars": ["--no-images"]}
+    for name, out in outs.items():
+        if not (out / "manifest.json").is_file():
+            command = [sys.executable, "-m", "preprocess", "build-labels", str(shards), "--out", str(out), "--workers", "1", *more[name]]
+            subprocess.run(command, check=True, capture_output=True)
+    list(make_rows(outs["tars"], outs["tars"]))
+    return outs
+
+
+def large_set(out: Path, target: Path) -> Path:
+    """An OUT of 10 million samples, its manifest and betons' heads as if they were there."""
+    manifest, layout = read_manifest(out), Layout(target)
+    layout.betons.mkdir(parents=True, exist_ok=True)
+    layout.idf_parquet.write_bytes(Layout(out).idf_parquet.read_bytes())
+    head, fields = np.zeros(1, beton.HEADER), beton.field_descriptors(manifest.label_limit)
+    table = SAMPLES_EACH * 25_000
+    size = table + 2 * SAMPLES_EACH * beton.ALLOCATION.itemsize
+    head[0] = (beton.VERSION, len(beton.FIELD_NAMES), beton.MIN_PAGE_BYTES, SAMPLES_EACH, table)
+    parts = []
+    for number in range(BETONS):
+        with open(layout.beton_file(number), "wb") as file:
+            file.write(head.tobytes() + fields.tobytes())
+            file.truncate(size)
+        parts.append(manifest.betons[0].model_copy(update={"number": number, "samples": SAMPLES_EACH, "bytes": size}))
+    shards = [manifest.shards[0].model_copy(update={"rows": BETONS * SAMPLES_EACH})]
+    samples = BETONS * SAMPLES_EACH
+    write_manifest(layout, manifest.model_copy(update={"betons": parts, "shards": shards, "samples": samples, "captions": samples}))
+    return target
+
+
+def in_new_process(imports: str, work: str) -> str:
+    program = _MEASURED.format(imports=imports, work=work)
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def compare_rates(outs: dict[str, Path], repeats: int) -> None:
+    sets = {name: BetonSet(out) for name, out in outs.items()}
+    rates: dict[str, list[float]] = {name: [] for name in sets}
+    for turn in range(repeats + 1):
+        first: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for name, betons in sets.items():
+            loader = Loader(betons, Data(), image_size=SIDE, batch_size=BATCH, seed=0, first_step=0, last_step=STEPS, threads=2)
+            begun = time.perf_counter()
+            for batch in loader:
+                first.setdefault(name, (batch.images.clone(), batch.label_ids.clone()))
+            if turn:
+                rates[name].append(BATCH * STEPS / (time.perf_counter() - begun))
+        assert all(torch.equal(*pair) for name in sets for pair in zip(first[name], first["one"], strict=True))
+    one = statistics.median(rates["one"])
+    for name, values in rates.items():
+        told = ", ".join(f"{mine / its:.3f}" for mine, its in zip(values, rates["one"], strict=True))
+        print(
+            f"{name:<9} {len(sets[name].parts)} files: {statistics.median(values):,.0f} images/s, {statistics.median(values) / one:.3f} ({told})"
+        )
+
+
+def compare_mixing() -> None:
+    samples, shard, batch = 1_000_000, 10_000, 1024
+    orders = {f"blocks of {block}": Order([samples], (1,), block, 1024, 0).take(0, samples)[0] for block in (1, 16, 64, 256)}
+    orders["true shuffle"] = np.random.default_rng(0).permutation(samples)
+    for name, order in orders.items():
+        batches = order[: samples // batch * batch].reshape(-1, batch) // shard
+        counts = np.stack([np.bincount(one, minlength=samples // shard) for one in batches])
+        correlation = np.corrcoef(order, np.arange(samples))[0, 1]
+        distance = np.abs(np.diff(order)).mean() / samples
+        print(
+            f"{name:<14} {(counts > 0).sum(1).mean():6.2f} of 100 shards in a batch, {counts.max(1).mean():5.1f} samples of one at most, "
+            f"correlation {correlation:+.4f}, distance {distance:.4f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("loader-benchmark"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", default=["open", "order", "small", "mixing"])
+    arguments = parser.parse_args()
+    outs = prepare(arguments.work)
+    if "open" in arguments.parts:
+        large = large_set(outs["one"], arguments.work / "set" / "large")
+        imports = "from pathlib import Path\nfrom train.betons import BetonSet"
+        print(
+            "open    ",
+            in_new_process(imports, f"betons = BetonSet(Path({str(large)!r}))\nassert betons.samples == {BETONS * SAMPLES_EACH}"),
+        )
+    if "order" in arguments.parts:
+        work = "Order([1_280_000_000], (1,), 64, 1024, 0).batch(1_000, 16_384, 3, 8)"
+        print("order   ", in_new_process("from train.order import Order", work))
+    if "small" in arguments.parts:
+        compare_rates(outs, arguments.repeats)
+    if "mixing" in arguments.parts:
+        compare_mixing()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""`train bench step`: the loop on random batches that lie on the device, and on the loader's beside it."""
+
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from labels.settings import Checkpoint, Train
+from train.betons import BetonSet
+from train.costs import model_costs, peak_flops
+from train.data import make_loader
+from train.distributed import World
+from train.images import ImageInput
+from train.loop import Budget, Inputs, Learner, run_loop
+from train.metrics import Metrics, Speed
+from train.run import make_learner
+from train.synthetic import synthetic_batches, synthetic_inputs
+
+_STEPS = _NEVER = 1 << 40
+_WARM_UP_STEPS = 2
+_MOST_WAIT = 0.03
+
+
+def bench_step(betons: BetonSet, settings: Train, here: World, seconds: float) -> tuple[dict[str, Any], list[str]]:
+    """Train for some seconds on each kind of batches; nothing is kept.
+
+    Args:
+        betons: the open set.
+        settings: `train`.
+        here: this process.
+        seconds: of each, after two steps to warm up.
+
+    Returns:
+        all figures, for JSON, and lines for people.
+    """
+    quiet = {"log": settings.log.model_copy(update={"every_seconds": _NEVER}), "checkpoint": Checkpoint(every_samples=_NEVER)}
+    settings = settings.model_copy(update=quiet)
+    learner = make_learner(settings, torch.from_numpy(betons.idf), here)
+    made = synthetic_batches(settings, betons.vocabulary, betons.label_limit, here, _STEPS)
+    alone, _ = _rate(made, synthetic_inputs, learner, settings, here, seconds)
+    with make_loader(betons, settings, 0, _STEPS, here) as loader:
+        inputs = ImageInput(settings.data, here.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
+        fed, wait = _rate(loader, inputs, learner, settings, here, seconds)
+    speed = Speed(model_costs(settings.model, betons.vocabulary).flops, peak_flops(settings, here.device))
+    limit = "loader" if wait > _MOST_WAIT else "model"
+    found = {
+        "synthetic_samples_per_s": alone, "loader_samples_per_s": fed, "ratio": fed / alone, "data_wait": wait, "device": str(here.device),
+        "mfu": speed.utilisation(alone), "limit": limit,
+    }  # fmt: skip
+    used = "" if found["mfu"] is None else f", MFU {found['mfu']:.1%}"
+    verdict = "the model; the loader keeps up"
+    if limit == "loader":
+        verdict = f"the loader; {here.device} could take {alone:,.1f} samples/s, and `train bench loader` says what costs most"
+    if here.device.type == "cpu":
+        verdict += " (model and loader share the cores here)"
+    lines = [
+        f"synthetic    {alone:,.1f} samples/s on {here.device}, batches of {settings.batch_size}{used}",
+        f"loader       {fed:,.1f} samples/s, {fed / alone:.3f} of that; data wait {wait:.1%}",
+        f"verdict      what limits is {verdict}",
+    ]
+    return found, lines
+
+
+def _rate(batches: Iterable[Any], inputs: Inputs, learner: Learner, settings: Train, here: World, seconds: float) -> tuple[float, float]:
+    """Samples/s of the one loop, metrics and all, and the share of the time in which it waited for a batch."""
+    clock = _Clock(here, seconds)
+    with tempfile.TemporaryDirectory() as run:
+        metrics = Metrics(Path(run), here, settings, steps=_STEPS, first_step=0, skipped=(0, 0), speed=Speed(1, None), trackers=[])
+        budget = Budget(_STEPS, 1, 0)
+        try:
+            stopping = lambda: False  # noqa: E731
+            run_loop(clock.until(batches), inputs, learner, settings, budget, here, metrics, save=lambda _: None, stopping=stopping)
+        finally:
+            metrics.close()
+    spent = clock.end - clock.begun
+    return clock.steps * settings.batch_size / spent, clock.waited / spent
+
+
+class _Clock:
+    """Hands batches on for `seconds`, after some that warm up, and notes how long it took and how long it waited for them."""
+
+    def __init__(self, here: World, seconds: float) -> None:
+        self._here, self._seconds = here, seconds
+        self.steps, self.begun, self.end, self.waited = 0, 0.0, 0.0, 0.0
+
+    def until(self, batches: Iterable[Any]) -> Iterator[Any]:
+        waiting = self._now(wait=False)
+        for number, batch in enumerate(batches):
+            if number == _WARM_UP_STEPS:
+                self.begun = waiting = self._now(wait=True)
+            if number > _WARM_UP_STEPS:
+                self.waited += self._now(wait=False) - waiting
+                self.steps += 1
+                if self._now(wait=False) - self.begun >= self._seconds:
+                    break
+            yield batch
+            waiting = self._now(wait=False)
+        self.end = self._now(wait=True)
+
+    def _now(self, *, wait: bool) -> float:
+        if wait and self._here.device.type == "cuda":
+            torch.cuda.synchronize(self._here.device)
+        return time.monotonic()
