@@ -20,7 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "samples": "12.8B",
         "batch_size": 90_112,
         "model": {"trunk": "vit_l16", "grad_checkpointing": True},
-        "data": {"crop_scale": [0.4, 1.0]},
+        "data": {"crop_scale": [0.4, 1.0], "color_jitter_probability": 0.8, "grey_probability": 0.2},
         "optimizer": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.2, "warmup_samples": "901.12M"},
         "checkpoint": {"every_samples": "275M"},
     },

@@ -15,6 +15,7 @@ from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.settings import Data
 from train import decode
+from train.batch import Batch
 from train.betons import BetonSet
 from train.evals.features import decode as decode_for_evals
 from train.images import ImageInput, resamples
@@ -161,3 +162,12 @@ def test_nothing_is_allocated_for_a_sample(out: Path, device: bool) -> None:
 def test_a_hue_beyond_half_a_circle_is_refused() -> None:
     with pytest.raises(UserError, match=r"color_jitter(.|\n)*the hue: 0 to 0\.5"):
         load_pipeline(overrides=["train.data.color_jitter=[0.1, 0.1, 0.1, 0.6]"])
+
+
+def test_pixels_become_floats_by_a_table_of_the_same_floats() -> None:
+    settings = load_pipeline().train.data
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).T.reshape(1, 16, 16, 3).contiguous()
+    batch = Batch(pixels, None, torch.zeros(1, 2, dtype=torch.int32), np.zeros(1, np.int64), np.zeros(1, np.int64), 0)
+    images, _ = ImageInput(settings, CPU, image_size=16, seed=0)(batch)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (settings.mean, settings.std))
+    assert torch.equal(images, (pixels.permute(0, 3, 1, 2).float() / 255).sub_(mean).div_(std))

@@ -10,11 +10,12 @@ from labels.errors import UserError
 from labels.recipes import RECIPES
 
 PIPELINE = Path(__file__).parents[1] / "pipeline.yaml"
-# Schedules as the method's authors give them: samples, batch, peak rate, warm-up steps, second moment's decay, smallest crop.
+# Schedules as the method's authors give them: samples, batch, peak rate, warm-up steps, second moment's decay, smallest crop, and
+# shares of jittered and grey images.
 PAPER = {
-    "superclass-512m": (512_000_000, 16_384, 5e-4, 500, 0.98, 0.9),
-    "superclass-1.28b": (1_280_000_000, 16_384, 5e-4, 500, 0.98, 0.9),
-    "superclass-12.8b": (12_800_000_000, 90_112, 1e-3, 10_000, 0.95, 0.4),
+    "superclass-512m": (512_000_000, 16_384, 5e-4, 500, 0.98, 0.9, 0, 0),
+    "superclass-1.28b": (1_280_000_000, 16_384, 5e-4, 500, 0.98, 0.9, 0, 0),
+    "superclass-12.8b": (12_800_000_000, 90_112, 1e-3, 10_000, 0.95, 0.4, 0.8, 0.2),
 }
 
 
@@ -22,7 +23,9 @@ PAPER = {
 def test_a_recipe_is_the_papers_schedule(name: str) -> None:
     train = load_pipeline(PIPELINE, recipe=name).train
     found = (train.samples, train.batch_size, train.optimizer.lr, train.optimizer.warmup_samples / train.batch_size)
-    assert (*found, train.optimizer.betas[1], train.data.crop_scale[0]) == PAPER[name]
+    colour = train.data.color_jitter_probability, train.data.grey_probability
+    assert (*found, train.optimizer.betas[1], train.data.crop_scale[0], *colour) == PAPER[name]
+    assert train.data.color_jitter == [0.32, 0.32, 0.32, 0.08]
     assert (train.optimizer.betas[0], train.optimizer.eps, train.optimizer.weight_decay) == (0.9, 1e-6, 0.2)
     assert (train.optimizer.clip_norm, train.optimizer.ema_decay, train.data.flip) == (None, None, False)
     assert train.loss.name == "softmax" and train.loss.idf

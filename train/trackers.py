@@ -40,7 +40,7 @@ class _TensorBoard:
     def __init__(self, run: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second, and may be switched off
 
-        self._writer = SummaryWriter(str(run), purge_step=first_step)
+        self._writer = SummaryWriter(str(run), purge_step=first_step + 1)  # the step that is named is hidden too
 
     def add(self, line: dict[str, Any]) -> None:
         for name, value in _numbers(line).items():

@@ -1,6 +1,6 @@
 """The head's linear layer, a chunk of rows (or of classes) at a time, and the sums of its gradients.
 
-B batch, V vocabulary (of this rank), W trunk width.
+B batch, V vocabulary, W trunk width.
 """
 
 from collections.abc import Callable
@@ -49,18 +49,17 @@ class Head:
         """Whether any gradient is wanted."""
         return any(sum_ is not None for sum_ in self.gradients)
 
-    def rows(self, loss: RowLoss, labels: Positives, scale: float, widest: int = 0) -> torch.Tensor:
+    def rows(self, loss: RowLoss, labels: Positives, scale: float) -> torch.Tensor:
         """Losses [B] of all rows; adds `scale` times their gradients.
 
         Args:
             loss: of some rows.
             labels: of all rows.
             scale: what the caller multiplies the losses with.
-            widest: count chunks as if the head had so many classes, where all ranks have to take the same chunks.
         """
         losses = self.features.new_empty(len(self.features), dtype=self.sums)
         size = self.features.element_size()
-        for part in chunks(len(self.features), max(widest, len(self.weight)), size, self.memory):
+        for part in chunks(len(self.features), len(self.weight), size, self.memory):
             x = self.features[part]
             logits = torch.addmm(self.bias, x, self.weight.T, out=self._chunk(len(x), len(self.weight)))
             losses[part] = loss(logits, labels[part], self.training)

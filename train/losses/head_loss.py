@@ -4,7 +4,6 @@ B batch, W trunk width, V vocabulary, K label limit.
 """
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from labels.settings import Loss
@@ -58,28 +57,24 @@ class HeadLoss(nn.Module):
         return fused(features, weight, bias, compute)  # type: ignore[call-arg]  # the decorator hides the parameters
 
 
-def batch_loss(settings: Loss, head: Head, labels: Positives, group: dist.ProcessGroup | None = None, vocabulary: int = 0) -> torch.Tensor:
+def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor:
     """The loss of a batch, scalar; adds its gradients to the head's.
 
     Args:
         settings: which loss.
         head: of these samples.
-        labels: of these samples, within the head's classes.
-        group: ranks that hold the other classes for the same samples; then this is the rank's part of a sum.
-        vocabulary: V of all of them together.
+        labels: of these samples.
     """
-    vocabulary = vocabulary or len(head.weight)
-    widest = 0 if group is None else -(-vocabulary // group.size())
     if settings.name == "two_way":
-        return two_way(head, labels, everyone() if group is None else None, group, widest)
-    scale = 1 / (len(head.features) * (vocabulary if settings.name == "soft_margin" else 1))
-    return head.rows(row_loss(settings, group), labels, scale, widest).sum() * scale
+        return two_way(head, labels, everyone())
+    scale = 1 / (len(head.features) * (len(head.weight) if settings.name == "soft_margin" else 1))
+    return head.rows(row_loss(settings), labels, scale).sum() * scale
 
 
-def row_loss(settings: Loss, group: dist.ProcessGroup | None) -> RowLoss:
+def row_loss(settings: Loss) -> RowLoss:
     """The loss of rows by its name; `soft_margin` is `bce` divided by V (torch.nn.MultiLabelSoftMarginLoss)."""
     if settings.name == "softmax":
-        return lambda logits, labels, gradient: softmax_rows(logits, labels, gradient, group)
+        return softmax_rows
     if settings.name == "asl":
         return asymmetric(settings.gamma_negative, settings.gamma_positive, settings.clip)
     return bce()

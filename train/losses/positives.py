@@ -11,14 +11,14 @@ from labels.schema import PAD_ID
 class Positives:
     """The labels of some rows, in places of fixed number so that nothing has to wait for a GPU.
 
-    A place that holds no label (padding, an id said twice, a class of another rank) repeats the row's first label: writing into
+    A place that holds no label (padding, an id said twice) repeats the row's first label: writing into
     the logits there does no harm, since the same value is written as for that label. Sums leave such places out by `valid`.
 
     Attributes:
         ids: int64 [B, K]; 0 in rows without any label.
         shares: [B, K], share of the row's target, t_c = w_c / sum of w over the row (SuperClass, section 3.2).
         valid: bool [B, K].
-        counts: [B, 1], labels of the row, those of other ranks included.
+        counts: [B, 1], labels of the row.
         weighted: bool [B], whether any label of the row weighs more than 0.
     """
 
@@ -33,19 +33,13 @@ class Positives:
 
     @property
     def labelled(self) -> torch.Tensor:
-        """bool [B, 1], whether the row has any label here."""
+        """bool [B, 1], whether the row has any label."""
         return self.valid.any(dim=1, keepdim=True)
 
     @property
     def weights(self) -> torch.Tensor:
         """[B, K], the shares scaled to mean 1 over the row's labels; without IDF every label weighs 1."""
         return self.shares * self.counts
-
-    def within(self, start: int, stop: int) -> "Positives":
-        """Only the classes from `start` to before `stop`, numbered from 0."""
-        here = self.valid & (self.ids >= start) & (self.ids < stop)
-        ids, shares = _repeat_first(here, self.ids - start, self.shares)
-        return Positives(ids, shares, here, self.counts, self.weighted)
 
 
 def positives(label_ids: torch.Tensor, idf: torch.Tensor) -> Positives:
@@ -61,13 +55,9 @@ def positives(label_ids: torch.Tensor, idf: torch.Tensor) -> Positives:
     weights = idf[ids.clamp(min=0)] * valid
     total = weights.sum(dim=1, keepdim=True)
     shares = weights / torch.where(total > 0, total, 1.0)
-    ids, shares = _repeat_first(valid, ids, shares)
-    return Positives(ids, shares, valid, valid.sum(dim=1, keepdim=True).to(idf.dtype), total.squeeze(1) > 0)
-
-
-def _repeat_first(valid: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fill the places that are not valid with the row's first valid one, or with class 0 and share 0."""
+    # The places that are not valid take the row's first valid one, or class 0 and share 0.
     first = valid.int().argmax(dim=1, keepdim=True)
-    labelled = valid.any(dim=1, keepdim=True)
-    ids = torch.where(valid, ids, ids.gather(1, first) * labelled)
-    return ids, torch.where(valid, shares, shares.gather(1, first) * labelled)
+    counts = valid.sum(dim=1, keepdim=True)
+    ids = torch.where(valid, ids, ids.gather(1, first) * (counts > 0))
+    shares = torch.where(valid, shares, shares.gather(1, first) * (counts > 0))
+    return Positives(ids, shares, valid, counts.to(idf.dtype), total.squeeze(1) > 0)
