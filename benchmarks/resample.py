@@ -4,8 +4,8 @@
 
 Photographs are tiles of Debian's wallpapers (benchmarks/photo_tiles.py), fetched into DIR on the first call; crops of 0.08 to 1.0 of the
 area. Told are the largest difference in levels of 8 bits, and how many values differ. Of the zone plate: what is left of rings that the
-output cannot hold, as a standard deviation, which would be 0 with an ideal filter; --picture writes them side by side: PIL, host, device, and
-OpenCV's INTER_AREA, which is FFCV's, and INTER_LINEAR.
+output cannot hold, as a standard deviation, which would be 0 with an ideal filter; --picture writes them side by side: PIL, host, device,
+and OpenCV's INTER_AREA, which is FFCV's, and INTER_LINEAR.
 """
 
 import argparse

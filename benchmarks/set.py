@@ -106,9 +106,8 @@ def compare_rates(outs: dict[str, Path], repeats: int) -> None:
     one = statistics.median(rates["one"])
     for name, values in rates.items():
         told = ", ".join(f"{mine / its:.3f}" for mine, its in zip(values, rates["one"], strict=True))
-        print(
-            f"{name:<9} {len(sets[name].parts)} files: {statistics.median(values):,.0f} images/s, {statistics.median(values) / one:.3f} ({told})"
-        )
+        middle = statistics.median(values)
+        print(f"{name:<9} {len(sets[name].parts)} files: {middle:,.0f} images/s, {middle / one:.3f} ({told})")
 
 
 def compare_mixing() -> None:
