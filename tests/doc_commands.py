@@ -155,6 +155,7 @@ def check_inline(words: list[str], page: Path) -> None:
     else:
         named = [GROUPS[words[0]].get_command(tops[words[0]], word) for word in words[1:2]]
     assert all(named), f"no such command: {' '.join(words)}"
+    named += [inner for command in named if isinstance(command, click.Group) for inner in command.commands.values()]
     known = {option for command in named if command for parameter in command.params for option in parameter.opts} | {"--help", "--version"}
     for script in page.parent.glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text("utf8")))
