@@ -4,12 +4,11 @@ Shapes: B bytes of text, R captions (rows) of a block, L ids a caption at most, 
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numba import njit
 
-from labels.files import fingerprint
+from labels.files import fingerprint_of_sources
 from preprocess.tokens.wordqueue import KEEP, PIECE, QUEUED_WORDS, enqueue, new_queue, resolve_known
 from preprocess.tokens.wordtable import SLOW, WAITING, Scalar, Words, append, find, insert, keys
 
@@ -100,7 +99,7 @@ def _encode_caption(
 
 
 def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None]]:
-    """The entry points, kept as machine code; why they enclose a fingerprint, see wordkernel.py."""
+    """The entry points, kept as machine code in __pycache__ for later processes; why they enclose `sources`, labels/files.py says."""
 
     @njit(nogil=True, cache=True)
     def encode_pieces(words, text, offsets, pending, flags, out, counts, missing):  # noqa: ANN202 - numba infers it
@@ -132,5 +131,5 @@ def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None
     return encode_pieces, add_known
 
 
-_FILES = ("piecekernel.py", "wordbits.py", "wordqueue.py", "wordtable.py")
-encode_pieces, add_known = _compiled_once(fingerprint([Path(__file__).with_name(name).read_text("utf8") for name in _FILES]))
+FILES = ("piecekernel.py", "wordbits.py", "wordqueue.py", "wordtable.py")
+encode_pieces, add_known = _compiled_once(fingerprint_of_sources(__file__, FILES))

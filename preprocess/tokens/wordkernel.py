@@ -9,12 +9,11 @@ Shapes: B bytes of text, R captions (rows) of a block, L ids a caption at most.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numba import njit
 
-from labels.files import fingerprint
+from labels.files import fingerprint_of_sources
 from preprocess.tokens.wordmerge import MAX_WORD_BYTES, Merges, merge
 from preprocess.tokens.wordqueue import KEEP, PIECE, QUEUED_WORDS, enqueue, new_queue, queued, resolve_known
 from preprocess.tokens.wordsplit import is_space, next_word, survey
@@ -202,11 +201,7 @@ def _add_pieces(
 
 
 def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None]]:
-    """The entry points, kept as machine code in __pycache__ for later processes.
-
-    numba takes kept code for valid while the text of *this* file is the same, and knows nothing of the files it calls into. What a
-    function encloses is part of the key, so the entry points enclose a fingerprint of all.
-    """
+    """The entry points, kept as machine code in __pycache__ for later processes; why they enclose `sources`, labels/files.py says."""
 
     @njit(nogil=True, cache=True)
     def encode_block(words, merges, text, offsets, rows, out, counts, missing):  # noqa: ANN202 - numba infers it
@@ -221,5 +216,5 @@ def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None
     return encode_block, add_pieces
 
 
-_FILES = ("wordbits.py", "wordkernel.py", "wordmerge.py", "wordqueue.py", "wordsplit.py", "wordtable.py")
-encode_block, add_pieces = _compiled_once(fingerprint([Path(__file__).with_name(name).read_text("utf8") for name in _FILES]))
+FILES = ("wordbits.py", "wordkernel.py", "wordmerge.py", "wordqueue.py", "wordsplit.py", "wordtable.py")
+encode_block, add_pieces = _compiled_once(fingerprint_of_sources(__file__, FILES))

@@ -5,10 +5,12 @@ K label limit.
 
 import statistics
 import time
+from collections.abc import Callable
 
 import numpy as np
 from numba import njit
 
+from labels.files import fingerprint_of_sources
 from labels.settings import Train
 from train import decode
 from train.batch import Slot
@@ -24,8 +26,8 @@ _ROUNDS = 5
 _FIRST_SCRATCH_BYTES = 1 << 20
 
 
-@njit(nogil=True, cache=True)
-def run_stages(
+@njit(nogil=True)
+def _run_stages(
     tables: Tables, samples: np.ndarray, epochs: np.ndarray, last: int, crops: Crops, vocabulary: int, handle: int, scratch: np.ndarray,
     labels: np.ndarray,
 ) -> int:  # fmt: skip
@@ -56,6 +58,21 @@ def run_stages(
             pixels = scratch[aligned(at + 4 * limit) :]
             decompress(scratch[TABLE_BYTES:].ctypes.data, place.bytes, place.width, place.height, shrink, handle, pixels)
     return total
+
+
+def _compiled_once(sources: str) -> Callable[..., int]:
+    """The entry point, kept as machine code in __pycache__ for later processes; why it encloses `sources`, labels/files.py says."""
+
+    @njit(nogil=True, cache=True)
+    def run_stages(tables, samples, epochs, last, crops, vocabulary, handle, scratch, labels):  # noqa: ANN202 - numba infers it
+        _ = sources
+        return _run_stages(tables, samples, epochs, last, crops, vocabulary, handle, scratch, labels)
+
+    return run_stages
+
+
+FILES = tuple(f"../{name}" for name in decode.FILES)
+run_stages = _compiled_once(fingerprint_of_sources(__file__, FILES))
 
 
 def time_stages(betons: BetonSet, settings: Train, loader: Loader, count: int) -> dict[str, float]:
