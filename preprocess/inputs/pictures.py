@@ -18,8 +18,9 @@ from labels.errors import UserError
 from preprocess.inputs.captions import Choice
 from preprocess.inputs.rows import read_rows, reads_side
 from preprocess.inputs.shards import Shard
+from preprocess.inputs.stretches import gather_strings
 from preprocess.inputs.tableimages import table_images
-from preprocess.inputs.tarindex import gather_strings, index_data
+from preprocess.inputs.tarindex import index_data
 from preprocess.inputs.tarrows import wanted_suffixes
 from preprocess.inputs.tars import IMAGE_SUFFIXES, Fault, Sample, walk
 from preprocess.spool import Spool, map_path

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numba import njit
 
+from preprocess.inputs.stretches import gather_strings
 from preprocess.spool import map_path
 
 _BLOCK = 512
@@ -89,26 +90,6 @@ def index_data(data: np.ndarray, wanted: tuple[str, ...]) -> TarIndex | None:
     return TarIndex(data, keys, places, members, first_member)
 
 
-def gather_strings(data: np.ndarray, places: np.ndarray) -> pa.LargeBinaryArray:
-    """Stretches of `data`, uint8 [B], as an Arrow array; places int64 [N, 2] are begin and end, begin -1 is null."""
-    offsets = np.zeros(len(places) + 1, np.int64)
-    np.cumsum(places[:, 1] - places[:, 0], out=offsets[1:])
-    text = np.empty(offsets[-1], np.uint8)
-    _gather(data, np.ascontiguousarray(places), offsets, text)
-    missing = places[:, 0] < 0
-    valid = pa.py_buffer(np.packbits(~missing, bitorder="little")) if missing.any() else None
-    buffers = [valid, pa.py_buffer(offsets), pa.py_buffer(text)]
-    return pa.Array.from_buffers(pa.large_binary(), len(places), buffers, int(missing.sum()))  # type: ignore[return-value]
-
-
-@njit(nogil=True, cache=True)
-def _gather(data: np.ndarray, places: np.ndarray, offsets: np.ndarray, text: np.ndarray) -> None:
-    for row in range(len(places)):
-        begin, at = places[row, 0], offsets[row]
-        for i in range(offsets[row + 1] - at):
-            text[at + i] = data[begin + i]
-
-
 @njit(nogil=True, cache=True)
 def _octal(data: np.ndarray, begin: int, end: int) -> int:
     """A number field of a header, -1 if it is written in any unusual way."""
@@ -127,11 +108,14 @@ def _octal(data: np.ndarray, begin: int, end: int) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _plain_number(data: np.ndarray, begin: int, end: int) -> bool:
-    """A number field that is written as usual, or empty."""
-    for i in range(begin, end):
-        if data[i] != 0 and data[i] != 0x20:
-            return _octal(data, begin, end) >= 0
+def _plain_numbers(data: np.ndarray, at: int) -> bool:
+    """Whether mode, owner, group, time and device are written as usual, or empty: else walk() ends there, though they mean nothing here."""
+    for first, last in ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345)):
+        for i in range(at + first, at + last):
+            if data[i] != 0 and data[i] != 0x20:
+                if _octal(data, at + first, at + last) < 0:
+                    return False
+                break
     return True
 
 
@@ -203,6 +187,24 @@ def _same_suffix(data: np.ndarray, first: int, first_end: int, second: int, seco
 
 
 @njit(nogil=True, cache=True)
+def _name(data: np.ndarray, at: int) -> tuple[int, int]:
+    """Where the name of a member ends, and the first dot of its last part; the end again where it has no key; _ODD for an unusual name."""
+    end = base = at
+    while end < at + 100 and data[end] != 0:
+        if data[end] >= 0x7F or data[end] < 0x20 or data[end] == 0x5C:
+            return _ODD, 0
+        if data[end] == 0x2F:
+            base = end + 1
+        end += 1
+    if end == at or end == at + 100 or data[end - 1] == 0x2F:
+        return _ODD, 0
+    dot = base
+    while dot < end and data[dot] != 0x2E:
+        dot += 1
+    return end, end if dot == base else dot
+
+
+@njit(nogil=True, cache=True)
 def _index(data: np.ndarray, members: np.ndarray) -> tuple[int, int]:
     """Fill members int64 [room, 6]: begin and end of the name, begin of the data, its size, end of the key, number of the sample.
 
@@ -223,12 +225,8 @@ def _index(data: np.ndarray, members: np.ndarray) -> tuple[int, int]:
             return count, sample + 1
         kind = data[at + 156]
         length = _octal(data, at + 124, at + 136)
-        if length < 0 or not _checksum_fits(data, at):
+        if length < 0 or not _checksum_fits(data, at) or not _plain_numbers(data, at):
             return _ODD, 0
-        # Mode, owner, group, time and device mean nothing here, but walk() ends where they cannot be read.
-        for first, last in ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345)):
-            if not _plain_number(data, at + first, at + last):
-                return _ODD, 0
         body = at + 512
         if kind == 0x78 or kind == 0x67:  # x, g: PAX records for the next member, or for all
             if body + length > size or not _plain_pax(data, body, body + length):
@@ -245,20 +243,10 @@ def _index(data: np.ndarray, members: np.ndarray) -> tuple[int, int]:
         # A prefix (POSIX), or what GNU tar keeps there, makes a longer name.
         if data[at + 345] != 0 or body + length > size:
             return _ODD, 0
-        end = at
-        base = at
-        while end < at + 100 and data[end] != 0:
-            if data[end] >= 0x7F or data[end] < 0x20 or data[end] == 0x5C:
-                return _ODD, 0
-            if data[end] == 0x2F:
-                base = end + 1
-            end += 1
-        if end == at or end == at + 100 or data[end - 1] == 0x2F:
+        end, dot = _name(data, at)
+        if end == _ODD:
             return _ODD, 0
-        dot = base
-        while dot < end and data[dot] != 0x2E:
-            dot += 1
-        if dot > base and dot < end - 1:
+        if dot < end - 1:
             if count == len(members):
                 return _FULL, 0
             new = sample < 0 or dot - at != members[start, 4] - members[start, 0] or not _same_bytes(data, at, members[start, 0], dot - at)

@@ -22,7 +22,8 @@ from preprocess.images import image_size
 from preprocess.inputs.captions import Choice, join_captions
 from preprocess.inputs.rowbatch import ROWS, RowBatch
 from preprocess.inputs.shards import Shard
-from preprocess.inputs.tarindex import TarIndex, gather_strings, index_tar
+from preprocess.inputs.stretches import gather_strings
+from preprocess.inputs.tarindex import TarIndex, index_tar
 from preprocess.inputs.tars import IMAGE_SUFFIXES, Fault, walk
 
 _BATCH_ROWS = 32_768

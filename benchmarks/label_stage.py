@@ -1,0 +1,107 @@
+"""The label stage as benchmarks/labels.py measures it: a build's seconds and memory, and the processor time of its steps."""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LIMIT = 75
+
+
+def build(data: Path, out: Path, *options: str) -> tuple[float, float]:
+    """`preprocess build-labels` on two workers into a new OUT: seconds, and the most memory of all its processes together, bytes."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "preprocess", "build-labels", str(data), "--out", str(out), "--workers", "2", "--no-beton", *options]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    peak = [0]
+
+    def watch() -> None:
+        while process.poll() is None:
+            peak[0] = max(peak[0], tree_memory(process.pid))
+            time.sleep(0.1)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, errors = process.communicate()
+    seconds = time.perf_counter() - start
+    watcher.join()
+    if process.returncode:
+        sys.exit(errors)
+    return seconds, peak[0]
+
+
+def tree_memory(pid: int) -> int:
+    """Bytes of memory that a process and all below it have to themselves, shared pages by their share."""
+    total, todo = 0, [pid]
+    while todo:
+        at = todo.pop()
+        try:
+            for thread in Path(f"/proc/{at}/task").iterdir():
+                todo += map(int, (thread / "children").read_text().split())
+            line = next(line for line in Path(f"/proc/{at}/smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
+            total += int(line.split()[1]) * 1024
+        except (OSError, StopIteration):
+            continue
+    return total
+
+
+def steps(data: Path, out: Path) -> dict[str, float]:
+    """Seconds of processor time of each step of one shard, in this process, after one shard has warmed it up."""
+    from labels.settings import Labels
+    from preprocess.counts import ShardCounts
+    from preprocess.inputs.captions import parse_caption_key
+    from preprocess.inputs.rows import read_rows
+    from preprocess.inputs.shards import find_shards
+    from preprocess.label_file import LabelFile
+    from preprocess.tokens import fastpath
+    from preprocess.tokens.tokenizer import make_tokenizer
+
+    shards = find_shards([str(data)]).shards[:2]
+    tokenizer = make_tokenizer(Labels())
+    choices = parse_caption_key(["auto"])
+    spent = {"read": 0.0, "clean": 0.0, "split and look up": 0.0, "label sets": 0.0, "write": 0.0, "count": 0.0}
+    inner = {"clean": 0.0, "label sets": 0.0}
+
+    def clocked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            start = time.process_time()
+            try:
+                return function(*arguments)
+            finally:
+                inner[name] += time.process_time() - start
+
+        return run
+
+    fast = tokenizer.fast  # type: ignore[attr-defined]
+    fast._learn = clocked("clean", fast._learn)
+    fast._slow = clocked("clean", fast._slow)
+    fastpath.gather = clocked("label sets", fastpath.gather)
+    for shard in shards:
+        spent = dict.fromkeys(spent, 0.0)
+        inner.update(dict.fromkeys(inner, 0.0))
+        path, counts = out / "steps.parquet", ShardCounts()
+        with LabelFile(path) as file:
+            mark = [time.process_time()]
+
+            def spend(name: str, spent: dict[str, float] = spent, mark: list[float] = mark) -> None:
+                mark.append(time.process_time())
+                spent[name] += mark[-1] - mark[-2]
+
+            for batch in read_rows(shard, choices):
+                spend("read")
+                rows = tokenizer.encode_rows(batch.table["caption"], LIMIT)
+                spend("split and look up")
+                file.write(batch.table, *rows)
+                spend("write")
+                counts.add(rows[2])
+                spend("count")
+        spend("write")
+        counts.write(out / "steps-count.parquet")
+        spend("count")
+    spent["split and look up"] -= sum(inner.values())
+    return spent | inner
