@@ -1,6 +1,7 @@
 """What several test files share: one finished OUT, and a copy of it to spoil."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,3 +32,14 @@ def built(finished: Built, tmp_path: Path) -> Built:
     """A copy of `finished` of one's own: the same data folder, another OUT."""
     shutil.copytree(finished.out, tmp_path / "out")
     return Built(finished.data, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch: at the tests' sizes threads only wait for each other, and a great deal on a busy machine."""
+    import torch  # takes a second, which tests of stage 1 have no need of
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

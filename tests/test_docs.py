@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 import pytest
-import torch
 import yaml
 from beton_factory import WORDS, photo
 from click.testing import CliRunner
@@ -28,7 +27,7 @@ OTHERS = [page for page in PAGES if page != TUTORIAL and any(block.run for block
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of captioned images, one of labelled images, and all that the tutorial makes of them."""
     folder = tmp_path_factory.mktemp("docs")
     for number in range(24):
@@ -41,15 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         part.mkdir(parents=True, exist_ok=True)
         shade = Image.new("RGB", (32, 32), (80 * (number % 3), 90 + number, 9 * number))
         shade.save(part / f"{number}.png")
-    before, threads = os.getcwd(), torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = os.getcwd()
     os.chdir(folder)
     try:
         run_page(TUTORIAL)
         yield folder
     finally:
         os.chdir(before)
-        torch.set_num_threads(threads)
 
 
 def run_page(page: Path) -> None:

@@ -1,7 +1,6 @@
 """The loop by itself: against a naive one, in parts, with numbers that are not finite, in fp16, clipped, averaged."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,9 @@ from train.optim import learning_rate, make_optimizer
 from train.precision import LossScale
 from train.run import make_learner
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALONE = World(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other at this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def close(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]], atol: float) -> bool:

@@ -1,6 +1,5 @@
 """The fused losses against dense float64 formulas: values, gradients, edge cases, autocast, accumulation."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,19 +15,12 @@ from labels.settings import Loss
 from train.losses import fused as fused_module
 from train.losses.head_loss import HeadLoss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ["softmax", "bce", "asl", "soft_margin", "two_way"]
 KINDS = [Loss(name=name, idf=idf, memory=memory) for name in NAMES for idf in (True, False) for memory in (1, 700, 1 << 20)]  # type: ignore[arg-type]
 B, W, V, K = 9, 5, 40, 6
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other at this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def name_of(settings: Loss) -> str:

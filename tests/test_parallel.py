@@ -1,7 +1,6 @@
 """Two ranks over gloo are one rank with the same global batch: DDP and FSDP2, every loss, in parts, clipped, averaged."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -15,6 +14,8 @@ from trainer_process import together
 from labels.settings import Loss, Runtime
 from train.distributed import World, world
 from train.parallel import spread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOSSES = get_args(Loss.model_fields["name"].annotation)
 WAYS = ["ddp", "fsdp"]
@@ -38,15 +39,6 @@ def run_cases(rank: int, folder: Path, ways: list[str]) -> None:
                         run / "all.safetensors",
                     )
                 assert bool(tensors) == here.is_first
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other at this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The linear probe: the same minimum as scikit-learn, no look at the test part, honest counting."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,9 @@ from train.evals.protocols.probe import LinearProbe
 from train.evals.protocols.protocol import top_k
 from train.evals.run_protocol import run_protocol
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 SETTINGS = Probe(weight_decay=[1e-1, 1e-2, 1e-3], seeds=[0, 1], max_iterations=100)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Problems this small only lose by threads, and a great deal on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def blobs(n: int, width: int, classes: int, seed: int, spread: float = 1.5) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,6 @@
 """`train eval --suite`: every encoder by every protocol, once; features shared; what is finished is not measured again."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,7 @@ from train.cli import cli
 from train.evals import features, suite
 from train.evals.suite_file import read_suite
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Problems this small only lose by threads, and a great deal on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
