@@ -138,7 +138,7 @@ class Data(Section):
 class Loss(Section):
     name: Literal["softmax", "bce", "asl", "soft_margin", "two_way"] = "softmax"
     idf: bool = True
-    memory: Size = 64 << 20
+    memory: Size = 128 << 20
     gamma_negative: Annotated[float, Field(ge=0)] = 4.0
     gamma_positive: Annotated[float, Field(ge=0)] = 1.0
     clip: Annotated[float, Field(ge=0, lt=1)] = 0.05
