@@ -1,0 +1,7 @@
+"""What a frozen encoder is worth for captions: ClipCap's mapper and decoder over the one loop, beam search, CIDEr-D.
+
+ptb.py, cider.py       captions -> tokens -> CIDEr-D, without Java
+decoder.py, mapper.py  the language model; features -> its prefix
+captioner.py           both, with loss and beam search;  batches.py: what the loop is fed
+training.py            one mapper, trained over train/loop.py;  protocol.py, command.py: `train caption`
+"""
