@@ -267,6 +267,47 @@ class Zeroshot(Section):
     seeds: Seeds = [0]
 
 
+def _within_budget(section: Any, samples: int, batch_size: int, optimizer: Optimizer) -> Any:
+    if not optimizer.warmup_samples < samples >= batch_size:
+        raise ValueError(
+            f"samples is {samples}, batch_size {batch_size}, optimizer.warmup_samples {optimizer.warmup_samples}; "
+            "allowed: samples of one batch at least, and more than those of the warm-up"
+        )
+    return section
+
+
+class SmallDecoder(Section):
+    layers: Positive = 4
+    width: Positive = 256
+    vocabulary: Annotated[int, BeforeValidator(parse_count), Field(ge=257)] = 8_000
+
+
+class CaptionOptimizer(Optimizer):
+    lr: Annotated[float, Field(gt=0)] = 2e-5
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_samples: Count = 200_000
+
+
+class Caption(Section):
+    decoder: Annotated[str, Field(min_length=1)] = "built-in"
+    train_decoder: bool = False
+    built_in: SmallDecoder = SmallDecoder()
+    mapper: Literal["transformer", "mlp"] = "transformer"
+    mapper_layers: Positive = 8
+    prefix: Positive = 40
+    max_tokens: Annotated[int, Field(ge=2)] = 40
+    beams: Positive = 5
+    samples: Count = 5_660_000
+    batch_size: Positive = 40
+    optimizer: CaptionOptimizer = CaptionOptimizer()
+    seeds: Seeds = [0]
+
+    @model_validator(mode="after")
+    def _budget(self) -> Self:
+        return _within_budget(self, self.samples, self.batch_size, self.optimizer)
+
+
 class Pipeline(Section):
     """The whole file."""
 
@@ -278,5 +319,6 @@ class Pipeline(Section):
     fewshot: Fewshot = Fewshot()
     knn: Knn = Knn()
     zeroshot: Zeroshot = Zeroshot()
+    caption: Caption = Caption()
     features: Features = Features()
     recipes: dict[str, dict[str, Any]] = RECIPES

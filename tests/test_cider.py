@@ -56,7 +56,9 @@ def naive(candidates: list[list[str]], references: list[list[list[str]]]) -> lis
 
     scores = np.zeros((len(candidates), 4))
     for n in range(1, 5):
-        names = sorted({gram for one in [*candidates, *sum(references, [])] for gram in grams(one, n)})
+        names = sorted(
+            {gram for one in [*candidates, *(reference for group in references for reference in group)] for gram in grams(one, n)}
+        )
         documents = np.array([sum(any(name in grams(one, n) for one in group) for group in references) for name in names])
         idf = np.log(len(references)) - np.log(np.maximum(1, documents))
         for image, (candidate, group) in enumerate(zip(candidates, references, strict=True)):

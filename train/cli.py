@@ -14,6 +14,7 @@ from labels.manifest import read_manifest
 from labels.settings import Pipeline
 from train import options
 from train.bench.commands import bench
+from train.caption.command import caption
 from train.evals.commands import register
 from train.report.command import report
 
@@ -30,6 +31,7 @@ def cli() -> None:
 register(cli)
 cli.add_command(report)
 cli.add_command(bench)
+cli.add_command(caption)
 
 
 @cli.command("run")

@@ -37,6 +37,14 @@ def load_captions(spec: str) -> dict[str, CaptionedImages]:
     return CAPTION_KINDS[kind](directory)
 
 
+def published_name(spec: str) -> str:
+    """What results call the data: Karpathy's splits by the images that they divide, so that published figures stand beside them."""
+    kind, _, value = spec.partition(":")
+    if kind != "karpathy":
+        return spec
+    return f"{'coco' if (Path(value) / 'dataset_coco.json').is_file() else 'flickr30k'}:{value}, Karpathy's splits"
+
+
 def read_coco(directory: Path) -> dict[str, CaptionedImages]:
     """COCO captions: `train` and `val`, of 2017 or else of 2014."""
     parts = {}

@@ -1,0 +1,64 @@
+"""What the loop is fed: pairs of an image's features and one of its captions, every pair once an epoch.
+
+N images, M pairs, B batch, W feature width, T tokens of the longest caption in a batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from labels.schema import PAD_ID
+from train.distributed import World
+
+
+class Pairs(NamedTuple):
+    """`image` int64 [M]: which image; `ids`: the tokens of its caption, the end token last."""
+
+    image: np.ndarray
+    ids: list[list[int]]
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """features: float32 [B, W]. ids: int64 [B, T], padded with PAD_ID. bad: none ever."""
+
+    features: Tensor
+    ids: Tensor
+    bad: int = 0
+
+
+def tokenized(captions: Sequence[Sequence[str]], tokenizer: Any, max_tokens: int) -> Pairs:
+    """All pairs of images and captions; a caption is cut so that it has `max_tokens` with its end token."""
+    flat = [caption for one in captions for caption in one]
+    ids = tokenizer(flat, add_special_tokens=False)["input_ids"]
+    image = np.repeat(np.arange(len(captions)), [len(one) for one in captions])
+    return Pairs(image, [[*one[: max_tokens - 1], tokenizer.eos_token_id] for one in ids])
+
+
+def pair_batches(features: np.ndarray, pairs: Pairs, size: int, seed: int, here: World, first_step: int, steps: int) -> Iterator[PairBatch]:
+    """This rank's share of every batch from `first_step` on; the order is a function of (seed, epoch)."""
+    share = slice(here.rank * size // here.size, (here.rank + 1) * size // here.size)
+    for rows in rows_of_steps(len(pairs.ids), size, seed, first_step, steps):
+        mine = rows[share]
+        ids = [pairs.ids[row] for row in mine]
+        padded = torch.full((len(ids), max(map(len, ids))), PAD_ID)
+        for row, one in enumerate(ids):
+            padded[row, : len(one)] = torch.tensor(one)
+        yield PairBatch(torch.from_numpy(features[pairs.image[mine]]), padded)
+
+
+def rows_of_steps(count: int, size: int, seed: int, first_step: int, steps: int) -> Iterator[np.ndarray]:
+    """The rows, int64 [size], of each step's batch: one permutation of [0, count) after the other, without a gap."""
+    epoch, order = -1, np.empty(0, np.int64)
+    for step in range(first_step, steps):
+        places, rows = np.arange(step * size, (step + 1) * size), np.empty(size, np.int64)
+        for number in range(places[0] // count, places[-1] // count + 1):
+            if number != epoch:
+                epoch, order = number, np.random.default_rng([seed, number]).permutation(count)
+            here = places // count == number
+            rows[here] = order[places[here] % count]
+        yield rows

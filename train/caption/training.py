@@ -1,0 +1,90 @@
+"""One mapper on one encoder's features, trained over the one loop, and the captions it gives.
+
+features [N, W], captions -> Pairs -> loop (Captioner, AdamW) -> WORK (metrics, checkpoints) -> beam search over the test part
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from labels.files import fingerprint
+from labels.settings import Caption, Train
+from train.adapter import train_adapter
+from train.caption.batches import PairBatch, Pairs, pair_batches
+from train.caption.captioner import Captioner
+from train.caption.decoder import BUILT_IN
+from train.caption.mapper import MlpMapper, TransformerMapper
+from train.distributed import World
+from train.language_model import LanguageModel
+from train.precision import autocast_dtype
+
+_GENERATED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Work:
+    """A folder of metrics and checkpoints, and the fingerprint of all that decides what stands in it."""
+
+    folder: Path
+    identity: str
+
+    @classmethod
+    def of(cls, folder: Path, facts: object) -> "Work":
+        """A folder below `folder` named by the facts: what was begun with the same ones is gone on with, nothing else is met."""
+        identity = fingerprint(facts)
+        return cls(folder / identity, identity)
+
+
+def trainer_settings(train: Train, caption: Caption, seed: int) -> Train:
+    """The trainer's section with the budget, the optimiser and the seed of captioning."""
+    runtime = train.runtime.model_copy(update={"seed": seed})
+    told = {"samples": caption.samples, "batch_size": caption.batch_size, "optimizer": caption.optimizer, "runtime": runtime}
+    return train.model_copy(update=told)
+
+
+def make_captioner(width: int, language: LanguageModel, settings: Caption, seed: int) -> Captioner:
+    """Mapper and decoder for features of `width`, the mapper drawn from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if settings.mapper == "mlp":
+            mapper: torch.nn.Module = MlpMapper(width, settings.prefix, language.width)
+        else:
+            mapper = TransformerMapper(width, settings.prefix, language.width, settings.mapper_layers)
+    return Captioner(mapper, language, train_decoder=settings.train_decoder or language.name == BUILT_IN)
+
+
+def train_captioner(
+    captioner: Captioner, features: np.ndarray, pairs: Pairs, settings: Train, work: Work, here: World, stopping: Callable[[], bool]
+) -> bool:
+    """Train, or go on; see train_adapter.
+
+    Args:
+        captioner: moved to the device.
+        features: float32 [N, W], of the images that `pairs` count.
+    """
+    captioner.place(here.device)
+
+    def inputs(batch: PairBatch) -> tuple[Tensor, Tensor]:
+        return batch.features.to(here.device), batch.ids.to(here.device)
+
+    def batches(first_step: int, steps: int) -> Iterator[PairBatch]:
+        return pair_batches(features, pairs, settings.batch_size, settings.runtime.seed, here, first_step, steps)
+
+    return train_adapter(captioner, batches, inputs, settings, work.folder, work.identity, here, stopping)
+
+
+def captions_of(
+    captioner: Captioner, language: LanguageModel, features: np.ndarray, settings: Caption, precision: str, device: torch.device
+) -> list[str]:
+    """A caption for every row of features [N, W]."""
+    captioner.eval()
+    found: list[str] = []
+    dtype = autocast_dtype(precision, device)
+    for part in torch.from_numpy(features).split(_GENERATED_AT_ONCE):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            found += captioner.generate(part.to(device), language, beams=settings.beams, max_tokens=settings.max_tokens)
+    return found
