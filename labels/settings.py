@@ -267,7 +267,7 @@ class Zeroshot(Section):
     seeds: Seeds = [0]
 
 
-def _within_budget(section: Any, samples: int, batch_size: int, optimizer: Optimizer) -> Any:
+def _within_budget(section: Any, samples: int, batch_size: int, optimizer: Any) -> Any:
     if not optimizer.warmup_samples < samples >= batch_size:
         raise ValueError(
             f"samples is {samples}, batch_size {batch_size}, optimizer.warmup_samples {optimizer.warmup_samples}; "
@@ -282,11 +282,13 @@ class SmallDecoder(Section):
     vocabulary: Annotated[int, BeforeValidator(parse_count), Field(ge=257)] = 8_000
 
 
-class CaptionOptimizer(Optimizer):
+class AdapterOptimizer(Section):
     lr: Annotated[float, Field(gt=0)] = 2e-5
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_samples: Count = 200_000
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
 
 
 class Caption(Section):
@@ -300,7 +302,7 @@ class Caption(Section):
     beams: Positive = 5
     samples: Count = 5_660_000
     batch_size: Positive = 40
-    optimizer: CaptionOptimizer = CaptionOptimizer()
+    optimizer: AdapterOptimizer = AdapterOptimizer()
     seeds: Seeds = [0]
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from labels.files import fingerprint
-from labels.settings import Caption, Train
+from labels.settings import Caption, Optimizer, Train
 from train.adapter import train_adapter
 from train.caption.batches import PairBatch, Pairs, pair_batches
 from train.caption.captioner import Captioner
@@ -42,8 +42,10 @@ class Work:
 def trainer_settings(train: Train, caption: Caption, seed: int) -> Train:
     """The trainer's section with the budget, the optimiser and the seed of captioning."""
     runtime = train.runtime.model_copy(update={"seed": seed})
-    told = {"samples": caption.samples, "batch_size": caption.batch_size, "optimizer": caption.optimizer, "runtime": runtime}
-    return train.model_copy(update=told)
+    optimizer = Optimizer(**caption.optimizer.model_dump())
+    return train.model_copy(
+        update={"samples": caption.samples, "batch_size": caption.batch_size, "optimizer": optimizer, "runtime": runtime}
+    )
 
 
 def make_captioner(width: int, language: LanguageModel, settings: Caption, seed: int) -> Captioner:
