@@ -15,6 +15,7 @@ from labels.settings import Pipeline
 from train import options
 from train.bench.commands import bench
 from train.evals.commands import register
+from train.export.command import export
 from train.report.command import report
 
 CLIP_VOCABULARY = 49_408
@@ -30,6 +31,7 @@ def cli() -> None:
 register(cli)
 cli.add_command(report)
 cli.add_command(bench)
+cli.add_command(export)
 
 
 @cli.command("run")
