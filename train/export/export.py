@@ -14,10 +14,11 @@ from train.export.card import card
 from train.export.check import check
 from train.export.formats import Format
 from train.export.hf_format import HF
+from train.export.onnx_format import ONNX
 from train.export.recipe import results_of, training_of
 from train.export.timm_format import TIMM
 
-FORMATS: dict[str, Format] = {form.name: form for form in (TIMM, HF)}
+FORMATS: dict[str, Format] = {form.name: form for form in (TIMM, HF, ONNX)}
 MARK = "export.json"
 """What a folder of ours holds: nothing else is ever replaced."""
 

@@ -6,7 +6,7 @@ B batch, N patches, W width.
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -42,7 +42,12 @@ def load_tower(folder: Path) -> "PreTrainedModel":
 
 
 def build_llava(
-    tower: "PreTrainedModel", language_model: "PreTrainedModel", *, image_token_id: int, layer: int = -2, select: str = "default"
+    tower: "PreTrainedModel",
+    language_model: "PreTrainedModel",
+    *,
+    image_token_id: int,
+    layer: int = -2,
+    select: Literal["default", "full"] = "default",
 ) -> "LlavaForConditionalGeneration":
     """Tower, projector and language model as one. Only the projector, two linear layers drawn from torch's seed, takes gradients.
 
@@ -67,7 +72,7 @@ def build_llava(
     if image_token_id >= language_model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
         language_model.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
     text_config = copy.deepcopy(language_model.config)
-    decoder, head = language_model.get_decoder(), language_model.get_output_embeddings()
+    decoder, head = language_model.get_decoder(), cast(torch.nn.Linear, language_model.get_output_embeddings())
     if text_config.tie_word_embeddings and not hasattr(decoder, "embed_tokens"):
         text_config.tie_word_embeddings = False  # LLaVA ties by LLaMA's names only: others' heads become tensors of their own
         head = copy.deepcopy(head)

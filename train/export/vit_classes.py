@@ -4,11 +4,11 @@ Both have a class token, learned positions for it and for the patches, and block
 anything else (registers, layer scale, norms of queries and keys, a norm behind the pool, ...) is neither. W width, N patches.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from timm.layers.activations import GELUTanh, QuickGELU
 from timm.layers.activations import GELU as TimmGELU
+from timm.layers.activations import GELUTanh, QuickGELU
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -39,11 +39,11 @@ def transformers_vit(net: nn.Module) -> Any | None:
         return None
     from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 
-    clip, block = isinstance(net.norm_pre, nn.LayerNorm), net.blocks[0]
+    clip, block, patches = isinstance(net.norm_pre, nn.LayerNorm), _blocks(net)[0], cast(Any, net.patch_embed)
     sizes: dict[str, Any] = {
         "hidden_size": net.embed_dim, "intermediate_size": block.mlp.fc1.out_features, "num_hidden_layers": len(net.blocks),
-        "num_attention_heads": block.attn.num_heads, "image_size": net.patch_embed.img_size[0],  # type: ignore[index, union-attr]
-        "patch_size": net.patch_embed.patch_size[0], "hidden_act": _ACTIVATIONS[type(block.mlp.act)],  # type: ignore[index, union-attr]
+        "num_attention_heads": block.attn.num_heads, "image_size": patches.img_size[0],
+        "patch_size": patches.patch_size[0], "hidden_act": _ACTIVATIONS[type(block.mlp.act)],
         "layer_norm_eps": net.norm.eps,
     }  # fmt: skip
     with torch.device("meta"):
@@ -60,11 +60,14 @@ def transformers_vit(net: nn.Module) -> Any | None:
     return model.eval()
 
 
+def _blocks(net: VisionTransformer) -> list[Any]:
+    return list(net.blocks)
+
+
 def _plain(net: VisionTransformer) -> bool:
     """Whether all that keys and shapes do not tell is as in both classes."""
     norms = {module.eps for module in net.modules() if isinstance(module, nn.LayerNorm)}
-    sides = net.patch_embed.img_size, net.patch_embed.patch_size  # type: ignore[union-attr]
-    blocks = list(net.blocks)
+    patches, blocks = cast(Any, net.patch_embed), _blocks(net)
     return (
         net.global_pool in ("avg", "token")
         and not net.pool_include_prefix
@@ -72,7 +75,7 @@ def _plain(net: VisionTransformer) -> bool:
         and net.num_prefix_tokens == 1 == int(net.has_class_token)
         and not net.no_embed_class
         and len(norms) == 1
-        and all(side is not None and side[0] == side[1] for side in sides)  # type: ignore[index]
+        and all(side is not None and side[0] == side[1] for side in (patches.img_size, patches.patch_size))
         and len({type(block.mlp.act) for block in blocks}) == 1
         and type(blocks[0].mlp.act) in _ACTIVATIONS
         and getattr(blocks[0].mlp.act, "approximate", "none") == "none"
