@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
@@ -41,7 +42,7 @@ def _facts(encoder: Encoder, written: Written, difference: float) -> str:
     mean, std = (", ".join(f"{value:.8g}" for value in values) for values in (form.mean, form.std))
     lines = {
         "architecture": f"`{about['architecture']}`" + (f" with `{about['architecture_args']}`" if about["architecture_args"] else ""),
-        "checkpoint": f"`{about['checkpoint'].rpartition('/')[2]}`",
+        "checkpoint": f"`{Path(about['checkpoint']).name}`",
         "features": f"{encoder.width}, pool `{about['pool']}`, layer {about['layer']}",
         "images": f"{form.side} x {form.side}; {TRANSFORM}",
         "normalisation": f"[0, 1], less ({mean}), by ({std})",

@@ -29,6 +29,8 @@ def check(encoder: Encoder, written: Written, folder: Path) -> float:
         if wanted.shape != found.shape:
             raise UserError(f"the {written.holds} gives features of shape {list(found.shape)}, the encoder {list(wanted.shape)}")
         worst = max(worst, float((wanted - found).abs().max().nan_to_num(nan=float("inf"))))
+    if written.text is not None:
+        worst = max(worst, written.text(folder))
     if not worst <= TOLERANCE:
         raise UserError(
             f"the {written.holds} differs from the encoder {encoder.name!r} by {worst:.1e}; nothing was written",

@@ -15,10 +15,11 @@ from train.export.check import check
 from train.export.formats import Format
 from train.export.hf_format import HF
 from train.export.onnx_format import ONNX
+from train.export.open_clip_format import OPEN_CLIP
 from train.export.recipe import results_of, training_of
 from train.export.timm_format import TIMM
 
-FORMATS: dict[str, Format] = {form.name: form for form in (TIMM, HF, ONNX)}
+FORMATS: dict[str, Format] = {form.name: form for form in (TIMM, HF, OPEN_CLIP, ONNX)}
 MARK = "export.json"
 """What a folder of ours holds: nothing else is ever replaced."""
 
@@ -54,7 +55,7 @@ def export_encoder(asked: EncoderSpec, format_name: str, out: Path, results: Seq
             "format": form.name,
             "holds": written.holds,
             "difference": difference,
-            "encoder": encoder.describe(),
+            "encoder": {**encoder.describe(), "checkpoint": Path(encoder.description["checkpoint"]).name},  # no places of this machine
             "files": sorted(path.name for path in folder.iterdir()),
             "version": __version__,
         }

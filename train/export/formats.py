@@ -23,12 +23,14 @@ class Written(NamedTuple):
         pooling: what of its output are the encoder's features, in a sentence.
         code: Python that loads it from `folder` and leaves `features` for the PIL image `image`.
         read: loads it from a folder by the format's own library.
+        text: for a pair of towers: the largest difference of a text feature, from a folder.
     """
 
     holds: str
     pooling: str
     code: str
     read: Callable[[Path], Features]
+    text: Callable[[Path], float] | None = None
 
 
 class Format(NamedTuple):

@@ -47,7 +47,11 @@ def transformers_vit(net: nn.Module) -> Any | None:
         "layer_norm_eps": net.norm.eps,
     }  # fmt: skip
     with torch.device("meta"):
-        model: Any = CLIPVisionModel(CLIPVisionConfig(**sizes)) if clip else ViTModel(ViTConfig(**sizes), add_pooling_layer=False)
+        model: Any = (
+            CLIPVisionModel(CLIPVisionConfig(**sizes))
+            if clip
+            else ViTModel(ViTConfig(**sizes, qkv_bias=block.attn.qkv.bias is not None), add_pooling_layer=False)
+        )
     tensors = _renamed(net.state_dict(), _CLIP if clip else _VIT)
     if clip:
         tensors["embeddings.class_embedding"] = tensors["embeddings.class_embedding"].flatten()
