@@ -26,7 +26,7 @@ wheel: setup
 
 # After changing a range in pyproject.toml: the exact versions that .venv holds become the lock.
 lock: setup
-	@$(BIN)/pip install --quiet --editable '.[train,evals,ffcv,ray,s3,sentencepiece,demo,dev]'
+	@$(BIN)/pip install --quiet --editable '.[train,evals,onnx,ffcv,ray,s3,sentencepiece,demo,dev]'
 	@$(BIN)/pip freeze --exclude-editable > requirements.lock
 
 clean:

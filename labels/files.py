@@ -70,6 +70,36 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`; on success it takes the place of `path`, which is removed if it was there, else it is removed.
+
+    A process killed inside the block leaves only `<name>.partial`, which nothing reads and the next try removes.
+
+    Raises:
+        UserError: the disk is full or may not be written.
+    """
+    partial, old = (path.with_name(f"{path.name}{ending}{TEMPORARY_SUFFIX}") for ending in ("", ".old"))
+    with plain_disk_faults(path):
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb+") as opened:
+                        os.fsync(opened.fileno())
+            if path.exists():
+                os.replace(path, old)
+            os.replace(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        fsync_directory(path.parent)
+
+
+@contextmanager
 def own_partials() -> Iterator[None]:
     """Give temporary files names that no other process has, where two may write the same file at the same time.
 

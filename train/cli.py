@@ -16,6 +16,7 @@ from train import options
 from train.bench.commands import bench
 from train.caption.command import caption
 from train.evals.commands import register
+from train.export.command import export
 from train.report.command import report
 
 CLIP_VOCABULARY = 49_408
@@ -32,6 +33,7 @@ register(cli)
 cli.add_command(report)
 cli.add_command(bench)
 cli.add_command(caption)
+cli.add_command(export)
 
 
 @cli.command("run")

@@ -26,20 +26,9 @@ def build_trunk(model: Model) -> nn.Module:
     Raises:
         UserError: there is no such preset or timm model, or timm refuses the arguments.
     """
-    preset = PRESETS.get(model.trunk, Preset(model.trunk, {}))
-    if not timm.is_model(preset.name):
-        near = timm.list_models(f"*{model.trunk.split('_')[0]}*")[:5]
-        raise UserError(
-            f"timm has no model named {model.trunk!r}",
-            allowed=f"{', '.join(PRESETS)}, or any name of timm.list_models()" + (f", e.g. {', '.join(near)}" if near else ""),
-            mend="set train.model.trunk",
-        )
-    arguments: dict[str, Any] = {"num_classes": 0, **preset.arguments, **model.trunk_args}
-    if is_vit(model):
-        # fc_norm=False keeps the final norm before the pool; timm moves it behind for global_pool="avg".
-        arguments = {"img_size": model.image_size, "global_pool": "avg", "fc_norm": False} | arguments
+    name, arguments = trunk_arguments(model)
     try:
-        trunk = timm.create_model(preset.name, pretrained=False, **arguments)
+        trunk = timm.create_model(name, pretrained=False, **{"num_classes": 0, **arguments})
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(
             f"timm cannot build {model.trunk!r} with {arguments}: {error}",
@@ -48,6 +37,27 @@ def build_trunk(model: Model) -> nn.Module:
     if model.trunk in PRESETS and isinstance(trunk, VisionTransformer):
         begin_as_reference(trunk)
     return trunk
+
+
+def trunk_arguments(model: Model) -> tuple[str, dict[str, Any]]:
+    """timm's name of the trunk and the arguments that it is built with, JSON-able, without num_classes.
+
+    Raises:
+        UserError: there is no such preset or timm model.
+    """
+    preset = PRESETS.get(model.trunk, Preset(model.trunk, {}))
+    if not timm.is_model(preset.name):
+        near = timm.list_models(f"*{model.trunk.split('_')[0]}*")[:5]
+        raise UserError(
+            f"timm has no model named {model.trunk!r}",
+            allowed=f"{', '.join(PRESETS)}, or any name of timm.list_models()" + (f", e.g. {', '.join(near)}" if near else ""),
+            mend="set train.model.trunk",
+        )
+    arguments: dict[str, Any] = {**preset.arguments, **model.trunk_args}
+    if is_vit(model):
+        # fc_norm=False keeps the final norm before the pool; timm moves it behind for global_pool="avg".
+        arguments = {"img_size": model.image_size, "global_pool": "avg", "fc_norm": False} | arguments
+    return preset.name, arguments
 
 
 def is_vit(model: Model) -> bool:

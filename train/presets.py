@@ -8,11 +8,9 @@ rn50, convnext_t                     timm's ResNet-50 and ConvNeXt-T with averag
 Sources: SuperClass, section 4 and table 8; x-cls/superclass, open_clip/transformer.py (`VisionTransformer`).
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -24,10 +22,8 @@ class Preset(NamedTuple):
     arguments: dict[str, Any]
 
 
-_CLIP_STYLE: dict[str, Any] = {"pre_norm": True, "norm_layer": partial(LayerNorm, eps=1e-5)}
-
 PRESETS = {
-    "vit_s16": Preset("vit_small_patch16_224", _CLIP_STYLE),
+    "vit_s16": Preset("vit_base_patch16_clip_224", {"embed_dim": 384, "num_heads": 6}),  # timm has no small one of CLIP's kind
     "vit_b16": Preset("vit_base_patch16_clip_224", {}),
     "vit_l16": Preset("vit_large_patch14_clip_224", {"patch_size": 16}),
     "vit_l14": Preset("vit_large_patch14_clip_224", {}),

@@ -16,6 +16,7 @@ class Row:
     """One encoder by one variant of a protocol on one data set.
 
     `metrics`: name -> (mean, deviation over seeds or None), the main one first; as the protocol gives them, see `told`.
+    `weights`: fingerprint of the weights that were measured, None where the result does not say.
     """
 
     data: str
@@ -25,6 +26,7 @@ class Row:
     metrics: dict[str, tuple[float | None, float | None]]
     seeds: int
     file: Path
+    weights: str | None = None
 
     @property
     def main(self) -> str:
@@ -38,9 +40,10 @@ class Row:
         return Path(rest.partition(",")[0]).resolve() if kind == "run" else None
 
 
-def read_results(places: Sequence[Path]) -> list[Row]:
+def read_results(places: Sequence[Path], *, may_be_none: bool = False) -> list[Row]:
     """All rows below `places`: result files, or folders that are searched for them.
 
+    `may_be_none`: folders without a result are no error.
     What is found twice (a suite's cells stand in its suite.json too; the majority class in every result) is kept once.
 
     Raises:
@@ -52,7 +55,7 @@ def read_results(places: Sequence[Path]) -> list[Row]:
             raise UserError(f"there is no {place}", allowed="result JSONs, or folders that hold some", mend="mend --results")
         files = sorted(place.rglob("*.json")) if place.is_dir() else [place]
         read = {file.resolve(): content for file in files if (content := _result(file, named=file == place)) is not None}
-        if not read:
+        if not read and not may_be_none:
             raise UserError(
                 f"{place} holds no result", allowed="JSON files of train probe, fewshot, knn, zeroshot or eval", mend="mend --results"
             )
@@ -94,4 +97,5 @@ def _rows(file: Path, content: dict[str, Any], protocols: dict[str, str]) -> Ite
         metrics = {name: (row[name], row.get(f"{name}_std")) for name in row["metrics"]}
         protocol = content.get("protocol") or protocols.get(row.get("cell", ""), "")
         variant = row.get("variant", protocol)
-        yield Row(row.get("data", content.get("data", "?")), row["encoder"], variant, protocol, metrics, len(row.get("seeds", ())), file)
+        data, weights = row.get("data", content.get("data", "?")), row.get("description", {}).get("weights")
+        yield Row(data, row["encoder"], variant, protocol, metrics, len(row.get("seeds", ())), file, weights)

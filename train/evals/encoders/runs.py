@@ -7,7 +7,7 @@ import torch
 
 from labels.config import load_pipeline
 from labels.errors import UserError
-from labels.settings import Train
+from labels.settings import Model, Train
 from train.checkpoint import checkpoint_folders
 from train.evals.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
 from train.evals.encoders.timm_models import with_readout
@@ -36,6 +36,12 @@ def untrained_run(asked: EncoderSpec, run: Path, seed: int) -> Encoder:
         net, words = with_readout(asked, build_trunk(train.model))
     words = {**_architecture(train), "checkpoint": f"none, drawn from seed {seed}", **words}
     return finish(asked, net, _form(train), words, seeded=True)
+
+
+def trained_model(encoder: Encoder) -> Model | None:
+    """The trunk's configuration where an encoder is a run, trained or not; None for other kinds."""
+    run = encoder.checkpoint.parent.parent if encoder.checkpoint else Path(encoder.asked.spec.removeprefix("untrained:"))
+    return load_pipeline(run / "config.yaml").train.model if (run / "config.yaml").is_file() else None
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -1,0 +1,75 @@
+"""The model card (README.md) beside an export: what it is, how it is loaded, which pool, how it was trained, what was measured."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from labels import __version__
+from train.evals.encoders.encoder import Encoder
+from train.evals.pixels import TRANSFORM
+from train.export.check import TOLERANCE
+from train.export.formats import Format, Written
+from train.export.recipe import Training
+from train.report.results import Row, told
+
+_OPEN = "from PIL import Image\n\nfolder = {folder!r}\nimage = Image.open({image!r})\n\n"
+
+
+def card(name: str, encoder: Encoder, form: Format, written: Written, difference: float, training: Training, results: Sequence[Row]) -> str:
+    """The card's text, Markdown with the Hub's metadata at its head.
+
+    Args:
+        name: of the export's folder.
+        difference: largest difference of a feature between the encoder and the export, loaded back.
+        training: of a run.
+        results: measured on these weights.
+    """
+    head = {"library_name": form.library, "pipeline_tag": "image-feature-extraction", "tags": ["superclass"]}
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {name}\n",
+        _facts(encoder, written, difference),
+        f"## Load it\n\n{written.pooling}\n\n```python\n{_OPEN.format(folder=name, image='photo.jpg')}{written.code}```\n",
+        _training(training, encoder),
+        _results(results),
+    ]
+    return "\n".join(parts)
+
+
+def _facts(encoder: Encoder, written: Written, difference: float) -> str:
+    about, form = encoder.describe(), encoder.images
+    mean, std = (", ".join(f"{value:.8g}" for value in values) for values in (form.mean, form.std))
+    lines = {
+        "architecture": f"`{about['architecture']}`" + (f" with `{about['architecture_args']}`" if about["architecture_args"] else ""),
+        "checkpoint": f"`{Path(about['checkpoint']).name}`",
+        "features": f"{encoder.width}, pool `{about['pool']}`, layer {about['layer']}",
+        "images": f"{form.side} x {form.side}; {TRANSFORM}",
+        "normalisation": f"[0, 1], less ({mean}), by ({std})",
+        "weights' fingerprint": f"`{about['weights']}`",
+        "checked": f"loaded back by {written.holds.partition(' ')[0]}: no feature differs by more than {difference:.1e} "
+        f"({TOLERANCE:.0e} is allowed)",
+    }
+    rows = "".join(f"| {key} | {value} |\n" for key, value in lines.items())
+    return f"A frozen image encoder as {written.holds}, written by superclass-lean {__version__}.\n\n| | |\n|---|---|\n{rows}"
+
+
+def _training(training: Training, encoder: Encoder) -> str:
+    if not training.recipe:
+        return f"## Training\n\nNot by this project: `{encoder.describe()['architecture']}`, its weights from a file.\n"
+    data = json.dumps(training.data, indent=1, sort_keys=True, ensure_ascii=False)
+    recipe = yaml.safe_dump(training.recipe, sort_keys=False, allow_unicode=True)
+    prints = json.dumps(training.data.get("fingerprints", {}), sort_keys=True)
+    told_data = f"Data (fingerprints `{prints}`):\n\n```json\n{data}\n```\n\n" if training.data else "The run says nothing of its data.\n\n"
+    return f"## Training\n\n{told_data}Recipe, as `pipeline.yaml` takes it:\n\n```yaml\n{recipe}```\n"
+
+
+def _results(results: Sequence[Row]) -> str:
+    if not results:
+        return "## Results\n\nNothing was measured on these weights yet.\n"
+    lines = ["| data | protocol | metric | value | seeds |", "|---|---|---|---:|---:|"]
+    for row in results:
+        for metric, (mean, spread) in row.metrics.items():
+            value = told(metric, mean) + (f" ± {told(metric, spread)}" if spread is not None else "")
+            lines.append(f"| {row.data} | {row.variant}: {row.protocol} | {metric} | {value} | {row.seeds or '-'} |")
+    return "## Results\n\nAccuracies and recalls in percent; ± is the deviation over seeds.\n\n" + "\n".join(lines) + "\n"
