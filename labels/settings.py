@@ -310,6 +310,25 @@ class Caption(Section):
         return _within_budget(self, self.samples, self.batch_size, self.optimizer)
 
 
+class LlavaOptimizer(AdapterOptimizer):
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    warmup_samples: Count = 16_740
+
+
+class Llava(Section):
+    layer: int = -2
+    class_token: bool = False
+    max_tokens: Positive = 2048
+    samples: Count = 558_000
+    batch_size: Positive = 256
+    optimizer: LlavaOptimizer = LlavaOptimizer()
+
+    @model_validator(mode="after")
+    def _budget(self) -> Self:
+        return _within_budget(self, self.samples, self.batch_size, self.optimizer)
+
+
 class Pipeline(Section):
     """The whole file."""
 
@@ -322,5 +341,6 @@ class Pipeline(Section):
     knn: Knn = Knn()
     zeroshot: Zeroshot = Zeroshot()
     caption: Caption = Caption()
+    llava: Llava = Llava()
     features: Features = Features()
     recipes: dict[str, dict[str, Any]] = RECIPES

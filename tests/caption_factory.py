@@ -25,14 +25,14 @@ def coloured_pairs(folder: Path, train: int = 24, test: int = 9) -> Path:
 
 
 def language_model_folder(folder: Path, texts: list[str], *, positions: int = 64) -> Path:
-    """A Llama of one layer with random weights, and a BPE learnt from `texts`, as save_pretrained writes them."""
+    """A Llama of one layer with random weights, large enough that a prefix matters, and a BPE learnt from `texts`, as save_pretrained writes them."""
     from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = GPT2Tokenizer().train_new_from_iterator(texts, 300, show_progress=False)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=positions, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        max_position_embeddings=positions, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.3,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

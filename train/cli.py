@@ -17,6 +17,7 @@ from train.bench.commands import bench
 from train.caption.command import caption
 from train.evals.commands import register
 from train.export.command import export
+from train.llava.command import llava
 from train.report.command import report
 
 CLIP_VOCABULARY = 49_408
@@ -34,6 +35,7 @@ cli.add_command(report)
 cli.add_command(bench)
 cli.add_command(caption)
 cli.add_command(export)
+cli.add_command(llava)
 
 
 @cli.command("run")

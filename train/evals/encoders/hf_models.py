@@ -33,7 +33,7 @@ def load_hf(asked: EncoderSpec, folder: Path) -> Encoder:
             raise UserError(f"{folder} has no {name}", allowed="hf:DIR, a folder in Hugging Face's form", mend=mend)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(f"{folder} has no weights", allowed="model.safetensors, or pytorch_model.bin", mend="download the weights too")
-    form = _form(folder)
+    form = image_form(folder)
     model = _load(folder)
     net, words = _Pooled(model), {"pool": "the model's own", "layer": "last"}
     if asked.layer is not None or asked.pool is not None:
@@ -115,7 +115,7 @@ def _prefix(model: Any, tokens: int, side: int) -> int:
     return max(0, tokens - (side // patch) ** 2) if patch else 0
 
 
-def _form(folder: Path) -> ImageForm:
+def image_form(folder: Path) -> ImageForm:
     """Side, mean and std of the folder's image processor."""
     file = folder / "preprocessor_config.json"
     try:
