@@ -80,8 +80,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     partial, old = (path.with_name(f"{path.name}{ending}{TEMPORARY_SUFFIX}") for ending in ("", ".old"))
     with plain_disk_faults(path):
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+        if old.exists() and not path.exists():  # killed between the two renames
+            os.replace(old, path)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial

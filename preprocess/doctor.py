@@ -37,7 +37,8 @@ _COLOURS: dict[str, str] = {"good": "green", "weak": "yellow", "absent": "dim", 
 _EXTRAS = {
     "train": "the trainer", "ffcv": "FFCV's own loader", "ray": "build-labels --engine ray", "s3": "OUT and shards on s3://",
     "sentencepiece": "train-tokenizer --kind unigram", "wandb": "metrics to Weights & Biases", "demo": "the demo's plots",
-    "evals": "encoders of open_clip and Hugging Face", "dev": "tests and checks",
+    "evals": "encoders of open_clip and Hugging Face", "onnx": "train export --format onnx",
+    "dev": "tests and checks",
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import train.cli
 import train.export.export as exporting
 from labels.config import dump_yaml, load_pipeline
 from labels.errors import UserError
+from labels.files import whole_folder
 from labels.settings import Model, Pipeline, Train
 from train.evals.encoders.encoder import Encoder, EncoderSpec
 from train.evals.encoders.load import load_encoder
@@ -305,3 +306,17 @@ def test_the_command(run_of, tmp_path: Path) -> None:
     assert found.exit_code == 0
     assert "transformers ViTModel, loaded back: no feature differs by more than" in found.output and "--pool avg" in found.output
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").model_type == "vit"
+
+
+def test_an_interrupted_swap_is_undone(tmp_path: Path) -> None:
+    """As a kill between the two renames leaves it: the export before has another name, the new one is not yet there."""
+    old, partial, out = tmp_path / "out.old.partial", tmp_path / "out.partial", tmp_path / "out"
+    for folder in (old, partial):
+        folder.mkdir()
+        (folder / "file").write_text(folder.name)
+    with pytest.raises(ZeroDivisionError), whole_folder(out):
+        raise ZeroDivisionError
+    assert (out / "file").read_text() == "out.old.partial" and {path.name for path in tmp_path.iterdir()} == {"out"}
+    with whole_folder(out) as folder:
+        (folder / "new").write_text("new")
+    assert [path.name for path in out.iterdir()] == ["new"] and {path.name for path in tmp_path.iterdir()} == {"out"}

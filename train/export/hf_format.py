@@ -36,7 +36,7 @@ _FEATURES = {
 _POOLING = {
     ("CLIPVisionModel", "avg"): (
         "The encoder's feature is the mean of the patch tokens after the final norm. CLIPVisionModel's `last_hidden_state` is before that "
-        "norm and its `pooler_output` is the class token, which the training did not read: take the line below. "
+        "norm and its `pooler_output` is the class token, which the training did not read: the code in the card takes the right one. "
         "`--encoder hf:DIR --pool avg` does the same."
     ),
     ("CLIPVisionModel", "token"): "The encoder's feature is the class token after the final norm: `pooler_output`.",

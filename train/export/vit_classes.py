@@ -13,7 +13,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-_ACTIVATIONS = {nn.GELU: "gelu", TimmGELU: "gelu", QuickGELU: "quick_gelu", GELUTanh: "gelu_pytorch_tanh"}
+ACTIVATIONS = {nn.GELU: "gelu", TimmGELU: "gelu", QuickGELU: "quick_gelu", GELUTanh: "gelu_pytorch_tanh"}
 _CLIP = {  # timm's name -> the part of the name that differs
     "class": "embeddings.class_embedding", "patch": "embeddings.patch_embedding", "positions": "embeddings.position_embedding.weight",
     "before": "pre_layrnorm", "after": "post_layernorm", "block": "encoder.layers", "norm1": "layer_norm1", "norm2": "layer_norm2",
@@ -35,7 +35,7 @@ def transformers_vit(net: nn.Module) -> Any | None:
     Returns:
         CLIPVisionModel or ViTModel (without its pooler); None.
     """
-    if not isinstance(net, VisionTransformer) or not _plain(net):
+    if not isinstance(net, VisionTransformer) or not is_plain(net):
         return None
     from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 
@@ -43,7 +43,7 @@ def transformers_vit(net: nn.Module) -> Any | None:
     sizes: dict[str, Any] = {
         "hidden_size": net.embed_dim, "intermediate_size": block.mlp.fc1.out_features, "num_hidden_layers": len(net.blocks),
         "num_attention_heads": block.attn.num_heads, "image_size": patches.img_size[0],
-        "patch_size": patches.patch_size[0], "hidden_act": _ACTIVATIONS[type(block.mlp.act)],
+        "patch_size": patches.patch_size[0], "hidden_act": ACTIVATIONS[type(block.mlp.act)],
         "layer_norm_eps": net.norm.eps,
     }  # fmt: skip
     with torch.device("meta"):
@@ -68,7 +68,7 @@ def _blocks(net: VisionTransformer) -> list[Any]:
     return list(net.blocks)
 
 
-def _plain(net: VisionTransformer) -> bool:
+def is_plain(net: VisionTransformer) -> bool:
     """Whether all that keys and shapes do not tell is as in both classes."""
     norms = {module.eps for module in net.modules() if isinstance(module, nn.LayerNorm)}
     patches, blocks = cast(Any, net.patch_embed), _blocks(net)
@@ -81,7 +81,7 @@ def _plain(net: VisionTransformer) -> bool:
         and len(norms) == 1
         and all(side is not None and side[0] == side[1] for side in (patches.img_size, patches.patch_size))
         and len({type(block.mlp.act) for block in blocks}) == 1
-        and type(blocks[0].mlp.act) in _ACTIVATIONS
+        and type(blocks[0].mlp.act) in ACTIVATIONS
         and getattr(blocks[0].mlp.act, "approximate", "none") == "none"
         and all(type(block) is Block and type(block.attn) is Attention for block in blocks)
     )
