@@ -267,6 +267,28 @@ class Zeroshot(Section):
     seeds: Seeds = [0]
 
 
+class Finetune(Section):
+    epochs: Positive = 50
+    batch_size: Annotated[int, Field(ge=2)] = 1024
+    base_lr: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_epochs: Annotated[int, Field(ge=0)] = 5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    mixup: Annotated[float, Field(ge=0)] = 0.8
+    cutmix: Annotated[float, Field(ge=0)] = 1.0
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    accumulation: Positive = 1
+    seeds: Seeds = [0]
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, epochs {self.epochs}; allowed: less than epochs")
+        return self
+
+
 def _within_budget(section: Any, samples: int, batch_size: int, optimizer: Any) -> Any:
     if not optimizer.warmup_samples < samples >= batch_size:
         raise ValueError(
@@ -340,6 +362,7 @@ class Pipeline(Section):
     fewshot: Fewshot = Fewshot()
     knn: Knn = Knn()
     zeroshot: Zeroshot = Zeroshot()
+    finetune: Finetune = Finetune()
     caption: Caption = Caption()
     llava: Llava = Llava()
     features: Features = Features()

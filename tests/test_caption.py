@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.schema import PAD_ID
-from train.caption.batches import pair_batches, rows_of_steps, tokenized
+from train.adapter import rows_of_steps
+from train.caption.batches import pair_batches, tokenized
 from train.caption.captioner import Captioner
 from train.caption.mapper import MlpMapper, TransformerMapper
 from train.cli import cli

@@ -1,17 +1,18 @@
-"""Training of a small part beside frozen ones, over the one loop: resumed from its own checkpoints, saved when it is asked to stop.
+"""Training of a model, or of a small part beside frozen ones, over the one loop: resumed from its own checkpoints, saved when asked to.
 
 What is frozen is held outside the module's children, so that checkpoints hold what is trained alone.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from labels.errors import UserError
-from labels.settings import Train
+from labels.settings import Optimizer, Train
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
 from train.distributed import World
 from train.loop import Budget, Inputs, Learner, run_loop
@@ -23,11 +24,13 @@ from train.trackers import make_trackers
 
 Batches = Callable[[int, int], Iterable[Any]]
 """First step, number of all steps -> this rank's share of each batch, see train/loop.py."""
+MakeOptimizer = Callable[[nn.Module, Optimizer], torch.optim.Optimizer]
+"""A model as it was spread, the optimiser's section -> the optimiser."""
 
 
 def train_adapter(
     model: nn.Module, batches: Batches, inputs: Inputs, settings: Train, run: Path, identity: str, here: World,
-    stopping: Callable[[], bool],
+    stopping: Callable[[], bool], make: MakeOptimizer = make_optimizer,
 ) -> bool:  # fmt: skip
     """Train `model`, or go on with what `run` holds of it; afterwards it has the weights of the newest checkpoint.
 
@@ -37,6 +40,7 @@ def train_adapter(
         run: folder of metrics.jsonl and checkpoints.
         identity: fingerprint of all that decides the result; a run of another one is not gone on with.
         stopping: asked after every step.
+        make: what trains it; every trained parameter is in a group of its.
 
     Returns:
         True when the budget is spent, False when it was stopped and saved.
@@ -46,8 +50,8 @@ def train_adapter(
     """
     _check_shares(settings, here)
     scaled = autocast_dtype(settings.runtime.precision, here.device) == torch.float16
-    optimizer = make_optimizer(model, settings.optimizer)
-    learner = Learner(model, spread(model, settings.runtime.parallel, here), optimizer, scale=LossScale(here.device) if scaled else None)
+    called = spread(model, settings.runtime.parallel, here)
+    learner = Learner(model, called, make(model, settings.optimizer), scale=LossScale(here.device) if scaled else None)
     state = _resumed(run, identity, learner)
     warmup, steps = round(settings.optimizer.warmup_samples / settings.batch_size), settings.samples // settings.batch_size
     budget = Budget(steps, warmup, state.samples_seen // settings.batch_size)
@@ -75,6 +79,19 @@ def train_adapter(
             return run_loop(batches(budget.first_step, steps), inputs, learner, settings, budget, here, metrics, save, stopping)
         finally:
             metrics.close()
+
+
+def rows_of_steps(count: int, size: int, seed: int, first_step: int, steps: int) -> Iterator[np.ndarray]:
+    """The rows, int64 [size], of each step's batch: one permutation of [0, count) after the other, without a gap."""
+    epoch, order = -1, np.empty(0, np.int64)
+    for step in range(first_step, steps):
+        places, rows = np.arange(step * size, (step + 1) * size), np.empty(size, np.int64)
+        for number in range(places[0] // count, places[-1] // count + 1):
+            if number != epoch:
+                epoch, order = number, np.random.default_rng([seed, number]).permutation(count)
+            here = places // count == number
+            rows[here] = order[places[here] % count]
+        yield rows
 
 
 def _resumed(run: Path, identity: str, learner: Learner) -> State:

@@ -153,7 +153,7 @@ def _update(
         divisor = (norm / clip).clamp(min=1.0).float() * (1.0 if divisor is None else divisor)
     skipped = 1.0 - (loss.isfinite() & norm.isfinite()).float()
     for group in learner.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)  # less in a trunk's first layers, where it is fine-tuned
     # The two attributes through which fused optimisers serve GradScaler: gradients are divided by the one, the other skips the step. On a
     # CPU there is nothing to wait for, and the step without a test is faster.
     ask = loss.device.type != "cpu"

@@ -1,6 +1,7 @@
 """AdamW with the reference's weight-decay exemptions, and linear warm-up with a cosine to zero."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,15 +12,22 @@ from labels.settings import Optimizer
 def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     """AdamW over two groups: decayed, and exempt (biases, norms, tokens: all that is a single vector).
 
-    Fused, since only that form skips a step that the device itself found not to be finite (`found_inf`). The moments are made at once,
-    for parameters too that never get a gradient: a checkpoint then always has all of them.
     Source: x-cls/superclass, training/main.py (`exclude`: ndim < 2, bn, ln, bias).
     """
     decayed, exempt = (list(named.values()) for named in by_decay(model))
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return adamw(groups, settings)
+
+
+def adamw(groups: list[dict[str, Any]], settings: Optimizer) -> torch.optim.AdamW:
+    """AdamW over groups of parameters that tell their weight decay and, if another than 1, the factor `lr_scale` on the loop's rate.
+
+    Fused, since only that form skips a step that the device itself found not to be finite (`found_inf`). The moments are made at once,
+    for parameters too that never get a gradient: a checkpoint then always has all of them.
+    """
     betas = (settings.betas[0], settings.betas[1])
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
-    for parameter in (*decayed, *exempt):
+    for parameter in (parameter for group in groups for parameter in group["params"]):
         step = torch.zeros((), device=parameter.device)
         optimizer.state[parameter] = {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
     return optimizer

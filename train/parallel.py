@@ -40,17 +40,20 @@ def spread(model: nn.Module, parallel: str, world: World) -> nn.Module:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """What FSDP gathers together: the outermost repeated blocks of a trunk (timm keeps them in lists)."""
-    blocks, inside = [], ()
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList | nn.Sequential)
-            and len(module) > 1
-            and name.startswith("trunk.")
-            and not name.startswith(inside)
-        ):
-            blocks += [child for child in module if any(True for _ in child.parameters())]
-            inside = (*inside, name + ".")
+    """What FSDP gathers together: the blocks of the trunk."""
+    trunk = getattr(model, "trunk", None)
+    return [] if trunk is None else list(repeated_blocks(trunk).values())
+
+
+def repeated_blocks(net: nn.Module) -> dict[str, nn.Module]:
+    """The outermost repeated blocks by their names in `net`, in order (timm and others keep them in lists)."""
+    blocks: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in net.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1 and not name.startswith(inside):
+            children = module.named_children()
+            blocks |= {f"{name}.{key}".lstrip("."): child for key, child in children if any(True for _ in child.parameters())}
+            inside = (*inside, f"{name}." if name else "")
     return blocks
 
 

@@ -25,3 +25,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Stopped(Exception):
+    """Somebody asked to stop in the midst of this, and it has been saved: the same command goes on."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from labels.schema import PAD_ID
+from train.adapter import rows_of_steps
 from train.distributed import World
 
 
@@ -49,16 +50,3 @@ def pair_batches(features: np.ndarray, pairs: Pairs, size: int, seed: int, here:
         for row, one in enumerate(ids):
             padded[row, : len(one)] = torch.tensor(one)
         yield PairBatch(torch.from_numpy(features[pairs.image[mine]]), padded)
-
-
-def rows_of_steps(count: int, size: int, seed: int, first_step: int, steps: int) -> Iterator[np.ndarray]:
-    """The rows, int64 [size], of each step's batch: one permutation of [0, count) after the other, without a gap."""
-    epoch, order = -1, np.empty(0, np.int64)
-    for step in range(first_step, steps):
-        places, rows = np.arange(step * size, (step + 1) * size), np.empty(size, np.int64)
-        for number in range(places[0] // count, places[-1] // count + 1):
-            if number != epoch:
-                epoch, order = number, np.random.default_rng([seed, number]).permutation(count)
-            here = places // count == number
-            rows[here] = order[places[here] % count]
-        yield rows

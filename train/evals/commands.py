@@ -1,6 +1,10 @@
 """The commands of the evaluations: parse, call, report. What is imported inside takes a second: not for --help."""
 
-from collections.abc import Callable
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ _OPTIONS = (
     click.option("--layer", type=int, help="Features of this block: 1 is the first, -1 the last (default: the model's own output)."),
     click.option("--pool", metavar="avg|cls|cls+avg", help="Pool of the patches, the class token, or both (default: the model's own)."),
     click.option("--out", type=_PATH, help="Result JSON; what was drawn lies beside it as <name>.splits.parquet."),
-    click.option("--cache", type=_PATH, help="Folder that keeps features between calls."),
+    click.option("--cache", type=_PATH, help="Folder that keeps features, and what is being trained, between calls."),
     options.config,
     options.overrides,
 )  # fmt: skip
@@ -65,6 +69,15 @@ def zeroshot(classnames: str | None, templates: str | None, **arguments: Any) ->
     _run("zeroshot", arguments, {"zeroshot.classnames": classnames, "zeroshot.templates": templates})
 
 
+@click.command("finetune")
+@_evaluation
+def finetune(**arguments: Any) -> None:
+    """Train the whole encoder on the labels (MAE's recipe); accuracy of the last epoch. The same command goes on with --cache or --out."""
+    if arguments["cache"] is None and arguments["out"] is not None:
+        arguments["cache"] = arguments["out"].with_suffix(".work")
+    _run("finetune", arguments, {})
+
+
 @click.command("eval")
 @click.option("--suite", type=_PATH, required=True, metavar="FILE", help="YAML: lists of encoders, data and protocols.")
 @click.option("--out", type=_PATH, required=True, help="Folder of features, results and the table; the same command goes on there.")
@@ -77,7 +90,8 @@ def evaluate(suite: Path, out: Path, config: Path | None, overrides: tuple[str, 
     from train.evals.suite_file import read_suite
 
     extract = on_device(load_pipeline(config, overrides).features, out / "features")
-    run_suite(read_suite(suite), out, extract, config, overrides)
+    with _first_rank_speaks():
+        run_suite(read_suite(suite), out, extract, config, overrides)
 
 
 def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> None:
@@ -91,17 +105,34 @@ def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> 
     pipeline = load_pipeline(arguments["config"], [*arguments["overrides"], *set_by_flags])
     encoders = pair_weights(arguments["encoders"], arguments["weights"], arguments["layer"], arguments["pool"])
     cache = arguments["cache"]
-    run_protocol(
-        PROTOCOLS[name],
-        encoders,
-        lambda: named_data(arguments["data"], arguments["train_dir"], arguments["test_dir"], cache),
-        pipeline,
-        on_device(pipeline.features, cache),
-        arguments["out"],
-    )
+    with _first_rank_speaks() as first:
+        run_protocol(
+            PROTOCOLS[name],
+            encoders,
+            lambda: named_data(arguments["data"], arguments["train_dir"], arguments["test_dir"], cache),
+            pipeline,
+            on_device(pipeline.features, cache),
+            arguments["out"] if first else None,
+        )
+
+
+@contextmanager
+def _first_rank_speaks() -> Iterator[bool]:
+    """Around a protocol, which torchrun may have started on many ranks: whether this one is the first; the others write nothing that
+    the first one writes, and are silent. What was asked to stop leaves with the exit code that says so."""
+    from labels.files import own_partials
+    from train.signals import STOPPED_EXIT_CODE, Stopped
+
+    first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        with nullcontext() if first else own_partials(), nullcontext() if first else redirect_stdout(io.StringIO()):
+            yield first
+    except Stopped as stopped:
+        print(f"{stopped} was stopped; what --cache or --out keeps of it, the same command goes on with")
+        sys.exit(STOPPED_EXIT_CODE)
 
 
 def register(group: click.Group) -> None:
     """Add all of them to the command `train`."""
-    for command in (probe, fewshot, knn, zeroshot, evaluate):
+    for command in (probe, fewshot, knn, zeroshot, finetune, evaluate):
         group.add_command(command)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from labels.errors import UserError
-from train.caption.batches import rows_of_steps
+from train.adapter import rows_of_steps
 from train.distributed import World
 from train.evals.encoders.encoder import ImageForm
 from train.evals.pixels import DECODE_FAULTS, decode

@@ -1,10 +1,11 @@
 """All protocols by name."""
 
 from train.evals.protocols.fewshot import FewShot
+from train.evals.protocols.finetune import FineTune
 from train.evals.protocols.knn import NearestNeighbours
 from train.evals.protocols.probe import LinearProbe
 from train.evals.protocols.protocol import Evaluation
 from train.evals.protocols.token_logits import TokenLogits
 
-_ALL: tuple[Evaluation, ...] = (LinearProbe(), FewShot(), NearestNeighbours(), TokenLogits())
+_ALL: tuple[Evaluation, ...] = (LinearProbe(), FewShot(), NearestNeighbours(), TokenLogits(), FineTune())
 PROTOCOLS: dict[str, Evaluation] = {protocol.name: protocol for protocol in _ALL}

@@ -1,0 +1,139 @@
+"""`train finetune`: the whole encoder trained on the labels, MAE's end-to-end recipe (arXiv 2111.06377, table 9; main_finetune.py).
+
+places -> random crops and flips -> mixup or cutmix -> loop (FineTuned, AdamW with a rate for each layer) -> test part, once, at the end
+
+Of the paper's recipe, RandAugment is left out. N samples, C classes.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from labels.errors import UserError
+from labels.files import fingerprint
+from labels.settings import Checkpoint, Finetune, Log, Optimizer, Pipeline, Runtime, Train
+from train.adapter import train_adapter
+from train.distributed import World, world
+from train.evals.data.sets import DataSet
+from train.evals.encoders.encoder import Encoder
+from train.evals.encoders.load import load_encoder
+from train.evals.features import Extractor
+from train.evals.pixels import TRANSFORM, decode
+from train.evals.protocols.finetune_batches import LabelledBatch, Mixing, cropped_batches, mixes
+from train.evals.protocols.finetune_model import FineTuned, make_layer_decayed, set_drop_path, train_what_is_read
+from train.evals.protocols.protocol import Score, accuracies
+from train.signals import Stopped, stop_signals
+
+_SAVE_EVERY_MINUTES = 10.0
+
+
+class FineTune:
+    """See `Evaluation`."""
+
+    name = "finetune"
+
+    def settings(self, pipeline: Pipeline) -> Finetune:
+        return pipeline.finetune
+
+    def describe(self, settings: Finetune) -> str:
+        mixed = f"mixup {settings.mixup:g}, cutmix {settings.cutmix:g}" if mixes(settings) else "no mixing"
+        return (
+            f"end-to-end fine-tuning, MAE's recipe without RandAugment: {settings.epochs} epochs, layer decay {settings.layer_decay:g}, "
+            f"weight decay {settings.weight_decay:g}, {mixed}, label smoothing {settings.smoothing:g}; the last epoch is tested"
+        )
+
+    def check(self, data: DataSet, settings: Finetune) -> None:
+        batch_size(len(data.train), settings, ranks=1)
+
+    def unfit(self, encoder: Encoder) -> str | None:
+        return None if any(True for _ in encoder.net.parameters()) else "it has no weights to train; give run:, timm:, open_clip: or hf:"
+
+    def scores(self, encoder: Encoder, data: DataSet, settings: Finetune, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
+        with _folder(extract) as folder:
+            return [self._score(encoder, data, settings, extract, seed, folder) for seed in seeds]
+
+    def _score(self, frozen: Encoder, data: DataSet, settings: Finetune, extract: Extractor, seed: int, folder: Path) -> Score:
+        encoder = load_encoder(frozen.asked, seed=seed)  # its own weights, which training changes
+        runtime = Runtime(device=extract.device.type, precision=extract.precision, accumulation=settings.accumulation, seed=seed)  # type: ignore[arg-type]
+        with world(runtime) as here, stop_signals() as stopping:
+            train = train_settings(settings, runtime, len(data.train), here)
+            model, drop_path = make_model(encoder, len(data.classes), settings.drop_path, seed, here)
+            keys = [encoder.describe(), data.train.fingerprint, settings.model_dump(exclude={"seeds"}), seed, here.size, TRANSFORM]
+            identity = fingerprint([*keys, extract.precision])
+            mixing = Mixing(settings, len(data.classes), encoder.images, seed, here.device)
+
+            def batches(first_step: int, steps: int) -> Iterator[LabelledBatch]:
+                side, size = encoder.images.side, train.batch_size
+                return cropped_batches(data.train, side, size, seed, extract.threads, here, first_step, steps)
+
+            make = make_layer_decayed(settings.layer_decay)
+            if not train_adapter(model, batches, mixing, train, folder / identity, identity, here, stopping, make):
+                raise Stopped(f"fine-tuning of {encoder.name}")
+            metrics = accuracies(logits(model, encoder, data, extract), torch.from_numpy(data.test.targets))
+        steps = train.samples // train.batch_size
+        about = {"batch_size": train.batch_size, "steps": steps, "learning_rate": train.optimizer.lr, "drop_path": drop_path}
+        return Score("fine-tuned", seed, metrics, about)
+
+
+def batch_size(samples: int, settings: Finetune, ranks: int) -> int:
+    """The batch that is asked for, or as much of it as the training part has; it can be shared out and, where it is mixed, paired.
+
+    Raises:
+        UserError: no such batch is left.
+    """
+    unit = settings.accumulation * ranks * (2 if mixes(settings) else 1)
+    size = min(settings.batch_size, samples) // unit * unit
+    if not size:
+        raise UserError(
+            f"finetune.batch_size is {settings.batch_size}, the training part has {samples} images, and a batch is shared out in {unit}",
+            allowed=f"a batch and a training part of {unit} images or more",
+            mend="--set finetune.accumulation=1, or a larger finetune.batch_size",
+        )
+    return size
+
+
+def train_settings(settings: Finetune, runtime: Runtime, samples: int, here: World) -> Train:
+    """The trainer's section for `epochs` over a training part of `samples`: the whole budget in whole batches."""
+    size = batch_size(samples, settings, here.size)
+    lr = settings.base_lr * size / 256
+    total = max(settings.epochs * samples // size, 1) * size
+    warmup = min(settings.warmup_epochs * samples, total - 1)
+    return Train(
+        samples=total, batch_size=size, runtime=runtime, log=Log(tensorboard=False),
+        optimizer=Optimizer(
+            lr=lr, betas=[0.9, 0.999], eps=1e-8, weight_decay=settings.weight_decay, warmup_samples=warmup, clip_norm=settings.clip_norm
+        ),
+        checkpoint=Checkpoint(every_samples=total, every_minutes=_SAVE_EVERY_MINUTES, keep=1),
+    )  # fmt: skip
+
+
+def make_model(encoder: Encoder, classes: int, drop_path: float, seed: int, here: World) -> tuple[FineTuned, float]:
+    """The encoder's net with a new head drawn from `seed`, on the device, all that is read to be trained; and the drop path it took."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FineTuned(encoder.net, encoder.width, classes)
+    train_what_is_read(model, encoder.images.side)
+    return model.to(here.device), set_drop_path(model.trunk, drop_path)
+
+
+def logits(model: FineTuned, encoder: Encoder, data: DataSet, extract: Extractor) -> Tensor:
+    """Logits [N, C] of the test part's central crops, float32 on the CPU."""
+    net = nn.Sequential(model.trunk, model.head).eval()
+    whole = Encoder(encoder.asked, net, encoder.images, len(data.classes), encoder.seeded, {})
+    found = extract.stream(whole, data.test, np.arange(len(data.test)), lambda encoded, side, row: decode(encoded, side))
+    return torch.cat([part.cpu() for part in found])
+
+
+@contextmanager
+def _folder(extract: Extractor) -> Iterator[Path]:
+    """Where checkpoints lie: in the cache, so that a stopped training goes on; without one, nowhere for long."""
+    if extract.cache is not None:
+        yield extract.cache / "finetune"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
