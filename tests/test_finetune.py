@@ -17,6 +17,7 @@ from test_eval_data import encoded, write_folders
 from test_library_encoders import VIT, write_hf
 from timm.layers.drop import DropPath
 from torch import nn
+from trainer_process import train
 
 from labels.errors import UserError
 from labels.settings import Features, Finetune, Optimizer, Runtime
@@ -276,3 +277,28 @@ def test_a_bad_image_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "data" / "train" / "red" / "3.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"the image red/3\.png of .* cannot be decoded \(UnidentifiedImageError[\s\S]*mend or remove it"):
         FineTune().scores(load_encoder(f"run:{folder}/run"), load_data(f"folders:{tmp_path}/data"), QUICK, extractor(), [0])
+
+
+def test_two_ranks_are_one(folder: Path, tmp_path: Path) -> None:
+    """Two encoders, so that the process group serves twice; without mixing, whose partners change with a rank's share."""
+    keys = ["epochs=2", "warmup_epochs=1", "batch_size=8", "mixup=0", "cutmix=0", "drop_path=0"]
+    losses = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.json"
+        options = [option for key in keys for option in ("--set", f"finetune.{key}")]
+        encoders = ["--encoder", f"run:{folder}/run", "--encoder", f"untrained:{folder}/run"]
+        code, said = train(
+            "finetune", "--data", f"folders:{folder}/data", *encoders, "--out", out, *options, said=tmp_path / "said", ranks=ranks
+        )
+        assert code == 0, said
+        assert [row["encoder"] for row in json.loads(out.read_text())["results"][1:]] == encoders[1::2]
+        files = sorted((tmp_path / f"{ranks}.work").rglob("metrics.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+        losses.append([json.loads(line)["loss"] for file in files for line in file.read_text().splitlines() if '"loss"' in line])
+    assert len(losses[0]) == 2 * (2 * 18 // 8) and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_another_encoders_state_is_not_gone_on_with(folder: Path, data: DataSet, tmp_path: Path) -> None:
+    """Whatever decides the result decides the folder."""
+    for settings in (QUICK, QUICK.model_copy(update={"layer_decay": 0.9})):
+        FineTune().scores(load_encoder(f"run:{folder}/run"), data, settings.model_copy(update={"epochs": 2}), extractor(tmp_path), [0])
+    assert len(list((tmp_path / "finetune").iterdir())) == 2

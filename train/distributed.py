@@ -43,7 +43,7 @@ class World:
 
 @contextmanager
 def world(runtime: Runtime) -> Iterator[World]:
-    """Join the process group that torchrun's variables describe; without them, a world of one.
+    """Join the process group that torchrun's variables describe; without them, a world of one. Inside another `world`, that one.
 
     Raises:
         UserError: CUDA is asked for and not there, or there are more ranks than GPUs.
@@ -62,15 +62,36 @@ def world(runtime: Runtime) -> Iterator[World]:
                 mend=f"--nproc-per-node={torch.cuda.device_count()}",
             )
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, as in the reference
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
+    with _tf32(on_gpu), _group(device) as here:
+        yield here
+
+
+@contextmanager
+def _group(device: torch.device) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield World(0, 1, device)
         return
+    if dist.is_initialized():  # a group cannot be joined a second time
+        yield World(dist.get_rank(), size, device)
+        return
+    on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     try:
         yield World(dist.get_rank(), size, device)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _tf32(wanted: bool) -> Iterator[None]:
+    """fp32 products in TF32, as in the reference, for a while: features that are extracted afterwards must not change by it."""
+    before = torch.get_float32_matmul_precision()
+    if wanted:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
