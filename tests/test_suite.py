@@ -22,17 +22,22 @@ from train.evals.suite_file import read_suite
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def colours(folder: Path, labels: tuple[str, ...]) -> None:
+    """A data set of plain images whose colour is near their class' name: 5 of each to train on, 3 to test."""
+    random = np.random.default_rng(len(labels))
+    for part, count in (("train", 5), ("test", 3)):
+        write_folders(folder / part, dict.fromkeys(labels, count))
+        for file in sorted((folder / part).rglob("*.png")):
+            shade = random.integers(0, 120, 3) + 120 * np.array([file.parent.name == colour for colour in ("red", "green", "blue")])
+            file.write_bytes(encoded(tuple(int(value) for value in shade)))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two data sets, a run, random weights of a ViT built as DINOv2's, and a suite over all of them."""
     folder = tmp_path_factory.mktemp("suite")
-    random = np.random.default_rng(0)
     for name, labels in (("two", ("blue", "red")), ("three", ("blue", "green", "red"))):
-        for part, count in (("train", 5), ("test", 3)):
-            write_folders(folder / name / part, dict.fromkeys(labels, count))
-            for file in sorted((folder / name / part).rglob("*.png")):
-                shade = random.integers(0, 120, 3) + 120 * np.array([file.parent.name == colour for colour in ("red", "green", "blue")])
-                file.write_bytes(encoded(tuple(int(value) for value in shade)))
+        colours(folder / name, labels)
     write_run(folder / "run", 3)
     torch.manual_seed(5)
     save_file(create_model("test_vit", num_classes=0).state_dict(), folder / "vit.safetensors")

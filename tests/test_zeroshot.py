@@ -156,12 +156,14 @@ def test_names_that_do_not_match_the_classes(data: DataSet, tmp_path: Path) -> N
     assert class_names(str(names), data) == ["cardinal", "poodle"]
     names.write_text("cardinal\npoodle\nwren\n")
     text = told(class_names, str(names), data)
-    assert "has 3 names" in text and "has 2 classes: red_bird, the_dog" in text
+    assert "has 3 names" in text and "has 2 classes: red_bird, the_dog" in text and "write one name for every class" in text
     names.write_text("red_bird\tcardinal\nred_brid\tpoodle\n")
     text = told(class_names, str(names), data)
     assert "1 classes have no name: the_dog; 1 names are of no class: red_brid" in text
+    assert "write a line class<TAB>name for every class" in text
     names.write_text("same\nsame\n")
-    assert "1 names stand for several classes" in told(TokenLogits().check, data, Zeroshot(classnames=str(names)))
+    text = told(TokenLogits().check, data, Zeroshot(classnames=str(names)))
+    assert "1 names stand for several classes" in text and "--classnames FILE with other words" in text
     names.write_text("")
     assert "is empty" in told(class_names, str(names), data)
     assert "no file of class names at" in told(class_names, "gone.txt", data)

@@ -79,7 +79,11 @@ def _by_class(file: Path, lines: list[str], data: DataSet) -> list[str]:
     if missing or unknown:
         parts = {"classes have no name": missing, "names are of no class": unknown}
         told = "; ".join(f"{len(found)} {what}: {shorten(found)}" for what, found in parts.items() if found)
-        raise UserError(f"{file} does not match the classes of {data.name}: {told}", allowed=f"the classes {shorten(data.classes)}")
+        raise UserError(
+            f"{file} does not match the classes of {data.name}: {told}",
+            allowed=f"the classes {shorten(data.classes)}",
+            mend="write a line class<TAB>name for every class, spelt as the data spell it",
+        )
     return [names[label] for label in data.classes]
 
 

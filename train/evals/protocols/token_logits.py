@@ -76,7 +76,11 @@ class TokenLogits:
         names = class_names(settings.classnames, data)
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice and settings.classnames != "imagenet" and data.kind != "imagenet":  # ImageNet's own names hold `crane` twice and such
-            raise UserError(f"{len(twice)} names stand for several classes of {data.name}: {shorten(twice)}", allowed="a name a class")
+            raise UserError(
+                f"{len(twice)} names stand for several classes of {data.name}: {shorten(twice)}",
+                allowed="a name a class",
+                mend="--classnames FILE with other words for them",
+            )
         templates(settings.templates)
 
     def unfit(self, encoder: Encoder) -> str | None:
