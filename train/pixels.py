@@ -57,7 +57,7 @@ class Window(NamedTuple):
 
 
 @njit(inline="always")
-def _shrink(width: int, height: int, size: int) -> int:
+def shrink_to_fill(width: int, height: int, size: int) -> int:
     """The largest of 1, 2, 4, 8 by which the decoder may shrink a crop that has to fill `size` pixels."""
     factor = 1
     while factor < 8 and min(width, height) >= 2 * factor * size:
@@ -76,11 +76,11 @@ def window_of(width: int, height: int, crops: Crops, epoch: int, index: int) -> 
     if crops.centre:
         w = h = min(width, height)
         left, top = (width - w) / 2, (height - h) / 2
-        shrink = _shrink(w, h, 2 * crops.size)
+        shrink = shrink_to_fill(w, h, 2 * crops.size)
         reach = _REACH * max(1.0, w / shrink / crops.size)
     else:
         left, top, w, h = random_crop(width, height, crops.scale, crops.ratio, crops.seed, epoch, index)
-        shrink = _shrink(w, h, crops.size)
+        shrink = shrink_to_fill(w, h, crops.size)
         flip = crops.flip and flipped(crops.seed, epoch, index)
     x, y, crop_width, crop_height = left / shrink, top / shrink, w / shrink, h / shrink
     first_column, first_row = max(0, math.floor(x - reach)), max(0, math.floor(y - reach))

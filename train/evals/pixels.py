@@ -1,14 +1,19 @@
 """Image bytes -> pixels, the same for every encoder. S image side.
 
 bytes -> PIL (RGB, alpha on white) -> shorter side to S, bicubic, centre crop -> uint8 [S, S, 3]
+plain JPEGs -> plain_jpeg.py: the same pixels within two levels, compiled
 """
 
+from functools import cache
 from io import BytesIO
 
 import numpy as np
 from PIL import Image
 
-TRANSFORM = "RGB, alpha on white, shorter side to image_size (PIL bicubic, antialiased), centre crop"
+from labels.errors import UserError
+
+TRANSFORM = "RGB, alpha on white, shorter side to image_size (bicubic, antialiased: PIL's, for plain JPEGs within two levels), centre crop"
+_JPEG_START = b"\xff\xd8"
 DECODE_FAULTS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises for bytes that are no whole image."""
 
@@ -19,6 +24,9 @@ def decode(encoded: bytes, side: int) -> np.ndarray:
     Raises:
         OSError, ValueError, SyntaxError, DecompressionBombError: Pillow's own, for bytes that are no whole image.
     """
+    plain = _plain_jpeg(encoded, side, None)
+    if plain is not None:
+        return plain
     with Image.open(BytesIO(encoded)) as image:
         image.draft(None, (2 * side, 2 * side))  # lets the JPEG decoder halve big images, never below twice the side
         rgb = _to_rgb(image)
@@ -35,6 +43,9 @@ def decode_crop(encoded: bytes, side: int, seed: int, epoch: int, index: int) ->
     Raises:
         OSError, ValueError, SyntaxError, DecompressionBombError: as for `decode`.
     """
+    plain = _plain_jpeg(encoded, side, (seed, epoch, index))
+    if plain is not None:
+        return plain
     from train.crops import flipped, random_crop  # compiled: only for those who augment
 
     with Image.open(BytesIO(encoded)) as image:
@@ -42,6 +53,26 @@ def decode_crop(encoded: bytes, side: int, seed: int, epoch: int, index: int) ->
     left, top, width, height = random_crop(rgb.width, rgb.height, (0.08, 1.0), (3 / 4, 4 / 3), seed, epoch, index)
     pixels = _resize(rgb, side, (left, top, left + width, top + height))
     return pixels[:, ::-1] if flipped(seed, epoch, index) else pixels
+
+
+def _plain_jpeg(encoded: bytes, side: int, crop: tuple[int, int, int] | None) -> np.ndarray | None:
+    """As decode_plain_jpeg; None also for what is no JPEG, and where libturbojpeg is missing: Pillow gives these pixels slower."""
+    if not encoded.startswith(_JPEG_START) or not _turbojpeg():
+        return None
+    from train.evals.plain_jpeg import decode_plain_jpeg  # compiled: only for those who have JPEGs
+
+    return decode_plain_jpeg(encoded, side, crop)
+
+
+@cache
+def _turbojpeg() -> bool:
+    from train.jpeg import load_turbojpeg
+
+    try:
+        load_turbojpeg()
+    except UserError:
+        return False
+    return True
 
 
 def _resize(rgb: Image.Image, side: int, box: tuple[float, float, float, float]) -> np.ndarray:
