@@ -216,6 +216,20 @@ class Train(Section):
         return self
 
 
+class TextTower(Section):
+    embed_dim: Positive = 512
+    width: Positive = 512
+    heads: Positive = 8
+    layers: Positive = 12
+    context: Annotated[int, Field(ge=3)] = 77
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}, heads {self.heads}; allowed: a divisor of width")
+        return self
+
+
 class Features(Section):
     batch_size: Positive = 256
     threads: Annotated[int, Field(ge=0)] = 0
@@ -358,6 +372,7 @@ class Pipeline(Section):
     labels: Labels = Labels()
     build: Build = Build()
     train: Train = Train()
+    text_tower: TextTower = TextTower()
     probe: Probe = Probe()
     fewshot: Fewshot = Fewshot()
     knn: Knn = Knn()

@@ -15,6 +15,7 @@ from labels.settings import Pipeline
 from train import options
 from train.bench.commands import bench
 from train.caption.command import caption
+from train.contrastive.command import clip, lit
 from train.evals.commands import register
 from train.export.command import export
 from train.llava.command import llava
@@ -31,6 +32,8 @@ def cli() -> None:
 
 
 register(cli)
+cli.add_command(clip)
+cli.add_command(lit)
 cli.add_command(report)
 cli.add_command(bench)
 cli.add_command(caption)

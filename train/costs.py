@@ -6,12 +6,13 @@ grouped). The head is a matrix product like the others, however the loss cuts it
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from labels.settings import Model, Train
+from labels.settings import Model, TextTower, Train
 from train.model import build_head, build_trunk, set_up_trunk
 from train.precision import autocast_dtype
 
@@ -24,15 +25,23 @@ _PEAK_TFLOPS = {
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a model: numbers of parameters, and `flops` of a sample, forward and backward (a multiplication and an addition are two)."""
+    """Of a model: numbers of parameters, and `flops` of a sample, forward and backward (a multiplication and an addition are two).
+
+    Attributes:
+        head: all beside the trunk; `head_name`: what that is.
+        frozen: the trunk is not trained.
+    """
 
     trunk: int
     head: int
     flops: int
+    head_name: str = "head"
+    frozen: bool = False
 
     @property
     def parameters(self) -> int:
-        return self.trunk + self.head
+        """Those that are trained."""
+        return self.head if self.frozen else self.trunk + self.head
 
 
 def model_costs(model: Model, vocabulary: int) -> Costs:
@@ -45,6 +54,43 @@ def model_costs(model: Model, vocabulary: int) -> Costs:
         trunk(image)
     flops = counter.get_total_flops() + 2 * int(trunk.num_features) * vocabulary  # type: ignore[arg-type]
     return Costs(_count(trunk), _count(head), 3 * flops)
+
+
+class Trunk(NamedTuple):
+    """Of a trunk: its parameters, the operations of one image forward, and the width of its features."""
+
+    parameters: int
+    flops: int
+    width: int
+
+
+def trunk_costs(trunk: nn.Module, side: int) -> Trunk:
+    """Count a trunk, which may lie on the meta device, on one image of `side` pixels; it is left in evaluation mode."""
+    images = torch.zeros(1, 3, side, side, device=_device(trunk))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        width = trunk.eval()(images).shape[1]
+    return Trunk(_count(trunk), counter.get_total_flops(), width)
+
+
+def tower_costs(trunk: Trunk, text: nn.Module, tower: TextTower, *, locked: bool = False) -> Costs:
+    """Costs of two towers, without the products of all images with all captions, which depend on the batch.
+
+    Args:
+        trunk: of the image tower.
+        text: the other, on any device.
+        tower: its settings.
+        locked: the trunk is not trained: no backward pass through it.
+    """
+    texts = torch.zeros(1, tower.context, dtype=torch.int64, device=_device(text))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        text.train()(texts)  # as it is trained: in evaluation attention takes a path that is not counted
+    projection = trunk.width * tower.embed_dim
+    flops = 3 * (counter.get_total_flops() + 2 * projection) + (1 if locked else 3) * trunk.flops
+    return Costs(trunk.parameters, _count(text) + projection + 1, flops, "text tower", locked)
+
+
+def _device(net: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
 
 
 def activation_bytes(settings: Train, device: torch.device) -> int:
@@ -79,7 +125,7 @@ def messages(costs: Costs, settings: Train, ranks: int) -> str:
         times, how = 2, "gradients reduced and spread"
     sent = times * (ranks - 1) / ranks * gradients
     return (
-        f"{gradients / 2**20:,.0f} MiB of gradients, {head / 2**20:,.0f} MiB ({head / gradients:.0%}) of them the head's; "
+        f"{gradients / 2**20:,.0f} MiB of gradients, {head / 2**20:,.0f} MiB ({head / gradients:.0%}) of them the {costs.head_name}'s; "
         f"{settings.runtime.parallel} on {ranks} ranks: each sends {sent / 2**20:,.0f} MiB a step ({how})"
     )
 
