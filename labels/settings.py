@@ -365,6 +365,12 @@ class Llava(Section):
         return _within_budget(self, self.samples, self.batch_size, self.optimizer)
 
 
+class Retrieval(Section):
+    k: Annotated[list[Positive], Field(min_length=1)] = [1, 5, 10]
+    labels: str | None = None
+    seeds: Seeds = [0]
+
+
 class Pipeline(Section):
     """The whole file."""
 
@@ -372,11 +378,12 @@ class Pipeline(Section):
     labels: Labels = Labels()
     build: Build = Build()
     train: Train = Train()
-    text_tower: TextTower = TextTower()
     probe: Probe = Probe()
     fewshot: Fewshot = Fewshot()
     knn: Knn = Knn()
     zeroshot: Zeroshot = Zeroshot()
+    retrieval: Retrieval = Retrieval()
+    text_tower: TextTower = TextTower()
     finetune: Finetune = Finetune()
     caption: Caption = Caption()
     llava: Llava = Llava()

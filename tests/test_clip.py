@@ -222,9 +222,9 @@ def test_killed_at_random_moments_the_losses_are_the_same_floats(out: Path, conf
     from trainer_process import start
 
     run, dice = tmp_path / "run", random.Random(0)
-    for life in range(4):
+    for life in range(3):
         process = start(*command(out, run, config), said=tmp_path / "said")
-        wait_until(process, run, 1 + (STEPS - 20) * life // 4)
+        wait_until(process, run, 1 + (STEPS - 20) * life // 3)
         time.sleep(dice.uniform(0, 0.02))
         process.kill()
         process.join()

@@ -107,7 +107,7 @@ class OpenFiles:
             raise UserError(
                 f"{path} is missing or not whole",
                 allowed="an array of label rows, made from the label file of the same name",
-                mend="start the command again, which makes it; the folder has to be one that all nodes write to or each node its own",
+                mend="start `train run` again, which makes it; the folder has to be one that all nodes write to or each node its own",
             )
         return self.open(path), rows.offset
 

@@ -17,6 +17,7 @@ from train.distributed import World
 from train.evals.encoders.encoder import Encoder, EncoderSpec
 from train.evals.encoders.load import load_encoder
 from train.evals.encoders.runs import trained_model
+from train.evals.encoders.text import foreign_encoder
 from train.loop import Learner
 from train.method import Method
 from train.model import build_trunk, set_up_trunk
@@ -74,8 +75,7 @@ def train_lit(asked: EncoderSpec, chosen: Chosen, run: Path, pipeline: Pipeline)
         with torch.device("meta"):
             return tower_costs(trunk, _text(tower, betons)[0], tower, locked=True)
 
-    words = {"spec": _absolute(asked), "weights": asked.weights and str(Path(asked.weights).resolve()), "description": encoder.describe()}
-    return train_run(chosen, run, pipeline, method=_method(LIT, tower, learner, costs, {"encoder": words}))
+    return train_run(chosen, run, pipeline, method=_method(LIT, tower, learner, costs, {"encoder": _told(encoder)}))
 
 
 def check_whole_batches(settings: Train, command: str) -> None:
@@ -92,7 +92,7 @@ def check_whole_batches(settings: Train, command: str) -> None:
 def _method(name: str, tower: TextTower, learner: Any, costs: Any, facts: dict[str, Any]) -> Method:
     kept = {"text_tower": tower.model_dump()}
     if "encoder" in facts:
-        kept["encoder_weights"] = facts["encoder"]["description"]["weights"]
+        kept["encoder"] = facts["encoder"]["fingerprint"]
     return Method(
         name,
         f"train {name}",
@@ -125,6 +125,17 @@ def _as_encoder(pipeline: Pipeline, encoder: Encoder) -> Pipeline:
     )
     data = train.data.model_copy(update={"mean": list(form.mean), "std": list(form.std)})
     return pipeline.model_copy(update={"train": train.model_copy(update={"model": model, "data": data})})
+
+
+def _told(encoder: Encoder) -> dict[str, Any]:
+    """What data.json says of a frozen encoder. `by_config`: RUN/config.yaml and trunk.safetensors are all of it; else `spec` finds it."""
+    asked, fingerprint = encoder.asked, encoder.describe()["weights"]
+    run = encoder.checkpoint.parent.parent if encoder.checkpoint else None
+    spec, weights = _absolute(asked), asked.weights and str(Path(asked.weights).resolve())
+    if run and (foreign := foreign_encoder(run)):  # a text tower for what another one was made for
+        spec, weights = foreign.spec, foreign.weights
+    by_config = trained_model(encoder) is not None
+    return {"spec": spec, "weights": weights, "fingerprint": fingerprint, "by_config": by_config, "description": encoder.describe()}
 
 
 def _absolute(asked: EncoderSpec) -> str:
