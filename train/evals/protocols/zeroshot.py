@@ -38,9 +38,7 @@ class ZeroShot(TokenLogits):
 
     def scores(self, encoder: Encoder, data: DataSet, settings: Zeroshot, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
         if encoder.text is None:
-            print(
-                f"zeroshot: {encoder.name} has no text tower: token logits of its pre-training head; `train lit` gives it one", flush=True
-            )
+            print(f"zeroshot: {encoder.name} has no text tower: its head's token logits are taken; `train lit` gives it one", flush=True)
             return super().scores(encoder, data, settings, extract, seeds)
         names, forms, side = class_names(settings.classnames, data), templates(settings.templates), encoder.text()
         texts = [form.replace("{}", name) for name in names for form in forms]
