@@ -5,6 +5,7 @@ pass is twice that, for the gradients of inputs and weights (the counter's own n
 grouped). The head is a matrix product like the others, however the loss cuts it into chunks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from labels.settings import Model, TextTower, Train
+from train.contrastive.model import build_text_tower
 from train.model import build_head, build_trunk, set_up_trunk
 from train.precision import autocast_dtype
 
@@ -21,6 +23,8 @@ _PEAK_TFLOPS = {
     "H100 PCIe": 756, "H100 NVL": 835, "GH200": 989, "H100": 989, "H200": 989, "H800": 989, "B200": 2250, "A100": 312, "A800": 312,
     "L40S": 362, "L4": 121, "A40": 150, "A10": 125, "RTX A6000": 155, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
+
+_FEW_TOKENS = 2  # the vocabulary does not count: an embedding keeps no more for more of it
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,30 @@ def _device(net: nn.Module) -> torch.device:
     return next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
 
 
-def activation_bytes(settings: Train, device: torch.device) -> int:
-    """What the trunk keeps of one sample for its backward pass, counted on the CPU, in the precision that `device` would compute in."""
-    trunk, dtype = build_trunk(settings.model).train(), autocast_dtype(settings.runtime.precision, device)
-    set_up_trunk(trunk, settings.model.model_copy(update={"compile": False}))
+def activation_bytes(settings: Train, device: torch.device, text: TextTower | None = None, *, frozen: bool = False) -> int:
+    """What is kept of one sample for its backward pass, counted on the CPU, in the precision that `device` would compute in.
+
+    Args:
+        settings: `train`.
+        device: see above.
+        text: a text tower's settings, where it is trained beside the trunk.
+        frozen: the trunk is not trained: nothing of it is kept.
+    """
+    size, found = settings.model.image_size, 0
+    if not frozen:
+        trunk = build_trunk(settings.model).train()
+        set_up_trunk(trunk, settings.model.model_copy(update={"compile": False}))
+        found += _kept_bytes(lambda samples: trunk(torch.zeros(samples, 3, size, size)), settings, device)
+    if text:
+        tower = build_text_tower(text, _FEW_TOKENS).train()
+        tower.set_grad_checkpointing(settings.model.grad_checkpointing)
+        found += _kept_bytes(lambda samples: tower(torch.zeros(samples, text.context, dtype=torch.int64)), settings, device)
+    return found
+
+
+def _kept_bytes(forward: Callable[[int], torch.Tensor], settings: Train, device: torch.device) -> int:
+    """Of one sample more in a batch."""
+    dtype = autocast_dtype(settings.runtime.precision, device)
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,12 +129,11 @@ def activation_bytes(settings: Train, device: torch.device) -> int:
 
     def of(samples: int) -> int:
         kept.clear()
-        images = torch.zeros(samples, 3, settings.model.image_size, settings.model.image_size)
         with (
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
             torch.autocast("cpu", dtype, enabled=dtype is not None),
         ):
-            features = trunk(images)  # held until all is counted, so that no memory is used twice
+            features = forward(samples)  # held until all is counted, so that no memory is used twice
         return sum(kept.values()) if features.requires_grad else 0
 
     return of(3) - of(2)  # weights, and autocast's copies of them, are in both
