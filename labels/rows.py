@@ -1,6 +1,7 @@
 """Label files as padded arrays that can be memory-mapped: what lets betons be used with labels made later, in another OUT.
 
 OUT/labels/<shard>.parquet -> OUT/rows/<shard>-<SHA-256 of that label file, 16 digits>.npy, int32 [rows, K], K = the label limit
+                              `label_ids`; or `token_ids`, the caption in its order: .tokens.npy, the same shape
 
 The name says which label file an array belongs to, so a rebuilt label file never meets an old array, at whatever moment a
 process was killed. Arrays are a cache: they may be deleted at any time.
@@ -9,6 +10,7 @@ process was killed. Arrays are a cache: they may be deleted at any time.
 from glob import escape
 from itertools import zip_longest
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,6 +21,9 @@ from labels.layout import Layout
 from labels.manifest import Manifest, ShardPart
 from labels.sparse import pad_rows
 
+Column = Literal["label_ids", "token_ids"]
+"""Which column of the label files an array holds."""
+_ENDINGS: dict[Column, str] = {"label_ids": ".npy", "token_ids": ".tokens.npy"}
 _ROWS_AT_ONCE = 8_192
 _SHA_DIGITS = 16
 
@@ -28,9 +33,9 @@ def rows_folder(out: Path) -> Path:
     return out / "rows"
 
 
-def rows_file(out: Path, part: ShardPart) -> Path:
+def rows_file(out: Path, part: ShardPart, column: Column = "label_ids") -> Path:
     """Where the array of one shard's label file lies."""
-    return rows_folder(out) / f"{part.name}-{part.labels_sha256[:_SHA_DIGITS]}.npy"
+    return rows_folder(out) / f"{part.name}-{part.labels_sha256[:_SHA_DIGITS]}{_ENDINGS[column]}"
 
 
 def check_same_rows(out: Path, manifest: Manifest, other_out: Path, other: Manifest) -> None:
@@ -54,14 +59,16 @@ def check_same_rows(out: Path, manifest: Manifest, other_out: Path, other: Manif
             )
 
 
-def shards_needed(manifest: Manifest, other: Manifest) -> list[ShardPart]:
+def shards_needed(manifest: Manifest, other: Manifest, column: Column = "label_ids") -> list[ShardPart]:
     """The shards whose arrays are needed to use the images of `manifest` with the labels of `other`, which has the same rows.
 
     Returns:
         The shards that have samples, in the order of their rows; none where the label rows are equal (only the IDF differs) and betons
-        hold them. The array of the sample with position `index` is that of the last shard with first_index <= index.
+        hold them, which they do of `label_ids` alone.
+        The array of the sample with position `index` is that of the last shard with first_index <= index.
     """
-    if manifest.betons and (manifest.fingerprint, manifest.label_limit) == (other.fingerprint, other.label_limit):
+    in_betons = column == "label_ids" and bool(manifest.betons)
+    if in_betons and (manifest.fingerprint, manifest.label_limit) == (other.fingerprint, other.label_limit):
         return []
     used = {name for part in [*manifest.betons, *manifest.places] for name in part.shards}
     return [part for part in other.shards if part.name in used]
@@ -75,15 +82,16 @@ def _told(part: ShardPart | None) -> str:
     return f"{part.name} with {part.rows} rows, SHA-256 of the keys {part.keys_sha256[:_SHA_DIGITS]}..." if part else "no further shard"
 
 
-def open_rows(out: Path, part: ShardPart, label_limit: int) -> np.memmap | None:
+def open_rows(out: Path, part: ShardPart, label_limit: int, column: Column = "label_ids") -> np.memmap | None:
     """The array of one shard, mapped read-only: int32 [rows, K]; None if it is not there or not whole.
 
     Args:
         out: OUT of the labels.
         part: the shard, with at least one row.
         label_limit: K.
+        column: of the label file.
     """
-    path = rows_file(out, part)
+    path = rows_file(out, part, column)
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -94,13 +102,14 @@ def open_rows(out: Path, part: ShardPart, label_limit: int) -> np.memmap | None:
     return rows if whole else None
 
 
-def write_rows(out: Path, part: ShardPart, label_limit: int) -> Path:
+def write_rows(out: Path, part: ShardPart, label_limit: int, column: Column = "label_ids") -> Path:
     """Make the array of one shard from its label file, a few thousand rows in memory at a time; older arrays of it are removed.
 
     Args:
         out: OUT of the labels.
         part: the shard.
         label_limit: K.
+        column: of the label file.
 
     Returns:
         Path of the array.
@@ -108,7 +117,7 @@ def write_rows(out: Path, part: ShardPart, label_limit: int) -> Path:
     Raises:
         UserError: the label file is not the one of the manifest, or OUT cannot be written.
     """
-    path, source = rows_file(out, part), Layout(out).label_file(part.name)
+    path, source = rows_file(out, part, column), Layout(out).label_file(part.name)
     mend = f"run `preprocess verify {out}`, then its build-labels command again"
     if not source.is_file():
         raise UserError(f"{source} is missing", mend=mend)
@@ -120,22 +129,22 @@ def write_rows(out: Path, part: ShardPart, label_limit: int) -> Path:
         )
     try:
         with own_partials():  # several runs may be started with the same labels at the same time
-            write_whole(path, lambda partial: _pad_file(source, partial, part.rows, label_limit))
+            write_whole(path, lambda partial: _pad_file(source, partial, part.rows, label_limit, column))
     except ValueError as error:  # pyarrow's ArrowInvalid is one
         raise UserError(f"{source} does not fit its manifest: {error}", mend=mend) from None
-    for old in path.parent.glob(f"{escape(part.name)}-{'[0-9a-f]' * _SHA_DIGITS}.npy"):
+    for old in path.parent.glob(f"{escape(part.name)}-{'[0-9a-f]' * _SHA_DIGITS}{_ENDINGS[column]}"):
         if old != path:
             old.unlink(missing_ok=True)
     return path
 
 
-def _pad_file(source: Path, target: Path, rows: int, label_limit: int) -> None:
+def _pad_file(source: Path, target: Path, rows: int, label_limit: int, column: Column) -> None:
     written = 0
     # pre_buffer would keep the whole column of the file in memory.
     with open(target, "wb") as file, pq.ParquetFile(source, pre_buffer=False) as table:
         header = {"descr": "<i4", "fortran_order": False, "shape": (rows, label_limit)}
         np.lib.format.write_array_header_1_0(file, header)
-        for batch in table.iter_batches(_ROWS_AT_ONCE, columns=["label_ids"]):
+        for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[column]):
             lists = batch.column(0)
             file.write(pad_rows(lists.values.to_numpy(), lists.offsets.to_numpy(), label_limit).astype("<i4", copy=False).data)
             written += len(lists)

@@ -216,6 +216,20 @@ class Train(Section):
         return self
 
 
+class TextTower(Section):
+    embed_dim: Positive = 512
+    width: Positive = 512
+    heads: Positive = 8
+    layers: Positive = 12
+    context: Annotated[int, Field(ge=3)] = 77
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}, heads {self.heads}; allowed: a divisor of width")
+        return self
+
+
 class Features(Section):
     batch_size: Positive = 256
     threads: Annotated[int, Field(ge=0)] = 0
@@ -351,6 +365,12 @@ class Llava(Section):
         return _within_budget(self, self.samples, self.batch_size, self.optimizer)
 
 
+class Retrieval(Section):
+    k: Annotated[list[Positive], Field(min_length=1)] = [1, 5, 10]
+    labels: str | None = None
+    seeds: Seeds = [0]
+
+
 class Pipeline(Section):
     """The whole file."""
 
@@ -362,6 +382,8 @@ class Pipeline(Section):
     fewshot: Fewshot = Fewshot()
     knn: Knn = Knn()
     zeroshot: Zeroshot = Zeroshot()
+    retrieval: Retrieval = Retrieval()
+    text_tower: TextTower = TextTower()
     finetune: Finetune = Finetune()
     caption: Caption = Caption()
     llava: Llava = Llava()

@@ -79,3 +79,22 @@ def test_activations_grow_with_depth_and_shrink_with_checkpointing_and_bf16() ->
     assert two - one >= 4 * 5 * 64 * (1 + 2 + 3 + 1 + 8)
     assert kept(4, grad_checkpointing=True) < four / 2
     assert kept(4, precision="bf16") < 0.8 * four
+
+
+def test_two_towers_and_a_frozen_one() -> None:
+    arguments = ["plan", "--devices", "2", "--rate", "1000", "--set", "train.model.trunk=vit_s16"]
+    lines = {}
+    for method in ("run", "clip", "lit"):
+        said = CliRunner().invoke(cli, [*arguments, "--method", method], catch_exceptions=False)
+        assert said.exit_code == 0, said.output
+        lines[method] = dict(line.split(maxsplit=1) for line in said.output.splitlines())
+    assert "+ head" in lines["run"]["parameters"] and "classes" in lines["run"]["parameters"]
+    # open_clip's ViT-B-32 has a text tower of 63.4M; the projection is 384 x 512, and one number is the scale.
+    assert lines["clip"]["parameters"] == "trunk 21.7M + text tower 63.6M (49,408 tokens)"
+    assert lines["lit"]["parameters"] == "trunk 21.7M frozen + text tower 63.6M (49,408 tokens)"
+    flops = {method: float(line["operations"].split()[0]) for method, line in lines.items()}
+    assert flops["lit"] < flops["clip"]
+    # The tower of open_clip's ViT-B-32 takes about 3 GMAC a caption: 12 blocks of 512 on 77 tokens.
+    assert flops["clip"] - flops["lit"] == pytest.approx(2 * 9.2, rel=0.05), "the backward pass of a ViT-S/16 of 4.6 GMAC"
+    text = str(CliRunner().invoke(cli, [*arguments, "--method", "clip", "--set", "train.runtime.accumulation=2"]).exception)
+    assert "`train clip` compares every image" in text

@@ -71,7 +71,7 @@ def _column(out: Path, name: str) -> list:
 def test_a_failing_stage_1_is_told(trained, monkeypatch) -> None:
     monkeypatch.setattr(name_labels, "_OVERRIDES", ("labels.tokenizer=no-such-file.json",))
     text = told(label_texts, ["x"], trained[0])
-    assert "class names cannot be labelled as in" in text and "no-such-file.json" in text
+    assert "texts cannot be labelled as in" in text and "no-such-file.json" in text
 
 
 @pytest.mark.parametrize("idf", [True, False])

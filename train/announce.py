@@ -28,9 +28,10 @@ def announce(run: Path, settings: Train, costs: Costs, model: Any, data: str, bu
     decayed, exempt = by_decay(model)
     exempt_numbers = sum(parameter.numel() for parameter in exempt.values())
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in exempt}))
+    trunk = f"{costs.trunk / 1e6:.1f}M{' frozen' if costs.frozen else ''}"
     resumed = f"; resumed at step {budget.first_step}" if budget.first_step else ""
     lines = [
-        f"{run}: {settings.model.trunk}, {costs.trunk / 1e6:.1f}M + head {costs.head / 1e6:.1f}M parameters, "
+        f"{run}: {settings.model.trunk}, {trunk} + {costs.head_name} {costs.head / 1e6:.1f}M parameters, "
         f"{costs.flops / 1e9:.1f} GFLOP a sample, {here.size} x {here.device.type} in {str(dtype or 'fp32').removeprefix('torch.')}; "
         f"{data}, budget {samples:,} samples = {budget.steps} steps{resumed}",
         f"weight decay {settings.optimizer.weight_decay:g} on {len(decayed)} tensors, none on {len(exempt)} single vectors "

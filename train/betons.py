@@ -16,7 +16,7 @@ from labels.files import fingerprint, is_remote, sha256_file
 from labels.layout import Layout
 from labels.manifest import Manifest
 from labels.places import read_sources
-from labels.rows import rows_file
+from labels.rows import Column, rows_file
 from train.openfiles import OpenFiles
 from train.outs import Opened, check_agreement, idf_of, open_out
 from train.places import TABLE_BYTES, Place, find
@@ -33,6 +33,7 @@ class BetonSet:
         labels: where `sources` is one OUT, another whose labels are taken, their arrays made (train/relabel.py).
         idf: an idf.parquet, or an OUT that has one, to be taken instead of the OUTs' own.
         cache: where betons of object stores are kept; None refuses them.
+        column: what rows are of: the label set of a caption, or its tokens in order, which are mapped from arrays (train/relabel.py).
 
     Attributes:
         opened: sources and manifests.
@@ -49,7 +50,10 @@ class BetonSet:
         UserError: something is missing, damaged, or does not belong together.
     """
 
-    def __init__(self, sources: Path | Mixture, labels: Path | None = None, *, idf: Path | None = None, cache: Cache | None = None) -> None:
+    def __init__(
+        self, sources: Path | Mixture, labels: Path | None = None, *, idf: Path | None = None, cache: Cache | None = None,
+        column: Column = "label_ids",
+    ) -> None:  # fmt: skip
         mixture = sources if isinstance(sources, Mixture) else Mixture((Source(sources, labels),))
         self.opened = [open_out(source) for source in mixture.sources]
         check_agreement(self.opened)
@@ -62,8 +66,9 @@ class BetonSet:
         self.sizes = [0] * len(self.quotas)
         for one in self.opened:
             self.sizes[one.source.group] += sum(part.samples for part in one.parts)
+        self._column: Column = column
         self.files = OpenFiles()
-        self.tables = open_tables(self.opened, self.files, self.label_limit)
+        self.tables = open_tables(self.opened, self.files, self.label_limit, column)
         self.staging = self._stage(cache)
         self._part: tuple[np.ndarray, str] | None = None
 
@@ -175,7 +180,7 @@ class BetonSet:
             return None
         index = self.place(sample).row - self.tables.first_rows[self.number(sample)]
         shard = max(int(np.searchsorted(self.tables.first_indices[begin:end], index, side="right")) - 1, 0)
-        return rows_file(self.owner(sample).labels_out, self.owner(sample).labels.shards[shard])
+        return rows_file(self.owner(sample).labels_out, self.owner(sample).labels.shards[shard], self._column)
 
     def image_file(self, sample: int) -> Path:
         """The beton or the tar that holds the image of a sample."""

@@ -2,7 +2,7 @@
 
 RUN/checkpoints/samples-000000123456/
     trunk.safetensors      the encoder, keys as timm names them
-    head.safetensors       the classification head
+    head.safetensors       the classification head; of two towers instead: text.safetensors, joint.safetensors
     trunk_ema.safetensors, head_ema.safetensors   their moving averages, where asked for
     optimizer.safetensors  first and second moments and step, by parameter name
     state.json             samples seen, counts, loss scale, and the fingerprints that must match on resume
@@ -47,6 +47,7 @@ class State(Section):
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     loss_scale: list[float] | None = None
+    method: str = "superclass"
 
 
 def checkpoint_folders(run: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from labels.settings import Pipeline
 from train import options
 from train.bench.commands import bench
 from train.caption.command import caption
+from train.contrastive.command import clip, lit
 from train.evals.commands import register
 from train.export.command import export
 from train.llava.command import llava
@@ -31,6 +32,8 @@ def cli() -> None:
 
 
 register(cli)
+cli.add_command(clip)
+cli.add_command(lit)
 cli.add_command(report)
 cli.add_command(bench)
 cli.add_command(caption)
@@ -68,6 +71,7 @@ def run_command(
 
 @cli.command("plan")
 @click.option("--beton", is_flag=False, flag_value="", metavar="[OUT]", help="OUT of build-labels, for epochs and classes.")
+@click.option("--method", type=click.Choice(["run", "clip", "lit"]), default="run", show_default=True, help="Of which command.")
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks of the planned run.")
 @click.option(
     "--rate", "rates", multiple=True, type=click.FloatRange(min=0, min_open=True), default=(1e3, 1e4, 1e5), show_default=True,
@@ -77,17 +81,25 @@ def run_command(
 @options.config
 @options.overrides
 def plan_command(
-    beton: str | None, devices: int, rates: tuple[float, ...], recipe: str | None, config: Path | None, overrides: tuple[str, ...]
-) -> None:
+    beton: str | None, method: str, devices: int, rates: tuple[float, ...], recipe: str | None, config: Path | None,
+    overrides: tuple[str, ...],
+) -> None:  # fmt: skip
     """What a run would take: steps, epochs, operations, memory, disk, messages, hours. Nothing is started."""
     import torch
 
+    from train.contrastive.method import check_whole_batches
     from train.plan import plan_lines
 
     pipeline = load_pipeline(config, overrides, recipe)
     vocabulary, _, samples = head_size(pipeline, beton)
     device = torch.device("cuda" if torch.cuda.is_available() and pipeline.train.runtime.device != "cpu" else "cpu")
-    plan = plan_lines(pipeline.train, vocabulary=vocabulary, dataset_samples=samples, devices=devices, rates=rates, device=device)
+    tower = None if method == "run" else pipeline.text_tower
+    if tower:
+        check_whole_batches(pipeline.train, f"train {method}")
+    plan = plan_lines(
+        pipeline.train, vocabulary=vocabulary, dataset_samples=samples, devices=devices, rates=rates, device=device, tower=tower,
+        locked=method == "lit",
+    )  # fmt: skip
     print("\n".join(plan))
 
 

@@ -5,13 +5,16 @@ pass is twice that, for the gradients of inputs and weights (the counter's own n
 grouped). The head is a matrix product like the others, however the loss cuts it into chunks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from labels.settings import Model, Train
+from labels.settings import Model, TextTower, Train
+from train.contrastive.model import build_text_tower
 from train.model import build_head, build_trunk, set_up_trunk
 from train.precision import autocast_dtype
 
@@ -21,18 +24,28 @@ _PEAK_TFLOPS = {
     "L40S": 362, "L4": 121, "A40": 150, "A10": 125, "RTX A6000": 155, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
 
+_FEW_TOKENS = 2  # the vocabulary does not count: an embedding keeps no more for more of it
+
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a model: numbers of parameters, and `flops` of a sample, forward and backward (a multiplication and an addition are two)."""
+    """Of a model: numbers of parameters, and `flops` of a sample, forward and backward (a multiplication and an addition are two).
+
+    Attributes:
+        head: all beside the trunk; `head_name`: what that is.
+        frozen: the trunk is not trained.
+    """
 
     trunk: int
     head: int
     flops: int
+    head_name: str = "head"
+    frozen: bool = False
 
     @property
     def parameters(self) -> int:
-        return self.trunk + self.head
+        """Those that are trained."""
+        return self.head if self.frozen else self.trunk + self.head
 
 
 def model_costs(model: Model, vocabulary: int) -> Costs:
@@ -47,10 +60,67 @@ def model_costs(model: Model, vocabulary: int) -> Costs:
     return Costs(_count(trunk), _count(head), 3 * flops)
 
 
-def activation_bytes(settings: Train, device: torch.device) -> int:
-    """What the trunk keeps of one sample for its backward pass, counted on the CPU, in the precision that `device` would compute in."""
-    trunk, dtype = build_trunk(settings.model).train(), autocast_dtype(settings.runtime.precision, device)
-    set_up_trunk(trunk, settings.model.model_copy(update={"compile": False}))
+class Trunk(NamedTuple):
+    """Of a trunk: its parameters, the operations of one image forward, and the width of its features."""
+
+    parameters: int
+    flops: int
+    width: int
+
+
+def trunk_costs(trunk: nn.Module, side: int) -> Trunk:
+    """Count a trunk, which may lie on the meta device, on one image of `side` pixels; it is left in evaluation mode."""
+    images = torch.zeros(1, 3, side, side, device=_device(trunk))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        width = trunk.eval()(images).shape[1]
+    return Trunk(_count(trunk), counter.get_total_flops(), width)
+
+
+def tower_costs(trunk: Trunk, text: nn.Module, tower: TextTower, *, locked: bool = False) -> Costs:
+    """Costs of two towers, without the products of all images with all captions, which depend on the batch.
+
+    Args:
+        trunk: of the image tower.
+        text: the other, on any device.
+        tower: its settings.
+        locked: the trunk is not trained: no backward pass through it.
+    """
+    texts = torch.zeros(1, tower.context, dtype=torch.int64, device=_device(text))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        text.train()(texts)  # as it is trained: in evaluation attention takes a path that is not counted
+    projection = trunk.width * tower.embed_dim
+    flops = 3 * (counter.get_total_flops() + 2 * projection) + (1 if locked else 3) * trunk.flops
+    return Costs(trunk.parameters, _count(text) + projection + 1, flops, "text tower", locked)
+
+
+def _device(net: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
+
+
+def activation_bytes(settings: Train, device: torch.device, text: TextTower | None = None, *, frozen: bool = False) -> int:
+    """What is kept of one sample for its backward pass, counted on the CPU, in the precision that `device` would compute in.
+
+    Args:
+        settings: `train`.
+        device: see above.
+        text: a text tower's settings, where it is trained beside the trunk.
+        frozen: the trunk is not trained: nothing of it is kept.
+    """
+    size, found = settings.model.image_size, 0
+    if not frozen:
+        trunk = build_trunk(settings.model).train()
+        set_up_trunk(trunk, settings.model.model_copy(update={"compile": False}))
+        found += _kept_bytes(lambda samples: trunk(torch.zeros(samples, 3, size, size)), settings, device)
+    if text:
+        tower = build_text_tower(text, _FEW_TOKENS).train()
+        tower.set_grad_checkpointing(settings.model.grad_checkpointing)
+        found += _kept_bytes(lambda samples: tower(torch.zeros(samples, text.context, dtype=torch.int64)), settings, device)
+    return found
+
+
+def _kept_bytes(forward: Callable[[int], torch.Tensor], settings: Train, device: torch.device) -> int:
+    """Of one sample more in a batch."""
+    dtype = autocast_dtype(settings.runtime.precision, device)
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,12 +129,11 @@ def activation_bytes(settings: Train, device: torch.device) -> int:
 
     def of(samples: int) -> int:
         kept.clear()
-        images = torch.zeros(samples, 3, settings.model.image_size, settings.model.image_size)
         with (
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
             torch.autocast("cpu", dtype, enabled=dtype is not None),
         ):
-            features = trunk(images)  # held until all is counted, so that no memory is used twice
+            features = forward(samples)  # held until all is counted, so that no memory is used twice
         return sum(kept.values()) if features.requires_grad else 0
 
     return of(3) - of(2)  # weights, and autocast's copies of them, are in both
@@ -79,7 +148,7 @@ def messages(costs: Costs, settings: Train, ranks: int) -> str:
         times, how = 2, "gradients reduced and spread"
     sent = times * (ranks - 1) / ranks * gradients
     return (
-        f"{gradients / 2**20:,.0f} MiB of gradients, {head / 2**20:,.0f} MiB ({head / gradients:.0%}) of them the head's; "
+        f"{gradients / 2**20:,.0f} MiB of gradients, {head / 2**20:,.0f} MiB ({head / gradients:.0%}) of them the {costs.head_name}'s; "
         f"{settings.runtime.parallel} on {ranks} ranks: each sends {sent / 2**20:,.0f} MiB a step ({how})"
     )
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from labels.errors import UserError
+from labels.files import is_remote
 from labels.manifest import read_manifest
+from labels.rows import Column
 from labels.settings import Data, Train
 from train.betons import BetonSet
 from train.distributed import World
@@ -31,7 +33,7 @@ class Chosen:
     idf: Path | None = None
 
 
-def open_data(chosen: Chosen, settings: Data, here: World, stopping: Callable[[], bool]) -> BetonSet | None:
+def open_data(chosen: Chosen, settings: Data, here: World, stopping: Callable[[], bool], column: Column = "label_ids") -> BetonSet | None:
     """Open the set on every rank; None if somebody asked to stop while label arrays were made.
 
     Args:
@@ -39,24 +41,37 @@ def open_data(chosen: Chosen, settings: Data, here: World, stopping: Callable[[]
         settings: `train.data`.
         here: this process among all.
         stopping: asked now and then.
+        column: what rows are of.
 
     Raises:
         UserError: whatever does not fit.
     """
     mixture = parse_sources(chosen.betons, chosen.labels)
+    for source in mixture.sources if column == "token_ids" else ():
+        _check_local(source.labels or source.out)
     for source in mixture.sources:
-        # Betons hold their own labels; images that stay in their tars have them in arrays.
-        labels = source.labels or (source.out if read_manifest(source.out).places else None)
-        if labels and not make_rows_once(source.out, labels, here, stopping):
+        # Betons hold their own label sets; images that stay in their tars, and captions in their order, have arrays.
+        in_arrays = column == "token_ids" or read_manifest(source.out).places
+        labels = source.labels or (source.out if in_arrays else None)
+        if labels and not make_rows_once(source.out, labels, here, stopping, column):
             return None
     cache = Cache(Path(settings.cache).expanduser(), settings.cache_size)
-    betons = BetonSet(mixture, idf=chosen.idf, cache=cache)
+    betons = BetonSet(mixture, idf=chosen.idf, cache=cache, column=column)
     _check_window(betons, settings)
     if settings.verify:
         betons.check_bytes(range(here.rank, len(betons.parts), here.size))
     if settings.subset:
         betons.restrict(*find_part(betons, settings.subset, settings.metadata))
     return betons
+
+
+def _check_local(labels: Path) -> None:
+    """Refuse label files of an object store as the source of arrays, which are written beside them."""
+    if is_remote(labels):
+        raise UserError(
+            f"captions in their order are mapped from arrays beside the label files, and {labels} is not on this machine",
+            mend="copy it to a local folder without its beton/, and give that as --labels",
+        )
 
 
 def make_loader(betons: BetonSet, settings: Train, first_step: int, last_step: int, here: World) -> Loader:

@@ -11,7 +11,7 @@ from labels import beton
 from labels.errors import UserError
 from labels.manifest import BetonPart, ShardPart
 from labels.places import PLACE, Source, open_places
-from labels.rows import open_rows, rows_file
+from labels.rows import Column, open_rows, rows_file
 
 _OTHER_OPEN_FILES = 512
 
@@ -96,13 +96,13 @@ class OpenFiles:
             )
         return descriptor, size
 
-    def rows(self, out: Path, part: ShardPart, label_limit: int) -> tuple[int, int]:
+    def rows(self, out: Path, part: ShardPart, label_limit: int, column: Column = "label_ids") -> tuple[int, int]:
         """Open the label array of one shard: descriptor, and offset of its first row.
 
         Raises:
             UserError: it is not there or not whole.
         """
-        path, rows = rows_file(out, part), open_rows(out, part, label_limit)
+        path, rows = rows_file(out, part, column), open_rows(out, part, label_limit, column)
         if rows is None:
             raise UserError(
                 f"{path} is missing or not whole",

@@ -40,9 +40,9 @@ def spread(model: nn.Module, parallel: str, world: World) -> nn.Module:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """What FSDP gathers together: the blocks of the trunk."""
-    trunk = getattr(model, "trunk", None)
-    return [] if trunk is None else list(repeated_blocks(trunk).values())
+    """What FSDP gathers together: the blocks of the trunk, and of the text tower where there is one."""
+    towers = [getattr(model, name, None) for name in ("trunk", "text")]
+    return [block for tower in towers if tower is not None for block in repeated_blocks(tower).values()]
 
 
 def repeated_blocks(net: nn.Module) -> dict[str, nn.Module]:

@@ -2,16 +2,19 @@
 
 import torch
 
-from labels.settings import Train
-from train.costs import activation_bytes, messages, model_costs, peak_flops
+from labels.settings import TextTower, Train
+from train.contrastive.model import build_text_tower
+from train.costs import Costs, activation_bytes, messages, model_costs, peak_flops, tower_costs, trunk_costs
+from train.model import build_trunk
 from train.precision import autocast_dtype
 
 _GIB = 2**30
 
 
 def plan_lines(
-    settings: Train, *, vocabulary: int, dataset_samples: int | None, devices: int, rates: tuple[float, ...], device: torch.device
-) -> list[str]:
+    settings: Train, *, vocabulary: int, dataset_samples: int | None, devices: int, rates: tuple[float, ...], device: torch.device,
+    tower: TextTower | None = None, locked: bool = False,
+) -> list[str]:  # fmt: skip
     """Steps, epochs, parameters, operations, memory, disk, messages and hours, each a line.
 
     Args:
@@ -21,24 +24,27 @@ def plan_lines(
         devices: ranks of the planned run.
         rates: samples/s over all devices.
         device: of this machine, whose precision is taken where it is `auto`.
+        tower: of `train clip` and `train lit`. locked: of `train lit`, whose encoder is taken to be like `train.model`.
     """
     steps = settings.samples // settings.batch_size
     samples = steps * settings.batch_size
-    costs = model_costs(settings.model, vocabulary)
+    costs = _costs(settings, vocabulary, tower, locked)
     part = settings.batch_size // devices // settings.runtime.accumulation
     averaged = settings.optimizer.ema_decay is not None
     fixed = costs.parameters * (20 if averaged else 16) / (devices if settings.runtime.parallel == "fsdp" else 1)
-    activations = part * activation_bytes(settings, device)
-    checkpoint = costs.parameters * (16 if averaged else 12)
+    fixed += 4 * costs.trunk if costs.frozen else 0
+    activations = part * activation_bytes(settings, device, tower, frozen=locked)
+    checkpoint = costs.parameters * (16 if averaged else 12) + (4 * costs.trunk if costs.frozen else 0)
     precision = str(autocast_dtype(settings.runtime.precision, device) or "fp32").removeprefix("torch.")
     kept, count = _checkpoints(settings, samples)
     lines = [
         f"steps        {steps:,} of {settings.batch_size:,} samples = {samples:,}, {settings.optimizer.warmup_samples:,} of them warm-up",
         "epochs       " + (f"{samples / dataset_samples:.2f} of {dataset_samples:,}" if dataset_samples else "not known: give --beton OUT"),
-        f"parameters   trunk {costs.trunk / 1e6:.1f}M + head {costs.head / 1e6:.1f}M ({vocabulary:,} classes)",
+        f"parameters   trunk {costs.trunk / 1e6:.1f}M{' frozen' if locked else ''} + {costs.head_name} {costs.head / 1e6:.1f}M "
+        f"({vocabulary:,} {'tokens' if tower else 'classes'})",
         f"operations   {costs.flops / 1e9:.1f} GFLOP a sample, {costs.flops * samples:.3g} FLOP in all",
         f"memory       about {(fixed + activations) / _GIB:.1f} GiB on each of {devices}: {fixed / _GIB:.1f} for weights, gradients and "
-        f"moments{' and average' if averaged else ''}, {activations / _GIB:.1f} for the trunk's activations of {part} samples at a time "
+        f"moments{' and average' if averaged else ''}, {activations / _GIB:.1f} for the activations of {part} samples at a time "
         f"({precision}); the loss comes on top",
         f"disk         {kept * checkpoint / _GIB:.1f} GiB: {kept} of {count} checkpoints of {checkpoint / _GIB:.2f} GiB stay",
     ]
@@ -49,6 +55,14 @@ def plan_lines(
         used = f", {costs.flops * rate / devices / peak:.0%} of a device's {peak / 1e12:,.0f} TFLOP/s" if peak else ""
         lines.append(f"time         {samples / rate / 3600:,.1f} hours at {rate:,.0f} samples/s{used}")
     return lines
+
+
+def _costs(settings: Train, vocabulary: int, tower: TextTower | None, locked: bool) -> Costs:
+    if tower is None:
+        return model_costs(settings.model, vocabulary)
+    with torch.device("meta"):
+        trunk = trunk_costs(build_trunk(settings.model), settings.model.image_size)
+        return tower_costs(trunk, build_text_tower(tower, vocabulary), tower, locked=locked)
 
 
 def _checkpoints(settings: Train, samples: int) -> tuple[int, int]:

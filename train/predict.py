@@ -18,6 +18,7 @@ from train.checkpoint import checkpoint_folders, read_state
 from train.evals.encoders.load import load_encoder
 from train.evals.encoders.runs import newest_checkpoint
 from train.evals.pixels import decode
+from train.method import SUPERCLASS
 from train.model import build_head
 from train.weights import load_exactly, read_weights
 
@@ -42,6 +43,8 @@ def predict_tokens(run: Path, files: Sequence[Path], top: int) -> dict[str, Any]
     checkpoint = path if path in checkpoint_folders(path.parent.parent) else newest_checkpoint(path)
     encoder = load_encoder(f"run:{checkpoint}")
     file, state = checkpoint / "head.safetensors", read_state(checkpoint)
+    if state.method != SUPERCLASS:
+        raise UserError(f"{run} has no head of tokens: it was trained by `train {state.method}`", allowed="a run of `train run`")
     vocabulary = state.vocabulary
     head = build_head(encoder.width, vocabulary)
     load_exactly(head, read_weights(file), file)

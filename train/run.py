@@ -1,4 +1,4 @@
-"""`train run`: pre-training by classification, put together from betons, model, loss and the loop.
+"""`train run`: pre-training by classification, put together from betons, model, loss and the loop; and by any other method.
 
 OUT (betons), OUT or OTHER_OUT (labels, idf) -> BetonSet -> Loader -> ImageInput -> loop (Classifier, AdamW) -> RUN (metrics, checkpoints)
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from labels.config import dump_yaml
 from labels.errors import UserError
@@ -22,6 +23,7 @@ from train.ema import Ema
 from train.images import ImageInput
 from train.loop import Budget, Learner, run_loop
 from train.losses.head_loss import HeadLoss
+from train.method import SUPERCLASS, Method
 from train.metrics import Metrics, Speed
 from train.model import Classifier, build_trunk, set_up_trunk
 from train.optim import make_optimizer
@@ -33,7 +35,7 @@ from train.synthetic import synthetic_batches, synthetic_inputs
 from train.trackers import make_trackers
 
 
-def train_run(data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path | None = None) -> bool:
+def train_run(data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path | None = None, method: Method | None = None) -> bool:
     """Train, or go on with, the run in `run`.
 
     Args:
@@ -41,6 +43,7 @@ def train_run(data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path |
         run: folder of the run; its checkpoints are resumed from.
         pipeline: resolved configuration.
         labels: OUT of a build over the same rows, whose labels and IDF are taken instead of the betons' own.
+        method: what is trained; by default the classification of captions.
 
     Returns:
         True when the budget is spent, False when the run was stopped by a signal and saved.
@@ -48,33 +51,33 @@ def train_run(data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path |
     Raises:
         UserError: whatever does not fit, before anything expensive begins.
     """
-    settings = pipeline.train
+    settings, method = pipeline.train, method or classification()
     with world(settings.runtime) as here, stop_signals() as stopping:
         _check_shares(settings, here)
         chosen = data if isinstance(data, Chosen) else Chosen([str(data)], [labels] if labels else [])
-        betons = open_data(chosen, settings.data, here, stopping)
+        betons = open_data(chosen, settings.data, here, stopping, method.column)
         if betons is None:
             return False
-        checkpoint, state = resume_point(run, betons, settings)
+        checkpoint, state = resume_point(run, betons, settings, method)
         budget = _budget(settings, state.samples_seen)
         if budget.first_step >= budget.steps:
             if here.is_first:
                 print(f"{run} is finished: {state.samples_seen:,} samples seen")
             return True
-        learner = make_learner(settings, torch.from_numpy(betons.idf), here)
+        learner = method.learner(settings, betons, here)
         if checkpoint:
             load_checkpoint(checkpoint, learner, state)
-        costs = model_costs(settings.model, betons.vocabulary)
+        costs = method.costs(settings, betons)
         if here.is_first:
             dump_yaml(run / "config.yaml", pipeline, leave_out={"recipes": True})
-            write_json(run / "data.json", data_facts(betons))
+            write_json(run / "data.json", data_facts(betons) | method.facts)
             announce(run, settings, costs, learner.model, in_words(betons, budget.steps * settings.batch_size), budget, here)
-        return _train(betons, run, pipeline, learner, state, budget, costs, here, stopping)
+        return _train(betons, run, pipeline, method, learner, state, budget, costs, here, stopping)
 
 
 def _train(
-    betons: BetonSet, run: Path, pipeline: Pipeline, learner: Learner, state: State, budget: Budget, costs: Costs, here: World,
-    stopping: Callable[[], bool],
+    betons: BetonSet, run: Path, pipeline: Pipeline, method: Method, learner: Learner, state: State, budget: Budget, costs: Costs,
+    here: World, stopping: Callable[[], bool],
 ) -> bool:  # fmt: skip
     settings, number = pipeline.train, state.number
     metrics = _metrics(run, pipeline, state, budget, costs, here)
@@ -96,8 +99,8 @@ def _train(
 
         try:
             with loader:
-                inputs = ImageInput(settings.data, here.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
-                return run_loop(loader, inputs, learner, settings, budget, here, metrics, save, stopping)
+                images = ImageInput(settings.data, here.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
+                return run_loop(loader, method.inputs(images, betons), learner, settings, budget, here, metrics, save, stopping)
         finally:
             metrics.close()
 
@@ -125,6 +128,17 @@ def synthetic_run(run: Path, pipeline: Pipeline, vocabulary: int, label_limit: i
             metrics.close()
 
 
+def classification() -> Method:
+    """SuperClass: the tokens of a caption are the labels of its image."""
+    return Method(
+        SUPERCLASS,
+        "train run",
+        "label_ids",
+        learner=lambda settings, betons, here: make_learner(settings, torch.from_numpy(betons.idf), here),
+        costs=lambda settings, betons: model_costs(settings.model, betons.vocabulary),
+    )
+
+
 def make_learner(settings: Train, idf: torch.Tensor, here: World) -> Learner:
     """Trunk, head and loss with the weights of `runtime.seed`, spread over the ranks, with what trains them.
 
@@ -136,7 +150,18 @@ def make_learner(settings: Train, idf: torch.Tensor, here: World) -> Learner:
     torch.manual_seed(settings.runtime.seed)
     model = Classifier(build_trunk(settings.model), HeadLoss(settings.loss, idf)).to(here.device)
     set_up_trunk(model.trunk, settings.model)
-    called = spread(model, settings.runtime.parallel, here)
+    return as_learner(model, spread(model, settings.runtime.parallel, here), settings, here)
+
+
+def as_learner(model: nn.Module, called: nn.Module, settings: Train, here: World) -> Learner:
+    """A model with what trains it: optimiser, loss scale and average, as the settings have it.
+
+    Args:
+        model: on its device, split by FSDP if it is to be.
+        called: what `spread` made of it.
+        settings: `train`.
+        here: this process among all.
+    """
     scaled = autocast_dtype(settings.runtime.precision, here.device) == torch.float16
     decay = settings.optimizer.ema_decay
     return Learner(

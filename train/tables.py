@@ -9,7 +9,7 @@ from labels.files import is_remote
 from labels.layout import Layout
 from labels.manifest import BetonPart
 from labels.places import read_sources
-from labels.rows import shards_needed
+from labels.rows import Column, shards_needed
 from train.openfiles import OpenFiles, allow_open_files
 from train.outs import Opened
 from train.places import NO_FILE, Tables
@@ -37,18 +37,19 @@ class _Shard(NamedTuple):
     tar_bytes: int
 
 
-def open_tables(opened: list[Opened], files: OpenFiles, label_limit: int) -> Tables:
+def open_tables(opened: list[Opened], files: OpenFiles, label_limit: int, column: Column = "label_ids") -> Tables:
     """Open everything but betons in object stores, which are NO_FILE until train/staging.py has them here.
 
     Args:
         opened: the OUTs.
         files: keeps the descriptors.
         label_limit: K.
+        column: of the label files, what rows are of.
 
     Raises:
         UserError: a file is missing, damaged, or not the one of its manifest.
     """
-    needed = [{part.name for part in shards_needed(one.manifest, one.labels)} for one in opened]
+    needed = [{part.name for part in shards_needed(one.manifest, one.labels, column)} for one in opened]
     allow_open_files(sum(len(one.parts) for one in opened) + 2 * sum(map(len, needed)))
     parts: list[_Part] = []
     shards: list[_Shard] = []
@@ -56,7 +57,7 @@ def open_tables(opened: list[Opened], files: OpenFiles, label_limit: int) -> Tab
     for one, names in zip(opened, needed, strict=True):
         begin = len(shards)
         if names:
-            shards += _open_shards(one, names, files, label_limit)
+            shards += _open_shards(one, names, files, label_limit, column)
         parts += [_open_part(one, part, files, rows_before, (begin, len(shards))) for part in one.parts]
         rows_before += sum(part.rows for part in one.manifest.shards)
     columns = np.array(parts, dtype=object).reshape(len(parts), -1)
@@ -89,13 +90,13 @@ def _open_part(one: Opened, part: BetonPart, files: OpenFiles, first_row: int, s
     return _Part(file, part.bytes, beton.METADATA_OFFSET, allocations, first_row, shards)
 
 
-def _open_shards(one: Opened, needed: set[str], files: OpenFiles, label_limit: int) -> list[_Shard]:
+def _open_shards(one: Opened, needed: set[str], files: OpenFiles, label_limit: int, column: Column) -> list[_Shard]:
     """One entry for every shard of the manifest, so that their numbers hold; those without samples are not opened."""
     layout = Layout(one.source.out)
     tars = read_sources(layout) if one.manifest.places else {}
     found = []
     for part in one.labels.shards:
-        row_file, rows_at = files.rows(one.labels_out, part, label_limit) if part.name in needed else (NO_FILE, 0)
+        row_file, rows_at = files.rows(one.labels_out, part, label_limit, column) if part.name in needed else (NO_FILE, 0)
         tar, length = NO_FILE, 0
         if tars and part.name in needed:
             tar, length = files.tar(part.name, tars.get(part.name), layout.place_sources)

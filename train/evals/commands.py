@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,16 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-def _evaluation(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+def _options(some: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(some):
+            command = option(command)
+        return command
+
+    return add
+
+
+_evaluation = _options(_OPTIONS)
 
 
 @click.command("probe")
@@ -65,8 +71,16 @@ def knn(**arguments: Any) -> None:
 @click.option("--templates", metavar="openai|FILE", help="Templates with {} for the name (default: zeroshot.templates).")
 @_evaluation
 def zeroshot(classnames: str | None, templates: str | None, **arguments: Any) -> None:
-    """Classify by the classes' names alone: by the pre-training head's logits of their tokens."""
+    """Classify by the classes' names alone: by the text tower, or without one by the pre-training head's logits of their tokens."""
     _run("zeroshot", arguments, {"zeroshot.classnames": classnames, "zeroshot.templates": templates})
+
+
+@click.command("retrieval")
+@click.option("--data", required=True, metavar="KIND:DIR", help="coco:, karpathy:, flickr30k: or pairs:DIR, as downloaded.")
+@_options(_OPTIONS[3:])
+def retrieval(**arguments: Any) -> None:
+    """Captions by images and images by captions: recall at 1, 5, 10, of encoders with a text tower (`train clip`, `train lit`)."""
+    _run("retrieval", arguments, {})
 
 
 @click.command("finetune")
@@ -96,6 +110,7 @@ def evaluate(suite: Path, out: Path, config: Path | None, overrides: tuple[str, 
 
 def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> None:
     """`flags`: keys that have an option of their own, which wins over --set."""
+    from train.evals.data.captions import load_caption_set
     from train.evals.encoders.load import pair_weights
     from train.evals.measure import on_device
     from train.evals.protocols.registry import PROTOCOLS
@@ -105,11 +120,17 @@ def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> 
     pipeline = load_pipeline(arguments["config"], [*arguments["overrides"], *set_by_flags])
     encoders = pair_weights(arguments["encoders"], arguments["weights"], arguments["layer"], arguments["pool"])
     cache = arguments["cache"]
+
+    def load() -> Any:
+        if PROTOCOLS[name].takes == "captions":
+            return load_caption_set(arguments["data"])
+        return named_data(arguments["data"], arguments["train_dir"], arguments["test_dir"], cache)
+
     with _first_rank_speaks() as first:
         run_protocol(
             PROTOCOLS[name],
             encoders,
-            lambda: named_data(arguments["data"], arguments["train_dir"], arguments["test_dir"], cache),
+            load,
             pipeline,
             on_device(pipeline.features, cache),
             arguments["out"] if first else None,
@@ -137,5 +158,5 @@ def _first_rank_speaks() -> Iterator[bool]:
 
 def register(group: click.Group) -> None:
     """Add all of them to the command `train`."""
-    for command in (probe, fewshot, knn, zeroshot, finetune, evaluate):
+    for command in (probe, fewshot, knn, zeroshot, retrieval, finetune, evaluate):
         group.add_command(command)

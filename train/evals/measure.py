@@ -15,6 +15,7 @@ import torch
 
 from labels.files import write_whole
 from labels.settings import Pipeline
+from train.evals.data.captions import CaptionSet
 from train.evals.data.images import LabelledImages
 from train.evals.data.sets import DataSet
 from train.evals.encoders.encoder import Encoder
@@ -37,7 +38,7 @@ class Measured(NamedTuple):
     splits: pa.Table
 
 
-def measure(evaluation: Evaluation, encoder: Encoder, data: DataSet, pipeline: Pipeline, extract: Extractor) -> Measured:
+def measure(evaluation: Evaluation, encoder: Encoder, data: DataSet | CaptionSet, pipeline: Pipeline, extract: Extractor) -> Measured:
     """All seeds of one encoder. A seeded one is drawn anew for each, so that its spread includes the initialisation.
 
     Each row: encoder, variant, description; `metrics`, the names of what was measured, the main one first; each of them as the mean over
@@ -45,6 +46,7 @@ def measure(evaluation: Evaluation, encoder: Encoder, data: DataSet, pipeline: P
     details, weights and the fingerprint of its split.
     """
     settings: Any = evaluation.settings(pipeline)
+    train = data.train if isinstance(data, DataSet) else None
     began = time.monotonic()
     scores: list[tuple[Score, str]] = []
     for group in [[seed] for seed in settings.seeds] if encoder.seeded else [list(settings.seeds)]:
@@ -54,15 +56,21 @@ def measure(evaluation: Evaluation, encoder: Encoder, data: DataSet, pipeline: P
     seconds = round(time.monotonic() - began, 2)
     rows = []
     for variant in dict.fromkeys(score.variant for score, _ in scores):
-        seeds = [_seed_row(score, weights, data.train) for score, weights in scores if score.variant == variant]
-        names = next(score.metrics for score, _ in scores if score.variant == variant)
+        seeds = [_seed_row(score, weights, train) for score, weights in scores if score.variant == variant]
+        first = next(score for score, _ in scores if score.variant == variant)
+        names, trials = first.metrics, first.trials or len(data.test)
         metrics: dict[str, Any] = {}
         for name in names:
-            metrics |= _summary(name, [one[name] for one in seeds], len(data.test))
+            metrics |= _summary(name, [one[name] for one in seeds], trials)
         varies = "initialisation and what is drawn" if encoder.seeded else "what is drawn"
         about = {"encoder": encoder.name, "variant": variant, "description": encoder.describe(), "seed_varies": varies}
         rows.append({**about, "metrics": list(names), **metrics, "seeds": seeds, "seconds": seconds})
-    return Measured(rows, _split_table(encoder.name, data.train, [score for score, _ in scores]))
+    return Measured(rows, _split_table(encoder.name, train, [score for score, _ in scores]))
+
+
+def floor_rows(data: DataSet | CaptionSet) -> list[dict[str, Any]]:
+    """The row of a table that no encoder is needed for: the majority class; none for captions."""
+    return [majority_row(data)] if isinstance(data, DataSet) else []
 
 
 def majority_row(data: DataSet) -> dict[str, Any]:
@@ -74,7 +82,9 @@ def majority_row(data: DataSet) -> dict[str, Any]:
     return row
 
 
-def result(evaluation: Evaluation, data: DataSet, pipeline: Pipeline, extract: Extractor, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def result(
+    evaluation: Evaluation, data: DataSet | CaptionSet, pipeline: Pipeline, extract: Extractor, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The whole JSON of a protocol on a data set."""
     settings = evaluation.settings(pipeline)
     return {
@@ -99,9 +109,9 @@ def on_device(settings: Any, cache: Path | None) -> Extractor:
     return Extractor(torch.device("cuda" if torch.cuda.is_available() else "cpu"), settings, cache)
 
 
-def _seed_row(score: Score, weights: str, train: LabelledImages) -> dict[str, Any]:
+def _seed_row(score: Score, weights: str, train: LabelledImages | None) -> dict[str, Any]:
     row = {"seed": score.seed, **score.metrics, **score.detail, "encoder_weights": weights}
-    if score.split is not None:
+    if score.split is not None and train is not None:
         keys = "\n".join(train.keys[position] for position in score.split)
         row |= {"split": len(score.split), "split_fingerprint": hashlib.sha256(keys.encode()).hexdigest()[:16]}
     return row
@@ -116,10 +126,12 @@ def _summary(name: str, values: list[float | None], test_samples: int) -> dict[s
     return {name: mean, f"{name}_std": spread, f"{name}_standard_error": float(np.sqrt(max(mean * (1 - mean), 0.0) / test_samples))}
 
 
-def _split_table(encoder: str, train: LabelledImages, scores: list[Score]) -> pa.Table:
+def _split_table(encoder: str, train: LabelledImages | None, scores: list[Score]) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [] for name in SPLITS.names}
     for score in scores:
-        for position in score.split if score.split is not None else ():
+        if train is None or score.split is None:
+            continue
+        for position in score.split:
             row = (encoder, score.variant, score.seed, train.keys[position], train.classes[train.targets[position]])
             for name, value in zip(SPLITS.names, row, strict=True):
                 columns[name].append(value)

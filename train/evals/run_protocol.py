@@ -1,4 +1,4 @@
-"""`train probe | fewshot | knn | zeroshot`: one protocol for a list of encoders on one data set, as a table and a result JSON."""
+"""`train probe | fewshot | knn | zeroshot | retrieval`: one protocol for some encoders on one data set, as a table and a result JSON."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,11 +7,12 @@ from typing import Any
 from labels.errors import UserError
 from labels.files import write_json
 from labels.settings import Pipeline
+from train.evals.data.captions import CaptionSet
 from train.evals.data.sets import DataSet, load_data, load_pair
 from train.evals.encoders.encoder import EncoderSpec
 from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
-from train.evals.measure import majority_row, measure, result, write_splits
+from train.evals.measure import floor_rows, measure, result, write_splits
 from train.evals.protocols.protocol import Evaluation
 from train.evals.tables import print_rows
 
@@ -29,15 +30,20 @@ def named_data(data: str | None, train_dir: Path | None, test_dir: Path | None, 
     raise UserError("the data is not named", allowed="--data KIND:DIR, or --train DIR with --test DIR")
 
 
+def images_told(data: DataSet | CaptionSet) -> str:
+    """How many images of which parts."""
+    return f"{len(data.train)} + {len(data.test)} images" if isinstance(data, DataSet) else f"{len(data.test)} images"
+
+
 def run_protocol(
     evaluation: Evaluation,
     encoders: Sequence[EncoderSpec],
-    load: Callable[[], DataSet],
+    load: Callable[[], DataSet | CaptionSet],
     pipeline: Pipeline,
     extract: Extractor,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure every encoder, print one row for each and one for the majority class, write the result and what was drawn.
+    """Measure every encoder, print one row for each and, of classes, one for the majority class, write the result and what was drawn.
 
     Args:
         load: gives the data set; called when the encoders are known to be sound.
@@ -57,9 +63,9 @@ def run_protocol(
             raise UserError(f"{evaluation.name}: the encoder {encoder.name!r} cannot be measured so: {reason}")
     data, settings = load(), evaluation.settings(pipeline)
     evaluation.check(data, settings)
-    rows, splits = [majority_row(data)], []
+    rows, splits = floor_rows(data), []
     for encoder in loaded:
-        print(f"{evaluation.name}: {encoder.name}: {len(data.train)} + {len(data.test)} images, width {encoder.width}", flush=True)
+        print(f"{evaluation.name}: {encoder.name}: {images_told(data)}, width {encoder.width}", flush=True)
         measured = measure(evaluation, encoder, data, pipeline, extract)
         rows += measured.rows
         splits.append(measured.splits)

@@ -6,7 +6,10 @@
         weights: mae.pth                           set: {recipe: mae}
         layer: -2                                - fewshot
         pool: avg                                - knn
-    data: [pets:/data/pets, folders:mine]        - zeroshot
+    data: [pets:/data/pets, folders:mine, coco:/data/coco]   - zeroshot
+                                                 - retrieval
+
+Protocols of classes are run on data with classes, retrieval on captioned data.
 
 DIR/features/         features, shared by all protocols and by later calls
 DIR/results/<fingerprint>.json, .splits.parquet   one cell; a cell that is there is not measured again
@@ -21,11 +24,12 @@ from typing import Any, NamedTuple
 from labels.errors import UserError
 from labels.files import fingerprint, write_json, write_whole
 from labels.settings import Pipeline
+from train.evals.data.captions import CAPTION_KINDS, CaptionSet, load_caption_set
 from train.evals.data.sets import DataSet, load_data
 from train.evals.encoders.encoder import Encoder, EncoderSpec
 from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
-from train.evals.measure import majority_row, measure, result, write_splits
+from train.evals.measure import floor_rows, measure, result, write_splits
 from train.evals.pixels import TRANSFORM
 from train.evals.protocols.protocol import Evaluation
 from train.evals.suite_file import ProtocolEntry, Suite
@@ -43,7 +47,7 @@ class _Planned(NamedTuple):
 class _Cell(NamedTuple):
     """One encoder by one protocol on one data set. `reason`: why it cannot be measured so."""
 
-    data: DataSet
+    data: DataSet | CaptionSet
     encoder: EncoderSpec
     planned: _Planned
     file: Path
@@ -64,10 +68,8 @@ def run_suite(suite: Suite, out: Path, extract: Extractor, config: Path | None =
         UserError: whatever does not fit; encoders, data and protocols are all checked before the first is measured.
     """
     planned = [_plan(entry, config, overrides) for entry in suite.protocols]
-    data_sets = [load_data(spec, extract.cache) for spec in suite.data]
-    for plan in planned:
-        for data in data_sets:
-            plan.evaluation.check(data, plan.evaluation.settings(plan.pipeline))
+    data_sets = [_load(spec, extract) for spec in suite.data]
+    _check(planned, data_sets)
     # Loaded once to see that all are sound and what they are, and let go: many large ones would not fit side by side.
     about = [_about(entry.asked, planned) for entry in suite.encoders]
     cells = list(_cells(out, data_sets, about, planned, extract))
@@ -81,16 +83,38 @@ def run_suite(suite: Suite, out: Path, extract: Extractor, config: Path | None =
             held = (cell.encoder, load_encoder(cell.encoder))
         _measure(cell, held[1], extract)
     rows = [row for cell in cells for row in _rows(cell)]
-    rows = [{"data": data.name, **majority_row(data)} for data in data_sets] + rows
-    rows.sort(key=lambda row: suite.data.index(row["data"]))  # stable: within a data set as the suite file has them
+    rows = [{"data": data.name, **row} for data in data_sets for row in floor_rows(data)] + rows
+    names = [data.name for data in data_sets]
+    rows.sort(key=lambda row: names.index(row["data"]))  # stable: within a data set as the suite file has them
     grid = Grid(rows)
-    grid.print(f"top-1 %, mean ± deviation over seeds: {out}")
+    grid.print(f"top-1 % (retrieval: recall at the first k), mean ± deviation over seeds: {out}")
     for reason in dict.fromkeys(f"{cell.planned.evaluation.name} of {cell.encoder.name}: {cell.reason}" for cell in cells if cell.reason):
         print(f"left out: {reason}")
     found = {"results": rows, "suite": suite.model_dump(), "cells": [cell.file.stem for cell in cells if not cell.reason]}
     write_json(out / "suite.json", found)
     write_whole(out / "table.md", lambda partial: partial.write_text(grid.markdown(), encoding="utf8"))
     return found
+
+
+def _load(spec: str, extract: Extractor) -> DataSet | CaptionSet:
+    return load_caption_set(spec) if spec.partition(":")[0] in CAPTION_KINDS else load_data(spec, extract.cache)
+
+
+def _fits(plan: _Planned, data: DataSet | CaptionSet) -> bool:
+    return plan.evaluation.takes == ("classes" if isinstance(data, DataSet) else "captions")
+
+
+def _check(planned: list[_Planned], data_sets: list[DataSet | CaptionSet]) -> None:
+    """Refuse data that a protocol cannot be run on, protocols that have no data, and data that no protocol takes."""
+    for plan in planned:
+        fitting = [data for data in data_sets if _fits(plan, data)]
+        if not fitting:
+            raise UserError(f"{plan.evaluation.name} takes data with {plan.evaluation.takes}, and the suite has none", mend="add some")
+        for data in fitting:
+            plan.evaluation.check(data, plan.evaluation.settings(plan.pipeline))
+    for data in data_sets:
+        if not any(_fits(plan, data) for plan in planned):
+            raise UserError(f"no protocol of the suite takes {data.name}", mend="add one (retrieval for captions), or leave the data out")
 
 
 def _plan(entry: ProtocolEntry, config: Path | None, overrides: tuple[str, ...]) -> _Planned:
@@ -103,12 +127,17 @@ def _about(asked: EncoderSpec, planned: list[_Planned]) -> tuple[EncoderSpec, di
     return asked, encoder.describe(), [plan.evaluation.unfit(encoder) for plan in planned]
 
 
-def _cells(out: Path, data_sets: list[DataSet], about: list[Any], planned: list[_Planned], extract: Extractor) -> Iterator[_Cell]:
+def _cells(
+    out: Path, data_sets: list[DataSet | CaptionSet], about: list[Any], planned: list[_Planned], extract: Extractor
+) -> Iterator[_Cell]:
     for data in data_sets:
         for asked, description, reasons in about:
             for plan, reason in zip(planned, reasons, strict=True):
+                if not _fits(plan, data):
+                    continue
                 settings: Any = plan.evaluation.settings(plan.pipeline)
-                parts = [data.name, *((part.fingerprint, part.modified_ns) for part in (data.train, data.test))]
+                images = (data.train, data.test) if isinstance(data, DataSet) else (data.test,)
+                parts = [data.name, *((part.fingerprint, part.modified_ns) for part in images)]
                 what = [plan.evaluation.describe(settings), settings.model_dump(), asked.name, description, extract.precision, TRANSFORM]
                 yield _Cell(data, asked, plan, out / "results" / f"{fingerprint([parts, what])}.json", reason)
 

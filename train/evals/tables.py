@@ -13,7 +13,7 @@ _WIDEST = 1000
 
 def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """One protocol on one data set: a line for each encoder and variant; the main metric with its spreads, then the others."""
-    several = len({row["variant"] for row in rows}) > 2  # one of them is the majority class
+    several = len({row["variant"] for row in rows} - {MAJORITY}) > 1
     main, *others = rows[-1]["metrics"]
     table = Table(title=title)
     words = ["encoder", *(["variant"] if several else [])]

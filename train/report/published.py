@@ -68,8 +68,9 @@ def is_variant(row: Row, protocol: str) -> bool:
 
 
 def matches(run: Run, line: Line) -> bool:
-    """Whether a run is of a line's kind: its recipe has all the values."""
-    return bool(line.where) and all(run.recipe.get(key) == wanted for key, wanted in line.where.items())
+    """Whether a run is of a line's kind: its recipe has all the values; where the line names no method, that of `train run`."""
+    where = {"data.method": "superclass"} | line.where
+    return bool(line.where) and all(run.recipe.get(key) == wanted for key, wanted in where.items())
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,7 @@ def recipe(pipeline: Pipeline) -> dict[str, Any]:
 def _data_recipe(facts: dict[str, Any]) -> dict[str, Any]:
     """What data.json says of the labels and images trained on."""
     found = {f"data.{key}": facts[key] for key in _DATA_KEYS if key in facts}
+    found["data.method"] = facts.get("method", "superclass")
     return found | _flat("labels.", facts.get("label_options", {}))
 
 

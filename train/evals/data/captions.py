@@ -10,6 +10,7 @@ A part is `train`, `val` or `test`; Karpathy's `restval` belongs to `train`, as 
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,32 @@ from train.evals.data.published import missing
 
 _IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images", "images", ".")
 _PART_OF: dict[str, str] = {"restval": "train"}
+
+
+@dataclass(frozen=True)
+class CaptionSet:
+    """What retrieval is measured on: the part `test` of a captioned data set, or `val` where it has no other."""
+
+    name: str
+    part: str
+    test: CaptionedImages
+
+    def describe(self) -> dict[str, Any]:
+        """What a result JSON says of the data."""
+        return {"data": self.name, "part": self.part, "test": self.test.describe()}
+
+
+def load_caption_set(spec: str) -> CaptionSet:
+    """The part of `KIND:DIR` that is measured.
+
+    Raises:
+        UserError: it has none, and all of load_captions.
+    """
+    parts = load_captions(spec)
+    part = next((name for name in ("test", "val") if name in parts), None)
+    if part is None:
+        raise UserError(f"--data {spec} has the parts {', '.join(parts)}", allowed="one named test or val", mend="mend the data")
+    return CaptionSet(published_name(spec), part, parts[part])
 
 
 def load_captions(spec: str) -> dict[str, CaptionedImages]:

@@ -3,15 +3,19 @@
 B batch, S image side, W feature width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from labels.errors import UserError
 from train.weights import weights_fingerprint
+
+if TYPE_CHECKING:
+    from train.evals.encoders.text import TextSide
 
 KINDS = (
     "run:RUN (or the path of a run), untrained:RUN, untrained:timm:NAME, timm:NAME and open_clip:NAME with --weights, hf:DIR, pixels:SIDE"
@@ -50,7 +54,8 @@ class Encoder:
     """A frozen net: normalised float images [B, 3, S, S] -> features [B, W].
 
     `seeded` says that its weights were drawn from a seed, so that a spread over seeds has to include drawing them anew.
-    `checkpoint` is the folder of a run's checkpoint, with the pre-training head, if it is one.
+    `checkpoint` is the folder of a run's checkpoint, with the pre-training head, if it is one. `text` loads the text tower of those that
+    have one: its weights take memory only where they are used.
     """
 
     asked: EncoderSpec
@@ -60,6 +65,7 @@ class Encoder:
     seeded: bool
     description: dict[str, Any]
     checkpoint: Path | None = None
+    text: "Callable[[], TextSide] | None" = None
 
     @property
     def name(self) -> str:

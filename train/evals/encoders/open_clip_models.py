@@ -4,6 +4,9 @@ Without --layer and --pool the features are the image embedding, after the proje
 the tower's tokens before the projection.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from torch import Tensor, nn
 from labels.errors import UserError
 from train.evals.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
 from train.evals.encoders.readout import Blocks, read_out
-from train.weights import load_exactly, read_weights
+from train.evals.encoders.text import TextSide, open_clip_text_side
+from train.weights import load_exactly, read_weights, weights_fingerprint
 
 
 def load_open_clip(asked: EncoderSpec, name: str) -> Encoder:
@@ -26,10 +30,14 @@ def load_open_clip(asked: EncoderSpec, name: str) -> Encoder:
     visual = model.visual
     size = visual.image_size
     form = ImageForm(size if isinstance(size, int) else int(size[0]), tuple(visual.image_mean), tuple(visual.image_std))
+    text: Callable[[], TextSide] | None = None
     net, words = visual, {"pool": str(getattr(visual, "pool_type", "own")), "layer": "embedding, after the projection"}
     if asked.layer is not None or asked.pool is not None:
         net, words = read_out(asked, visual, _blocks(visual))
-    return finish(asked, net, form, {"architecture": name, "architecture_args": {}, "checkpoint": asked.weights, **words})
+    else:
+        text, words = partial(open_clip_text_side, name, model), {**words, "text_tower": weights_fingerprint(model)}
+    words = {"architecture": name, "architecture_args": {}, "checkpoint": asked.weights, **words}
+    return replace(finish(asked, net, form, words), text=text)
 
 
 def load_clip(name: str, weights: str | None) -> Any:

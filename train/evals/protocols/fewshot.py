@@ -69,7 +69,7 @@ def _extended(x: Tensor) -> Tensor:
 class FewShot:
     """See `Evaluation`."""
 
-    name = "fewshot"
+    name, takes = "fewshot", "classes"
 
     def settings(self, pipeline: Pipeline) -> Fewshot:
         return pipeline.fewshot

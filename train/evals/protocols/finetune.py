@@ -35,7 +35,7 @@ _SAVE_EVERY_MINUTES = 10.0
 class FineTune:
     """See `Evaluation`."""
 
-    name = "finetune"
+    name, takes = "finetune", "classes"
 
     def settings(self, pipeline: Pipeline) -> Finetune:
         return pipeline.finetune

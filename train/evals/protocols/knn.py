@@ -55,7 +55,7 @@ def _parts(test_x: Tensor, columns: int) -> Iterator[Tensor]:
 class NearestNeighbours:
     """See `Evaluation`."""
 
-    name = "knn"
+    name, takes = "knn", "classes"
 
     def settings(self, pipeline: Pipeline) -> Knn:
         return pipeline.knn

@@ -16,7 +16,7 @@ from train.evals.protocols.protocol import Score
 class LinearProbe:
     """See `Evaluation`."""
 
-    name = "probe"
+    name, takes = "probe", "classes"
 
     def settings(self, pipeline: Pipeline) -> Probe:
         return pipeline.probe

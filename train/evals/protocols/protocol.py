@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from labels.settings import Pipeline, Section
-from train.evals.data.sets import DataSet
 from train.evals.encoders.encoder import Encoder
 from train.evals.features import Extractor
 
@@ -22,6 +21,7 @@ class Score:
         seed: what was drawn from it.
         metrics: name -> value, shares of 1; None where it does not apply. The first is the main one.
         detail: JSON values: what was chosen, and how the solver ended.
+        trials: what the metrics are shares of, where that is not the test part's images.
         split: rows of the training part that were drawn, in their order; None where all of it was used.
     """
 
@@ -30,12 +30,17 @@ class Score:
     metrics: dict[str, float | None]
     detail: dict[str, Any] = field(default_factory=dict)
     split: np.ndarray | None = None
+    trials: int | None = None
 
 
 class Evaluation(Protocol):
-    """A protocol by name. The test part gives the last figure alone: nothing is chosen by it."""
+    """A protocol by name. The test part gives the last figure alone: nothing is chosen by it.
+
+    takes: `classes` (a DataSet) or `captions` (a CaptionSet).
+    """
 
     name: str
+    takes: str
 
     def settings(self, pipeline: Pipeline) -> Section:
         """Its section of the configuration, which has `seeds`."""
@@ -45,7 +50,7 @@ class Evaluation(Protocol):
         """What it is, in words that a result can be compared by."""
         ...
 
-    def check(self, data: DataSet, settings: Any) -> None:
+    def check(self, data: Any, settings: Any) -> None:
         """Refuse data that it cannot be run on, before anything expensive.
 
         Raises:
@@ -57,7 +62,7 @@ class Evaluation(Protocol):
         """Why this encoder cannot be measured so, with what could be done; None if it can."""
         ...
 
-    def scores(self, encoder: Encoder, data: DataSet, settings: Any, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
+    def scores(self, encoder: Encoder, data: Any, settings: Any, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
         """Run it. `seeds`: those of the settings, or one of them where the encoder itself is drawn from a seed."""
         ...
 

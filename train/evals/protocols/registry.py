@@ -5,7 +5,8 @@ from train.evals.protocols.finetune import FineTune
 from train.evals.protocols.knn import NearestNeighbours
 from train.evals.protocols.probe import LinearProbe
 from train.evals.protocols.protocol import Evaluation
-from train.evals.protocols.token_logits import TokenLogits
+from train.evals.protocols.retrieval import Recall
+from train.evals.protocols.zeroshot import ZeroShot
 
-_ALL: tuple[Evaluation, ...] = (LinearProbe(), FewShot(), NearestNeighbours(), TokenLogits(), FineTune())
+_ALL: tuple[Evaluation, ...] = (LinearProbe(), FewShot(), NearestNeighbours(), ZeroShot(), FineTune(), Recall())
 PROTOCOLS: dict[str, Evaluation] = {protocol.name: protocol for protocol in _ALL}

@@ -63,7 +63,7 @@ def class_scores(features: Tensor, head: dict[str, Tensor], targets: Tensor) -> 
 class TokenLogits:
     """See `Evaluation`."""
 
-    name = "zeroshot"
+    name, takes = "zeroshot", "classes"
 
     def settings(self, pipeline: Pipeline) -> Zeroshot:
         return pipeline.zeroshot

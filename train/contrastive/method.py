@@ -1,0 +1,144 @@
+"""`train clip` and `train lit` as methods of train/run.py: the same loader, loop, metrics and checkpoints as `train run`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from labels.errors import UserError
+from labels.settings import Pipeline, TextTower, Train
+from train.betons import BetonSet
+from train.contrastive.model import Contrastive, build_text_tower
+from train.contrastive.tokens import Specials, TextInput, specials_of
+from train.costs import Costs, tower_costs, trunk_costs
+from train.data import Chosen
+from train.distributed import World
+from train.evals.encoders.encoder import Encoder, EncoderSpec
+from train.evals.encoders.load import load_encoder
+from train.evals.encoders.runs import trained_model
+from train.evals.encoders.text import foreign_encoder
+from train.loop import Learner
+from train.method import Method
+from train.model import build_trunk, set_up_trunk
+from train.parallel import spread
+from train.run import as_learner, train_run
+
+CLIP, LIT = "clip", "lit"
+
+
+def train_clip(chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
+    """The CLIP baseline: the trunk of `train.model`, a text tower and the images' projection, all trained.
+
+    Returns, Raises:
+        as train_run; UserError also where a batch is to be taken in parts.
+    """
+    check_whole_batches(pipeline.train, "train clip")
+    tower = pipeline.text_tower
+
+    def learner(settings: Train, betons: BetonSet, here: World) -> Learner:
+        torch.manual_seed(settings.runtime.seed)
+        trunk: Any = build_trunk(settings.model)  # first, so that it begins as that of `train run`
+        made = Contrastive(trunk, int(trunk.num_features), *_text(tower, betons), locked=False).to(here.device)
+        set_up_trunk(trunk, settings.model)
+        return _learner(made, settings, here)
+
+    def costs(settings: Train, betons: BetonSet) -> Costs:
+        with torch.device("meta"):
+            trunk = trunk_costs(build_trunk(settings.model), settings.model.image_size)
+            return tower_costs(trunk, _text(tower, betons)[0], tower)
+
+    return train_run(chosen, run, pipeline, method=_method(CLIP, tower, learner, costs, {}))
+
+
+def train_lit(asked: EncoderSpec, chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
+    """A text tower and a projection for a frozen encoder (LiT, arXiv 2111.07991): its own pool, image size and normalisation.
+
+    Args:
+        asked: the encoder, without layer and pool: the features that it was trained for are what is projected.
+
+    Returns, Raises:
+        as train_run; UserError also where the encoder cannot be loaded, or a batch is to be taken in parts.
+    """
+    check_whole_batches(pipeline.train, "train lit")
+    encoder, tower = load_encoder(asked), pipeline.text_tower
+    pipeline, trunk = _as_encoder(pipeline, encoder), trunk_costs(encoder.net, encoder.images.side)
+
+    def learner(settings: Train, betons: BetonSet, here: World) -> Learner:
+        torch.manual_seed(settings.runtime.seed)
+        made = Contrastive(encoder.net, encoder.width, *_text(tower, betons), locked=True).to(here.device)
+        if settings.model.compile:
+            encoder.net.compile()
+        return _learner(made, settings, here)
+
+    def costs(settings: Train, betons: BetonSet) -> Costs:
+        with torch.device("meta"):
+            return tower_costs(trunk, _text(tower, betons)[0], tower, locked=True)
+
+    return train_run(chosen, run, pipeline, method=_method(LIT, tower, learner, costs, {"encoder": _told(encoder)}))
+
+
+def check_whole_batches(settings: Train, command: str) -> None:
+    """Refuse gradient accumulation: each part would be compared with itself alone, which is a smaller batch, not the same one."""
+    if settings.runtime.accumulation > 1:
+        raise UserError(
+            f"`{command}` compares every image with all captions of its batch, and train.runtime.accumulation "
+            f"{settings.runtime.accumulation} never has them together",
+            allowed="1",
+            mend="save memory by train.model.grad_checkpointing=true, train.runtime.parallel=fsdp or more ranks",
+        )
+
+
+def _method(name: str, tower: TextTower, learner: Any, costs: Any, facts: dict[str, Any]) -> Method:
+    kept = {"text_tower": tower.model_dump()}
+    if "encoder" in facts:
+        kept["encoder"] = facts["encoder"]["fingerprint"]
+    return Method(
+        name,
+        f"train {name}",
+        "token_ids",
+        learner,
+        costs,
+        inputs=lambda images, betons: TextInput(images, specials_of(betons.labels.tokenizer), tower.context),
+        kept=kept,
+        facts={"method": name, "kept": kept, **facts},
+    )
+
+
+def _text(tower: TextTower, betons: BetonSet) -> tuple[nn.Module, Specials]:
+    specials = specials_of(betons.labels.tokenizer)
+    return build_text_tower(tower, specials.vocabulary), specials
+
+
+def _learner(model: Contrastive, settings: Train, here: World) -> Learner:
+    model.text.set_grad_checkpointing(settings.model.grad_checkpointing)  # type: ignore[operator]
+    learner = as_learner(model, spread(model, settings.runtime.parallel, here), settings, here)
+    learner.optimizer.register_step_post_hook(lambda *_: model.joint.clamp())
+    return learner
+
+
+def _as_encoder(pipeline: Pipeline, encoder: Encoder) -> Pipeline:
+    """The configuration with the encoder's own trunk, image size and normalisation, so that the run's folder describes it."""
+    train, form = pipeline.train, encoder.images
+    model = (trained_model(encoder) or train.model).model_copy(
+        update={"image_size": form.side, "grad_checkpointing": train.model.grad_checkpointing, "compile": train.model.compile}
+    )
+    data = train.data.model_copy(update={"mean": list(form.mean), "std": list(form.std)})
+    return pipeline.model_copy(update={"train": train.model_copy(update={"model": model, "data": data})})
+
+
+def _told(encoder: Encoder) -> dict[str, Any]:
+    """What data.json says of a frozen encoder. `by_config`: RUN/config.yaml and trunk.safetensors are all of it; else `spec` finds it."""
+    asked, fingerprint = encoder.asked, encoder.describe()["weights"]
+    run = encoder.checkpoint.parent.parent if encoder.checkpoint else None
+    spec, weights = _absolute(asked), asked.weights and str(Path(asked.weights).resolve())
+    if run and (foreign := foreign_encoder(run)):  # a text tower for what another one was made for
+        spec, weights = foreign.spec, foreign.weights
+    by_config = trained_model(encoder) is not None
+    return {"spec": spec, "weights": weights, "fingerprint": fingerprint, "by_config": by_config, "description": encoder.describe()}
+
+
+def _absolute(asked: EncoderSpec) -> str:
+    """The spec, with the folder that it names found from anywhere."""
+    kind, colon, value = asked.spec.rpartition(":")
+    return f"{kind}{colon}{Path(value).resolve()}" if Path(value).is_dir() else asked.spec

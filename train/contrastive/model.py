@@ -1,0 +1,91 @@
+"""Two towers and CLIP's loss: what the loop trains in `train clip`, and behind a frozen trunk in `train lit`.
+
+B batch, L context, W trunk width, D width of the common space.
+"""
+
+import math
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from labels.errors import UserError
+from labels.settings import TextTower
+from train.contrastive.tokens import Specials, is_pair
+from train.losses.contrastive import contrastive_loss
+from train.losses.ranks import everyone
+from train.parallel import local
+
+_FIRST_LOG_SCALE, _LAST_LOG_SCALE = math.log(1 / 0.07), math.log(100)
+
+
+class Joint(nn.Module):
+    """What joins the towers: the images' projection [D, W], without bias, and the logarithm of the cosines' scale, [1].
+
+    The projection begins as open_clip's ViT has it, N(0, W^-1/2); the scale at ln(1 / 0.07) (arXiv 2103.00020).
+    """
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=width**-0.5)
+        self.log_scale = nn.Parameter(torch.tensor([_FIRST_LOG_SCALE]))
+
+    def forward(self, features: Tensor, texts: Tensor, valid: Tensor) -> Tensor:
+        """The loss of pooled features [B, W] and text embeddings [B, D], see train/losses/contrastive.py."""
+        images = functional.normalize(self.projection(features).float(), dim=1)
+        texts = functional.normalize(texts.float(), dim=1)
+        with torch.autocast(images.device.type, enabled=False):
+            return contrastive_loss(images, texts, valid, self.log_scale[0].exp(), everyone())
+
+    def clamp(self) -> None:
+        """No scale above 100, as CLIP and open_clip have it: after every step."""
+        with torch.no_grad():
+            local(self.log_scale).clamp_(max=_LAST_LOG_SCALE)
+
+
+class Contrastive(nn.Module):
+    """Images [B, 3, S, S] and texts [B, L] (zeros alone: no pair) -> the mean loss of this rank's part of the batch, a scalar.
+
+    Args:
+        trunk: images -> pooled features [B, W].
+        width: W.
+        text: texts -> embeddings [B, D].
+        specials: ids of start and end.
+        locked: the trunk is not trained, and stays in evaluation mode.
+    """
+
+    def __init__(self, trunk: nn.Module, width: int, text: nn.Module, specials: Specials, *, locked: bool) -> None:
+        super().__init__()
+        self.trunk, self.text = trunk.requires_grad_(not locked), text
+        self.joint = Joint(width, int(text.output_dim))  # type: ignore[arg-type]
+        self._specials, self._locked = specials, locked
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module's, but for a locked trunk."""
+        super().train(mode)
+        if self._locked:
+            self.trunk.eval()
+        return self
+
+    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._locked):
+            features = self.trunk(images)
+        return self.joint(features, self.text(texts), is_pair(texts, self._specials))
+
+
+def build_text_tower(settings: TextTower, vocabulary: int) -> Any:
+    """open_clip's text transformer: int64 [B, L] -> [B, D], pooled at the end token, causal.
+
+    Raises:
+        UserError: open_clip is not installed.
+    """
+    try:
+        from open_clip.transformer import TextTransformer
+    except ImportError:
+        raise UserError("open_clip, whose text tower is taken, is not installed", mend="pip install 'superclass-lean[evals]'") from None
+    return TextTransformer(
+        context_length=settings.context, vocab_size=vocabulary, width=settings.width, heads=settings.heads, layers=settings.layers,
+        output_dim=settings.embed_dim,
+    )  # fmt: skip
