@@ -23,6 +23,7 @@ class Written(NamedTuple):
         pooling: what of its output are the encoder's features, in a sentence.
         code: Python that loads it from `folder` and leaves `features` for the PIL image `image`.
         read: loads it from a folder by the format's own library.
+        wanted: what it is compared with, where that is not the encoder itself: its projected features.
         text: for a pair of towers: the largest difference of a text feature, from a folder.
     """
 
@@ -31,6 +32,7 @@ class Written(NamedTuple):
     code: str
     read: Callable[[Path], Features]
     text: Callable[[Path], float] | None = None
+    wanted: Features | None = None
 
 
 class Format(NamedTuple):
