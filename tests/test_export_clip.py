@@ -1,17 +1,26 @@
 """A trunk and what a contrastive run trains beside it, as open_clip's pair of towers: the same embeddings, from its own folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
+import timm
 import torch
 from open_clip.transformer import TextTransformer
+from safetensors.torch import save_file
+from trainer_factory import small_config, small_out
 
+from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.settings import Model
+from train.contrastive.method import train_clip, train_lit
+from train.data import Chosen
 from train.evals.encoders.encoder import EncoderSpec, ImageForm, finish
+from train.evals.encoders.load import load_encoder
 from train.export.check import check
+from train.export.export import export_encoder
 from train.export.formats import TimmTower
 from train.export.open_clip_format import write_pair
 from train.export.open_clip_towers import Towers, build_pair
@@ -19,6 +28,7 @@ from train.model import build_trunk, trunk_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
+SHORT = ["train.samples=32", "text_tower={embed_dim: 8, width: 16, heads: 2, layers: 1, context: 8}", "train.optimizer.warmup_samples=0"]
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
 
 
@@ -65,3 +75,51 @@ def test_trunks_that_open_clip_has_no_tower_for(arguments: dict[str, Any]) -> No
     with pytest.raises(UserError) as caught:
         build_pair(tower, towers, 32)
     assert "open_clip has no image tower like" in str(caught.value) and "--format timm, hf or onnx" in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["clip", "lit", "lit of timm"])
+def test_runs_of_clip_and_lit(method: str, tmp_path: Path) -> None:
+    chosen, run = Chosen([str(small_out(tmp_path))]), tmp_path / "run"
+    pipeline = load_pipeline(small_config(tmp_path), SHORT)
+    assert train_clip(chosen, tmp_path / "clip", pipeline)
+    spec = EncoderSpec(f"run:{tmp_path / 'clip'}")
+    if method == "lit of timm":
+        save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+        spec = EncoderSpec("timm:test_vit", str(tmp_path / "vit.safetensors"))
+    if method != "clip":
+        assert train_lit(spec, chosen, run, pipeline)
+        spec = EncoderSpec(f"run:{run}")
+    encoder = load_encoder(spec)
+    assert encoder.text is not None
+    side = encoder.text()
+    for name in ("open_clip", "timm", "hf"):
+        said = export_encoder(spec, name, tmp_path / name)
+        assert said["difference"] <= 1e-5
+    read: Any = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}").eval()
+    images, texts = torch.randn(3, 3, encoder.images.side, encoder.images.side), side.tokens(["red cat", "blue dog", "sun"], None)
+    with torch.inference_mode():
+        cosines = read(images, texts)
+        own = (
+            torch.nn.functional.normalize(side.projection(encoder(images)), dim=1)
+            @ side.texts(["red cat", "blue dog", "sun"], images.device).T
+        )
+    assert torch.allclose(cosines[0] @ cosines[1].T, own, atol=1e-5)
+    text = (tmp_path / "open_clip" / "README.md").read_text("utf8")
+    assert "Texts are not tokenized by open_clip's own tokenizer, but by the run's" in text
+    assert "text_tower:" in text and str(tmp_path) not in text
+    assert json.loads((tmp_path / "open_clip" / "open_clip_config.json").read_bytes())["model_cfg"]["text_cfg"]["vocab_size"] == 17
+
+
+def test_one_trunks_results_with_another_text_tower_are_not_its_own(tmp_path: Path) -> None:
+    chosen, pipeline = Chosen([str(small_out(tmp_path))]), load_pipeline(small_config(tmp_path), SHORT)
+    assert train_clip(chosen, tmp_path / "clip", pipeline)
+    spec = EncoderSpec(f"run:{tmp_path / 'clip'}")
+    about = load_encoder(spec).describe()
+    rows = [
+        {"encoder": spec.spec, "variant": name, "metrics": ["top1"], "top1": 0.5, "description": {**about, "text_tower": tower}}
+        for name, tower in (("mine", about["text_tower"]), ("of another tower", "0"))
+    ]
+    (tmp_path / "clip" / "zeroshot.json").write_text(json.dumps({"protocol": "zero-shot", "data": "pets", "results": rows}))
+    export_encoder(spec, "open_clip", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text("utf8")
+    assert "| pets | mine: zero-shot | top1 | 50.0 | - |" in text and "of another tower" not in text

@@ -64,7 +64,8 @@ def timm_tower(encoder: Encoder, format_name: str) -> TimmTower:
             allowed="--layer and --pool with --format onnx",
             mend="leave them out: the library's own words choose layer and pool there",
         )
-    kind, _, name = asked.spec.removeprefix("untrained:").partition(":")
+    spec = encoder.description.get("frozen", asked.spec)  # what `train lit` has frozen
+    kind, _, name = spec.removeprefix("untrained:").partition(":")
     if kind == "timm":
         return TimmTower(encoder.net, name.partition(".")[0], {})
     if (model := trained_model(encoder)) is None:

@@ -65,6 +65,15 @@ def build_pair(tower: TimmTower, towers: Towers, side: int) -> tuple[nn.Module, 
     return model.eval(), {**config, "custom_text": True}
 
 
+def text_config(tower: Any) -> dict[str, int]:
+    """open_clip's `text_cfg` of a text tower as train/contrastive/model.py builds it."""
+    block = tower.transformer.resblocks[0]
+    return {
+        "context_length": tower.context_length, "vocab_size": tower.vocab_size, "width": tower.token_embedding.weight.shape[1],
+        "heads": block.attn.num_heads, "layers": len(tower.transformer.resblocks),
+    }  # fmt: skip
+
+
 def image_tower(tower: TimmTower, projection: Tensor, side: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """`vision_cfg`, and the weights of open_clip's `visual`, for a trunk whose pooled features are projected without a bias.
 
