@@ -33,6 +33,8 @@ from train.evals.protocols import retrieval
 from train.evals.protocols.retrieval import Recall, ranks, recalls
 from train.evals.protocols.zeroshot import ZeroShot, class_embeddings
 from train.evals.run_protocol import run_protocol
+from train.report.published import Line, matches
+from train.report.runs import read_runs
 from train.run import train_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -335,3 +337,10 @@ def test_a_suite_of_clip_and_lit(runs: Runs, pairs: Path, data: DataSet, tmp_pat
     content |= {"protocols": ["retrieval"], "data": [f"folders:{parts}"]}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
     assert "retrieval takes data with captions, and the suite has none" in str(CliRunner().invoke(cli, arguments).exception)
+
+
+def test_the_papers_lines_are_of_their_own_method(runs: Runs) -> None:
+    classified, clip, lit = read_runs([runs.folder / name for name in ("run", "clip", "lit")])
+    lines = {"superclass": Line("", [1.0], {"train.samples": 160}), "clip": Line("", [1.0], {"train.samples": 160, "data.method": "clip"})}
+    assert [matches(run, lines["superclass"]) for run in (classified, clip, lit)] == [True, False, False]
+    assert [matches(run, lines["clip"]) for run in (classified, clip, lit)] == [False, True, False]
