@@ -120,6 +120,6 @@ def test_one_trunks_results_with_another_text_tower_are_not_its_own(tmp_path: Pa
         for name, tower in (("mine", about["text_tower"]), ("of another tower", "0"))
     ]
     (tmp_path / "clip" / "zeroshot.json").write_text(json.dumps({"protocol": "zero-shot", "data": "pets", "results": rows}))
-    export_encoder(spec, "open_clip", tmp_path / "out")
-    text = (tmp_path / "out" / "README.md").read_text("utf8")
+    export_encoder(spec, "open_clip", tmp_path / "exported")
+    text = (tmp_path / "exported" / "README.md").read_text("utf8")
     assert "| pets | mine: zero-shot | top1 | 50.0 | - |" in text and "of another tower" not in text
