@@ -34,7 +34,7 @@ def train_clip(chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
         as train_run; UserError also where a batch is to be taken in parts.
     """
     check_whole_batches(pipeline.train, "train clip")
-    tower, model = pipeline.text_tower, pipeline.train.model
+    tower = pipeline.text_tower
 
     def learner(settings: Train, betons: BetonSet, here: World) -> Learner:
         torch.manual_seed(settings.runtime.seed)
@@ -48,7 +48,7 @@ def train_clip(chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
             trunk = trunk_costs(build_trunk(settings.model), settings.model.image_size)
             return tower_costs(trunk, _text(tower, betons)[0], tower)
 
-    return train_run(chosen, run, pipeline, method=_method(CLIP, tower, learner, costs, {"trunk": model.trunk}))
+    return train_run(chosen, run, pipeline, method=_method(CLIP, tower, learner, costs, {}))
 
 
 def train_lit(asked: EncoderSpec, chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
