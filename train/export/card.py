@@ -70,6 +70,8 @@ def _results(results: Sequence[Row]) -> str:
     lines = ["| data | protocol | metric | value | seeds |", "|---|---|---|---:|---:|"]
     for row in results:
         for metric, (mean, spread) in row.metrics.items():
+            if mean is None:  # top-5 of three classes
+                continue
             value = told(metric, mean) + (f" ± {told(metric, spread)}" if spread is not None else "")
             lines.append(f"| {row.data} | {row.variant}: {row.protocol} | {metric} | {value} | {row.seeds or '-'} |")
     return "## Results\n\nAccuracies and recalls in percent; ± is the deviation over seeds.\n\n" + "\n".join(lines) + "\n"

@@ -23,6 +23,7 @@ class Written(NamedTuple):
         pooling: what of its output are the encoder's features, in a sentence.
         code: Python that loads it from `folder` and leaves `features` for the PIL image `image`.
         read: loads it from a folder by the format's own library.
+        wanted: what it is compared with, where that is not the encoder itself: its projected features.
         text: for a pair of towers: the largest difference of a text feature, from a folder.
     """
 
@@ -31,6 +32,7 @@ class Written(NamedTuple):
     code: str
     read: Callable[[Path], Features]
     text: Callable[[Path], float] | None = None
+    wanted: Features | None = None
 
 
 class Format(NamedTuple):
@@ -62,7 +64,8 @@ def timm_tower(encoder: Encoder, format_name: str) -> TimmTower:
             allowed="--layer and --pool with --format onnx",
             mend="leave them out: the library's own words choose layer and pool there",
         )
-    kind, _, name = asked.spec.removeprefix("untrained:").partition(":")
+    spec = encoder.description.get("frozen", asked.spec)  # what `train lit` has frozen
+    kind, _, name = spec.removeprefix("untrained:").partition(":")
     if kind == "timm":
         return TimmTower(encoder.net, name.partition(".")[0], {})
     if (model := trained_model(encoder)) is None:

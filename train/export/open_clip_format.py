@@ -3,6 +3,7 @@
 D width of the common space.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from safetensors.torch import save_file
 
 from labels.errors import UserError
 from labels.files import write_json
+from train.contrastive.tokens import CLIP
 from train.evals.encoders.encoder import Encoder
 from train.evals.encoders.open_clip_models import load_clip
-from train.export.formats import Features, Format, Written
+from train.export.formats import Features, Format, Written, timm_tower
+from train.export.open_clip_towers import Towers, build_pair, text_config
 
 _CAPTIONS = 3
 _CODE = """\
@@ -27,17 +30,38 @@ with torch.inference_mode():
 
 
 def _write(encoder: Encoder, folder: Path) -> Written:
-    kind, _, name = encoder.asked.spec.partition(":")
-    if kind != "open_clip":
-        raise UserError(
-            f"the encoder {encoder.name!r} has no text tower, as --format open_clip wants it", allowed="open_clip:NAME with --weights FILE"
-        )
     if encoder.asked.layer is not None or encoder.asked.pool is not None:
         raise UserError("--format open_clip holds whole towers", allowed="--layer and --pool with --format onnx", mend="leave them out")
-    import open_clip
+    kind, _, name = encoder.asked.spec.partition(":")
+    if kind == "open_clip":
+        import open_clip
 
-    model = load_clip(name, encoder.asked.weights)
-    return write_pair(model, open_clip.get_model_config(name) or {}, encoder, folder)
+        model = load_clip(name, encoder.asked.weights)
+        return write_pair(model, open_clip.get_model_config(name) or {}, encoder, folder)
+    if encoder.text is None:
+        raise UserError(
+            f"the encoder {encoder.name!r} has no text tower, as --format open_clip wants it",
+            allowed="a run of train clip or train lit; open_clip:NAME with --weights FILE",
+            mend=f"train lit --encoder {encoder.asked.spec} gives it one; --format timm, hf or onnx hold the image tower alone",
+        )
+    text, joint = encoder.text().modules
+    towers = Towers(joint.projection.weight, text_config(text), text.state_dict(), joint.log_scale[0])  # type: ignore[union-attr, index, arg-type]
+    model, config = build_pair(timm_tower(encoder, "open_clip"), towers, encoder.images.side)
+    written = write_pair(model, config, encoder, folder)
+    pooling = f"{written.pooling} {_texts(encoder, int(model.vocab_size))}"  # type: ignore[arg-type]
+    return written._replace(pooling=pooling, wanted=lambda images: joint.projection(encoder(images)))  # type: ignore[operator]
+
+
+def _texts(encoder: Encoder, vocabulary: int) -> str:
+    """How texts become the tower's tokens: CLIP's are open_clip's own, all others are framed as train/contrastive/tokens.py says."""
+    assert encoder.checkpoint is not None
+    data = json.loads((encoder.checkpoint.parent.parent / "data.json").read_bytes())
+    if data["tokenizer"] == CLIP:
+        return 'Texts are tokenized by `open_clip.get_tokenizer("local-dir:" + folder)`.'
+    return (
+        f"Texts are not tokenized by open_clip's own tokenizer, but by the run's, `{data['tokenizer']}` (fingerprint "
+        f"`{data['tokenizer_fingerprint']}`): {vocabulary - 2}, the ids in order, {vocabulary - 1}, zeros."
+    )
 
 
 def write_pair(model: Any, config: dict[str, Any], encoder: Encoder, folder: Path) -> Written:

@@ -16,7 +16,7 @@ class Row:
     """One encoder by one variant of a protocol on one data set.
 
     `metrics`: name -> (mean, deviation over seeds or None), the main one first; as the protocol gives them, see `told`.
-    `weights`: fingerprint of the weights that were measured, None where the result does not say.
+    `weights`, `text_tower`: fingerprints of what was measured, None where the result does not say, or there is no text tower.
     """
 
     data: str
@@ -27,6 +27,7 @@ class Row:
     seeds: int
     file: Path
     weights: str | None = None
+    text_tower: str | None = None
 
     @property
     def main(self) -> str:
@@ -97,5 +98,6 @@ def _rows(file: Path, content: dict[str, Any], protocols: dict[str, str]) -> Ite
         metrics = {name: (row[name], row.get(f"{name}_std")) for name in row["metrics"]}
         protocol = content.get("protocol") or protocols.get(row.get("cell", ""), "")
         variant = row.get("variant", protocol)
-        data, weights = row.get("data", content.get("data", "?")), row.get("description", {}).get("weights")
-        yield Row(data, row["encoder"], variant, protocol, metrics, len(row.get("seeds", ())), file, weights)
+        data, about = row.get("data", content.get("data", "?")), row.get("description", {})
+        prints = about.get("weights"), about.get("text_tower")
+        yield Row(data, row["encoder"], variant, protocol, metrics, len(row.get("seeds", ())), file, *prints)
