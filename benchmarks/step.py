@@ -125,11 +125,12 @@ def our_side(tar: Path, folder: Path) -> Callable[[], None]:
     settings, betons = load_pipeline(None, keys).train, BetonSet(folder / "out")
     model = OneNumber()
     learner = Learner(model, model, make_optimizer(model, settings.optimizer))
-    steps = IMAGES // BATCH
+    steps, size = IMAGES // BATCH, settings.model.image_size
+    inputs = ImageInput(settings.data, ALONE.device, image_size=size, seed=0)
 
     def run() -> None:
-        with Loader(betons, settings.data, image_size=224, batch_size=BATCH, seed=0, first_step=0, last_step=steps, threads=1) as loader:
-            looped(learner, settings, iter(loader), ImageInput(settings.data, ALONE.device), steps)
+        with Loader(betons, settings.data, image_size=size, batch_size=BATCH, seed=0, first_step=0, last_step=steps, threads=1) as loader:
+            looped(learner, settings, iter(loader), inputs, steps)
 
     return run
 
