@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from labels.settings import Model, Train
+from train.losses.split import can_split, check_split
 from train.model import build_head, build_trunk, set_up_trunk
 from train.precision import autocast_dtype
 
@@ -24,11 +25,17 @@ _PEAK_TFLOPS = {
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a model: numbers of parameters, and `flops` of a sample, forward and backward (a multiplication and an addition are two)."""
+    """Of a model: numbers of parameters; `flops` of a sample, forward and backward (multiplication and addition are two); `width` W."""
 
     trunk: int
     head: int
     flops: int
+    width: int
+
+    @property
+    def vocabulary(self) -> int:
+        """V: the head is LayerNorm(W), weight [V, W] and bias [V]."""
+        return (self.head - 2 * self.width) // (self.width + 1)
 
     @property
     def parameters(self) -> int:
@@ -43,8 +50,8 @@ def model_costs(model: Model, vocabulary: int) -> Costs:
         image = torch.empty(1, 3, model.image_size, model.image_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         trunk(image)
-    flops = counter.get_total_flops() + 2 * int(trunk.num_features) * vocabulary  # type: ignore[arg-type]
-    return Costs(_count(trunk), _count(head), 3 * flops)
+    width = int(trunk.num_features)  # type: ignore[arg-type]
+    return Costs(_count(trunk), _count(head), 3 * (counter.get_total_flops() + 2 * width * vocabulary), width)
 
 
 def activation_bytes(settings: Train, device: torch.device) -> int:
@@ -70,18 +77,48 @@ def activation_bytes(settings: Train, device: torch.device) -> int:
     return of(3) - of(2)  # weights, and autocast's copies of them, are in both
 
 
-def messages(costs: Costs, settings: Train, ranks: int) -> str:
-    """What one step sends between ranks, and how much of it is the head's."""
-    gradients, head = 4 * costs.parameters, 4 * costs.head
+def messages(costs: Costs, settings: Train, ranks: int, device: torch.device) -> str:
+    """What one step sends between ranks, how much of it is the head's, whole or split by class, and which of the two is done."""
+    gradients, head, shape = 4 * costs.parameters, 4 * costs.head, (costs.vocabulary, costs.width)
     if settings.runtime.parallel == "fsdp":
         times, how = 3, "weights gathered twice, gradients reduced once"
     else:
         times, how = 2, "gradients reduced and spread"
-    sent = times * (ranks - 1) / ranks * gradients
+    whole, split = (bytes_ / 2**20 for bytes_ in head_messages(*shape, settings, ranks, device))
+    is_split = splits_vocabulary(*shape, settings, ranks, device)
+    sent = times * (ranks - 1) / ranks * (gradients - head * is_split) / 2**20 + split * is_split
     return (
         f"{gradients / 2**20:,.0f} MiB of gradients, {head / 2**20:,.0f} MiB ({head / gradients:.0%}) of them the head's; "
-        f"{settings.runtime.parallel} on {ranks} ranks: each sends {sent / 2**20:,.0f} MiB a step ({how})"
+        f"{settings.runtime.parallel} on {ranks} ranks: each sends {sent:,.0f} MiB a step ({how}); "
+        f"for the head {whole:,.0f} MiB whole, {split:,.0f} MiB split by class: {'split' if is_split else 'whole'} "
+        f"(train.loss.split_vocabulary)"
     )
+
+
+def head_messages(vocabulary: int, width: int, settings: Train, ranks: int, device: torch.device) -> tuple[float, float]:
+    """Bytes that a rank sends a step for the head: when it is whole, and when it is split by class.
+
+    Whole: its gradient reduced and spread (DDP), or its weights gathered and the gradient reduced (FSDP). Split: the features of the batch
+    gathered, in the type of the products, and their gradients reduced, in float32. Label ids and the sums of a row are left out.
+    """
+    element = 4 if autocast_dtype(settings.runtime.precision, device) is None else 2
+    others = (ranks - 1) / ranks
+    return 2 * others * 4 * (vocabulary * (width + 1) + 2 * width), others * settings.batch_size * width * (element + 4)
+
+
+def splits_vocabulary(vocabulary: int, width: int, settings: Train, ranks: int, device: torch.device) -> bool:
+    """Whether the head is split by class: `loss.split_vocabulary`, where `auto` takes what sends less.
+
+    Raises:
+        UserError: it is asked for, and some rank would get no class.
+    """
+    if ranks == 1 or not settings.loss.split_vocabulary:
+        return False
+    if settings.loss.split_vocabulary == "auto":
+        whole, split = head_messages(vocabulary, width, settings, ranks, device)
+        return can_split(vocabulary, ranks) and split < whole
+    check_split(vocabulary, ranks)
+    return True
 
 
 def peak_flops(settings: Train, device: torch.device) -> float | None:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from labels.settings import Optimizer
 
@@ -16,9 +17,14 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     Source: x-cls/superclass, training/main.py (`exclude`: ndim < 2, bn, ln, bias).
     """
     decayed, exempt = (list(named.values()) for named in by_decay(model))
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    # The fused step takes split and whole tensors one kind at a time.
+    groups = [
+        {"params": [parameter for parameter in members if isinstance(parameter, DTensor) == split], "weight_decay": decay}
+        for members, decay in ((decayed, settings.weight_decay), (exempt, 0.0))
+        for split in (False, True)
+    ]
     betas = (settings.betas[0], settings.betas[1])
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
     for parameter in (*decayed, *exempt):
         step = torch.zeros((), device=parameter.device)
         optimizer.state[parameter] = {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from labels.config import dump_yaml
 from labels.errors import UserError
@@ -15,7 +16,7 @@ from labels.settings import Pipeline, Train
 from train.announce import announce, in_words
 from train.betons import BetonSet
 from train.checkpoint import CheckpointWriter, State, load_checkpoint, snapshot
-from train.costs import Costs, model_costs, peak_flops
+from train.costs import Costs, model_costs, peak_flops, splits_vocabulary
 from train.data import Chosen, data_facts, make_loader, open_data
 from train.distributed import World, world
 from train.ema import Ema
@@ -136,7 +137,9 @@ def make_learner(settings: Train, idf: torch.Tensor, here: World) -> Learner:
     torch.manual_seed(settings.runtime.seed)
     model = Classifier(build_trunk(settings.model), HeadLoss(settings.loss, idf)).to(here.device)
     set_up_trunk(model.trunk, settings.model)
-    called = spread(model, settings.runtime.parallel, here)
+    linear: nn.Linear = model.head[1]  # type: ignore[assignment]
+    split = splits_vocabulary(linear.out_features, linear.in_features, settings, here.size, here.device)
+    called = spread(model, settings.runtime.parallel, here, split=linear if split else None)
     scaled = autocast_dtype(settings.runtime.precision, here.device) == torch.float16
     decay = settings.optimizer.ema_decay
     return Learner(
