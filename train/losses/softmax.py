@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from train.losses import softmax_kernel
 from train.losses.blocks import float_blocks
 from train.losses.positives import Positives
 from train.losses.ranks import merge_exponentials, ranks
@@ -24,6 +25,12 @@ def softmax_rows(logits: torch.Tensor, labels: Positives, gradient: bool, group:
     """
     exact = labels.shares.dtype
     picked = logits.gather(1, labels.ids).to(exact)
+    if softmax_kernel.serves(logits):
+        top, total = softmax_kernel.statistics(logits)
+        merge_exponentials(top, total, group)
+        if gradient:
+            softmax_kernel.put_gradient(logits, top, total, labels)
+        return _losses(picked - top, total, labels, group)
     top, total = picked.new_empty(2, len(logits), 1)
     for rows, block in float_blocks(logits, keep=gradient, whole=group is not None):
         top[rows] = block.amax(dim=1, keepdim=True)
@@ -35,5 +42,10 @@ def softmax_rows(logits: torch.Tensor, labels: Positives, gradient: bool, group:
     above = picked - top  # [R, K]; never the large common part of all logits
     if gradient:
         logits.scatter_(1, labels.ids, (labels.weighted[:, None] * above.exp() / total - labels.shares).to(logits.dtype))
+    return _losses(above, total, labels, group)
+
+
+def _losses(above: torch.Tensor, total: torch.Tensor, labels: Positives, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """From the labels' logits [R, K] less the row's largest, and the rows' sums of exponentials [R, 1]."""
     targets = labels.shares.masked_fill(~labels.valid, 0.0)
     return total.squeeze(1).log() * labels.weighted / ranks(group) - (targets * above).sum(dim=1)
