@@ -139,6 +139,7 @@ class Loss(Section):
     name: Literal["softmax", "bce", "asl", "soft_margin", "two_way"] = "softmax"
     idf: bool = True
     memory: Size = 128 << 20
+    split_vocabulary: bool | Literal["auto"] = False
     gamma_negative: Annotated[float, Field(ge=0)] = 4.0
     gamma_positive: Annotated[float, Field(ge=0)] = 1.0
     clip: Annotated[float, Field(ge=0, lt=1)] = 0.05

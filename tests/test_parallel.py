@@ -1,4 +1,4 @@
-"""Two ranks over gloo are one rank with the same global batch: DDP and FSDP2, every loss, in parts, clipped, averaged."""
+"""Ranks over gloo are one rank with the same global batch: DDP and FSDP2, a split head, every loss, in parts, clipped, averaged."""
 
 import math
 from pathlib import Path
@@ -18,33 +18,37 @@ from train.parallel import spread
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOSSES = get_args(Loss.model_fields["name"].annotation)
-WAYS = ["ddp", "fsdp"]
+PARALLEL = ["ddp", "fsdp"]
+WAYS = {way: [f"runtime.parallel={way}"] for way in PARALLEL}
+WAYS |= {f"{way}-split": [f"runtime.parallel={way}", "loss.split_vocabulary=true"] for way in PARALLEL}
 CASES = {f"{loss}-1": [f"loss.name={loss}"] for loss in LOSSES}
 CASES |= {f"{loss}-4": [f"loss.name={loss}", "runtime.accumulation=4"] for loss in LOSSES if loss != "two_way"}
 CASES["clipped"] = ["optimizer.clip_norm=0.05", "optimizer.ema_decay=0.9"]
+CASES["in chunks"] = ["loss.memory=300", "loss.split_vocabulary=true"]
 CASES["checkpointed"] = ["model.grad_checkpointing=true", "runtime.accumulation=2"]
+# FSDP adds nothing to how a split head's gradients are added up in parts: DDP's cases show it.
+RUNS = [(way, name) for way in WAYS for name in CASES if way != "fsdp-split" or not name.endswith("-4")]
 
 
-def run_cases(rank: int, folder: Path, ways: list[str]) -> None:
+def run_cases(rank: int, folder: Path) -> None:
     """In a process of its own: all cases one after the other; the first rank writes down the weights."""
     with world(Runtime(device="cpu", threads=1)) as here:
         assert here.rank == rank
-        for way in ways:
-            for name, overrides in CASES.items():
-                run = folder / way / name
-                _, tensors = train_here(run, settings(*overrides, f"runtime.parallel={way}"), here)
-                if here.is_first:
-                    save_file(
-                        {f"{file}.{key}": tensor for file, named in tensors.items() for key, tensor in named.items()},
-                        run / "all.safetensors",
-                    )
-                assert bool(tensors) == here.is_first
+        for way, name in RUNS:
+            run = folder / way / name
+            _, tensors = train_here(run, settings(*CASES[name], *WAYS[way]), here)
+            if here.is_first:
+                save_file(
+                    {f"{file}.{key}": tensor for file, named in tensors.items() for key, tensor in named.items()},
+                    run / "all.safetensors",
+                )
+            assert bool(tensors) == here.is_first
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    together(run_cases, folder, WAYS, ranks=2)
+    together(run_cases, folder, ranks=2)
     alone = World(0, 1, torch.device("cpu"))
     for name, overrides in CASES.items():
         _, tensors = train_here(folder / "one" / name, settings(*overrides), alone)
@@ -55,8 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("way", "name"), RUNS)
 def test_two_ranks_are_one(runs: Path, way: str, name: str) -> None:
     one, two = lines(runs / "one" / name), lines(runs / way / name)
     assert len(one) == len(two) == 7
@@ -71,8 +74,8 @@ def test_two_ranks_are_one(runs: Path, way: str, name: str) -> None:
 
 def broken_on_one_rank(rank: int, folder: Path) -> None:
     with world(Runtime(device="cpu", threads=1)) as here:
-        for way in WAYS:
-            _, tensors = train_here(folder / way, settings(f"runtime.parallel={way}"), here, spoil={2: math.inf})
+        for way, keys in WAYS.items():
+            _, tensors = train_here(folder / way, settings(*keys), here, spoil={2: math.inf})
             if here.is_first:
                 assert {tensor.item() for name, tensor in tensors["optimizer"].items() if name.startswith("step.")} == {5.0}
                 assert all(tensor.isfinite().all() for named in tensors.values() for tensor in named.values())
@@ -97,6 +100,39 @@ def look_at_parts(rank: int) -> None:
         head, moments = learner.model.head[1].weight, learner.optimizer.state[learner.model.head[1].weight]  # type: ignore[index]
         for tensor in (head, moments["exp_avg"], learner.ema.average["head.1.weight"]):  # type: ignore[union-attr]
             assert isinstance(tensor, DTensor) and tensor.to_local().shape == ((16, 24) if rank == 0 else (15, 24))
+
+
+def look_at_a_split_head(rank: int) -> None:
+    from torch.distributed.tensor import DTensor
+
+    from train.run import make_learner
+
+    with world(Runtime(device="cpu", threads=1)) as here:
+        learner = make_learner(settings("loss.split_vocabulary=true", "optimizer.ema_decay=0.9"), torch.ones(31), here)
+        split = {name for name, parameter in learner.model.named_parameters() if isinstance(parameter, DTensor)}
+        assert split == {"head.1.weight", "head.1.bias"}
+        linear = learner.model.head[1]  # type: ignore[index]
+        moments, average = learner.optimizer.state[linear.weight], learner.ema.average["head.1.weight"]  # type: ignore[union-attr]
+        for tensor in (linear.weight, moments["exp_avg"], average):
+            assert isinstance(tensor, DTensor) and tensor.to_local().shape == ((16, 24) if rank == 0 else (15, 24))
+        sent = []
+        learner.called.register_comm_hook(None, lambda _, bucket: _note(sent, bucket))  # type: ignore[operator]
+        images, label_ids = torch.zeros(2, 3, 16, 16), torch.tensor([[3, 30], [1, -1]])
+        learner.called(images, label_ids).backward()
+        trunk = sum(parameter.numel() for name, parameter in learner.model.named_parameters() if name not in split)
+        assert sum(sent) == trunk, "DDP sends the gradients of all but the split layer"
+        assert linear.weight.grad.to_local().shape == linear.weight.to_local().shape
+
+
+def _note(sent: list[int], bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    sent.append(bucket.buffer().numel())
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def test_a_split_heads_weights_moments_averages_and_gradients_stay_apart() -> None:
+    together(look_at_a_split_head, ranks=2)
 
 
 def test_fsdp_splits_weights_moments_and_averages() -> None:

@@ -8,9 +8,10 @@ from beton_factory import build_out
 from click.testing import CliRunner
 
 from labels.config import load_pipeline
+from labels.errors import UserError
 from labels.settings import Model, Train
 from train.cli import cli
-from train.costs import Costs, activation_bytes, messages
+from train.costs import Costs, activation_bytes, messages, splits_vocabulary
 
 TINY = "trunk: vit_b16, trunk_args: {depth: 2, embed_dim: 64, num_heads: 1}, image_size: 32"
 
@@ -58,10 +59,34 @@ def test_the_recipes_plan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("parallel", "sent"), [("ddp", 2 * 3 / 4 * 400), ("fsdp", 3 * 3 / 4 * 400)])
 def test_what_a_step_sends(parallel: str, sent: float) -> None:
-    costs = Costs(trunk=75 * 2**20, head=25 * 2**20, flops=1)
+    costs = Costs(trunk=75 * 2**20, head=25 * 2**20, flops=1, width=256)
     settings = load_pipeline(overrides=[f"train.runtime.parallel={parallel}"]).train
-    assert messages(costs, settings, 4).startswith("400 MiB of gradients, 100 MiB (25%) of them the head's")
-    assert f"each sends {sent:,.0f} MiB a step" in messages(costs, settings, 4)
+    told = messages(costs, settings, 4, torch.device("cpu"))
+    assert told.startswith("400 MiB of gradients, 100 MiB (25%) of them the head's")
+    assert f"each sends {sent:,.0f} MiB a step" in told
+
+
+@pytest.mark.parametrize(
+    ("asked", "batch", "split"), [("false", 1024, False), ("true", 90_112, True), ("auto", 1024, True), ("auto", 90_112, False)]
+)
+def test_the_heads_messages_whole_and_split(asked: str, batch: int, split: bool) -> None:
+    costs = Costs(trunk=75 * 2**20, head=49_408 * 769 + 2 * 768, flops=1, width=768)
+    keys = [f"loss.split_vocabulary={asked}", f"batch_size={batch}", "runtime.precision=bf16"]
+    settings = load_pipeline(overrides=[f"train.{key}" for key in keys]).train
+    told = messages(costs, settings, 4, torch.device("cpu"))
+    # A ring of four: 3/4 of all, twice where what is reduced is spread again. Features go in bf16, their gradients in float32.
+    whole, apart = 2 * 3 / 4 * 4 * costs.head / 2**20, 3 / 4 * batch * 768 * (2 + 4) / 2**20
+    assert f"for the head {whole:,.0f} MiB whole, {apart:,.0f} MiB split by class: {'split' if split else 'whole'}" in told
+    assert f"each sends {2 * 3 / 4 * 300 + (apart if split else whole):,.0f} MiB a step" in told
+
+
+def test_more_ranks_than_the_classes_are_good_for() -> None:
+    settings = load_pipeline(overrides=["train.loss.split_vocabulary=true"]).train
+    assert splits_vocabulary(49_408, 768, settings, 256, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"of 49,408 classes in parts of 97 some of the 512 ranks get none"):
+        splits_vocabulary(49_408, 768, settings, 512, torch.device("cpu"))
+    by_itself = load_pipeline(overrides=["train.loss.split_vocabulary=auto"]).train
+    assert not splits_vocabulary(49_408, 768, by_itself, 512, torch.device("cpu"))
 
 
 def test_activations_grow_with_depth_and_shrink_with_checkpointing_and_bf16() -> None:

@@ -112,10 +112,15 @@ def test_asked_to_stop_it_saves_and_leaves_with_its_own_code(out: Path, config: 
     assert_same_run(reference, run)
 
 
-def test_one_rank_then_two_then_one_see_every_sample_once_an_epoch(out: Path, config: Path, reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "spread", [["runtime.parallel=fsdp", "runtime.accumulation=2"], ["loss.split_vocabulary=true"]], ids=["fsdp in parts", "split head"]
+)
+def test_one_rank_then_two_then_one_see_every_sample_once_an_epoch(
+    out: Path, config: Path, reference: Path, tmp_path: Path, spread: list[str]
+) -> None:
     run, changed = tmp_path / "run", []
     for life, ranks in enumerate([1, 2, 1]):
-        overrides = [] if ranks == 1 else ["train.runtime.parallel=fsdp", "train.runtime.accumulation=2"]
+        overrides = [] if ranks == 1 else [f"train.{key}" for key in spread]
         port, step = free_port(), [40, 80, STEPS][life]
         arguments = command(out, run, config, "train.checkpoint.every_samples=160", *overrides)
         parts = [(rank, ranks, port) if ranks > 1 else None for rank in range(ranks)]

@@ -38,7 +38,7 @@ def announce(run: Path, settings: Train, costs: Costs, model: Any, data: str, bu
         f"({exempt_numbers:,} numbers: {kinds})",
     ]
     if here.size > 1:
-        lines.append(messages(costs, settings, here.size))
+        lines.append(messages(costs, settings, here.size, here.device))
     print("\n".join(lines), flush=True)
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from labels.settings import Model, TextTower, Train
 from train.contrastive.model import build_text_tower
+from train.losses.split import can_split, check_split
 from train.model import build_head, build_trunk, set_up_trunk
 from train.precision import autocast_dtype
 
@@ -33,12 +34,14 @@ class Costs:
 
     Attributes:
         head: all beside the trunk; `head_name`: what that is.
+        width: W of the features that a classifying head takes; None where there is no such head.
         frozen: the trunk is not trained.
     """
 
     trunk: int
     head: int
     flops: int
+    width: int | None = None
     head_name: str = "head"
     frozen: bool = False
 
@@ -56,8 +59,8 @@ def model_costs(model: Model, vocabulary: int) -> Costs:
         image = torch.empty(1, 3, model.image_size, model.image_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         trunk(image)
-    flops = counter.get_total_flops() + 2 * int(trunk.num_features) * vocabulary  # type: ignore[arg-type]
-    return Costs(_count(trunk), _count(head), 3 * flops)
+    width = int(trunk.num_features)  # type: ignore[arg-type]
+    return Costs(_count(trunk), _count(head), 3 * (counter.get_total_flops() + 2 * width * vocabulary), width)
 
 
 class Trunk(NamedTuple):
@@ -90,7 +93,7 @@ def tower_costs(trunk: Trunk, text: nn.Module, tower: TextTower, *, locked: bool
         text.train()(texts)  # as it is trained: in evaluation attention takes a path that is not counted
     projection = trunk.width * tower.embed_dim
     flops = 3 * (counter.get_total_flops() + 2 * projection) + (1 if locked else 3) * trunk.flops
-    return Costs(trunk.parameters, _count(text) + projection + 1, flops, "text tower", locked)
+    return Costs(trunk.parameters, _count(text) + projection + 1, flops, head_name="text tower", frozen=locked)
 
 
 def _device(net: nn.Module) -> torch.device:
@@ -139,18 +142,54 @@ def _kept_bytes(forward: Callable[[int], torch.Tensor], settings: Train, device:
     return of(3) - of(2)  # weights, and autocast's copies of them, are in both
 
 
-def messages(costs: Costs, settings: Train, ranks: int) -> str:
-    """What one step sends between ranks, and how much of it is the head's."""
+def messages(costs: Costs, settings: Train, ranks: int, device: torch.device) -> str:
+    """What one step sends between ranks, how much of it is the head's, whole or split by class, and which of the two is done."""
     gradients, head = 4 * costs.parameters, 4 * costs.head
     if settings.runtime.parallel == "fsdp":
         times, how = 3, "weights gathered twice, gradients reduced once"
     else:
         times, how = 2, "gradients reduced and spread"
-    sent = times * (ranks - 1) / ranks * gradients
+    sent, choice = times * (ranks - 1) / ranks * gradients / 2**20, ""
+    if costs.width is not None:
+        shape = ((costs.head - 2 * costs.width) // (costs.width + 1), costs.width)  # the head is LayerNorm(W), weight [V, W] and bias [V]
+        whole, split = (bytes_ / 2**20 for bytes_ in head_messages(*shape, settings, ranks, device))
+        is_split = splits_vocabulary(*shape, settings, ranks, device)
+        if is_split:
+            sent = times * (ranks - 1) / ranks * (gradients - head) / 2**20 + split
+        choice = (
+            f"; for the head {whole:,.0f} MiB whole, {split:,.0f} MiB split by class: {'split' if is_split else 'whole'} "
+            f"(train.loss.split_vocabulary)"
+        )
     return (
         f"{gradients / 2**20:,.0f} MiB of gradients, {head / 2**20:,.0f} MiB ({head / gradients:.0%}) of them the {costs.head_name}'s; "
-        f"{settings.runtime.parallel} on {ranks} ranks: each sends {sent / 2**20:,.0f} MiB a step ({how})"
+        f"{settings.runtime.parallel} on {ranks} ranks: each sends {sent:,.0f} MiB a step ({how}){choice}"
     )
+
+
+def head_messages(vocabulary: int, width: int, settings: Train, ranks: int, device: torch.device) -> tuple[float, float]:
+    """Bytes that a rank sends a step for the head: when it is whole, and when it is split by class.
+
+    Whole: its gradient reduced and spread (DDP), or its weights gathered and the gradient reduced (FSDP). Split: the features of the batch
+    gathered, in the type of the products, and their gradients reduced, in float32. Label ids and the sums of a row are left out.
+    """
+    element = 4 if autocast_dtype(settings.runtime.precision, device) is None else 2
+    others = (ranks - 1) / ranks
+    return 2 * others * 4 * (vocabulary * (width + 1) + 2 * width), others * settings.batch_size * width * (element + 4)
+
+
+def splits_vocabulary(vocabulary: int, width: int, settings: Train, ranks: int, device: torch.device) -> bool:
+    """Whether the head is split by class: `loss.split_vocabulary`, where `auto` takes what sends less.
+
+    Raises:
+        UserError: it is asked for, and some rank would get no class.
+    """
+    if ranks == 1 or not settings.loss.split_vocabulary:
+        return False
+    if settings.loss.split_vocabulary == "auto":
+        whole, split = head_messages(vocabulary, width, settings, ranks, device)
+        return can_split(vocabulary, ranks) and split < whole
+    check_split(vocabulary, ranks)
+    return True
 
 
 def peak_flops(settings: Train, device: torch.device) -> float | None:

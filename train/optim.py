@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from labels.settings import Optimizer
 
@@ -15,8 +16,13 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     Source: x-cls/superclass, training/main.py (`exclude`: ndim < 2, bn, ln, bias).
     """
     decayed, exempt = (list(named.values()) for named in by_decay(model))
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return adamw(groups, settings)
+    # The fused step takes split and whole tensors one kind at a time.
+    groups = [
+        {"params": [parameter for parameter in members if isinstance(parameter, DTensor) == split], "weight_decay": decay}
+        for members, decay in ((decayed, settings.weight_decay), (exempt, 0.0))
+        for split in (False, True)
+    ]
+    return adamw([group for group in groups if group["params"]], settings)
 
 
 def adamw(groups: list[dict[str, Any]], settings: Optimizer) -> torch.optim.AdamW:

@@ -1,4 +1,5 @@
-"""One model over many ranks: DDP (weights whole everywhere) or FSDP2 (weights split), and what differs between them.
+"""One model over many ranks: DDP (weights whole everywhere) or FSDP2 (weights split), and what differs between them; under either, a layer
+split by its outputs, each of which belongs to one rank alone.
 
 The loop and the checkpoints see neither: they call what `spread` returns, and take tensors apart and together with the functions here.
 """
@@ -9,34 +10,46 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from train.distributed import World
 
 
-def spread(model: nn.Module, parallel: str, world: World) -> nn.Module:
+def spread(model: nn.Module, parallel: str, world: World, split: nn.Linear | None = None) -> nn.Module:
     """What the loop calls in place of `model`, whose parameters FSDP splits in place.
 
     Args:
         model: on the device of `world`, with the same weights on every rank; its forward gives the mean loss of a rank's samples.
         parallel: `ddp` or `fsdp`. A world of one is left as it is.
+        split: a layer of `model` whose outputs are divided among the ranks: neither its weights nor their gradients are exchanged, and its
+            caller works with this rank's part (train/losses/split.py). None: there is none.
     """
     if world.size == 1:
         return model
+    mesh = init_device_mesh(world.device.type, (world.size,)) if split is not None or parallel == "fsdp" else None
+    if split is not None:
+        _split_outputs(split, mesh)  # type: ignore[arg-type]
+    own = {name: parameter for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
     if parallel == "fsdp":
-        mesh = init_device_mesh(world.device.type, (world.size,))
         for block in _blocks(model):
             fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params=set(own.values()))
         return model
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(own))
     # Buffers matter where batch norm is: then all ranks take the first one's, which a checkpoint keeps.
     buffers = any(isinstance(module, _BatchNorm) for module in model.modules())
     devices = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=buffers, gradient_as_bucket_view=True)
+
+
+def _split_outputs(layer: nn.Linear, mesh: DeviceMesh) -> None:
+    for name, parameter in list(layer.named_parameters()):
+        part = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+        layer.register_parameter(name, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -49,7 +49,7 @@ def plan_lines(
         f"disk         {kept * checkpoint / _GIB:.1f} GiB: {kept} of {count} checkpoints of {checkpoint / _GIB:.2f} GiB stay",
     ]
     if devices > 1:
-        lines.append(f"messages     {messages(costs, settings, devices)}")
+        lines.append(f"messages     {messages(costs, settings, devices, device)}")
     peak = peak_flops(settings, device)
     for rate in rates:
         used = f", {costs.flops * rate / devices / peak:.0%} of a device's {peak / 1e12:,.0f} TFLOP/s" if peak else ""

@@ -16,7 +16,7 @@ from train.method import Method
 
 # What may differ between the parts of one run: nothing of it changes what is computed, but for the order of additions.
 _FREE = {
-    "loss": {"memory"},
+    "loss": {"memory", "split_vocabulary"},
     "model": {"grad_checkpointing", "compile"},
     "runtime": {"device", "threads", "accumulation", "parallel", "max_skipped_steps", "peak_tflops"},
     "data": {"threads", "prefetch", "verify", "cache", "cache_size"},

@@ -16,7 +16,7 @@ from labels.settings import Pipeline, Train
 from train.announce import announce, in_words
 from train.betons import BetonSet
 from train.checkpoint import CheckpointWriter, State, load_checkpoint, snapshot
-from train.costs import Costs, model_costs, peak_flops
+from train.costs import Costs, model_costs, peak_flops, splits_vocabulary
 from train.data import Chosen, data_facts, make_loader, open_data
 from train.distributed import World, world
 from train.ema import Ema
@@ -150,7 +150,10 @@ def make_learner(settings: Train, idf: torch.Tensor, here: World) -> Learner:
     torch.manual_seed(settings.runtime.seed)
     model = Classifier(build_trunk(settings.model), HeadLoss(settings.loss, idf)).to(here.device)
     set_up_trunk(model.trunk, settings.model)
-    return as_learner(model, spread(model, settings.runtime.parallel, here), settings, here)
+    linear: nn.Linear = model.head[1]  # type: ignore[assignment]
+    split = splits_vocabulary(linear.out_features, linear.in_features, settings, here.size, here.device)
+    called = spread(model, settings.runtime.parallel, here, split=linear if split else None)
+    return as_learner(model, called, settings, here)
 
 
 def as_learner(model: nn.Module, called: nn.Module, settings: Train, here: World) -> Learner:

@@ -9,6 +9,7 @@ import torch
 
 from train.losses.blocks import chunks
 from train.losses.positives import Positives
+from train.losses.split import Split
 
 RowLoss = Callable[[torch.Tensor, Positives, bool], torch.Tensor]
 """Logits [R, V], the rows' labels, whether gradients are wanted -> losses [R]; then the logits hold d loss / d logits."""
@@ -27,14 +28,15 @@ class Head:
         dtype: what the products are computed in.
         memory: bytes for the logits of a chunk.
         buffer: kept from an earlier call, for the logits; used if large enough.
+        split: where weight and bias are a part of the classes; features are then those of all ranks.
     """
 
     def __init__(
         self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, needs: tuple[bool, ...], dtype: torch.dtype, memory: int,
-        buffer: torch.Tensor | None = None,
+        buffer: torch.Tensor | None = None, split: Split | None = None,
     ) -> None:  # fmt: skip
         self.features, self.weight, self.bias = features.to(dtype), weight.to(dtype), bias.to(dtype)
-        self.memory = memory
+        self.memory, self.split = memory, split
         self.sums = torch.float64 if dtype == torch.float64 else torch.float32
         self.gradients = [
             torch.empty_like(operand, dtype=self.sums) if needed else None  # the first chunk fills them
@@ -43,6 +45,11 @@ class Head:
         if buffer is None or buffer.dtype != dtype or buffer.device != features.device:
             buffer = torch.empty(0, dtype=dtype, device=features.device)
         self.buffer: torch.Tensor = buffer
+
+    @property
+    def vocabulary(self) -> int:
+        """Classes of all ranks."""
+        return len(self.weight) if self.split is None else self.split.vocabulary
 
     @property
     def training(self) -> bool:
@@ -58,8 +65,11 @@ class Head:
             scale: what the caller multiplies the losses with.
         """
         losses = self.features.new_empty(len(self.features), dtype=self.sums)
-        size = self.features.element_size()
-        for part in chunks(len(self.features), len(self.weight), size, self.memory):
+        # Ranks that ask each other in every chunk need the same chunks, and room for a chunk in float32 as well (`float_blocks`, whole).
+        size, columns = self.features.element_size(), len(self.weight)
+        if self.split is not None:
+            size, columns = size + 4 * (size < 4), self.split.widest
+        for part in chunks(len(self.features), columns, size, self.memory):
             x = self.features[part]
             logits = torch.addmm(self.bias, x, self.weight.T, out=self._chunk(len(x), len(self.weight)))
             losses[part] = loss(logits, labels[part], self.training)

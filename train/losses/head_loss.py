@@ -3,7 +3,10 @@
 B batch, W trunk width, V vocabulary, K label limit.
 """
 
+from functools import partial
+
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from labels.settings import Loss
@@ -11,8 +14,9 @@ from train.losses.classwise import asymmetric, bce
 from train.losses.fused import fused, product_type
 from train.losses.head import Head, RowLoss
 from train.losses.positives import Positives, positives
-from train.losses.ranks import everyone
+from train.losses.ranks import everyone, ranks, sum_over
 from train.losses.softmax import softmax_rows
+from train.losses.split import split_of
 from train.losses.two_way import two_way
 
 
@@ -38,43 +42,60 @@ class HeadLoss(nn.Module):
 
         Args:
             features: [B, W], after the head's norm.
-            weight, bias: [V, W] and [V], of the head's linear layer.
+            weight, bias: [V, W] and [V], of the head's linear layer; where they are split by class (train/parallel.py), all ranks call this
+                together, and each gets the loss of all ranks' samples.
             label_ids: int [B, K], padded with PAD_ID.
 
         Returns:
             float32 scalar; float64 for a head in float64. Its gradient can be asked for once.
         """
+        split = split_of(weight)
+        if split is not None:
+            weight, bias = weight.to_local(), bias.to_local()  # type: ignore[operator]  # they are DTensors
         dtype = product_type(features, weight)
 
         def compute(needs: tuple[bool, ...]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
             with torch.autocast(weight.device.type, enabled=False):
-                head = Head(features, weight, bias, needs, dtype, self.settings.memory, self._buffer)
-                labels = positives(label_ids, self.idf.to(head.sums))
-                loss = batch_loss(self.settings, head, labels)
+                rows, ids = (features, label_ids) if split is None else (split.gather(features.to(dtype)), split.gather(label_ids))
+                head = Head(rows, weight, bias, needs, dtype, self.settings.memory, self._buffer, split)
+                labels = positives(ids, self.idf.to(head.sums))
+                if split is not None:
+                    labels = labels.of_classes(split.first, len(weight))
+                loss, (into_features, *into_head) = batch_loss(self.settings, head, labels), head.gradients
                 self._buffer = head.buffer
-                return loss, head.gradients
+                if split is not None:
+                    sum_over(loss, split.group)
+                    if into_features is not None:  # the mean over the ranks is taken of the trunk's gradients, and of them alone
+                        into_features = split.sum_own(into_features).mul_(ranks(split.group))
+                return loss, [into_features, *into_head]
 
         return fused(features, weight, bias, compute)  # type: ignore[call-arg]  # the decorator hides the parameters
 
 
 def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor:
-    """The loss of a batch, scalar; adds its gradients to the head's.
+    """The loss of a batch, scalar; adds its gradients to the head's. Of a split head: this rank's part of a sum.
 
     Args:
         settings: which loss.
         head: of these samples.
-        labels: of these samples.
+        labels: of these samples, and of the head's classes.
     """
+    group = None if head.split is None else head.split.group
     if settings.name == "two_way":
-        return two_way(head, labels, everyone())
-    scale = 1 / (len(head.features) * (len(head.weight) if settings.name == "soft_margin" else 1))
-    return head.rows(row_loss(settings), labels, scale).sum() * scale
+        return two_way(head, labels, of_samples=None if group else everyone(), of_classes=group)
+    scale = 1 / (len(head.features) * (head.vocabulary if settings.name == "soft_margin" else 1))
+    return head.rows(row_loss(settings, group), labels, scale).sum() * scale
 
 
-def row_loss(settings: Loss) -> RowLoss:
-    """The loss of rows by its name; `soft_margin` is `bce` divided by V (torch.nn.MultiLabelSoftMarginLoss)."""
+def row_loss(settings: Loss, group: dist.ProcessGroup | None) -> RowLoss:
+    """The loss of rows by its name; `soft_margin` is `bce` divided by V (torch.nn.MultiLabelSoftMarginLoss).
+
+    Args:
+        settings: which loss.
+        group: ranks that hold the other classes. Losses that take every class by itself do not ask them.
+    """
     if settings.name == "softmax":
-        return softmax_rows
+        return partial(softmax_rows, group=group)
     if settings.name == "asl":
         return asymmetric(settings.gamma_negative, settings.gamma_positive, settings.clip)
     return bce()

@@ -31,6 +31,12 @@ class Positives:
     def __getitem__(self, rows: slice) -> "Positives":
         return Positives(self.ids[rows], self.shares[rows], self.valid[rows], self.counts[rows], self.weighted[rows])
 
+    def of_classes(self, first: int, count: int) -> "Positives":
+        """Only the labels among `count` classes from `first` on, which become 0; shares and counts stay those of all labels."""
+        valid = self.valid & (self.ids >= first) & (self.ids < first + count)
+        ids, shares = _fill(self.ids - first, self.shares, valid)
+        return Positives(ids, shares, valid, self.counts, self.weighted)
+
     @property
     def labelled(self) -> torch.Tensor:
         """bool [B, 1], whether the row has any label."""
@@ -55,9 +61,12 @@ def positives(label_ids: torch.Tensor, idf: torch.Tensor) -> Positives:
     weights = idf[ids.clamp(min=0)] * valid
     total = weights.sum(dim=1, keepdim=True)
     shares = weights / torch.where(total > 0, total, 1.0)
-    # The places that are not valid take the row's first valid one, or class 0 and share 0.
+    ids, shares = _fill(ids, shares, valid)
+    return Positives(ids, shares, valid, valid.sum(dim=1, keepdim=True).to(idf.dtype), total.squeeze(1) > 0)
+
+
+def _fill(ids: torch.Tensor, shares: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places that are not valid take the row's first valid one, or class 0 and share 0."""
     first = valid.int().argmax(dim=1, keepdim=True)
-    counts = valid.sum(dim=1, keepdim=True)
-    ids = torch.where(valid, ids, ids.gather(1, first) * (counts > 0))
-    shares = torch.where(valid, shares, shares.gather(1, first) * (counts > 0))
-    return Positives(ids, shares, valid, counts.to(idf.dtype), total.squeeze(1) > 0)
+    some = valid.any(dim=1, keepdim=True)
+    return tuple(torch.where(valid, values, values.gather(1, first) * some) for values in (ids, shares))  # type: ignore[return-value]

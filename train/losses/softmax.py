@@ -1,12 +1,15 @@
 """Cross-entropy against the IDF-weighted label distribution (SuperClass, section 3.2). R rows, V vocabulary."""
 
 import torch
+import torch.distributed as dist
 
+from train.losses import softmax_kernel
 from train.losses.blocks import float_blocks
 from train.losses.positives import Positives
+from train.losses.ranks import merge_exponentials, ranks
 
 
-def softmax_rows(logits: torch.Tensor, labels: Positives, gradient: bool) -> torch.Tensor:
+def softmax_rows(logits: torch.Tensor, labels: Positives, gradient: bool, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """-sum_c t_c log softmax(x)_c of every row, as logsumexp(x) - sum_c t_c x_c; then the logits hold softmax(x) - t.
 
     Rows without weight have loss 0 and gradient 0, as in the reference (x-cls/superclass, ClsLoss).
@@ -15,22 +18,34 @@ def softmax_rows(logits: torch.Tensor, labels: Positives, gradient: bool) -> tor
         logits: [R, V].
         labels: of the rows.
         gradient: whether to leave the gradient in `logits`.
+        group: ranks that hold the other classes of the same rows; then the losses are this rank's parts of a sum.
 
     Returns:
         [R], float32 or float64.
     """
     exact = labels.shares.dtype
     picked = logits.gather(1, labels.ids).to(exact)
+    if softmax_kernel.serves(logits):
+        top, total = softmax_kernel.statistics(logits)
+        merge_exponentials(top, total, group)
+        if gradient:
+            softmax_kernel.put_gradient(logits, top, total, labels)
+        return _losses(picked - top, total, labels, group)
     top, total = picked.new_empty(2, len(logits), 1)
-    for rows, block in float_blocks(logits, keep=gradient):
+    for rows, block in float_blocks(logits, keep=gradient, whole=group is not None):
         top[rows] = block.amax(dim=1, keepdim=True)
         block.sub_(top[rows]).exp_()
         total[rows] = block.sum(dim=1, keepdim=True)
+        factor = merge_exponentials(top[rows], total[rows], group)
         if gradient:
-            block.mul_(labels.weighted[rows, None] / total[rows])
+            block.mul_(labels.weighted[rows, None] / total[rows] * factor)
     above = picked - top  # [R, K]; never the large common part of all logits
     if gradient:
         logits.scatter_(1, labels.ids, (labels.weighted[:, None] * above.exp() / total - labels.shares).to(logits.dtype))
+    return _losses(above, total, labels, group)
+
+
+def _losses(above: torch.Tensor, total: torch.Tensor, labels: Positives, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """From the labels' logits [R, K] less the row's largest, and the rows' sums of exponentials [R, 1]."""
     targets = labels.shares.masked_fill(~labels.valid, 0.0)
-    losses = total.squeeze(1).log() * labels.weighted - (targets * above).sum(dim=1)
-    return losses
+    return total.squeeze(1).log() * labels.weighted / ranks(group) - (targets * above).sum(dim=1)

@@ -24,31 +24,33 @@ _TP = 4.0
 # Tn is 1, and left out.
 
 
-def two_way(head: Head, labels: Positives, group: dist.ProcessGroup | None) -> torch.Tensor:
+def two_way(head: Head, labels: Positives, of_samples: dist.ProcessGroup | None, of_classes: dist.ProcessGroup | None) -> torch.Tensor:
     """The loss of the batch, scalar; adds its gradients to the head's.
 
     Args:
-        head: of this rank's samples.
-        labels: of these samples.
-        group: ranks that hold the other samples; the loss is then one whose mean over the ranks counts.
+        head: of this rank's samples and classes.
+        labels: of these samples and classes.
+        of_samples: ranks that hold the other samples; the loss is then one whose mean over the ranks counts.
+        of_classes: ranks that hold the other classes; the loss is then this rank's part of a sum. One of the two groups is None.
     """
-    samples = sum_over(labels.weighted.sum(), group)
+    samples = sum_over(labels.weighted.sum(), of_samples)
     row, place = labels.valid.nonzero(as_tuple=True)
     column, weight = labels.ids[row, place], labels.weights[row, place]
     seen = torch.zeros(len(head.weight), dtype=torch.int32, device=column.device)
-    classes = sum_over(seen.index_fill_(0, column[weight > 0], 1), group).nonzero().squeeze(1)
+    classes = sum_over(seen.index_fill_(0, column[weight > 0], 1), of_samples).nonzero().squeeze(1)
+    seen_anywhere = sum_over(torch.tensor(len(classes), device=column.device), of_classes)
 
     def by_sample(logits: torch.Tensor, labels: Positives, gradient: bool) -> torch.Tensor:
         row, place = labels.valid.nonzero(as_tuple=True)
-        return axis_rows(logits, row, labels.ids[row, place], labels.weights[row, place], gradient, None)
+        return axis_rows(logits, row, labels.ids[row, place], labels.weights[row, place], gradient, of_classes)
 
     slot = torch.full_like(seen, -1).index_copy_(0, classes, torch.arange(len(classes), dtype=torch.int32, device=column.device))[column]
 
     def by_class(logits: torch.Tensor, part: slice) -> torch.Tensor:
         here = (slot >= part.start) & (slot < part.stop)
-        return axis_rows(logits, slot[here].long() - part.start, row[here], weight[here], head.training, group)
+        return axis_rows(logits, slot[here].long() - part.start, row[here], weight[here], head.training, of_samples)
 
-    scales = [ranks(group) / max(1, count) for count in (samples.item(), len(classes))]
+    scales = [ranks(of_samples) / max(1, count) for count in (samples.item(), seen_anywhere.item())]
     return head.rows(by_sample, labels, scales[0]).sum() * scales[0] + head.classes(by_class, classes, scales[1]).sum() * scales[1]
 
 
