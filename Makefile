@@ -13,7 +13,7 @@ demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/openclipart/demo.sh
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: setup
 	@$(BIN)/ruff format --check .

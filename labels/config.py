@@ -1,5 +1,6 @@
 """One configuration: built-in defaults < pipeline.yaml < `--set section.key=value` and flags; strict throughout."""
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable
@@ -90,7 +91,7 @@ def _recipe(values: dict[str, Any], name: str) -> dict[str, Any]:
         raise UserError(
             f"no recipe named {name!r}", allowed=", ".join(recipes), mend="give --recipe one of these, or write it into pipeline.yaml"
         )
-    return recipes[name]
+    return copy.deepcopy(recipes[name])  # overrides are laid into it, and RECIPES has to stay as it is
 
 
 def _merged(below: Any, above: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ import pytest
 from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.recipes import RECIPES
+from labels.settings import Pipeline
 
 PIPELINE = Path(__file__).parents[1] / "pipeline.yaml"
 # Schedules as the method's authors give them: samples, batch, peak rate, warm-up steps, second moment's decay, smallest crop, and
@@ -64,3 +65,10 @@ def test_own_recipes_take_the_place_of_the_built_in_ones(tmp_path: Path) -> None
 def test_a_budget_too_short_for_the_recipes_warm_up_is_refused() -> None:
     with pytest.raises(UserError, match="warmup_samples is 8192000, the whole run only 1000000 samples"):
         load_pipeline(PIPELINE, ["train.samples=1M"], "superclass-512m")
+
+
+def test_overrides_do_not_stay_in_the_built_in_recipes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # without a pipeline.yaml the built-in recipes count
+    load_pipeline(recipe="superclass-512m", overrides=["train.model.trunk=vit_s16", "train.optimizer.lr=1"])
+    assert load_pipeline(recipe="superclass-1.28b").train.model.trunk == "vit_b16"
+    assert load_pipeline().recipes == Pipeline().recipes
