@@ -29,7 +29,7 @@ train run --beton --config "$config"
 step "5/6 linear probe on the held-out drawings"
 if [ ! -f demo/probe.json ] || [ demo/run/config.yaml -nt demo/probe.json ]; then
     train probe --train demo/data/train --test demo/data/test --config "$config" --cache demo/features \
-        --encoder pixels:16 --encoder untrained:demo/run --encoder run:demo/run --out demo/probe.json
+        --encoder pixels:8 --encoder untrained:demo/run --encoder run:demo/run --out demo/probe.json
 else
     echo "done already: demo/probe.json"
 fi
