@@ -1,4 +1,8 @@
-"""The command `train` in processes of its own that start fast: forked from a server that has imported torch and timm once."""
+"""The command `train` in processes of its own that start fast: forked from a server that has imported torch and timm once.
+
+torch._dynamo too, which the first optimiser imports: two seconds of every process otherwise. `_PATIENCE_S` is for machines that do other
+work beside the tests.
+"""
 
 import contextlib
 import multiprocessing
@@ -11,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["train.run", "train.cli"])
+_PATIENCE_S = 600
+_server.set_forkserver_preload(["train.run", "train.cli", "torch._dynamo"])
 
 
 def start(*arguments: object, said: Path, ranks: tuple[int, int, int] | None = None) -> ForkServerProcess:
@@ -27,7 +32,7 @@ def train(*arguments: object, said: Path, ranks: int = 1) -> tuple[int | None, s
     files = [said.with_name(f"{said.name}-{rank}") for rank in range(ranks)]
     processes = [start(*arguments, said=file, ranks=(rank, ranks, port) if ranks > 1 else None) for rank, file in enumerate(files)]
     for process in processes:
-        process.join(120)
+        process.join(_PATIENCE_S)
         process.kill()
     return processes[0].exitcode, files[0].read_text()
 
@@ -39,7 +44,7 @@ def together(function: Callable[..., Any], *arguments: object, ranks: int = 2) -
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(_PATIENCE_S)
         process.kill()
     assert [process.exitcode for process in processes] == [0] * ranks
 

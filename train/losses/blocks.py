@@ -1,15 +1,15 @@
 """How many rows are taken at once: chunks by the memory budget, blocks within a chunk by the cache.
 
 The products want large chunks. What is done element by element (maximum, exponential, sum, scaling: five and more readings) wants
-few rows, which stay in the cache from the first reading to the last: 2 MiB for each thread on a CPU (a quarter of it is no faster, and
-makes the threads wait for each other four times as often).
+few rows, which stay in the cache from the first reading to the last: 1 MiB for each thread on a CPU (a quarter of it makes the threads wait
+for each other four times as often; twice as much, with what asl keeps beside it, is too large for the cache).
 """
 
 from collections.abc import Iterator
 
 import torch
 
-_CPU_BLOCK_BYTES = 2 << 20
+_CPU_BLOCK_BYTES = 1 << 20
 _GPU_BLOCK_BYTES = 32 << 20
 
 

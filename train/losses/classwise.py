@@ -63,18 +63,23 @@ def asymmetric(gamma_negative: float, gamma_positive: float, clip: float) -> Cla
     """
 
     def negative(x: torch.Tensor, gradient: bool) -> torch.Tensor:
-        other = torch.sigmoid(-x)  # 1 - p, exact also where p is nearly 1
+        other = torch.neg(x).sigmoid_()  # 1 - p, exact also where p is nearly 1
         p = x.sigmoid_()
         q = (other + clip).clamp_(max=1.0)
-        log_q = q.clamp(min=_EPS).log_()
         rest = (p - clip).clamp_(min=0.0)  # 1 - q, exact also where q is nearly 1
+        inside = None
+        if clip <= _EPS:  # else q is at least clip
+            inside = q > _EPS
+            q.clamp_(min=_EPS)
+        log_q = q.log()
         if gamma_negative == 0:
             losses = -log_q.sum(dim=1)
-            slope = (rest > 0) * (q > _EPS) / q.clamp_(min=_EPS)
+            slope = (rest > 0) / q if inside is None else (rest > 0) * inside / q
         else:
             power = rest.pow(gamma_negative - 1)
             losses = -(power * rest).mul_(log_q).sum(dim=1)
-            slope = rest.mul_(q > _EPS).div_(q.clamp_(min=_EPS)).sub_(log_q, alpha=gamma_negative).mul_(power)
+            slope = rest.div_(q) if inside is None else rest.mul_(inside).div_(q)
+            slope.sub_(log_q, alpha=gamma_negative).mul_(power)
         if gradient:
             x.mul_(other).mul_(slope)  # d p / d x = p (1 - p)
         return losses

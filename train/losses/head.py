@@ -56,19 +56,20 @@ class Head:
         """Whether any gradient is wanted."""
         return any(sum_ is not None for sum_ in self.gradients)
 
-    def rows(self, loss: RowLoss, labels: Positives, scale: float) -> torch.Tensor:
+    def rows(self, loss: RowLoss, labels: Positives, scale: float, beside: int = 0) -> torch.Tensor:
         """Losses [B] of all rows; adds `scale` times their gradients.
 
         Args:
             loss: of some rows.
             labels: of all rows.
             scale: what the caller multiplies the losses with.
+            beside: bytes a logit that the loss needs for itself where it takes a chunk as a whole.
         """
         losses = self.features.new_empty(len(self.features), dtype=self.sums)
         # Ranks that ask each other in every chunk need the same chunks, and room for a chunk in float32 as well (`float_blocks`, whole).
         size, columns = self.features.element_size(), len(self.weight)
         if self.split is not None:
-            size, columns = size + 4 * (size < 4), self.split.widest
+            size, columns = size + 4 * (size < 4) + beside, self.split.widest
         for part in chunks(len(self.features), columns, size, self.memory):
             x = self.features[part]
             logits = torch.addmm(self.bias, x, self.weight.T, out=self._chunk(len(x), len(self.weight)))
@@ -84,29 +85,17 @@ class Head:
                 torch.mul(column_sums, scale, out=into_bias) if first else into_bias.add_(column_sums, alpha=scale)
         return losses
 
-    def classes(self, loss: Callable[[torch.Tensor, slice], torch.Tensor], ids: torch.Tensor, scale: float) -> torch.Tensor:
-        """Losses [C] of the classes `ids` [C], the batch being the axis they are taken along; adds `scale` times their gradients.
-
-        To be called after `rows`, which begins the sums.
+    def classes(self, loss: Callable[[torch.Tensor, slice], torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        """Losses [C] of the classes `ids` [C], the batch being the axis they are taken along; no gradients.
 
         Args:
-            loss: logits [R, B] of a part of `ids`, and which part -> losses [R]; leaves the gradient in the logits.
+            loss: logits [R, B] of a part of `ids`, and which part -> losses [R].
             ids: int64 [C].
-            scale: what the caller multiplies the losses with.
         """
         losses = self.features.new_empty(len(ids), dtype=self.sums)
         for part in chunks(len(ids), len(self.features), self.features.element_size(), self.memory):
-            chosen = self.weight[ids[part]]
-            logits = self._chunk(len(chosen), len(self.features))
-            torch.addmm(self.bias[ids[part], None], chosen, self.features.T, out=logits)
-            losses[part] = loss(logits, part)
-            into_features, into_weight, into_bias = self.gradients
-            if into_features is not None:
-                add_product(into_features, logits.T, chosen, scale, first=False)
-            if into_weight is not None:
-                into_weight.index_add_(0, ids[part], (logits @ self.features).to(self.sums), alpha=scale)
-            if into_bias is not None:
-                into_bias.index_add_(0, ids[part], logits.sum(dim=1, dtype=self.sums), alpha=scale)
+            logits = self._chunk(len(ids[part]), len(self.features))
+            losses[part] = loss(torch.addmm(self.bias[ids[part], None], self.weight[ids[part]], self.features.T, out=logits), part)
         return losses
 
     def _chunk(self, rows: int, columns: int) -> torch.Tensor:
