@@ -13,6 +13,7 @@ from torch import nn
 from labels.schema import PAD_ID
 from labels.settings import Loss
 from train.losses import fused as fused_module
+from train.losses.blocks import chunks
 from train.losses.head_loss import HeadLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -230,3 +231,12 @@ def test_a_second_backward_gives_the_same_and_a_second_derivative_is_refused() -
     assert torch.equal(first, second)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, weight, create_graph=True)
+
+
+@given(st.integers(0, 5000), st.integers(1, 900))
+def test_chunks_cover_all_rows_and_the_first_is_the_largest(rows: int, limit: int) -> None:
+    """Else a later chunk takes new memory while the old is still held."""
+    parts = list(chunks(rows, columns=10, bytes_each=4, memory=40 * limit))
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows))
+    sizes = [part.stop - part.start for part in parts]
+    assert not sizes or (max(sizes) == sizes[0] <= limit and sizes[0] - min(sizes) <= 1)

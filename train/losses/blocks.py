@@ -14,11 +14,14 @@ _GPU_BLOCK_BYTES = 32 << 20
 
 
 def chunks(rows: int, columns: int, bytes_each: int, memory: int) -> Iterator[slice]:
-    """Rows in chunks of nearly equal size, `columns` values a row, at most `memory` bytes each (but at least one row)."""
+    """Rows in chunks of nearly equal size, `columns` values a row, at most `memory` bytes each (but at least one row).
+
+    The first is the largest: memory made for it serves all.
+    """
     limit = max(1, memory // (columns * bytes_each))
     count = -(-rows // limit)
     for number in range(count):
-        yield slice(rows * number // count, rows * (number + 1) // count)
+        yield slice(-(-rows * number // count), -(-rows * (number + 1) // count))
 
 
 def float_blocks(logits: torch.Tensor, keep: bool, whole: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
