@@ -82,13 +82,14 @@ def tiles(facts: Iterable[tuple[str, Any, Any]]) -> Html:
     return tag("dl", join(cells), class_="tiles")
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str = "") -> Html:
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str = "", label: str = "") -> Html:
     """A table that scrolls sideways where it is wider than the screen.
 
     Args:
         columns: headings; one that begins with `#` is a column of numbers, aligned at the right.
         rows: cells, text or markup.
         caption: what the table shows.
+        label: the same for those who hear it without what stands around it; the caption where it is empty.
     """
     numeric = [column.startswith("#") for column in columns]
 
@@ -101,7 +102,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str
     body = tag("tbody", join(tag("tr", cells("td", row)) for row in rows))
     whole = tag("table", join([*([tag("caption", caption)] if caption else []), head, body]))
     # A region that scrolls has to be reachable by keyboard.
-    return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption or ", ".join(columns).replace("#", ""))
+    return tag(
+        "div", whole, class_="scroll", tabindex="0", role="region", aria_label=label or caption or ", ".join(columns).replace("#", "")
+    )
+
+
+def key_name(name: str) -> Html:
+    """A dotted key as code that may break behind its dots, where a screen is narrow."""
+    return tag("code", Html(escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")))
 
 
 def details(summary: Any, content: Any) -> Html:

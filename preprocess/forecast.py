@@ -17,6 +17,7 @@ from rich.table import Table
 
 from labels.files import is_remote
 from labels.settings import Pipeline
+from labels.told import time_told
 from preprocess.inputs.shards import Shard
 
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -206,13 +207,6 @@ def print_estimate(found: Forecast, prices: Prices, console: Console) -> None:
     console.print("assumed:")
     for line in found.assumptions:
         console.print(f"  - {line}")
-
-
-def time_told(seconds: float) -> str:
-    """Seconds up to two minutes, minutes up to two hours, else hours."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def _size(count: float) -> str:

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 CHROMIUM = shutil.which("chromium")
-_VOID = {"meta", "link", "img", "br", "input"}
+_VOID = {"meta", "link", "img", "br", "input", "wbr"}
 
 
 @dataclass

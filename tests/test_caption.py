@@ -55,7 +55,7 @@ def test_it_learns_to_name_colours(pairs: Path, tmp_path: Path) -> None:
     assert row["cider"] == pytest.approx(1000)  # all are right: 10 a scorer, times 100
     assert "built-in, 1,920 pairs, beam search of 2; CIDEr-D x 100 on the part test" in found["protocol"]
     (told,) = read_results([out])
-    assert told.main == "cider" and is_of(told, "pairs", "caption")
+    assert told.main == "cider" and is_of(told, ["pairs"], "caption")
     # Again: nothing is trained, the result is the same.
     lines = (Path(seed["captions"]).parent / "metrics.jsonl").read_text()
     run(f"pairs:{pairs}", out)

@@ -12,6 +12,7 @@ from labels.errors import UserError
 from labels.settings import Model, Train
 from train.cli import cli
 from train.costs import Costs, activation_bytes, messages, splits_vocabulary
+from train.pace import Pace
 
 TINY = "trunk: vit_b16, trunk_args: {depth: 2, embed_dim: 64, num_heads: 1}, image_size: 32"
 
@@ -39,22 +40,58 @@ def test_the_plan_of_a_small_run_by_hand(tmp_path: Path) -> None:
     assert found["messages"].startswith(
         f"{gradients:,.0f} MiB of gradients, {4 * head / 2**20:,.0f} MiB (96%) of them the head's; ddp on 2"
     )
-    assert found["time"] == f"{960 / 50 / 3600:,.1f} hours at 50 samples/s"
+    assert found["time"] == "19.2 s at 50 samples/s: 0.01 device-hours"
+
+
+def test_a_measured_plan_counts_what_a_run_takes_beside_its_steps(tmp_path: Path) -> None:
+    out = build_out(tmp_path, [30, 20])
+    text = (
+        f"train: {{samples: 1000, batch_size: 8, model: {{{TINY}}}, optimizer: {{warmup_samples: 8}}, checkpoint: {{every_samples: 400}}, "
+        "runtime: {device: cpu, precision: fp32, threads: 1}, data: {threads: 1, prefetch: 1MiB}}"
+    )
+    before = sorted(tmp_path.rglob("*"))
+    found = plan(tmp_path, text, "--beton", str(out), "--devices", "2", "--measure", "0.2", "--price-per-device-hour", "3600")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "p.yaml"])
+    assert "in batches of 4;" in found["measured"] and "2 devices like this one" in " ".join(found.values())
+    number, unit = found["time"].split()[:2]
+    seconds = float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
+    assert float(found["time"].split()[-1].replace(",", "")) == pytest.approx(2 * seconds, rel=0.05), "a second of two devices costs 2"
+    pace = Pace(samples_per_s=100.0, start_s=5.0, pause_s=0.5, memory_gib=1.0)
+    assert pace.seconds(1000, checkpoints=3, devices=2) == pytest.approx(5 + 5 + 1.5)
+
+
+def test_measuring_needs_betons_and_the_plain_method() -> None:
+    for arguments in (["--measure"], ["--measure", "--beton", "out", "--method", "clip"]):
+        with pytest.raises(UserError, match=r"--measure trains as `train run` does(.|\n)*add --beton"):
+            CliRunner().invoke(cli, ["plan", *arguments], catch_exceptions=False)
 
 
 def test_epochs_are_not_guessed_and_mfu_is_told_where_the_peak_is_known(tmp_path: Path) -> None:
     text = f"train: {{model: {{{TINY}}}, runtime: {{peak_tflops: 0.001}}}}"
     found = plan(tmp_path, text, "--rate", "100")
     assert found["epochs"] == "not known: give --beton OUT"
-    assert "% of a device's 0 TFLOP/s" in found["time"]
+    assert "% of a device's 0 TFLOP/s" in found["time"] and "a rate that was given holds" in found["assumed"]
     assert "messages" not in found
 
 
 def test_the_recipes_plan(tmp_path: Path) -> None:
-    found = plan(tmp_path, "", "--recipe", "superclass-512m", "--devices", "256", "--rate", "10000", "--set", "train.model.trunk=vit_s16")
+    found = plan(
+        tmp_path,
+        "",
+        "--recipe",
+        "superclass-512m",
+        "--devices",
+        "256",
+        "--rate",
+        "10000",
+        "--price-per-device-hour",
+        "2",
+        "--set",
+        "train.model.trunk=vit_s16",
+    )
     assert found["steps"].startswith("31,250 of 16,384 samples = 512,000,000, 8,192,000 of them warm-up")
     assert found["parameters"] == "trunk 21.7M + head 19.0M (49,408 classes)"
-    assert found["time"] == "14.2 hours at 10,000 samples/s"
+    assert found["time"] == "14.2 h at 10,000 samples/s: 3,640.89 device-hours, cost 7,281.78"
 
 
 @pytest.mark.parametrize(("parallel", "sent"), [("ddp", 2 * 3 / 4 * 400), ("fsdp", 3 * 3 / 4 * 400)])

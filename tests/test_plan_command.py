@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from shard_factory import build, preprocess, write_shards
 
 from labels.config import load_pipeline
+from labels.told import time_told
 from preprocess.estimate import choose_shards
-from preprocess.forecast import Measured, forecast, makespan, time_told
+from preprocess.forecast import Measured, forecast, makespan
 from preprocess.inputs.shards import Shard
 
 

@@ -49,7 +49,7 @@ def test_what_is_missing_or_cut_is_told(built: Built, tmp_path: Path) -> None:
     beton = built.out / "beton" / "00000.beton"
     beton.write_bytes(beton.read_bytes()[:-1])
     text = check_page_of(built.out, tmp_path / "x.html")
-    assert "1 files are missing or damaged" in text and "beton/00000.beton has" in text and "preprocess verify" in text
+    assert "1 file is missing or damaged" in text and "beton/00000.beton has" in text and "preprocess verify" in text
 
 
 def test_without_betons_there_are_no_pictures(tmp_path: Path) -> None:

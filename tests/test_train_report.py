@@ -62,6 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(folder / "results" / "results" / "0a.json", {"data": "imagenet:/data", "protocol": "a probe in words", "results": rows})
     caption = {"data": "coco:/data", "protocol": "greedy", "results": [result(f"run:{folder}/soft", "caption", 87.25, name="cider")]}
     write_json(folder / "results" / "caption.json", caption)
+    tuned = {"data": "imagenet:/data", "protocol": "end to end", "results": [result(f"run:{folder}/soft", "fine-tuned", 0.61)]}
+    write_json(folder / "results" / "finetune.json", tuned)
     write_json(folder / "results" / "other.json", {"results": 3})
     return folder
 
@@ -85,7 +87,8 @@ def test_the_page_stands_alone_and_tells_all(page: str) -> None:
     for told in ("train.loss.name", "bce", "pixels:16 <&>", "50.0 ± 1.0", "87.2", "a probe in words"):
         assert told in read.text, told
     # Published figures of the same protocol and data are there, those of others are not.
-    assert "Published: linear probe, ImageNet-1k" in read.text and "Published: CIDEr" in read.text and "Published: 10-shot" not in read.text
+    assert "Published: linear probe, ImageNet-1k" in read.text and "Published: fine-tuned, ImageNet-1k" in read.text
+    assert "Published: CIDEr" in read.text and "Published: 10-shot" not in read.text
     assert page.count('class="legend"') == 2 + 3, "a chart for each kind of loss, and three of speed"
 
 
@@ -136,7 +139,7 @@ def test_bins_are_means_of_neighbours() -> None:
 
 def test_results_are_kept_once(folder: Path) -> None:
     rows = read_results([folder / "results", folder / "results" / "caption.json"])
-    assert len(rows) == 1 + 4 + 1
+    assert len(rows) == 1 + 4 + 1 + 1
     assert {row.protocol for row in rows if row.variant == "probe"} == {"a probe in words"}
 
 

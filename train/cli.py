@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -74,31 +75,45 @@ def run_command(
 @click.option("--method", type=click.Choice(["run", "clip", "lit"]), default="run", show_default=True, help="Of which command.")
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks of the planned run.")
 @click.option(
-    "--rate", "rates", multiple=True, type=click.FloatRange(min=0, min_open=True), default=(1e3, 1e4, 1e5), show_default=True,
-    help="Samples/s over all devices. Repeatable.",
+    "--rate", "rates", multiple=True, type=click.FloatRange(min=0, min_open=True),
+    help="Samples/s over all devices. Repeatable (default: 1000, 10000, 100000, or what --measure finds).",
 )  # fmt: skip
+@click.option(
+    "--measure", is_flag=False, flag_value=20.0, type=click.FloatRange(min=0.1), metavar="[SECONDS]",
+    help="Train so long on this machine, for a rate and for what a run takes beside its steps (no value: 20). Nothing is kept.",
+)  # fmt: skip
+@click.option("--price-per-device-hour", "price", type=click.FloatRange(min=0), help="In any currency.")
 @options.recipe
 @options.config
 @options.overrides
 def plan_command(
-    beton: str | None, method: str, devices: int, rates: tuple[float, ...], recipe: str | None, config: Path | None,
-    overrides: tuple[str, ...],
+    beton: str | None, method: str, devices: int, rates: tuple[float, ...], measure: float | None, price: float | None,
+    recipe: str | None, config: Path | None, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """What a run would take: steps, epochs, operations, memory, disk, messages, hours. Nothing is started."""
+    """What a run would take: steps, epochs, operations, memory, disk, messages, hours, cost."""
+    begun = time.perf_counter()
     import torch
 
     from train.contrastive.method import check_whole_batches
+    from train.pace import measure_pace
     from train.plan import plan_lines
 
     pipeline = load_pipeline(config, overrides, recipe)
+    if measure is not None and (beton is None or method != "run"):
+        raise UserError(
+            "--measure trains as `train run` does, on betons", allowed="--method run with --beton OUT", mend="add --beton, or give --rate"
+        )
     vocabulary, _, samples = head_size(pipeline, beton)
     device = torch.device("cuda" if torch.cuda.is_available() and pipeline.train.runtime.device != "cpu" else "cpu")
     tower = None if method == "run" else pipeline.text_tower
     if tower:
         check_whole_batches(pipeline.train, f"train {method}")
+    pace = None
+    if measure is not None and beton is not None:
+        pace = measure_pace(options.chosen(pipeline, [beton], (), None, "train plan"), pipeline.train, devices, measure, begun)
     plan = plan_lines(
-        pipeline.train, vocabulary=vocabulary, dataset_samples=samples, devices=devices, rates=rates, device=device, tower=tower,
-        locked=method == "lit",
+        pipeline.train, vocabulary=vocabulary, dataset_samples=samples, devices=devices,
+        rates=rates or (() if pace else (1e3, 1e4, 1e5)), device=device, tower=tower, locked=method == "lit", pace=pace, price=price,
     )  # fmt: skip
     print("\n".join(plan))
 

@@ -130,7 +130,7 @@ class Metrics:
         line = {
             "step": self._step, "samples": self._step * self._settings.batch_size, "samples_per_s": rate,
             "samples_per_s_per_device": rate / size, "data_wait": waited / size / seconds, "mfu": self._speed.utilisation(rate / size),
-            "memory_gib": _peak_memory_gib(self._world.device), "skipped_steps": self.skipped, "bad_images": round(bad_images),
+            "memory_gib": peak_memory_gib(self._world.device), "skipped_steps": self.skipped, "bad_images": round(bad_images),
             "eta_s": (self._steps - self._step) * self._settings.batch_size / rate,
         }  # fmt: skip
         self._mark, self._marked_step, self._waited = now, self._step, 0.0
@@ -160,7 +160,7 @@ class Metrics:
         return "  ".join(words)
 
 
-def _peak_memory_gib(device: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> float:
     """The most that was in use: on the GPU where there is one, else by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

@@ -1,30 +1,38 @@
 """`train plan`: what a run would take, before anything is started."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from labels.settings import TextTower, Train
+from labels.told import time_told
 from train.contrastive.model import build_text_tower
 from train.costs import Costs, activation_bytes, messages, model_costs, peak_flops, tower_costs, trunk_costs
 from train.model import build_trunk
 from train.precision import autocast_dtype
+
+if TYPE_CHECKING:
+    from train.pace import Pace  # which loads all that trains
 
 _GIB = 2**30
 
 
 def plan_lines(
     settings: Train, *, vocabulary: int, dataset_samples: int | None, devices: int, rates: tuple[float, ...], device: torch.device,
-    tower: TextTower | None = None, locked: bool = False,
+    tower: TextTower | None = None, locked: bool = False, pace: "Pace | None" = None, price: float | None = None,
 ) -> list[str]:  # fmt: skip
-    """Steps, epochs, parameters, operations, memory, disk, messages and hours, each a line.
+    """Steps, epochs, parameters, operations, memory, disk, messages, hours, cost and what is assumed, each a line.
 
     Args:
         settings: `train`.
         vocabulary: V, the head's width.
         dataset_samples: in one epoch; None where no OUT was given.
         devices: ranks of the planned run.
-        rates: samples/s over all devices.
+        rates: samples/s over all devices, to tell the time for.
         device: of this machine, whose precision is taken where it is `auto`.
         tower: of `train clip` and `train lit`. locked: of `train lit`, whose encoder is taken to be like `train.model`.
+        pace: what was measured on this machine, if anything was.
+        price: of a device for an hour, in any currency.
     """
     steps = settings.samples // settings.batch_size
     samples = steps * settings.batch_size
@@ -50,11 +58,30 @@ def plan_lines(
     ]
     if devices > 1:
         lines.append(f"messages     {messages(costs, settings, devices, device)}")
+    if pace:
+        lines.append(
+            f"measured     {pace.samples_per_s:,.0f} samples/s on one {device.type} in batches of {settings.batch_size // devices}; "
+            f"start and end {pace.start_s:.1f} s, a checkpoint {pace.pause_s:.2f} s, memory {pace.memory_gib:.1f} GiB"
+        )
+    times = [(pace.seconds(samples, count, devices), pace.samples_per_s * devices, " as measured")] if pace else []
     peak = peak_flops(settings, device)
-    for rate in rates:
+    for seconds, rate, how in [*times, *((samples / rate, rate, "") for rate in rates)]:
         used = f", {costs.flops * rate / devices / peak:.0%} of a device's {peak / 1e12:,.0f} TFLOP/s" if peak else ""
-        lines.append(f"time         {samples / rate / 3600:,.1f} hours at {rate:,.0f} samples/s{used}")
-    return lines
+        hours = seconds * devices / 3600
+        paid = f", cost {hours * price:,.2f}" if price is not None else ""
+        lines.append(f"time         {time_told(seconds)} at {rate:,.0f} samples/s{how}{used}: {hours:,.2f} device-hours{paid}")
+    return lines + [f"assumed      {line}" for line in _assumptions(pace, devices, bool(rates))]
+
+
+def _assumptions(pace: "Pace | None", devices: int, given: bool) -> list[str]:
+    told = ["nothing else runs on the machine, and nothing has to be done twice"]
+    if pace:
+        told.append("the loader keeps the speed of the first blocks of the data, which may lie in memory; checkpoints are written beside")
+    if pace and devices > 1:
+        told.append(f"{devices} devices like this one, each as fast; what they send each other takes no time")
+    if given:
+        told.append("a rate that was given holds from the first step to the last; start and checkpoints are not in it")
+    return told
 
 
 def _costs(settings: Train, vocabulary: int, tower: TextTower | None, locked: bool) -> Costs:

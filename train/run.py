@@ -53,7 +53,7 @@ def train_run(data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path |
     """
     settings, method = pipeline.train, method or classification()
     with world(settings.runtime) as here, stop_signals() as stopping:
-        _check_shares(settings, here)
+        check_shares(settings, here.size)
         chosen = data if isinstance(data, Chosen) else Chosen([str(data)], [labels] if labels else [])
         betons = open_data(chosen, settings.data, here, stopping, method.column)
         if betons is None:
@@ -113,7 +113,7 @@ def synthetic_run(run: Path, pipeline: Pipeline, vocabulary: int, label_limit: i
     """
     settings = pipeline.train
     with world(settings.runtime) as here, stop_signals() as stopping:
-        _check_shares(settings, here)
+        check_shares(settings, here.size)
         learner = make_learner(settings, torch.ones(vocabulary), here)
         budget, costs = _budget(settings, 0), model_costs(settings.model, vocabulary)
         state = State(samples_seen=0, number=0, labels="", idf="", betons="", options="", vocabulary=vocabulary)
@@ -187,11 +187,12 @@ def _budget(settings: Train, seen: int) -> Budget:
     return Budget(settings.samples // settings.batch_size, warmup, seen // settings.batch_size)
 
 
-def _check_shares(settings: Train, here: World) -> None:
-    parts = here.size * settings.runtime.accumulation
+def check_shares(settings: Train, ranks: int) -> None:
+    """Refuse a batch that the ranks, and the parts that each takes one after another, cannot share out evenly."""
+    parts = ranks * settings.runtime.accumulation
     if settings.batch_size % parts:
         raise UserError(
-            f"train.batch_size is {settings.batch_size}, the number of ranks {here.size}, train.runtime.accumulation "
+            f"train.batch_size is {settings.batch_size}, the number of ranks {ranks}, train.runtime.accumulation "
             f"{settings.runtime.accumulation}",
             allowed=f"a multiple of {parts}",
         )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from labels.page import Html, Section, details, join, page, paragraph, picture, table, tag, weights
+from labels.page import Html, Section, join, page, paragraph, picture, table, tag, weights
 from preprocess.show.explanation import Explanation, Label
 from preprocess.show.thumbnails import thumbnail
 
@@ -17,7 +17,7 @@ def explanation_page(told: Explanation) -> str:
     lead = paragraph(f"Shard {sample.shard.name}, row {sample.index:,} of {told.captions:,}.{size}{uid}", muted=True)
     sections = [Section("sample", "Image and caption", _sample(told)), Section("target", "What the loss aims at", _target(told))]
     if told.guesses:
-        sections.append(Section("model", f"What {told.checkpoint} expects", _guesses(told)))
+        sections.append(Section("model", "What the model expects", _guesses(told)))
     return page(f"Sample {sample.key}", lead, sections)
 
 
@@ -27,7 +27,7 @@ def _sample(told: Explanation) -> Html:
     parts = [tag("h3", "Caption"), paragraph(told.caption), paragraph(told.caption_from[:1].upper() + told.caption_from[1:], muted=True)]
     if told.cleaned is not None:
         parts += [tag("h3", "Cleaned"), paragraph(told.cleaned)]
-    parts += [tag("h3", "Tokens, in order"), paragraph(*(tag("code", token) for token in told.tokens or ["none"]))]
+    parts += [tag("h3", "Tokens, in order"), tag("p", join(tag("code", token) for token in told.tokens or ["none"]), class_="tokens")]
     notes = join(paragraph(tag("strong", "Note: "), note) for note in told.notes)
     return tag("div", join([tag("div", shown), tag("div", join([*parts, notes]))]), class_="columns")
 
@@ -55,8 +55,8 @@ def _guesses(told: Explanation) -> Html:
         (tag("strong", guess.label.name) if guess.hit else guess.label.name, guess.probability, f"{guess.probability:.1%}")
         for guess in told.guesses
     )
-    text = f"{hits} of the {len(told.guesses)} likeliest tokens are labels of this caption (set in bold)."
-    return join([paragraph(text), bars, details("Numbers", numbers)])
+    text = f"Checkpoint {told.checkpoint}: {hits} of its {len(told.guesses)} likeliest tokens are labels of this caption (set in bold)."
+    return join([paragraph(text), tag("div", join([bars, numbers]), class_="columns")])
 
 
 def _cells(label: Label) -> list[Any]:

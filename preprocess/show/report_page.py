@@ -33,13 +33,13 @@ def _tiles(summary: Summary) -> Html:
     seen = int((summary.vocabulary.frequency > 0).sum())
     parts = [*manifest.betons, *manifest.places]
     gib = sum(part.bytes for part in parts) / 2**30
-    kind = "betons" if manifest.betons else "files of places"
+    files = _number(len(parts), "beton", "betons") if manifest.betons else _number(len(parts), "file of places", "files of places")
     mean = float((summary.labels_histogram * np.arange(len(summary.labels_histogram))).sum() / max(manifest.captions, 1))
     width, height = summary.median_size
-    samples_note = f"{gib:.2f} GiB in {len(parts)} {kind}" if parts else "built without images"
+    samples_note = f"{gib:.2f} GiB in {files}" if parts else "built without images"
     return tiles(
         [
-            ("Captions labelled", f"{manifest.captions:,}", f"from {len(manifest.shards):,} shards"),
+            ("Captions labelled", f"{manifest.captions:,}", "from " + _number(len(manifest.shards), "shard", "shards")),
             ("Samples with image", f"{manifest.samples:,}" if parts else "none", samples_note),
             ("Left out", f"{left_out:,}", _share(left_out, _all_samples(summary)) + " of all samples"),
             ("Labels a caption", f"{mean:.1f}", "mean"),
@@ -47,6 +47,10 @@ def _tiles(summary: Summary) -> Html:
             ("Image", f"{width} × {height}" if width and height else "unknown", "pixels, median of each side"),
         ]
     )
+
+
+def _number(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"
 
 
 def _all_samples(summary: Summary) -> int:
@@ -185,7 +189,7 @@ def _shards(summary: Summary) -> Html:
     )
     if summary.faults:
         listed = tag("ul", join(tag("li", tag("code", fault)) for fault in summary.faults[:_SHARDS_TABLED]))
-        text = tag("strong", f"{len(summary.faults)} files are missing or damaged.", class_="bad")
+        text = tag("strong", _number(len(summary.faults), "file is", "files are") + " missing or damaged.", class_="bad")
         health = join([paragraph(text, " Mend: run preprocess verify on this OUT, then its build-labels command again."), listed])
     else:
         files = len(manifest.shards) + len(manifest.betons) + len(manifest.places)

@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,14 +36,13 @@ def bench_step(betons: BetonSet, settings: Train, here: World, seconds: float) -
     Returns:
         all figures, for JSON, and lines for people.
     """
-    quiet = {"log": settings.log.model_copy(update={"every_seconds": _NEVER}), "checkpoint": Checkpoint(every_samples=_NEVER)}
-    settings = settings.model_copy(update=quiet)
+    settings = never_ending(settings)
     learner = make_learner(settings, torch.from_numpy(betons.idf), here)
     made = synthetic_batches(settings, betons.vocabulary, betons.label_limit, here, _STEPS)
-    alone, _ = _rate(made, synthetic_inputs, learner, settings, here, seconds)
+    alone, _, _ = loop_rate(made, synthetic_inputs, learner, settings, here, seconds)
     with make_loader(betons, settings, 0, _STEPS, here) as loader:
         inputs = ImageInput(settings.data, here.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
-        fed, wait = _rate(loader, inputs, learner, settings, here, seconds)
+        fed, wait, _ = loop_rate(loader, inputs, learner, settings, here, seconds)
     speed = Speed(model_costs(settings.model, betons.vocabulary).flops, peak_flops(settings, here.device))
     limit = "loader" if wait > _MOST_WAIT else "model"
     found = {
@@ -64,8 +63,22 @@ def bench_step(betons: BetonSet, settings: Train, here: World, seconds: float) -
     return found, lines
 
 
-def _rate(batches: Iterable[Any], inputs: Inputs, learner: Learner, settings: Train, here: World, seconds: float) -> tuple[float, float]:
-    """Samples/s of the one loop, metrics and all, and the share of the time in which it waited for a batch."""
+class LoopRate(NamedTuple):
+    """Of the loop, warmed: samples/s; the share of the time in which it waited for a batch; how long it was measured."""
+
+    samples_per_s: float
+    wait: float
+    seconds: float
+
+
+def never_ending(settings: Train) -> Train:
+    """The same training without log lines and checkpoints."""
+    quiet = {"log": settings.log.model_copy(update={"every_seconds": _NEVER}), "checkpoint": Checkpoint(every_samples=_NEVER)}
+    return settings.model_copy(update=quiet)
+
+
+def loop_rate(batches: Iterable[Any], inputs: Inputs, learner: Learner, settings: Train, here: World, seconds: float) -> LoopRate:
+    """Run the one loop, metrics and all, for `seconds` after two steps to warm up. `settings`: see `never_ending`."""
     clock = _Clock(here, seconds)
     with tempfile.TemporaryDirectory() as run:
         metrics = Metrics(Path(run), here, settings, steps=_STEPS, first_step=0, skipped=(0, 0), speed=Speed(1, None), trackers=[])
@@ -76,7 +89,7 @@ def _rate(batches: Iterable[Any], inputs: Inputs, learner: Learner, settings: Tr
         finally:
             metrics.close()
     spent = clock.end - clock.begun
-    return clock.steps * settings.batch_size / spent, clock.waited / spent
+    return LoopRate(clock.steps * settings.batch_size / spent, clock.waited / spent, spent)
 
 
 class _Clock:

@@ -13,7 +13,7 @@ _PATH = click.Path(path_type=Path)
 @click.argument("runs", nargs=-1, required=True, type=_PATH, metavar="RUN...")
 @click.option(
     "--results", multiple=True, type=_PATH, metavar="FILE|DIR",
-    help="Result JSONs of probe, fewshot, knn, zeroshot or eval, or a folder that holds some. Repeatable.",
+    help="Result JSONs of probe, fewshot, finetune, caption, eval and the like, or a folder that holds some. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--out", "page", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE", help="The HTML file to write."

@@ -13,9 +13,14 @@ from train.report.runs import Run
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Published figures of one protocol on one kind of data: name, percent (CIDEr: x 100)."""
+    """Published figures of one protocol: name, percent (CIDEr: x 100).
 
-    data: str
+    Attributes:
+        data: kinds of data (`--data KIND:DIR`) that they stand beside.
+        protocol: the variant, as results name it.
+    """
+
+    data: list[str]
     protocol: str
     title: str
     rows: list[tuple[str, float]]
@@ -57,9 +62,9 @@ def published() -> Published:
     return Published(content["source"], benchmarks, ablations)
 
 
-def is_of(row: Row, data: str, protocol: str) -> bool:
-    """Whether a row is of that kind of data (`imagenet:DIR`) and of that protocol, or of one of its variants."""
-    return row.data.partition(":")[0] == data and is_variant(row, protocol)
+def is_of(row: Row, data: Sequence[str], protocol: str) -> bool:
+    """Whether a row is of one of these kinds of data (`imagenet:DIR`) and of that protocol, or of one of its variants."""
+    return row.data.partition(":")[0] in data and is_variant(row, protocol)
 
 
 def is_variant(row: Row, protocol: str) -> bool:

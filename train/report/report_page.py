@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from labels.charts import Axis, line_chart, short_number
-from labels.page import Html, Section, details, join, page, paragraph, table, tag, tiles
+from labels.page import Html, Section, details, join, key_name, page, paragraph, table, tiles
+from labels.told import time_told
 from train.report.curves import loss_curves, throughput_curves
 from train.report.published import published
 from train.report.result_tables import measured_tables, paper_tables
@@ -33,7 +34,7 @@ def _tiles(run: Run) -> Html:
         [
             ("Samples seen", f"{run.samples:,}", f"{run.samples / run.budget:.0%} of the budget"),
             ("Loss", _or_dash(loss, "{:.3f}"), "nats, mean of the last 1% of steps"),
-            ("Throughput", _or_dash(rate, "{:,.0f}"), f"samples/s; {_hours(run.seconds())} in the loop"),
+            ("Throughput", _or_dash(rate, "{:,.0f}"), f"samples/s; {time_told(run.seconds())} in the loop"),
             ("Data wait", _or_dash(wait, "{:.1%}"), "of the time"),
             ("MFU", _or_dash(mfu, "{:.1%}"), "" if mfu is not None else "the device's peak is not known"),
             ("Faults", f"{skipped + bad:,}", f"{skipped:,} steps skipped, {bad:,} bad images"),
@@ -46,7 +47,7 @@ def _overview(runs: Sequence[Run]) -> Section:
     for run in runs:
         rate, wait, mfu = (run.weighed(key) for key in ("samples_per_s", "data_wait", "mfu"))
         seen = f"{short_number(run.samples)} ({run.samples / run.budget:.0%})"
-        numbers = [_or_dash(run.last_loss(), "{:.3f}"), _hours(run.seconds()), _or_dash(rate, "{:,.0f}"), _or_dash(wait, "{:.1%}")]
+        numbers = [_or_dash(run.last_loss(), "{:.3f}"), time_told(run.seconds()), _or_dash(rate, "{:,.0f}"), _or_dash(wait, "{:.1%}")]
         rows.append([run.name, seen, *numbers, _or_dash(mfu, "{:.1%}"), f"{run.skipped:,}", f"{run.bad_images:,}"])
     columns = ["Run", "#Samples seen", "#Loss (nats)", "#Time", "#Samples/s", "#Data wait", "#MFU", "#Skipped steps", "#Bad images"]
     told = "Loss: mean of the last 1% of steps. Losses of different kinds, or of different labels, cannot be compared with each other."
@@ -85,24 +86,24 @@ def _speed(runs: Sequence[Run]) -> Html:
 
 
 def _recipe(runs: Sequence[Run]) -> Html:
-    rows = [[tag("code", key), *(tag("code", _value(value)) for value in values)] for key, values in differences(runs)]
+    rows = [[key_name(key), *(key_name(_value(value)) for value in values)] for key, values in differences(runs)]
     if len(runs) > 1:
         lead = "What the runs differ in." if rows else "The runs have one and the same recipe."
     else:
         lead = "What differs from the built-in defaults." if rows else "The built-in defaults."
-    shown = [table(["Key", *(run.name for run in runs)], rows, caption=lead.removesuffix("."))] if rows else []
+    shown = table(["Key", *(run.name for run in runs)], rows, caption=lead.removesuffix(".")) if rows else paragraph(lead)
     whole = [
         details(
             f"The whole recipe of {run.name}",
             table(
                 ["Key", "Value"],
-                [[tag("code", key), tag("code", _value(value))] for key, value in run.recipe.items()],
+                [[key_name(key), key_name(_value(value))] for key, value in run.recipe.items()],
                 caption=f"Recipe of {run.name}",
             ),
         )
         for run in runs
     ]
-    return join([paragraph(lead), *shown, *whole])
+    return join([shown, *whole])
 
 
 def _value(value: object) -> str:
@@ -113,7 +114,3 @@ def _value(value: object) -> str:
 
 def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:,.1f} min"

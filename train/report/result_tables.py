@@ -13,7 +13,9 @@ _COLUMN_NAMES = {"probe": "linear probe", "zeroshot": "zero-shot after LiT"}
 def measured_tables(rows: Sequence[Row], paper: Published) -> Html:
     """For each data set: encoders down, variants of protocols across."""
     if not rows:
-        return paragraph("No results were given: add --results with JSONs of train probe, fewshot, knn, zeroshot or eval, or their folder.")
+        return paragraph(
+            "No results were given: add --results with JSONs of train probe, fewshot, knn, zeroshot, finetune, caption or eval, or their folder."
+        )
     blocks = [_block(data, [row for row in rows if row.data == data], paper.benchmarks) for data in dict.fromkeys(row.data for row in rows)]
     units = "Accuracies and recalls in percent; ± is the deviation over seeds."
     return join([paragraph(units, muted=True), *blocks, details("All metrics", _all_metrics(rows))])
@@ -41,7 +43,7 @@ def _block(data: str, rows: Sequence[Row], benchmarks: Sequence[Benchmark]) -> H
     names = [f"#{variant}" + (f" ({metric})" if (metric := _metric(rows, variant)) else "") for variant in variants]
     beside = [one for one in benchmarks if any(is_of(row, one.data, one.protocol) for row in rows)]
     published = [table(["Published", "#Figure"], one.rows, caption=f"Published: {one.title}") for one in beside]
-    return join([tag("h3", data), table(["Encoder", *names], lines, caption=f"Measured on {data}"), *published])
+    return join([tag("h3", data), table(["Encoder", *names], lines, caption="Measured", label=f"Measured on {data}"), *published])
 
 
 def _metric(rows: Sequence[Row], variant: str) -> str:
@@ -84,4 +86,4 @@ def _ablation(ablation: Ablation, runs: Sequence[Run], rows: Sequence[Row]) -> H
     for place, line in enumerate(ablation.rows):
         numbers = [_published(value) for value in line.published]
         lines.append([line.name, *numbers, *(here.cells[place] if here else [])])
-    return join([tag("h3", ablation.title), table(columns, lines, caption=f"{ablation.title}: {ablation.setting}")])
+    return join([tag("h3", ablation.title), table(columns, lines, caption=ablation.setting, label=f"{ablation.title}: {ablation.setting}")])

@@ -58,7 +58,9 @@ def read_results(places: Sequence[Path], *, may_be_none: bool = False) -> list[R
         read = {file.resolve(): content for file in files if (content := _result(file, named=file == place)) is not None}
         if not read and not may_be_none:
             raise UserError(
-                f"{place} holds no result", allowed="JSON files of train probe, fewshot, knn, zeroshot or eval", mend="mend --results"
+                f"{place} holds no result",
+                allowed="JSON files of train probe, fewshot, knn, zeroshot, finetune, caption or eval",
+                mend="mend --results",
             )
         found |= read
     in_suites = {cell for content in found.values() for cell in content.get("cells", ())}
@@ -88,7 +90,11 @@ def _result(file: Path, *, named: bool) -> dict[str, Any] | None:
     if isinstance(rows, list) and all(isinstance(row, dict) and {"encoder", "metrics"} <= row.keys() for row in rows):
         return content
     if named:
-        raise UserError(f"{file} is no result", allowed="a JSON of train probe, fewshot, knn, zeroshot or eval", mend="mend --results")
+        raise UserError(
+            f"{file} is no result",
+            allowed="a JSON of train probe, fewshot, knn, zeroshot, finetune, caption or eval",
+            mend="mend --results",
+        )
     return None
 
 

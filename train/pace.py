@@ -1,0 +1,75 @@
+"""`train plan --measure`: how fast this machine trains, from some warmed steps of the run that is planned. Nothing is kept.
+
+OUT -> open_data, make_learner, make_loader -> the one loop for some seconds -> Pace
+"""
+
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+
+import torch
+
+from labels.settings import Train
+from train.bench.step import loop_rate, never_ending
+from train.checkpoint import snapshot
+from train.data import Chosen, make_loader, open_data
+from train.distributed import World, world
+from train.images import ImageInput
+from train.metrics import peak_memory_gib
+from train.run import check_shares, make_learner
+
+_ENDLESS = 1 << 40
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What was measured on one device.
+
+    Attributes:
+        samples_per_s: of warmed steps on the loader's batches.
+        start_s: from the begin of the command to the first of them, and from the last to the end.
+        pause_s: for which a checkpoint holds up training.
+        memory_gib: the most in use on the device, or by this process where the device is a CPU.
+    """
+
+    samples_per_s: float
+    start_s: float
+    pause_s: float
+    memory_gib: float
+
+    def seconds(self, samples: int, checkpoints: int, devices: int) -> float:
+        """Wall clock of a run of so many samples on so many devices like this one."""
+        return self.start_s + samples / (self.samples_per_s * devices) + checkpoints * self.pause_s
+
+
+def measure_pace(chosen: Chosen, settings: Train, devices: int, seconds: float, begun: float) -> Pace:
+    """Train for some seconds in this process, on one device.
+
+    Args:
+        chosen: what `--beton` names.
+        settings: `train`.
+        devices: of the planned run, of whose batch one takes its share.
+        seconds: how long, after two steps to warm up.
+        begun: time.perf_counter() when the command began.
+
+    Raises:
+        UserError: as `train run`, for data that cannot be opened and a batch that cannot be shared out.
+    """
+    check_shares(settings, devices)
+    settings = never_ending(settings.model_copy(update={"batch_size": settings.batch_size // devices}))
+    with redirect_stdout(sys.stderr), world(settings.runtime) as here:
+        return _measure(chosen, settings, here, seconds, begun)
+
+
+def _measure(chosen: Chosen, settings: Train, here: World, seconds: float, begun: float) -> Pace:
+    betons = open_data(chosen, settings.data, here, lambda: False)
+    assert betons is not None  # nobody asks to stop
+    learner = make_learner(settings, torch.from_numpy(betons.idf), here)
+    with make_loader(betons, settings, 0, _ENDLESS, here) as loader:
+        inputs = ImageInput(settings.data, here.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
+        found = loop_rate(loader, inputs, learner, settings, here, seconds)
+    start_s = time.perf_counter() - begun - found.seconds
+    before = time.perf_counter()
+    snapshot(learner, on_this_rank=True)
+    return Pace(found.samples_per_s, start_s, time.perf_counter() - before, peak_memory_gib(here.device))
