@@ -14,7 +14,7 @@ def measured_tables(rows: Sequence[Row], paper: Published) -> Html:
     """For each data set: encoders down, variants of protocols across."""
     if not rows:
         return paragraph(
-            "No results were given: add --results with JSONs of train probe, fewshot, knn, zeroshot, finetune, caption or eval, or their folder."
+            "No results were given: add --results with result JSONs (of train probe, fewshot, finetune, caption, eval), or their folder."
         )
     blocks = [_block(data, [row for row in rows if row.data == data], paper.benchmarks) for data in dict.fromkeys(row.data for row in rows)]
     units = "Accuracies and recalls in percent; ± is the deviation over seeds."
