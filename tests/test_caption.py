@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from caption_factory import COLOURS, coloured_pairs, language_model_folder
 from click.testing import CliRunner
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = (
     "caption.samples=1920", "caption.batch_size=16", "caption.prefix=2", "caption.max_tokens=12", "caption.mapper_layers=1",
     "caption.built_in={layers: 1, width: 32, vocabulary: 280}", "caption.beams=2", "caption.optimizer={lr: 1e-2, warmup_samples: 160}",
-    "train.runtime={device: cpu, precision: fp32}", "train.log={tensorboard: false}",
+    "features.precision=fp32",
 )  # fmt: skip
 
 
@@ -49,11 +50,12 @@ def test_it_learns_to_name_colours(pairs: Path, tmp_path: Path) -> None:
     run(f"pairs:{pairs}", out)
     found = json.loads(out.read_text())
     (row,) = found["results"]
+    assert row["cider_standard_error"] == pytest.approx(0) and found["train"]["samples"] == 24
     (seed,) = row["seeds"]
     captions = json.loads(Path(seed["captions"]).read_text())
     assert [one["caption"] for one in captions] == [f"A photo of something {list(COLOURS)[index % 3]}." for index in range(9)]
     assert row["cider"] == pytest.approx(1000)  # all are right: 10 a scorer, times 100
-    assert "built-in, 1,920 pairs, beam search of 2; CIDEr-D x 100 on the part test" in found["protocol"]
+    assert "built-in, 1,920 pairs, beam search of 2; CIDEr-D x 100" in found["protocol"] and found["part"] == "test"
     (told,) = read_results([out])
     assert told.main == "cider" and is_of(told, ["pairs"], "caption")
     # Again: nothing is trained, the result is the same.
@@ -77,6 +79,37 @@ def test_a_folders_decoder_stays_as_it_is(pairs: Path, tmp_path: Path) -> None:
     assert not list(work.rglob("decoder.safetensors")) and list(work.rglob("mapper.safetensors"))
     losses = [json.loads(line)["loss"] for line in (work / "metrics.jsonl").read_text().splitlines() if "loss" in line]
     assert len(losses) == 10 and losses[-1] < losses[0]
+
+
+def test_in_a_suite_beside_others(pairs: Path, tmp_path: Path) -> None:
+    """The same figure as by the command, with retrieval left out for want of a text tower; and overlapping parts refused at once."""
+    short = ("caption.samples=160", "caption.optimizer={lr: 1e-2, warmup_samples: 16}")
+    keys = dict(key.removeprefix("caption.").split("=", 1) for key in (*TINY, *short) if key.startswith("caption."))
+    chosen = {key: yaml.safe_load(value) for key, value in keys.items()}
+    run(f"pairs:{pairs}", tmp_path / "alone.json", *(word for key in short for word in ("--set", key)))
+    (alone,) = json.loads((tmp_path / "alone.json").read_text())["results"]
+    content = {
+        "encoders": ["pixels:2"], "data": [f"pairs:{pairs}"],
+        "protocols": [{"protocol": "caption", "set": chosen}, {"protocol": "retrieval", "set": {"k": [1]}}],
+    }  # fmt: skip
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
+    command = ["eval", "--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(cli, command, catch_exceptions=False, env={"COLUMNS": "200"})
+    assert said.exit_code == 0 and "left out: retrieval of pixels:2" in said.output, said.output
+    (row,) = json.loads((tmp_path / "out" / "suite.json").read_text())["results"]
+    assert row["variant"] == "caption, built-in decoder" and 0 < row["cider"] == alone["cider"]
+    assert row["cider_standard_error"] == alone["cider_standard_error"] > 0
+    header, _, line = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert "| caption, built-in decoder |" in header and line.endswith(f" {row['cider']:.1f} |")
+    assert Path(row["seeds"][0]["captions"]).is_file() and row["seeds"][0]["test_images_in_train"] == 0
+    double = coloured_pairs(tmp_path / "double")
+    (double / "test" / "0.tar").write_bytes((double / "train" / "0.tar").read_bytes())
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({**content, "data": [f"pairs:{double}"], "protocols": ["caption"]}))
+    with pytest.raises(UserError, match="24 of 24 test images are training images too"):
+        CliRunner().invoke(cli, command, catch_exceptions=False)
+    (double / "train" / "0.tar").unlink()
+    with pytest.raises(UserError, match="has no training part; allowed: data with a part `train`".replace("; ", r"\s+")):
+        CliRunner().invoke(cli, command, catch_exceptions=False)
 
 
 def test_a_trained_decoder_changes(pairs: Path, tmp_path: Path) -> None:
@@ -139,7 +172,9 @@ def test_errors_name_the_mend(pairs: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     message = told("--decoder", str(folder))
     assert f"{folder} has no weights" in message and "model.safetensors (or its parts)" in message and "git lfs pull" in message
-    assert "has no part 'val'" in told("--part", "val")
+    assert "has the parts train, test; allowed: one named val; mend the data, or --part" in told("--part", "val").replace(
+        "\n  mend:", ";"
+    ).replace("\n ", ";")
     double = coloured_pairs(tmp_path / "double")
     (double / "test" / "0.tar").write_bytes((double / "train" / "0.tar").read_bytes())
     message = told(data=f"pairs:{double}")

@@ -25,7 +25,7 @@ from labels.rows import rows_folder
 from labels.settings import Runtime, TextTower, Train
 from train.betons import BetonSet
 from train.checkpoint import checkpoint_folders, snapshot
-from train.contrastive.method import train_clip
+from train.contrastive.method import make_learner, train_clip
 from train.contrastive.model import Contrastive, build_text_tower
 from train.contrastive.tokens import Specials, framed, is_pair, specials_of
 from train.data import Chosen
@@ -35,9 +35,9 @@ from train.loop import Budget, run_loop
 from train.losses.contrastive import contrastive_loss
 from train.metrics import Metrics, Speed
 from train.model import build_trunk
-from train.parallel import spread
+from train.optim import by_decay
 from train.relabel import make_rows
-from train.run import as_learner, train_run
+from train.run import train_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOWER = TextTower(embed_dim=8, width=16, heads=2, layers=1, context=8)
@@ -154,8 +154,7 @@ def _trained(run: Path, train: Train, here: World, *, locked: bool = False) -> d
     torch.manual_seed(0)
     trunk = build_trunk(train.model)
     model = Contrastive(trunk, 24, build_text_tower(TOWER, specials.vocabulary), specials, locked=locked)
-    learner = as_learner(model, spread(model, train.runtime.parallel, here), train, here)
-    learner.optimizer.register_step_post_hook(lambda *_: model.joint.clamp())
+    learner = make_learner(model, train, here)
     share = slice(here.rank * BATCH // here.size, (here.rank + 1) * BATCH // here.size)
     made = []
     for step in range(4):
@@ -256,11 +255,40 @@ def test_parts_of_a_batch_are_refused(out: Path, config: Path, tmp_path: Path) -
 
 
 def test_the_scale_is_never_above_100() -> None:
+    """After a step of what the run trains with, from where the step alone would lead above it."""
     model = Contrastive(torch.nn.Flatten(), 12, build_text_tower(TOWER, 31), Specials(29, 30, 31), locked=True)
     assert model.joint.log_scale.item() == pytest.approx(np.log(1 / 0.07))
-    model.joint.log_scale.data.fill_(7.0)
-    model.joint.clamp()
+    learner = make_learner(model, settings(), ALONE)
+    model.joint.log_scale.data.fill_(np.log(100))
+    model.joint.log_scale.grad = torch.tensor([-1.0])
+    learner.optimizer.param_groups[-1]["lr"] = 0.5
+    learner.optimizer.step()
     assert model.joint.log_scale.exp().item() == pytest.approx(100)
+
+
+def test_what_weight_decay_spares_is_open_clips() -> None:
+    """open_clip: single vectors, norms, biases and the scale; embeddings and projections are decayed."""
+    model = Contrastive(build_trunk(settings().model), 24, build_text_tower(TOWER, 31), Specials(29, 30, 31), locked=False)
+    decayed, exempt = by_decay(model)
+    assert "joint.log_scale" in exempt and "trunk.cls_token" in exempt and "text.ln_final.weight" in exempt
+    assert {"joint.projection.weight", "text.token_embedding.weight", "text.positional_embedding", "text.text_projection"} <= decayed.keys()
+    for name, parameter in model.text.named_parameters():
+        assert (f"text.{name}" in exempt) == (parameter.ndim < 2 or "bn" in name or "ln" in name or "bias" in name), name
+
+
+def test_a_locked_trunk_has_neither_dropout_nor_gradients() -> None:
+    trunk = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(12, 6), torch.nn.BatchNorm1d(6))
+    model = Contrastive(trunk, 6, build_text_tower(TOWER, 31), Specials(29, 30, 31), locked=True).train()
+    images, texts = torch.randn(4, 3, 2, 2), framed(torch.randint(0, 29, (4, 5)), Specials(29, 30, 31), TOWER.context)
+    before = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
+    first, second = model(images, texts), model(images, texts)
+    assert torch.equal(first, second) and model.text.training and not any(module.training for module in trunk.modules())
+    first.backward()
+    assert all(parameter.grad is None for parameter in trunk.parameters()) and model.joint.projection.weight.grad is not None
+    assert all(torch.equal(before[name], tensor) for name, tensor in trunk.state_dict().items())
+    open_trunk = Contrastive(trunk, 6, build_text_tower(TOWER, 31), Specials(29, 30, 31), locked=False).train()
+    open_trunk(images, texts).backward()
+    assert all(parameter.grad is not None for parameter in trunk.parameters()) and trunk[1].training
 
 
 def test_heads_that_do_not_divide_the_width() -> None:

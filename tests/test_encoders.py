@@ -148,7 +148,11 @@ def test_specs_that_mean_nothing() -> None:
 def test_weights_go_to_the_encoders_that_take_some() -> None:
     asked = pair_weights(["run:a", "timm:x", "pixels:4", "open_clip:y"], ["1.pth", "2.pth"], layer=-1)
     assert [one.weights for one in asked] == [None, "1.pth", None, "2.pth"] and asked[0].layer == -1
-    assert [one.weights for one in pair_weights(["timm:x", "timm:x"], ["1.pth", "2.pth"])] == ["1.pth", "2.pth"]
+    twins = pair_weights(["timm:x", "timm:x", "run:a"], ["1.pth", "2.pth"], pool="avg")
+    assert [one.weights for one in twins] == ["1.pth", "2.pth", None]
+    assert [one.name for one in twins] == ["timm:x, avg, 1.pth", "timm:x, avg, 2.pth", "run:a, avg"], "tables tell them apart"
+    with pytest.raises(UserError, match=r"the encoder 'run:a' is asked for 2 times[\s\S]*allowed: each encoder"):
+        pair_weights(["run:a", "pixels:4", "run:a"], [])
     for specs, weights, told in (
         ([], [], "no encoder is named"),
         (["pixels:4"], ["w.pth"], "--weights was given 1 times for 0 timm and open_clip encoders (none)"),

@@ -1,6 +1,7 @@
 """Fine-tuning: rates layer by layer, drop path, mixing, resume, what it learns, and what it refuses."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,29 @@ def test_a_projection_that_open_clip_lists_first_is_no_stem() -> None:
     assert numbers["proj"] == numbers["ln_post.weight"] == 3 == max(numbers.values())
     assert numbers["class_embedding"] == numbers["conv1.weight"] == numbers["ln_pre.weight"] == 0
     assert numbers["transformer.resblocks.1.ln_1.weight"] == 2
+
+
+@pytest.mark.parametrize("kind", ["timm", "hf"])
+def test_the_last_block_that_is_read_is_next_to_the_head(tmp_path: Path, kind: str) -> None:
+    """Rates and drop path as of a net that ends there."""
+    if kind == "timm":
+        file = tmp_path / "v.safetensors"
+        save_file(timm.create_model("test_vit", num_classes=0).state_dict(), file)
+        asked, block = EncoderSpec("timm:test_vit", str(file)), "trunk.net.blocks"
+    else:
+        folder = write_hf(tmp_path / "dino", transformers.Dinov2Model(transformers.Dinov2Config(**VIT)))
+        asked, block = EncoderSpec(f"hf:{folder}"), "trunk.net.encoder.layer"
+    encoder = load_encoder(asked._replace(layer=-2))
+    found = rates(encoder.net, encoder.images.side)
+    depth = int(str(encoder.describe()["layer"]).partition(" of ")[0])
+    numbers = {name: int(name.removeprefix(f"{block}.").partition(".")[0]) for name in found if name.startswith(block)}
+    assert max(numbers.values()) == depth - 1
+    assert all(found[name] == 0.5 ** (depth - number) for name, number in numbers.items())
+    if kind == "timm":
+        set_drop_path(encoder.net, 0.3)
+        dropped = {name: one.drop_prob for name, one in encoder.net.named_modules() if isinstance(one, DropPath)}
+        last = {rate for name, rate in dropped.items() if f"blocks.{depth - 1}." in name}
+        assert depth == 1 or last == {0.3}
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet"])
@@ -302,3 +326,14 @@ def test_another_encoders_state_is_not_gone_on_with(folder: Path, data: DataSet,
     for settings in (QUICK, QUICK.model_copy(update={"layer_decay": 0.9})):
         FineTune().scores(load_encoder(f"run:{folder}/run"), data, settings.model_copy(update={"epochs": 2}), extractor(tmp_path), [0])
     assert len(list((tmp_path / "finetune").iterdir())) == 2
+
+
+def test_other_images_of_the_same_size_are_other_data(folder: Path, tmp_path: Path) -> None:
+    """The fingerprint has names and sizes alone: what was trained before an image changed is not taken for the new data's."""
+    shutil.copytree(folder / "data", tmp_path / "data")
+    settings, image = QUICK.model_copy(update={"epochs": 2}), tmp_path / "data" / "train" / "red" / "3.png"
+    for when in (1_000_000_000, 2_000_000_000):
+        os.utime(image, (4 * when, 4 * when))
+        found = load_data(f"folders:{tmp_path}/data")
+        FineTune().scores(load_encoder(f"run:{folder}/run"), found, settings, extractor(tmp_path / "cache"), [0])
+    assert len(list((tmp_path / "cache" / "finetune").iterdir())) == 2

@@ -169,6 +169,17 @@ def test_a_run_without_text_tower_is_told_as_such(runs: Runs, data: DataSet, mon
     assert "has no text tower: its head's token logits are taken; `train lit` gives it one" in " ".join(said.split())
 
 
+def test_names_that_the_tokenizer_does_not_know_are_told(runs: Runs, data: DataSet, tmp_path: Path) -> None:
+    """Else both would be one and the same text to the tower, and the figure chance without a word."""
+    (tmp_path / "names.txt").write_text("red bird\nxylophone\nzeppelin\n")
+    pipeline = Pipeline(zeroshot=Zeroshot(classnames=str(tmp_path / "names.txt")))
+    text = refused(
+        run_protocol, ZeroShot(), [EncoderSpec(f"run:{runs.folder / 'lit'}")], lambda: data, pipeline, Extractor(CPU, Features())
+    )
+    assert "1 class names have the same tokens as others" in text and "zeppelin (as xylophone)" in text
+    assert "--classnames FILE with other words" in text
+
+
 def test_another_tokenizer_is_refused(runs: Runs, data: DataSet, tmp_path: Path) -> None:
     from beton_factory import build_out
 

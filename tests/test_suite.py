@@ -136,6 +136,27 @@ def test_what_is_finished_is_not_measured_again(measured: tuple[Path, str], fold
         evaluate(folder, out, "--set", "knn.temperature=0.1")
 
 
+def test_what_is_called_alike_is_told_apart(folder: Path, tmp_path: Path) -> None:
+    """Two weight files of one architecture, and one protocol with two settings: a row and a column for each, none hides another."""
+    torch.manual_seed(6)
+    save_file(create_model("test_vit", num_classes=0).state_dict(), tmp_path / "other.safetensors")
+    files = [str(folder / "vit.safetensors"), str(tmp_path / "other.safetensors")]
+    content = {
+        "encoders": [*({"encoder": "timm:test_vit", "weights": file} for file in files), "pixels:2"],
+        "data": [f"folders:{folder}/two"] * 2,
+        "protocols": [{"protocol": "fewshot", "set": {"shots": [2], "l2": l2}} for l2 in (1.0, 1e9)],
+    }
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
+    evaluate(tmp_path, tmp_path / "out")
+    header, _, *lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert header == "| data | encoder | 2-shot | 2-shot (2) |"
+    assert [line.split(" | ")[1] for line in lines] == ["majority class", *(f"timm:test_vit, {file}" for file in files), "pixels:2"]
+    rows = json.loads((tmp_path / "out" / "suite.json").read_text())["results"]
+    assert len(rows) == 1 + 3 * 2 and len({row["cell"] for row in rows[1:]}) == 6
+    weights = {row["encoder"]: row["description"]["weights"] for row in rows[1:]}
+    assert len(set(weights.values())) == 3
+
+
 def test_shots_are_stored_with_their_cell(measured: tuple[Path, str]) -> None:
     out, _ = measured
     splits = list((out / "results").glob("*.splits.parquet"))

@@ -15,7 +15,6 @@ from labels.manifest import read_manifest
 from labels.settings import Pipeline
 from train import options
 from train.bench.commands import bench
-from train.caption.command import caption
 from train.contrastive.command import clip, lit
 from train.evals.commands import register
 from train.export.command import export
@@ -37,7 +36,6 @@ cli.add_command(clip)
 cli.add_command(lit)
 cli.add_command(report)
 cli.add_command(bench)
-cli.add_command(caption)
 cli.add_command(export)
 cli.add_command(llava)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from labels.files import fingerprint
-from labels.settings import Caption, Optimizer, Train
+from labels.settings import Caption, Checkpoint, Log, Optimizer, Runtime, Train
 from train.adapter import train_adapter
 from train.caption.batches import PairBatch, Pairs, pair_batches
 from train.caption.captioner import Captioner
@@ -23,6 +23,7 @@ from train.language_model import LanguageModel
 from train.precision import autocast_dtype
 
 _GENERATED_AT_ONCE = 64
+_SAVE_EVERY_MINUTES = 10.0
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,12 @@ class Work:
         return cls(folder / identity, identity)
 
 
-def trainer_settings(train: Train, caption: Caption, seed: int) -> Train:
-    """The trainer's section with the budget, the optimiser and the seed of captioning."""
-    runtime = train.runtime.model_copy(update={"seed": seed})
-    optimizer = Optimizer(**caption.optimizer.model_dump())
-    return train.model_copy(
-        update={"samples": caption.samples, "batch_size": caption.batch_size, "optimizer": optimizer, "runtime": runtime}
-    )
+def trainer_settings(caption: Caption, runtime: Runtime) -> Train:
+    """The trainer's section for the budget and the optimiser of captioning."""
+    return Train(
+        samples=caption.samples, batch_size=caption.batch_size, runtime=runtime, optimizer=Optimizer(**caption.optimizer.model_dump()),
+        log=Log(tensorboard=False), checkpoint=Checkpoint(every_samples=caption.samples, every_minutes=_SAVE_EVERY_MINUTES, keep=1),
+    )  # fmt: skip
 
 
 def make_captioner(width: int, language: LanguageModel, settings: Caption, seed: int) -> Captioner:

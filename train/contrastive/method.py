@@ -41,7 +41,7 @@ def train_clip(chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
         trunk: Any = build_trunk(settings.model)  # first, so that it begins as that of `train run`
         made = Contrastive(trunk, int(trunk.num_features), *_text(tower, betons), locked=False).to(here.device)
         set_up_trunk(trunk, settings.model)
-        return _learner(made, settings, here)
+        return make_learner(made, settings, here)
 
     def costs(settings: Train, betons: BetonSet) -> Costs:
         with torch.device("meta"):
@@ -69,7 +69,7 @@ def train_lit(asked: EncoderSpec, chosen: Chosen, run: Path, pipeline: Pipeline)
         made = Contrastive(encoder.net, encoder.width, *_text(tower, betons), locked=True).to(here.device)
         if settings.model.compile:
             encoder.net.compile()
-        return _learner(made, settings, here)
+        return make_learner(made, settings, here)
 
     def costs(settings: Train, betons: BetonSet) -> Costs:
         with torch.device("meta"):
@@ -110,7 +110,8 @@ def _text(tower: TextTower, betons: BetonSet) -> tuple[nn.Module, Specials]:
     return build_text_tower(tower, specials.vocabulary), specials
 
 
-def _learner(model: Contrastive, settings: Train, here: World) -> Learner:
+def make_learner(model: Contrastive, settings: Train, here: World) -> Learner:
+    """Both towers with what trains them; no scale above 100 after any step."""
     model.text.set_grad_checkpointing(settings.model.grad_checkpointing)  # type: ignore[operator]
     learner = as_learner(model, spread(model, settings.runtime.parallel, here), settings, here)
     learner.optimizer.register_step_post_hook(lambda *_: model.joint.clamp())

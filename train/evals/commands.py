@@ -87,9 +87,20 @@ def retrieval(**arguments: Any) -> None:
 @_evaluation
 def finetune(**arguments: Any) -> None:
     """Train the whole encoder on the labels (MAE's recipe); accuracy of the last epoch. The same command goes on with --cache or --out."""
-    if arguments["cache"] is None and arguments["out"] is not None:
-        arguments["cache"] = arguments["out"].with_suffix(".work")
+    _work_beside(arguments)
     _run("finetune", arguments, {})
+
+
+@click.command("caption")
+@click.option("--data", required=True, metavar="KIND:DIR", help="coco:, karpathy:, flickr30k: or pairs:DIR, as downloaded.")
+@click.option("--part", type=click.Choice(["val", "test"]), help="Which part is captioned (default: test where there is one, else val).")
+@click.option("--decoder", metavar="built-in|DIR", help="A folder of a causal language model (default: caption.decoder).")
+@_options(_OPTIONS[3:])
+def caption(decoder: str | None, **arguments: Any) -> None:
+    """Caption images: ClipCap's mapper from frozen features to a language model, CIDEr-D of its captions. The same command goes on with
+    --cache or --out."""
+    _work_beside(arguments)
+    _run("caption", arguments, {"caption.decoder": decoder})
 
 
 @click.command("eval")
@@ -108,6 +119,12 @@ def evaluate(suite: Path, out: Path, config: Path | None, overrides: tuple[str, 
         run_suite(read_suite(suite), out, extract, config, overrides)
 
 
+def _work_beside(arguments: dict[str, Any]) -> None:
+    """What is being trained is kept beside the result, where no other place is named."""
+    if arguments["cache"] is None and arguments["out"] is not None:
+        arguments["cache"] = arguments["out"].with_suffix(".work")
+
+
 def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> None:
     """`flags`: keys that have an option of their own, which wins over --set."""
     from train.evals.data.captions import load_caption_set
@@ -123,7 +140,7 @@ def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> 
 
     def load() -> Any:
         if PROTOCOLS[name].takes == "captions":
-            return load_caption_set(arguments["data"])
+            return load_caption_set(arguments["data"], cache, arguments.get("part"))
         return named_data(arguments["data"], arguments["train_dir"], arguments["test_dir"], cache)
 
     with _first_rank_speaks() as first:
@@ -158,5 +175,5 @@ def _first_rank_speaks() -> Iterator[bool]:
 
 def register(group: click.Group) -> None:
     """Add all of them to the command `train`."""
-    for command in (probe, fewshot, knn, zeroshot, retrieval, finetune, evaluate):
+    for command in (probe, fewshot, knn, zeroshot, retrieval, finetune, caption, evaluate):
         group.add_command(command)

@@ -4,7 +4,8 @@ import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from train.evals.protocols.lbfgs_probe import majority
 from train.evals.protocols.protocol import Evaluation, Score
 
 MAJORITY = "majority class"
-_VERSIONS = ("torch", "timm", "numpy", "pillow")
+_VERSIONS = ("torch", "timm", "numpy", "pillow", "transformers", "open_clip_torch")
 SPLITS = pa.schema([("encoder", pa.string()), ("variant", pa.string()), ("seed", pa.int64()), ("key", pa.string()), ("class", pa.string())])
 """One row a training sample that was drawn: shots of a fewshot, or the validation part of a probe; in the order of drawing."""
 
@@ -61,7 +62,7 @@ def measure(evaluation: Evaluation, encoder: Encoder, data: DataSet | CaptionSet
         names, trials = first.metrics, first.trials or len(data.test)
         metrics: dict[str, Any] = {}
         for name in names:
-            metrics |= _summary(name, [one[name] for one in seeds], trials)
+            metrics |= _summary(name, [one[name] for one in seeds], trials, first.standard_error)
         varies = "initialisation and what is drawn" if encoder.seeded else "what is drawn"
         about = {"encoder": encoder.name, "variant": variant, "description": encoder.describe(), "seed_varies": varies}
         rows.append({**about, "metrics": list(names), **metrics, "seeds": seeds, "seconds": seconds})
@@ -94,7 +95,7 @@ def result(
         "precision": extract.precision,
         **data.describe(),
         "device": str(extract.device),
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in _VERSIONS}},
+        "versions": {"python": sys.version.split()[0], **_versions()},
         "results": rows,
     }
 
@@ -109,6 +110,15 @@ def on_device(settings: Any, cache: Path | None) -> Extractor:
     return Extractor(torch.device("cuda" if torch.cuda.is_available() else "cpu"), settings, cache)
 
 
+def _versions() -> dict[str, str]:
+    """Of what decides figures, where it is installed."""
+    found = {}
+    for name in _VERSIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def _seed_row(score: Score, weights: str, train: LabelledImages | None) -> dict[str, Any]:
     row = {"seed": score.seed, **score.metrics, **score.detail, "encoder_weights": weights}
     if score.split is not None and train is not None:
@@ -117,13 +127,15 @@ def _seed_row(score: Score, weights: str, train: LabelledImages | None) -> dict[
     return row
 
 
-def _summary(name: str, values: list[float | None], test_samples: int) -> dict[str, Any]:
+def _summary(name: str, values: list[float | None], trials: int, error: float | None = None) -> dict[str, Any]:
+    """`error`: of one value by the test part's size; None: that of a share of `trials`."""
     known = np.array([value for value in values if value is not None])
     if not len(known):
         return {name: None, f"{name}_std": None, f"{name}_standard_error": None}
     mean = float(known.mean())
     spread = float(known.std(ddof=1)) if len(known) > 1 else None
-    return {name: mean, f"{name}_std": spread, f"{name}_standard_error": float(np.sqrt(max(mean * (1 - mean), 0.0) / test_samples))}
+    error = float(np.sqrt(max(mean * (1 - mean), 0.0) / trials)) if error is None else error
+    return {name: mean, f"{name}_std": spread, f"{name}_standard_error": error}
 
 
 def _split_table(encoder: str, train: LabelledImages | None, scores: list[Score]) -> pa.Table:

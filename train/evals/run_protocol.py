@@ -1,4 +1,4 @@
-"""`train probe | fewshot | knn | zeroshot | retrieval`: one protocol for some encoders on one data set, as a table and a result JSON."""
+"""`train probe | fewshot | knn | ... | caption`: one protocol for some encoders on one data set, as a table and a result JSON."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

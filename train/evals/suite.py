@@ -8,16 +8,18 @@
         pool: avg                                - knn
     data: [pets:/data/pets, folders:mine, coco:/data/coco]   - zeroshot
                                                  - retrieval
+                                                 - caption
 
-Protocols of classes are run on data with classes, retrieval on captioned data.
+Protocols of classes are run on data with classes, retrieval and caption on captioned data.
 
-DIR/features/         features, shared by all protocols and by later calls
+DIR/features/         features, shared by all protocols and by later calls; what is being trained
 DIR/results/<fingerprint>.json, .splits.parquet   one cell; a cell that is there is not measured again
 DIR/suite.json, table.md   all cells together
 """
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ from labels.files import fingerprint, write_json, write_whole
 from labels.settings import Pipeline
 from train.evals.data.captions import CAPTION_KINDS, CaptionSet, load_caption_set
 from train.evals.data.sets import DataSet, load_data
-from train.evals.encoders.encoder import Encoder, EncoderSpec
+from train.evals.encoders.encoder import Encoder, EncoderSpec, told_apart
 from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
 from train.evals.measure import floor_rows, measure, result, write_splits
@@ -68,10 +70,11 @@ def run_suite(suite: Suite, out: Path, extract: Extractor, config: Path | None =
         UserError: whatever does not fit; encoders, data and protocols are all checked before the first is measured.
     """
     planned = [_plan(entry, config, overrides) for entry in suite.protocols]
-    data_sets = [_load(spec, extract) for spec in suite.data]
+    encoders = told_apart([entry.asked for entry in suite.encoders])
+    data_sets = [_load(spec, extract) for spec in dict.fromkeys(suite.data)]
     _check(planned, data_sets)
     # Loaded once to see that all are sound and what they are, and let go: many large ones would not fit side by side.
-    about = [_about(entry.asked, planned) for entry in suite.encoders]
+    about = [_about(asked, planned) for asked in encoders]
     cells = list(_cells(out, data_sets, about, planned, extract))
     held: tuple[EncoderSpec, Encoder] | None = None
     for number, cell in enumerate(cells, start=1):
@@ -82,12 +85,12 @@ def run_suite(suite: Suite, out: Path, extract: Extractor, config: Path | None =
         if held is None or held[0] != cell.encoder:
             held = (cell.encoder, load_encoder(cell.encoder))
         _measure(cell, held[1], extract)
-    rows = [row for cell in cells for row in _rows(cell)]
+    rows = list(_numbered(row for cell in cells for row in _rows(cell)))
     rows = [{"data": data.name, **row} for data in data_sets for row in floor_rows(data)] + rows
     names = [data.name for data in data_sets]
     rows.sort(key=lambda row: names.index(row["data"]))  # stable: within a data set as the suite file has them
     grid = Grid(rows)
-    grid.print(f"top-1 % (retrieval: recall at the first k), mean ± deviation over seeds: {out}")
+    grid.print(f"top-1 % (retrieval: recall at the first k; caption: CIDEr-D x 100), mean ± deviation over seeds: {out}")
     for reason in dict.fromkeys(f"{cell.planned.evaluation.name} of {cell.encoder.name}: {cell.reason}" for cell in cells if cell.reason):
         print(f"left out: {reason}")
     found = {"results": rows, "suite": suite.model_dump(), "cells": [cell.file.stem for cell in cells if not cell.reason]}
@@ -97,7 +100,7 @@ def run_suite(suite: Suite, out: Path, extract: Extractor, config: Path | None =
 
 
 def _load(spec: str, extract: Extractor) -> DataSet | CaptionSet:
-    return load_caption_set(spec) if spec.partition(":")[0] in CAPTION_KINDS else load_data(spec, extract.cache)
+    return load_caption_set(spec, extract.cache) if spec.partition(":")[0] in CAPTION_KINDS else load_data(spec, extract.cache)
 
 
 def _fits(plan: _Planned, data: DataSet | CaptionSet) -> bool:
@@ -114,7 +117,9 @@ def _check(planned: list[_Planned], data_sets: list[DataSet | CaptionSet]) -> No
             plan.evaluation.check(data, plan.evaluation.settings(plan.pipeline))
     for data in data_sets:
         if not any(_fits(plan, data) for plan in planned):
-            raise UserError(f"no protocol of the suite takes {data.name}", mend="add one (retrieval for captions), or leave the data out")
+            raise UserError(
+                f"no protocol of the suite takes {data.name}", mend="add one (retrieval or caption for captions), or leave the data out"
+            )
 
 
 def _plan(entry: ProtocolEntry, config: Path | None, overrides: tuple[str, ...]) -> _Planned:
@@ -136,8 +141,7 @@ def _cells(
                 if not _fits(plan, data):
                     continue
                 settings: Any = plan.evaluation.settings(plan.pipeline)
-                images = (data.train, data.test) if isinstance(data, DataSet) else (data.test,)
-                parts = [data.name, *((part.fingerprint, part.modified_ns) for part in images)]
+                parts = [data.name, *((part.fingerprint, part.modified_ns) for part in (data.train, data.test) if part is not None)]
                 what = [plan.evaluation.describe(settings), settings.model_dump(), asked.name, description, extract.precision, TRANSFORM]
                 yield _Cell(data, asked, plan, out / "results" / f"{fingerprint([parts, what])}.json", reason)
 
@@ -159,3 +163,11 @@ def _rows(cell: _Cell) -> Iterator[dict[str, Any]]:
         raise UserError(f"{cell.file} is damaged: {error!r}", mend="remove it; the same command measures it again") from None
     for row in rows:
         yield {"data": cell.data.name, **row, "variant": cell.planned.prefix + row["variant"], "cell": cell.file.stem}
+
+
+def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Entries of one protocol that give the same variant, as with another `set` alone, are told apart by a number in the suite's order."""
+    seen = Counter[tuple[str, str, str]]()
+    for row in rows:
+        seen[key := (row["data"], row["encoder"], row["variant"])] += 1
+        yield row if seen[key] == 1 else {**row, "variant": f"{row['variant']} ({seen[key]})"}

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.evals.measure import MAJORITY
+from train.report.results import is_share, told
 
 _WIDEST = 1000
 
@@ -17,11 +18,12 @@ def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
     main, *others = rows[-1]["metrics"]
     table = Table(title=title)
     words = ["encoder", *(["variant"] if several else [])]
-    for column in (*words, f"{main} %", "± seeds", "± test size", *(f"{name} %" for name in others), "seconds"):
+    main_column, *other_columns = (f"{name} %" if is_share(name) else name for name in (main, *others))
+    for column in (*words, main_column, "± seeds", "± test size", *other_columns, "seconds"):
         table.add_column(column, justify="left" if column in words else "right", overflow="fold")
     for row in rows:
-        shares = [percent(row.get(key)) for key in (main, f"{main}_std", f"{main}_standard_error", *others)]
-        table.add_row(*(row[word] for word in words), *shares, f"{row['seconds']:.0f}" if "seconds" in row else "-")
+        values = [told(key, row.get(key)) for key in (main, f"{main}_std", f"{main}_standard_error", *others)]
+        table.add_row(*(row[word] for word in words), *values, f"{row['seconds']:.0f}" if "seconds" in row else "-")
     _show(table)
 
 
@@ -48,8 +50,8 @@ class Grid:
         if row is None:
             return "-"
         main = row["metrics"][0]
-        spread = f" ± {percent(row[f'{main}_std'])}" if row[f"{main}_std"] is not None else ""
-        return percent(row[main]) + spread
+        spread = f" ± {told(main, row[f'{main}_std'])}" if row[f"{main}_std"] is not None else ""
+        return told(main, row[main]) + spread
 
     def print(self, title: str) -> None:
         """On the terminal."""
@@ -68,11 +70,6 @@ class Grid:
         """As a Markdown table."""
         rule = ["---" if column in ("data", "encoder") else "---:" for column in self.header]
         return "".join("| " + " | ".join(line) + " |\n" for line in (self.header, rule, *self.lines()))
-
-
-def percent(share: float | None) -> str:
-    """`0.1234` -> `12.3`."""
-    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _show(table: Table) -> None:

@@ -77,7 +77,12 @@ def told(name: str, value: float | None) -> str:
     """A metric's value as tables tell it: shares of 1 in percent, others as they are."""
     if value is None:
         return "-"
-    return f"{100 * value:.1f}" if name.startswith(_SHARES) else f"{value:.1f}"
+    return f"{100 * value:.1f}" if is_share(name) else f"{value:.1f}"
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric is a share of 1, told in percent."""
+    return name.startswith(_SHARES)
 
 
 def _result(file: Path, *, named: bool) -> dict[str, Any] | None:

@@ -11,42 +11,80 @@ A part is `train`, `val` or `test`; Karpathy's `restval` belongs to `train`, as 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from labels.errors import UserError
 from train.evals.data.images import CaptionedImages, FilePlace
 from train.evals.data.listing import image_member, list_tars, tar_members
+from train.evals.data.overlap import check_overlap
 from train.evals.data.published import missing
 
 _IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images", "images", ".")
+_PUBLISHED = ("coco", "karpathy", "flickr30k")
 _PART_OF: dict[str, str] = {"restval": "train"}
 
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """What retrieval is measured on: the part `test` of a captioned data set, or `val` where it has no other."""
+    """A captioned data set. The test part is for the last figure alone: no choice may look at it.
+
+    name: what results call it. kind: the word before the colon. part: which one `test` is.
+    train: for what is trained on it; None where the data have no such part. cache: a folder that keeps what took long to find.
+    """
 
     name: str
+    kind: str
     part: str
     test: CaptionedImages
+    train: CaptionedImages | None
+    cache: Path | None = None
+
+    @property
+    def trained(self) -> CaptionedImages:
+        """The training part, for what needs one.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.train is None:
+            raise UserError(f"{self.name} has no training part", allowed="data with a part `train`", mend="give the data whole")
+        return self.train
+
+    @cached_property
+    def overlap(self) -> int:
+        """How many test images the training part holds too; asked for by what is trained on it.
+
+        Raises:
+            UserError: some, in data of one's own; or there is no training part.
+        """
+        return check_overlap(self.name, self.trained, self.test, self.cache, published=self.kind in _PUBLISHED)
 
     def describe(self) -> dict[str, Any]:
         """What a result JSON says of the data."""
-        return {"data": self.name, "part": self.part, "test": self.test.describe()}
+        train = {} if self.train is None else {"train": self.train.describe()}
+        return {"data": self.name, "part": self.part, **train, "test": self.test.describe()}
 
 
-def load_caption_set(spec: str) -> CaptionSet:
-    """The part of `KIND:DIR` that is measured.
+def load_caption_set(spec: str, cache: Path | None = None, part: str | None = None) -> CaptionSet:
+    """The part of `KIND:DIR` that is measured, and the training part where there is one.
+
+    Args:
+        cache: see CaptionSet.
+        part: which one is measured; None: `test` where there is one, else `val`.
 
     Raises:
-        UserError: it has none, and all of load_captions.
+        UserError: it has no such part, and all of load_captions.
     """
     parts = load_captions(spec)
-    part = next((name for name in ("test", "val") if name in parts), None)
-    if part is None:
-        raise UserError(f"--data {spec} has the parts {', '.join(parts)}", allowed="one named test or val", mend="mend the data")
-    return CaptionSet(published_name(spec), part, parts[part])
+    wanted = (part,) if part else ("test", "val")
+    found = next((name for name in wanted if name in parts), None)
+    if found is None:
+        raise UserError(
+            f"--data {spec} has the parts {', '.join(parts)}", allowed=f"one named {' or '.join(wanted)}", mend="mend the data, or --part"
+        )
+    return CaptionSet(published_name(spec), spec.partition(":")[0], found, parts[found], parts.get("train"), cache)
 
 
 def load_captions(spec: str) -> dict[str, CaptionedImages]:

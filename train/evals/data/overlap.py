@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from labels.errors import UserError
 from labels.files import fingerprint, write_json
 from train.evals.data.images import Images, Place
 
@@ -41,6 +42,29 @@ def find_overlap(train: Images, test: Images, cache: Path | None = None) -> Over
     if file:
         write_json(file, found._asdict())
     return found
+
+
+def check_overlap(name: str, train: Images, test: Images, cache: Path | None, *, published: bool) -> int:
+    """How many test images the training part holds too: told where the data are published so, refused elsewhere.
+
+    Args:
+        name: of the data.
+        cache: see find_overlap.
+
+    Raises:
+        UserError: some, in data of one's own.
+    """
+    overlap = find_overlap(train, test, cache)
+    if overlap.images and published:
+        print(f"{name}: {overlap.images} test images are training images too, as published; the result says so", flush=True)
+    elif overlap.images:
+        raise UserError(
+            f"{overlap.images} of {len(test)} test images are training images too, "
+            f"the first: {overlap.test_key} of {test.directory} is {overlap.train_key} of {train.directory}, byte by byte",
+            allowed="a test part that the training part has nothing of",
+            mend="remove them from one of the two parts",
+        )
+    return overlap.images
 
 
 def _same_sizes(train: Sequence[Place], test: Sequence[Place]) -> tuple[list[int], list[int]]:

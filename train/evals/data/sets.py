@@ -16,7 +16,7 @@ from train.evals.data.cars import read_cars
 from train.evals.data.imagenet import read_imagenet
 from train.evals.data.images import LabelledImages, Sample, class_order, shorten
 from train.evals.data.listing import list_samples, list_tars
-from train.evals.data.overlap import find_overlap
+from train.evals.data.overlap import check_overlap
 from train.evals.data.parquet import list_parquet
 from train.evals.data.pets import read_pets
 from train.evals.data.published import Parts
@@ -101,17 +101,8 @@ def _checked(name: str, kind: str, train_dir: Path, test_dir: Path, parts: Parts
             mend="give two parts of one data set, or leave these classes out of the test part",
         )
     test = LabelledImages.of(test_dir, parts.test, parts.classes)
-    overlap = find_overlap(train, test, cache)
-    if overlap.images and kind in _PUBLISHED:
-        print(f"{name}: {overlap.images} test images are training images too, as published; the result says so", flush=True)
-    elif overlap.images:
-        raise UserError(
-            f"{overlap.images} of {len(test)} test images are training images too, "
-            f"the first: {overlap.test_key} of {test_dir} is {overlap.train_key} of {train_dir}, byte by byte",
-            allowed="a test part that the training part has nothing of",
-            mend="remove them from one of the two parts",
-        )
-    return DataSet(name, kind, train, test, parts.names, overlap.images)
+    overlap = check_overlap(name, train, test, cache, published=kind in _PUBLISHED)
+    return DataSet(name, kind, train, test, parts.names, overlap)
 
 
 def _named_by_class(train: list[Sample], test: list[Sample], classes: tuple[str, ...] | None) -> Parts:

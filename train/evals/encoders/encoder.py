@@ -3,7 +3,8 @@
 B batch, S image side, W feature width.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,19 +27,34 @@ class EncoderSpec(NamedTuple):
     """What a user asks for.
 
     spec: run:RUN, timm:NAME, ... weights: a local file, for the kinds that need one. layer: a block, counted from 1, or from the end
-    with -1 for the last; pool: `avg`, `cls` or `cls+avg`; None of both: what the model itself gives out.
+    with -1 for the last; pool: `avg`, `cls` or `cls+avg`; None of both: what the model itself gives out. tag: see told_apart.
     """
 
     spec: str
     weights: str | None = None
     layer: int | None = None
     pool: str | None = None
+    tag: str | None = None
 
     @property
     def name(self) -> str:
         """What tables call it: the spec, with layer and pool where they were asked for."""
         words = [f"layer {self.layer}"] if self.layer is not None else []
-        return ", ".join([self.spec, *words, *([self.pool] if self.pool else [])])
+        return ", ".join([self.spec, *words, *(word for word in (self.pool, self.tag) if word)])
+
+
+def told_apart(asked: Sequence[EncoderSpec]) -> list[EncoderSpec]:
+    """The same encoders, each with a name of its own: where two have one, their weight files stand in it.
+
+    Raises:
+        UserError: one is asked for twice.
+    """
+    names = Counter(one.name for one in asked)
+    found = [one._replace(tag=one.weights) if names[one.name] > 1 else one for one in asked]
+    name, count = Counter(one.name for one in found).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"the encoder {name!r} is asked for {count} times", allowed="each encoder, with its weights, layer and pool, once")
+    return found
 
 
 class ImageForm(NamedTuple):

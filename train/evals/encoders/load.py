@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from labels.errors import UserError
-from train.evals.encoders.encoder import KINDS, Encoder, EncoderSpec, ImageForm, finish
+from train.evals.encoders.encoder import KINDS, Encoder, EncoderSpec, ImageForm, finish, told_apart
 from train.evals.encoders.hf_models import load_hf
 from train.evals.encoders.open_clip_models import load_open_clip
 from train.evals.encoders.runs import load_run, untrained_run
@@ -62,7 +62,7 @@ def pair_weights(specs: Sequence[str], weights: Sequence[str], layer: int | None
     """Encoders as a command line gives them: weights in the order of the encoders that take some, one layer and pool for all.
 
     Raises:
-        UserError: another number of weights than of such encoders.
+        UserError: another number of weights than of such encoders, or an encoder comes twice.
     """
     taking = [spec for spec in specs if spec.partition(":")[0] in _WITH_WEIGHTS]
     if not specs:
@@ -73,7 +73,7 @@ def pair_weights(specs: Sequence[str], weights: Sequence[str], layer: int | None
             allowed="one --weights for each timm:NAME and open_clip:NAME, in their order",
         )
     files = iter(weights)
-    return [EncoderSpec(spec, next(files, None) if spec in taking else None, layer, pool) for spec in specs]
+    return told_apart([EncoderSpec(spec, next(files, None) if spec in taking else None, layer, pool) for spec in specs])
 
 
 def _pixels(asked: EncoderSpec, side: str) -> Encoder:

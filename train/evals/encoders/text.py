@@ -51,14 +51,17 @@ class TextSide:
     projection: Callable[[Tensor], Tensor]
     modules: tuple[nn.Module, ...]
 
-    @torch.inference_mode()
     def texts(self, texts: Sequence[str], device: torch.device, labels: Path | None = None) -> Tensor:
         """Unit vectors float32 [T, D] of texts, on the device.
 
         Raises:
             UserError: they cannot be tokenized as the tower's own were.
         """
-        tokens = self.tokens(texts, labels)
+        return self.embedded(self.tokens(texts, labels), device)
+
+    @torch.inference_mode()
+    def embedded(self, tokens: Tensor, device: torch.device) -> Tensor:
+        """Unit vectors float32 [T, D] of what `tokens` gives, on the device."""
         self._on(device)
         return torch.cat(
             [functional.normalize(self.tower(part.to(device)).float(), dim=1) for part in tokens.split(_TEXTS_AT_ONCE)]

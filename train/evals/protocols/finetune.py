@@ -2,12 +2,10 @@
 
 places -> random crops and flips -> mixup or cutmix -> loop (FineTuned, AdamW with a rate for each layer) -> test part, once, at the end
 
-Of the paper's recipe, RandAugment is left out. N samples, C classes.
+Of the paper's recipe, RandAugment is left out; of its code, random erasing too. N samples, C classes.
 """
 
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ from train.evals.features import Extractor
 from train.evals.pixels import TRANSFORM, decode
 from train.evals.protocols.finetune_batches import LabelledBatch, Mixing, cropped_batches, mixes
 from train.evals.protocols.finetune_model import FineTuned, make_layer_decayed, set_drop_path, train_what_is_read
-from train.evals.protocols.protocol import Score, accuracies
+from train.evals.protocols.protocol import Score, accuracies, work_folder
 from train.signals import Stopped, stop_signals
 
 _SAVE_EVERY_MINUTES = 10.0
@@ -43,8 +41,9 @@ class FineTune:
     def describe(self, settings: Finetune) -> str:
         mixed = f"mixup {settings.mixup:g}, cutmix {settings.cutmix:g}" if mixes(settings) else "no mixing"
         return (
-            f"end-to-end fine-tuning, MAE's recipe without RandAugment: {settings.epochs} epochs, layer decay {settings.layer_decay:g}, "
-            f"weight decay {settings.weight_decay:g}, {mixed}, label smoothing {settings.smoothing:g}; the last epoch is tested"
+            f"end-to-end fine-tuning, MAE's recipe without RandAugment and random erasing: {settings.epochs} epochs, "
+            f"layer decay {settings.layer_decay:g}, weight decay {settings.weight_decay:g}, {mixed}, "
+            f"label smoothing {settings.smoothing:g}; the last epoch is tested"
         )
 
     def check(self, data: DataSet, settings: Finetune) -> None:
@@ -54,7 +53,7 @@ class FineTune:
         return None if any(True for _ in encoder.net.parameters()) else "it has no weights to train; give run:, timm:, open_clip: or hf:"
 
     def scores(self, encoder: Encoder, data: DataSet, settings: Finetune, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
-        with _folder(extract) as folder:
+        with work_folder(extract, self.name) as folder:
             return [self._score(encoder, data, settings, extract, seed, folder) for seed in seeds]
 
     def _score(self, frozen: Encoder, data: DataSet, settings: Finetune, extract: Extractor, seed: int, folder: Path) -> Score:
@@ -63,8 +62,10 @@ class FineTune:
         with world(runtime) as here, stop_signals() as stopping:
             train = train_settings(settings, runtime, len(data.train), here)
             model, drop_path = make_model(encoder, len(data.classes), settings.drop_path, seed, here)
-            keys = [encoder.describe(), data.train.fingerprint, settings.model_dump(exclude={"seeds"}), seed, here.size, TRANSFORM]
-            identity = fingerprint([*keys, extract.precision])
+            images = [data.train.fingerprint, data.train.modified_ns]
+            identity = fingerprint(
+                [encoder.describe(), images, settings.model_dump(exclude={"seeds"}), seed, here.size, TRANSFORM, extract.precision]
+            )
             mixing = Mixing(settings, len(data.classes), encoder.images, seed, here.device)
 
             def batches(first_step: int, steps: int) -> Iterator[LabelledBatch]:
@@ -127,13 +128,3 @@ def logits(model: FineTuned, encoder: Encoder, data: DataSet, extract: Extractor
     whole = Encoder(encoder.asked, net, encoder.images, len(data.classes), encoder.seeded, {})
     found = extract.stream(whole, data.test, np.arange(len(data.test)), lambda encoded, side, row: decode(encoded, side))
     return torch.cat([part.cpu() for part in found])
-
-
-@contextmanager
-def _folder(extract: Extractor) -> Iterator[Path]:
-    """Where checkpoints lie: in the cache, so that a stopped training goes on; without one, nowhere for long."""
-    if extract.cache is not None:
-        yield extract.cache / "finetune"
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)

@@ -3,6 +3,7 @@
 B batch, S image side, W feature width, C classes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,36 +44,37 @@ class FineTuned(nn.Module):
         return self.loss(self.head(self.trunk(images)), targets)
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """timm's interface: the name of a parameter -> the number of its layer, from 0."""
+        """timm's interface: the name of a trained parameter -> the number of its layer, from 0."""
         numbers = {f"trunk.{name}": number for name, number in layers(self.trunk).items()}
         last = max(numbers.values())
         return lambda name: numbers.get(name, last)
 
 
 def layers(trunk: nn.Module) -> dict[str, int]:
-    """The layer of every parameter of a trunk; the highest number is the head's, whether or not the trunk has something there.
+    """The layer of every trained parameter of a trunk; the highest number is the head's, whether or not the trunk has something there.
 
     timm's nets group themselves. Of others: what comes before the blocks is layer 0, then block after block, then the rest (BEiT's, MAE's).
+    Blocks that nothing reads (beyond `--layer`) do not count: the last one that is read is next to the head.
     """
     held = getattr(trunk, "net", trunk)  # a readout holds the model as `net`
     before = "net." if held is not trunk else ""
+    trained = [name for name, parameter in held.named_parameters() if parameter.requires_grad]
     if hasattr(held, "group_matcher"):
-        names = [*held.named_parameters(), (_AFTER_ALL, None)]
+        names = [(name, None) for name in (*trained, _AFTER_ALL)]
         numbers: Any = group_with_matcher(names, held.group_matcher(coarse=False), reverse=True)  # type: ignore[operator, arg-type]
     else:
-        numbers = _by_blocks(held)
+        numbers = _by_blocks(held, trained)
     return {f"{before}{name}": number for name, number in numbers.items()}
 
 
-def _by_blocks(net: nn.Module) -> dict[str, int]:
-    blocks = [f"{name}." for name in repeated_blocks(net)]
+def _by_blocks(net: nn.Module, trained: Sequence[str]) -> dict[str, int]:
+    blocks = [block for name in repeated_blocks(net) if any(one.startswith(block := f"{name}.") for one in trained)]
     numbers, begun, last = {_AFTER_ALL: len(blocks) + 1}, 0, len(blocks) + 1
-    for name, _ in net.named_parameters():
+    for name in trained:
         within = next((number for number, block in enumerate(blocks, start=1) if name.startswith(block)), None)
         begun = within or begun
-        after = (
-            begun == len(blocks) or name.rpartition(".")[2] == "proj"
-        )  # open_clip's projection: a parameter of the tower, so listed first
+        # open_clip's projection is a parameter of the tower, so listed first
+        after = begun == len(blocks) or name.rpartition(".")[2] == "proj"
         numbers[name] = within or (last if after else begun)
     return numbers
 
@@ -80,10 +82,14 @@ def _by_blocks(net: nn.Module) -> dict[str, int]:
 def set_drop_path(trunk: nn.Module, rate: float) -> float:
     """Drop residual branches while training: never in the first block, `rate` in the last, linearly between, as timm's `drop_path_rate`.
 
+    Args:
+        trunk: unfrozen; blocks without a trained parameter do not count.
+
     Returns:
         `rate`, or 0.0 where the architecture has no place for it.
     """
-    blocks = [(module, names) for module in trunk.modules() if (names := _drop_paths(module))]
+    read = [module for module in trunk.modules() if any(parameter.requires_grad for parameter in module.parameters())]
+    blocks = [(module, names) for module in read if (names := _drop_paths(module))]
     for number, (block, names) in enumerate(blocks):
         share = rate * number / max(len(blocks) - 1, 1)
         for name in names:

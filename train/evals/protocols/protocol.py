@@ -1,7 +1,10 @@
 """What every protocol is: for one encoder and one data set it gives scores, one for each seed and variant. N samples, C classes."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,9 +22,10 @@ class Score:
     Attributes:
         variant: what tables call it, e.g. `10-shot`.
         seed: what was drawn from it.
-        metrics: name -> value, shares of 1; None where it does not apply. The first is the main one.
+        metrics: name -> value, shares of 1 but for `cider`; None where it does not apply. The first is the main one.
         detail: JSON values: what was chosen, and how the solver ended.
         trials: what the metrics are shares of, where that is not the test part's images.
+        standard_error: what the size of the test part alone leaves, of a metric that is no share.
         split: rows of the training part that were drawn, in their order; None where all of it was used.
     """
 
@@ -31,6 +35,7 @@ class Score:
     detail: dict[str, Any] = field(default_factory=dict)
     split: np.ndarray | None = None
     trials: int | None = None
+    standard_error: float | None = None
 
 
 class Evaluation(Protocol):
@@ -65,6 +70,16 @@ class Evaluation(Protocol):
     def scores(self, encoder: Encoder, data: Any, settings: Any, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
         """Run it. `seeds`: those of the settings, or one of them where the encoder itself is drawn from a seed."""
         ...
+
+
+@contextmanager
+def work_folder(extract: Extractor, name: str) -> Iterator[Path]:
+    """Where what a protocol trains has its checkpoints: in the cache, so that a stopped one goes on; without one, nowhere for long."""
+    if extract.cache is not None:
+        yield extract.cache / name
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def top_k(logits: Tensor, y: Tensor, k: int) -> float:

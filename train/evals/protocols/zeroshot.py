@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from labels.errors import UserError
 from labels.settings import Zeroshot
 from train.evals.classnames import class_names, templates, told
+from train.evals.data.images import shorten
 from train.evals.data.sets import DataSet
 from train.evals.encoders.encoder import Encoder
 from train.evals.features import Extractor
@@ -24,6 +26,21 @@ from train.evals.protocols.token_logits import TokenLogits
 def class_embeddings(texts: Tensor, templates: int) -> Tensor:
     """Unit vectors [C, D] of unit vectors [C T, D], the T filled templates of each class one after another."""
     return functional.normalize(texts.unflatten(0, (-1, templates)).mean(1), dim=1)
+
+
+def check_told_apart(names: Sequence[str], tokens: Tensor, encoder: str) -> None:
+    """Raises:
+    UserError: different names have the same tokens [C, T, L], as where a vocabulary knows neither.
+    """
+    first: dict[bytes, str] = {}
+    alike = [(name, first.setdefault(row.numpy().tobytes(), name)) for name, row in zip(names, tokens, strict=True)]
+    found = [f"{name} (as {other})" for name, other in alike if name != other]
+    if found:
+        raise UserError(
+            f"{len(found)} class names have the same tokens as others for {encoder!r}: {shorten(found)}",
+            allowed="names with tokens of their own: its tokenizer may not know these words",
+            mend="--classnames FILE with other words for them",
+        )
 
 
 class ZeroShot(TokenLogits):
@@ -42,7 +59,9 @@ class ZeroShot(TokenLogits):
             return super().scores(encoder, data, settings, extract, seeds)
         names, forms, side = class_names(settings.classnames, data), templates(settings.templates), encoder.text()
         texts = [form.replace("{}", name) for name in names for form in forms]
-        embedded = side.texts(texts, extract.device, Path(settings.labels) if settings.labels else None)
+        tokens = side.tokens(texts, Path(settings.labels) if settings.labels else None)
+        check_told_apart(names, tokens.unflatten(0, (-1, len(forms))), encoder.name)
+        embedded = side.embedded(tokens, extract.device)
         cosines = side.images(extract(encoder, data.test), extract.device) @ class_embeddings(embedded, len(forms)).T  # [N, C]
         metrics = accuracies(cosines, torch.from_numpy(data.test.targets).to(extract.device))
         return [Score("zeroshot", seeds[0], metrics, {"names": names, "templates": forms})]
