@@ -6,7 +6,7 @@ Run: python benchmarks/features.py              both trunks
 JPEGs of 256 x 256 pixels, made in code: as labelled shards for the extraction, and as betons, built from the same shards, for the loader.
 Four things take turns, each on all cores (and the GPU, where there is one), from the page cache; medians:
   loader      train/loader.py, host resampling, its batches taken and dropped
-  decoding    what extraction decodes (train/evals/decoded.py: Pillow, the central crop), taken and dropped
+  decoding    what extraction decodes (train/evals/decoded.py, pixels.py: the central crop), taken and dropped
   trunk       the forward pass on one batch that lies on the device, again and again
   extraction  train/evals/features.py, from places to the array
 What it could at best: on a GPU the slower of loader and trunk; on a CPU, where both share the cores, 1 / (1 / loader + 1 / trunk).
