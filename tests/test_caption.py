@@ -82,12 +82,9 @@ def test_a_folders_decoder_stays_as_it_is(pairs: Path, tmp_path: Path) -> None:
 
 
 def test_in_a_suite_beside_others(pairs: Path, tmp_path: Path) -> None:
-    """The same figure as by the command, with retrieval left out for want of a text tower; and overlapping parts refused at once."""
-    short = ("caption.samples=160", "caption.optimizer={lr: 1e-2, warmup_samples: 16}")
-    keys = dict(key.removeprefix("caption.").split("=", 1) for key in (*TINY, *short) if key.startswith("caption."))
+    """The figure of the command above, with retrieval left out for want of a text tower; and overlapping parts refused at once."""
+    keys = dict(key.removeprefix("caption.").split("=", 1) for key in TINY if key.startswith("caption."))
     chosen = {key: yaml.safe_load(value) for key, value in keys.items()}
-    run(f"pairs:{pairs}", tmp_path / "alone.json", *(word for key in short for word in ("--set", key)))
-    (alone,) = json.loads((tmp_path / "alone.json").read_text())["results"]
     content = {
         "encoders": ["pixels:2"], "data": [f"pairs:{pairs}"],
         "protocols": [{"protocol": "caption", "set": chosen}, {"protocol": "retrieval", "set": {"k": [1]}}],
@@ -97,10 +94,9 @@ def test_in_a_suite_beside_others(pairs: Path, tmp_path: Path) -> None:
     said = CliRunner().invoke(cli, command, catch_exceptions=False, env={"COLUMNS": "200"})
     assert said.exit_code == 0 and "left out: retrieval of pixels:2" in said.output, said.output
     (row,) = json.loads((tmp_path / "out" / "suite.json").read_text())["results"]
-    assert row["variant"] == "caption, built-in decoder" and 0 < row["cider"] == alone["cider"]
-    assert row["cider_standard_error"] == alone["cider_standard_error"] > 0
+    assert (row["variant"], row["cider"]) == ("caption, built-in decoder", pytest.approx(1000))
     header, _, line = (tmp_path / "out" / "table.md").read_text().splitlines()
-    assert "| caption, built-in decoder |" in header and line.endswith(f" {row['cider']:.1f} |")
+    assert "| caption, built-in decoder |" in header and line.endswith(" 1000.0 |")
     assert Path(row["seeds"][0]["captions"]).is_file() and row["seeds"][0]["test_images_in_train"] == 0
     double = coloured_pairs(tmp_path / "double")
     (double / "test" / "0.tar").write_bytes((double / "train" / "0.tar").read_bytes())
