@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from train.export.formats import Format, Written
 from train.export.vit_classes import transformers_vit
 from train.model import build_trunk
 from train.presets import PRESETS
+from train.report.results import readout_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
@@ -101,6 +103,29 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def square(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise, which every other filter, size, mean or order of channels changes; a square, whose crop is the whole in every library."""
+    noise = np.random.default_rng(0).integers(0, 256, (77, 77, 3), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("square") / "photo.png"
+    Image.fromarray(noise).save(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+@pytest.mark.parametrize("name", ["timm", "hf", "onnx"])
+def test_an_image_file_through_the_librarys_own_preprocessing(
+    run_of, kind: str, name: str, tmp_path: Path, square: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's features by the card's code are the encoder's own to 1e-4."""
+    if name == "onnx" and kind != "clip":
+        pytest.skip("the same code for every trunk")
+    encoder = load_encoder(f"run:{run_of(kind)}")
+    export_encoder(encoder.asked, name, tmp_path / "out")
+    found, wanted = features_by_card(tmp_path / "out", square, monkeypatch), own_features(encoder, square)
+    assert (found - wanted).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("kind", TRUNKS)
 @pytest.mark.parametrize("name", ["timm", "hf"])
 def test_a_run_is_loaded_back(run_of, kind: str, name: str, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +133,7 @@ def test_a_run_is_loaded_back(run_of, kind: str, name: str, tmp_path: Path, phot
     said = export_encoder(encoder.asked, name, tmp_path / "out")
     assert said["difference"] <= 1e-5 and (name == "timm" or said["holds"] == f"transformers {HOLDS[kind]}")
     assert json.loads((tmp_path / "out" / "export.json").read_bytes()) == said
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # weights that others may read as they may the card
     found, wanted = features_by_card(tmp_path / "out", photo, monkeypatch), own_features(encoder, photo)
     assert found.shape == wanted.shape
     assert (found - wanted).abs().max() < 0.05 * wanted.abs().max(), "the library's own preprocessing gives other pixels"
@@ -187,7 +213,7 @@ def test_a_timm_model_with_weights_of_its_own(tmp_path: Path, photo: Path, monke
         assert said["encoder"]["checkpoint"] == "weights.safetensors"  # without its folder
         found = features_by_card(tmp_path / name, photo, monkeypatch)
         assert (found - own_features(load_encoder(asked), photo)).abs().max() < 0.05
-        assert "Not by this project" in (tmp_path / name / "README.md").read_text()
+        assert "Not by this project: `test_vit`, its weights from `weights.safetensors`." in (tmp_path / name / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("layer", "pool"), [(None, None), (-2, "cls+avg")])
@@ -224,26 +250,53 @@ def test_open_clip_gets_both_towers(tmp_path: Path, photo: Path, monkeypatch: py
 def test_the_card_tells_recipe_data_and_results(run_of, tmp_path: Path) -> None:
     run = run_of("clip")
     encoder = load_encoder(f"run:{run}")
+    assert readout_of(encoder.describe()) == "layer last, before the classifier, pool avg"
     row = {
         "encoder": encoder.name, "variant": "10 shots", "metrics": ["top1"], "top1": 0.5, "top1_std": 0.01, "seeds": [{}, {}, {}],
         "description": encoder.describe(),
     }  # fmt: skip
     other = {**row, "variant": "of other weights", "description": {"weights": "0"}}
+    class_token = {
+        **row,
+        "encoder": f"{encoder.name}, layer 1, cls",
+        "description": {**encoder.describe(), "layer": "1 of 2", "pool": "cls"},
+    }
     for results in ((), (tmp_path / "results",)):
         place = results[0] if results else run
         place.mkdir(exist_ok=True)
-        (place / "fewshot.json").write_text(json.dumps({"protocol": "fewshot, ridge", "data": "pets", "results": [row, other]}))
+        (place / "fewshot.json").write_text(
+            json.dumps({"protocol": "fewshot, ridge", "data": "pets", "results": [row, other, class_token]})
+        )
         export_encoder(encoder.asked, "timm", tmp_path / "out", results)
         text = (tmp_path / "out" / "README.md").read_text("utf8")
         assert "| pets | 10 shots: fewshot, ridge | top1 | 50.0 ± 1.0 | 3 |" in text and "of other weights" not in text
+        assert "| pets | 10 shots: fewshot, ridge (of layer 1 of 2, pool cls) | top1 |" in text  # not what the export gives
         (place / "fewshot.json").unlink()
     head, recipe = yaml.safe_load(text.split("---\n")[1]), re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0]
     assert head["library_name"] == "timm"
     (tmp_path / "again.yaml").write_text(recipe)
     assert load_pipeline(tmp_path / "again.yaml").train == load_pipeline(run / "config.yaml").train
+    assert "By `train run`: 640 of 12,800,000 samples seen." in text
     assert '{"labels": "abc123"}' in text and "/secret/place" not in text and encoder.describe()["weights"] in text
     (tmp_path / "other.json").write_text(json.dumps({"protocol": "knn", "data": "pets", "results": [other]}))
     assert "is of the weights of" in refusal(encoder.asked, "timm", tmp_path / "out", (tmp_path / "other.json",))
+
+
+def test_the_cards_labels_are_the_datas(run_of, tmp_path: Path) -> None:
+    """The trainer's configuration has a labels section that it does not read: what counts is how OUT was built."""
+    shutil.copytree(run_of("clip"), tmp_path / "run")
+    options = {"tokenizer": "/home/me/words.json", "context": 9, "idf": "paper"}
+    (tmp_path / "run" / "data.json").write_text(json.dumps({"label_options": options, "fingerprints": {}}))
+    export_encoder(EncoderSpec(f"run:{tmp_path / 'run'}"), "timm", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text("utf8")
+    recipe = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    assert recipe["labels"] == {"tokenizer": "words.json", "context": 9, "idf": "paper"}
+
+
+def test_the_card_of_an_untrained_trunk_says_so(run_of, tmp_path: Path) -> None:
+    export_encoder(EncoderSpec(f"untrained:{run_of('clip')}"), "timm", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text("utf8")
+    assert "Not trained: `vit_b16`, its weights drawn from seed 0." in text and "```yaml" not in text
 
 
 def test_nothing_foreign_is_replaced(run_of, tmp_path: Path) -> None:
@@ -258,9 +311,14 @@ def test_nothing_foreign_is_replaced(run_of, tmp_path: Path) -> None:
         if content is not None:
             (tmp_path / "mine" / "export.json").write_text(content)
         text = refusal(spec, "timm", tmp_path / "mine")
-        assert "exists and is no export" in text and "give another --out" in text
-    assert "exists and is no export" in refusal(spec, "timm", tmp_path / "mine" / "thesis.tex")
+        assert "exists and is not of `train export`" in text and "give another --out" in text
+    assert "exists and is not of `train export`" in refusal(spec, "timm", tmp_path / "mine" / "thesis.tex")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+    # What somebody has put beside an export is not removed with it: a clone of the Hub's keeps its history there.
+    (out / ".git").mkdir()
+    text = refusal(spec, "timm", out)
+    assert "has not written there, and replacing the folder would remove it: .git" in text and "move that away" in text
+    assert (out / ".git").is_dir() and (out / "preprocessor_config.json").is_file()
 
 
 def test_a_failed_check_leaves_nothing(run_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,11 @@ def test_runs_of_clip_and_lit(method: str, tmp_path: Path) -> None:
     text = (tmp_path / "open_clip" / "README.md").read_text("utf8")
     assert "Texts are not tokenized by open_clip's own tokenizer, but by the run's" in text
     assert "text_tower:" in text and str(tmp_path) not in text
+    assert f"| features | 8, layer {encoder.describe()['layer']}, pool {encoder.describe()['pool']}, projected |" in text
+    assert f"By `train {'clip' if method == 'clip' else 'lit'}`: 32 of 32 samples seen." in text
+    frozen = {"clip": None, "lit": "The image tower was frozen: `run:clip` as it was", "lit of timm": "frozen: `timm:test_vit` as it was"}
+    assert frozen[method] in text if frozen[method] else "was frozen" not in text
+    assert ("trunk:" in text) == (method != "lit of timm")  # RUN/config.yaml describes a trunk that another encoder has not
     assert json.loads((tmp_path / "open_clip" / "open_clip_config.json").read_bytes())["model_cfg"]["text_cfg"]["vocab_size"] == 17
 
 

@@ -1,12 +1,14 @@
 """An exported tower inside transformers' LLaVA class, with tiny random language models: forward, generate, a projector step, saving."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from labels.config import dump_yaml
 from labels.errors import UserError
@@ -116,8 +118,44 @@ def test_towers_that_llava_cannot_take(exported: Path, tmp_path: Path) -> None:
     assert "has no config.json" in refusal(lambda: load_tower(tmp_path))
     export_encoder(EncoderSpec("untrained:timm:test_resnet"), "hf", tmp_path / "resnet")
     text = refusal(lambda: load_tower(tmp_path / "resnet"))
-    assert "holds a timm_wrapper" in text and "CLIPVisionModel, ViTModel" in text and "train.model.trunk" in text
+    assert (
+        "holds a TimmWrapperModel" in text
+        and "class token first" in text
+        and "CLIPVisionModel, ViTModel" in text
+        and "train.model.trunk" in text
+    )
     wrapper: Any = transformers.AutoModel.from_pretrained(tmp_path / "resnet")
     assert "cannot take a TimmWrapperModel" in refusal(lambda: build_llava(wrapper, language_model("llama"), image_token_id=IMAGE))
     text = refusal(lambda: build_llava(load_tower(exported), language_model("llama"), image_token_id=IMAGE, layer=-4))
     assert "has no hidden states -4" in text and "-3 to 2" in text
+
+
+def test_a_tower_without_all_its_weights_is_refused(exported: Path, tmp_path: Path) -> None:
+    """transformers draws what is missing at random, and only warns."""
+    for name in ("part", "none", "pointer", "pickle"):
+        shutil.copytree(exported, tmp_path / name)
+    file = "model.safetensors"
+    tensors = load_file(exported / file)
+    gone = sorted(tensors)[-1]
+    save_file({key: tensor for key, tensor in tensors.items() if key != gone}, tmp_path / "part" / file, metadata={"format": "pt"})
+    text = refusal(lambda: load_tower(tmp_path / "part"))
+    assert "1 weights are missing or of another shape, the first:" in text and gone.rpartition(".")[2] in text
+    (tmp_path / "none" / file).unlink()
+    text = refusal(lambda: load_tower(tmp_path / "none"))
+    assert "has no weights" in text and "git lfs pull" in text
+    (tmp_path / "pointer" / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    assert f"git lfs pull: {file} is a pointer to the weights" in refusal(lambda: load_tower(tmp_path / "pointer"))
+    (tmp_path / "pickle" / file).unlink()
+    torch.save({"weight": Touches(tmp_path / "run")}, tmp_path / "pickle" / "pytorch_model.bin")
+    text = refusal(lambda: load_tower(tmp_path / "pickle"))
+    assert "Weights only load failed" in text and "take its weights as safetensors" in text and not (tmp_path / "run").exists()
+
+
+class Touches:
+    """What a hostile file holds: unpickled, it runs a command."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self.file}",)

@@ -1,6 +1,7 @@
 """`train llava` with a tiny tower and a tiny Llama: the projector learns, what is written loads as lmms-eval loads it, faults are told."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from labels.config import dump_yaml
 from labels.errors import UserError
 from labels.settings import Model, Pipeline, Train
 from train.cli import cli
+from train.language_model import load_language_model
 from train.llava.prompt import IGNORED, TEMPLATE, conversation_ids, written
 from train.llava.records import read_records
 from train.llava.run import TASKS
 from train.model import build_trunk
+from train.weights import weights_fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = (
@@ -102,6 +105,12 @@ def test_the_projector_learns_and_the_model_loads(talks: Path, trunk: Path, lang
     lines = work.read_text()
     run(talks, trunk, language, out)
     assert work.read_text() == lines
+    # With another language model, though its files are as large as before: what was trained beside the first is not gone on with.
+    other = shutil.copytree(language, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: -tensor for name, tensor in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    own, others = (weights_fingerprint(load_language_model(folder).model) for folder in (language, other))
+    assert facts["language_model_weights"] == own != others
 
 
 def test_captioned_pairs_are_taken_as_they_are(trunk: Path, language: Path, tmp_path: Path) -> None:
@@ -162,7 +171,8 @@ def test_errors_name_the_mend(talks: Path, trunk: Path, language: Path, tmp_path
     assert "one file is wanted" in record(image=["a.png", "b.png"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
-    assert "is no folder of `train llava`: it has no llava.json" in told(out=tmp_path / "mine")
+    assert "is not of `train llava`: it has no llava.json" in told(out=tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
     broken = json.loads(talks.read_text())[1:3]
     (tmp_path / "1.png").write_bytes(b"no image")
     (tmp_path / "0.png").write_bytes((talks.parent / "0.png").read_bytes())

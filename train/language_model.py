@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from labels.errors import UserError
+from train.pretrained import check_whole, import_transformers, load_folder
 
-_SHOWN = 4
 _LIMITS = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len")
 
 
@@ -45,28 +45,17 @@ def load_language_model(folder: Path, dtype: torch.dtype = torch.float32) -> Lan
         UserError: the folder is missing, lacks configuration, weights or tokenizer, or does not hold a whole causal language model.
     """
     check_folder(folder)
+    model, info = load_folder("AutoModelForCausalLM", folder, "a causal language model with its tokenizer", dtype=dtype)
+    check_whole(folder, info)
     try:
-        import transformers
-        from transformers.utils import logging
-    except ImportError:
-        raise UserError("transformers is not installed", mend="pip install 'superclass-lean[evals]'") from None
-    logging.set_verbosity_error()  # missing weights are told here, as an error
-    logging.disable_progress_bar()
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        loading: dict[str, Any] = {**options, "weights_only": True, "output_loading_info": True, "dtype": dtype}
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **loading)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises what it likes; the folder is the user's
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{folder} cannot be loaded by transformers: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            allowed="a folder of a causal language model with its tokenizer, whole, without code of its own",
+            f"the tokenizer in {folder} cannot be loaded by transformers: {reason}",
+            allowed="tokenizer.json, or the files of a tokenizer that transformers knows",
+            mend="download it again",
         ) from None
-    model, info = loaded
-    faults = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if faults:
-        shown = ", ".join(faults[:_SHOWN])
-        raise UserError(f"{folder}: {len(faults)} weights are missing or of another shape, the first: {shown}", mend="download it again")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no end token", mend="set eos_token in its tokenizer_config.json")
     return LanguageModel(str(folder), model.eval().requires_grad_(False), tokenizer)

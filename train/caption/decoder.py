@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from labels.errors import UserError
 from labels.settings import SmallDecoder
 from train.language_model import LanguageModel, load_language_model
+from train.pretrained import import_transformers
 
 BUILT_IN = "built-in"
 _HEAD_WIDTH = 64
@@ -26,19 +26,14 @@ def make_decoder(name: str, captions: Sequence[str], small: SmallDecoder, positi
     """
     if name != BUILT_IN:
         return load_language_model(Path(name))
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
-        from transformers.utils import logging
-    except ImportError:
-        raise UserError("transformers is not installed", mend="pip install 'superclass-lean[evals]'") from None
-    logging.set_verbosity_error()
-    tokenizer = GPT2Tokenizer().train_new_from_iterator(captions, small.vocabulary, show_progress=False)
+    transformers = import_transformers()
+    tokenizer = transformers.GPT2Tokenizer().train_new_from_iterator(captions, small.vocabulary, show_progress=False)
     heads = max(1, small.width // _HEAD_WIDTH)
     end = tokenizer.eos_token_id
-    config = GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_positions=positions, n_embd=small.width, n_layer=small.layers, n_head=heads, bos_token_id=end,
         eos_token_id=end, pad_token_id=end, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LanguageModel(BUILT_IN, GPT2LMHeadModel(config).eval(), tokenizer)
+        return LanguageModel(BUILT_IN, transformers.GPT2LMHeadModel(config).eval(), tokenizer)

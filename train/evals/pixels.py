@@ -14,6 +14,8 @@ from labels.errors import UserError
 
 TRANSFORM = "RGB, alpha on white, shorter side to image_size (bicubic, antialiased: PIL's, for plain JPEGs within two levels), centre crop"
 _JPEG_START = b"\xff\xd8"
+CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+"""Of RandomResizedCrop: shares of the area, width to height."""
 DECODE_FAULTS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises for bytes that are no whole image."""
 
@@ -50,7 +52,7 @@ def decode_crop(encoded: bytes, side: int, seed: int, epoch: int, index: int) ->
 
     with Image.open(BytesIO(encoded)) as image:
         rgb = _to_rgb(image)
-    left, top, width, height = random_crop(rgb.width, rgb.height, (0.08, 1.0), (3 / 4, 4 / 3), seed, epoch, index)
+    left, top, width, height = random_crop(rgb.width, rgb.height, CROP_SCALE, CROP_RATIO, seed, epoch, index)
     pixels = _resize(rgb, side, (left, top, left + width, top + height))
     return pixels[:, ::-1] if flipped(seed, epoch, index) else pixels
 

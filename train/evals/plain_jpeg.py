@@ -14,6 +14,7 @@ from numba import njit
 
 from labels.files import fingerprint_of_sources
 from train.crops import flipped, random_crop
+from train.evals.pixels import CROP_RATIO, CROP_SCALE
 from train.jpeg import Decompressor, tj_error, tj_header
 from train.pixels import BOX, DONE, Crops, Window, decode_row, shrink_to_fill
 
@@ -21,7 +22,6 @@ _UNFIT = -2
 _MOST_PIXELS = 89_478_485  # Pillow warns beyond
 _YCBCR, _GREY = 1, 2  # TJCS
 _WARNING = 0
-_SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 _CUBIC_REACH = 2.0
 
 
@@ -35,7 +35,7 @@ def _window(width: int, height: int, side: int, centre: bool, seed: int, epoch: 
         w = h = min(width, height)
         x, y = (width - w) / 2, (height - h) / 2
     else:
-        left, top, w, h = random_crop(width, height, _SCALE, _RATIO, seed, epoch, index)
+        left, top, w, h = random_crop(width, height, CROP_SCALE, CROP_RATIO, seed, epoch, index)
         x, y = float(left), float(top)
         flip = flipped(seed, epoch, index)
     across, down = _CUBIC_REACH * max(1.0, w / side), _CUBIC_REACH * max(1.0, h / side)
@@ -76,7 +76,7 @@ def _compiled_once(sources: str) -> Callable[..., int]:
     return decode_plain
 
 
-FILES = ("plain_jpeg.py", "../crops.py", "../jpeg.py", "../pixels.py", "../resample.py", "../simd.py")
+FILES = ("plain_jpeg.py", "pixels.py", "../crops.py", "../jpeg.py", "../pixels.py", "../resample.py", "../simd.py")
 """Sources of all that is compiled here."""
 _decode_plain = _compiled_once(fingerprint_of_sources(__file__, FILES))
 

@@ -1,6 +1,5 @@
 """`train export`: an encoder in another library's form, checked by loading it back, with its card; whole or not there."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from train.export.hf_format import HF
 from train.export.onnx_format import ONNX
 from train.export.open_clip_format import OPEN_CLIP
 from train.export.recipe import results_of, training_of
+from train.export.replace import check_replaceable, share_like
 from train.export.timm_format import TIMM
 
 FORMATS: dict[str, Format] = {form.name: form for form in (TIMM, HF, OPEN_CLIP, ONNX)}
 MARK = "export.json"
-"""What a folder of ours holds: nothing else is ever replaced."""
+"""What a folder of ours holds: no other is ever replaced."""
 
 
 def export_encoder(asked: EncoderSpec, format_name: str, out: Path, results: Sequence[Path] = ()) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def export_encoder(asked: EncoderSpec, format_name: str, out: Path, results: Seq
     Args:
         asked: any encoder that the format can hold.
         format_name: a key of FORMATS.
-        out: new, empty, or of an earlier export.
+        out: new, empty, or of an earlier export with nothing else beside it.
         results: result JSONs for the card, or folders of them; none: those in the run's folder.
 
     Returns:
@@ -39,7 +39,7 @@ def export_encoder(asked: EncoderSpec, format_name: str, out: Path, results: Seq
     Raises:
         UserError: `out` is something else, the format cannot hold the encoder, or what was read back differs; nothing is written then.
     """
-    _check_free(out)
+    check_replaceable(out, MARK, "train export")
     form = FORMATS[format_name]
     if asked.spec.startswith("pixels:"):
         raise UserError(f"the encoder {asked.spec!r} has no weights to export", allowed="any other kind of encoder")
@@ -60,22 +60,7 @@ def export_encoder(asked: EncoderSpec, format_name: str, out: Path, results: Seq
             "version": __version__,
         }
         write_json(folder / MARK, said)
+        share_like(folder / MARK)
     print(f"{out}: {written.holds}, loaded back: no feature differs by more than {difference:.1e}")
     print(written.pooling)
     return said
-
-
-def _check_free(out: Path) -> None:
-    """Refuse a folder or file that no export has written."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        ours = {"format", "holds", "difference"} <= json.loads((out / MARK).read_bytes()).keys()
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
-        raise UserError(
-            f"--out {out} exists and is no export: it has no {MARK} of ours",
-            allowed="a new or empty folder, or one that `train export` has written",
-            mend="give another --out, or remove it yourself",
-        )

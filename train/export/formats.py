@@ -24,6 +24,7 @@ class Written(NamedTuple):
         code: Python that loads it from `folder` and leaves `features` for the PIL image `image`.
         read: loads it from a folder by the format's own library.
         wanted: what it is compared with, where that is not the encoder itself: its projected features.
+        projected: their width then.
         text: for a pair of towers: the largest difference of a text feature, from a folder.
     """
 
@@ -33,6 +34,7 @@ class Written(NamedTuple):
     read: Callable[[Path], Features]
     text: Callable[[Path], float] | None = None
     wanted: Features | None = None
+    projected: int | None = None
 
 
 class Format(NamedTuple):

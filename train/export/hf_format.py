@@ -14,13 +14,14 @@ from train.evals.encoders.encoder import Encoder, ImageForm
 from train.export.formats import Features, Format, TimmTower, Written, timm_tower
 from train.export.timm_format import image_config
 from train.export.vit_classes import transformers_vit
+from train.pretrained import import_transformers
 
 _CODE = """\
 import torch
 from transformers import AutoImageProcessor, {name}
 
 model = {name}.from_pretrained(folder{options}).eval()
-processor = AutoImageProcessor.from_pretrained(folder)
+processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # as measured; torchvision's rounds pixels by a level
 with torch.inference_mode():
     found = model(**processor(images=image, return_tensors="pt"))
     features = {features}
@@ -67,7 +68,7 @@ def _write(encoder: Encoder, folder: Path) -> Written:
     if encoder.asked.spec.startswith("hf:"):
         raise UserError(f"the encoder {encoder.name!r} is in Hugging Face's form already", allowed="--format onnx")
     tower = timm_tower(encoder, "hf")
-    transformers = _transformers()
+    transformers = import_transformers()
     model, pool = transformers_vit(tower.net), str(getattr(tower.net, "global_pool", ""))
     if model is None:
         model, pool = _wrapped(transformers, tower, encoder.images), ""
@@ -92,7 +93,7 @@ def _wrapped(transformers: Any, tower: TimmTower, form: ImageForm) -> Any:
 
 def _read(folder: Path, name: str, pool: str) -> Features:
     options = {"add_pooling_layer": False} if name == "ViTModel" else {}
-    model = getattr(_transformers(), name).from_pretrained(folder, local_files_only=True, weights_only=True, **options).eval()
+    model = getattr(import_transformers(), name).from_pretrained(folder, local_files_only=True, weights_only=True, **options).eval()
 
     def features(images: torch.Tensor) -> torch.Tensor:
         found = model(pixel_values=images)
@@ -104,15 +105,6 @@ def _read(folder: Path, name: str, pool: str) -> Features:
         return found.pooler_output if pool == "token" else model.post_layernorm(tokens)[:, 1:].mean(1)
 
     return features
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise UserError("transformers is not installed", mend="pip install 'superclass-lean[evals]'") from None
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
 
 
 HF = Format("hf", "transformers", _write)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from labels.errors import UserError
+from train.evals.encoders.hf_models import load_vision_model
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedModel
@@ -22,23 +23,19 @@ def load_tower(folder: Path) -> "PreTrainedModel":
     """The tower of a folder that `train export --format hf` has written, or that holds another CLIP or plain ViT.
 
     Raises:
-        UserError: there is none, or it is of a class whose hidden states LLaVA cannot take.
+        UserError: there is none, weights are missing, or it is of a class whose hidden states LLaVA cannot take.
     """
-    import transformers
-
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json", allowed="a folder of `train export ENCODER --format hf`")
-    kind = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-    options: dict[str, Any] = {"local_files_only": True, "weights_only": True}
-    if kind == "vit":
-        return transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False, **options)
-    if kind in ("clip", "clip_vision_model"):
-        return transformers.CLIPVisionModel.from_pretrained(folder, **options)
-    raise UserError(
-        f"{folder} holds a {kind}, which transformers' LLaVA cannot take as its tower",
-        allowed=", ".join(TOWERS),
-        mend="export a ViT with class token (train.model.trunk: vit_b16, vit_tiny_patch16_224, ...)",
-    )
+        raise UserError(f"{folder} has no config.json", allowed="a folder of `train export ENCODER --format hf`", mend="mend the path")
+    tower = load_vision_model(folder)
+    if type(tower).__name__ not in TOWERS:
+        raise UserError(
+            f"{folder} holds a {type(tower).__name__}, which transformers' LLaVA cannot take as its tower: it wants hidden states "
+            "[images, 1 + patches, width], class token first",
+            allowed=", ".join(TOWERS),
+            mend="export a ViT with class token (train.model.trunk: vit_b16, vit_tiny_patch16_224, ...)",
+        )
+    return tower
 
 
 def build_llava(

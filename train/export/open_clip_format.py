@@ -48,8 +48,12 @@ def _write(encoder: Encoder, folder: Path) -> Written:
     towers = Towers(joint.projection.weight, text_config(text), text.state_dict(), joint.log_scale[0])  # type: ignore[union-attr, index, arg-type]
     model, config = build_pair(timm_tower(encoder, "open_clip"), towers, encoder.images.side)
     written = write_pair(model, config, encoder, folder)
-    pooling = f"{written.pooling} {_texts(encoder, int(model.vocab_size))}"  # type: ignore[arg-type]
-    return written._replace(pooling=pooling, wanted=lambda images: joint.projection(encoder(images)))  # type: ignore[operator]
+    pooling = (
+        "`encode_image` gives the encoder's feature after the projection into the texts' space, not normalised. "
+        f"{_texts(encoder, int(model.vocab_size))}"  # type: ignore[arg-type]
+    )
+    projection: Any = joint.projection
+    return written._replace(pooling=pooling, wanted=lambda images: projection(encoder(images)), projected=len(projection.weight))
 
 
 def _texts(encoder: Encoder, vocabulary: int) -> str:

@@ -14,28 +14,54 @@ from train.report.results import Row, read_results
 
 _SECTIONS = ("labels", "train")  # of config.yaml: what decides what is learnt; with two towers `text_tower` too
 _PLACES = ("beton", "labels", "sources")  # paths of the machine that trained
-_FOLDERS = re.compile(r"(^|:)/.*/")
+_FOLDERS = re.compile(r"(^|[:`])/[^`]*/")
 
 
 class Training(NamedTuple):
-    """`recipe`: what of the run's config.yaml decides what it learnt; `data`: data.json without paths; both empty where there is none."""
+    """How an encoder came to its weights.
 
+    Attributes:
+        told: in a sentence or two: which command has trained what, for how many of its samples; or that nothing here has.
+        recipe: what of the run's config.yaml decides what it learnt; empty where there is none.
+        data: data.json without paths; empty likewise.
+    """
+
+    told: str
     recipe: dict[str, Any]
     data: dict[str, Any]
 
 
 def training_of(encoder: Encoder) -> Training:
-    """How a run was trained; nothing for other encoders."""
+    """How a run was trained; of other encoders, that this project has not trained them."""
     if encoder.checkpoint is None:
-        return Training({}, {})
+        return Training(_told_of_others(encoder), {}, {})
     run = encoder.checkpoint.parent.parent
-    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf8"))
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf8"))
     data = json.loads((run / "data.json").read_bytes()) if (run / "data.json").is_file() else {}
+    frozen, method = data.get("encoder"), data.get("method", "run")
+    seen, wanted = int(encoder.checkpoint.name.rpartition("-")[2]), int(config["train"]["samples"])
+    told = f"By `train {method}`: {seen:,} of {wanted:,} samples seen."
+    if frozen is not None:
+        told += (
+            " It has trained a text tower and a projection. The image tower was frozen: "
+            f"`{frozen['spec']}` as it was, weights' fingerprint `{frozen['fingerprint']}`; recipe and data below are not its own."
+        )
     sections = [*_SECTIONS, *(["text_tower"] if encoder.text is not None else [])]
+    recipe = {key: config[key] for key in sections if key in config}
+    if data.get("label_options"):  # the labels' own: the configuration that a run was started with may say something else
+        recipe["labels"] = data["label_options"]
+    if frozen is not None and not frozen["by_config"]:
+        recipe["train"] = {key: value for key, value in recipe["train"].items() if key != "model"}  # it describes no trunk
     return Training(
-        _without_folders({key: recipe[key] for key in sections if key in recipe}),
-        _without_folders({key: value for key, value in data.items() if key not in _PLACES}),
+        _without_folders(told), _without_folders(recipe), _without_folders({key: data[key] for key in data if key not in _PLACES})
     )
+
+
+def _told_of_others(encoder: Encoder) -> str:
+    name, source = f"`{encoder.describe()['architecture']}`", str(encoder.describe()["checkpoint"])
+    if encoder.seeded:
+        return f"Not trained: {name}, its weights {source.removeprefix('none, ')}."
+    return f"Not by this project: {name}, its weights from `{Path(source).name}`."
 
 
 def _without_folders(value: Any) -> Any:

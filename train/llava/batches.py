@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from train.evals.encoders.encoder import ImageForm
 from train.evals.pixels import DECODE_FAULTS, decode
 from train.llava.prompt import IGNORED
 from train.llava.records import Record
+from train.threads import Threads
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def talk_batches(
 ) -> Iterator[TalkBatch]:
     """This rank's share of every batch from `first_step` on; the order is a function of (seed, epoch)."""
     share = slice(here.rank * size // here.size, (here.rank + 1) * size // here.size)
-    with ThreadPoolExecutor(read.threads or len(os.sched_getaffinity(0)), "llava") as pool:
+    with Threads(read.threads or len(os.sched_getaffinity(0)), "llava") as pool:
         waiting = None
         for rows in rows_of_steps(len(records), size, seed, first_step, steps):
             coming = [pool.submit(read, records[row]) for row in rows[share]]

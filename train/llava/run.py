@@ -17,6 +17,7 @@ from labels.settings import Llava, Optimizer, Pipeline, Train
 from train.adapter import train_adapter
 from train.distributed import World, world
 from train.evals.encoders.encoder import EncoderSpec
+from train.export.replace import check_replaceable, share_like
 from train.language_model import check_folder, load_language_model
 from train.llava.batches import Reader, TalkBatch, talk_batches
 from train.llava.model import Assembled, Projecting, assemble, tower_folder
@@ -27,7 +28,7 @@ from train.signals import stop_signals
 from train.weights import weights_fingerprint
 
 MARK = "llava.json"
-"""What a folder of ours holds: nothing else is ever replaced."""
+"""What a folder of ours holds: no other is ever replaced."""
 TASKS = {
     "VQAv2": "vqav2_val", "GQA": "gqa", "VizWiz": "vizwiz_vqa_val", "TextVQA": "textvqa_val", "SciQA": "scienceqa_img",
     "MMBench": "mmbench_en_dev", "MME": "mme", "POPE": "pope", "MMMU": "mmmu_val", "SEED": "seedbench",
@@ -49,19 +50,18 @@ def train_llava(asked: EncoderSpec, language: Path, data: str, images: Path | No
     Raises:
         UserError: whatever does not fit, before anything expensive begins.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).is_file())):
-        raise UserError(
-            f"--out {out} is no folder of `train llava`: it has no {MARK}", allowed="a new or empty folder", mend="give another --out"
-        )
+    check_replaceable(out, MARK, "train llava")
     check_folder(language)
     records = load_records(data, images)
     settings, folder = _trainer_settings(pipeline.train, pipeline.llava), out.with_name(f"{out.name}.work")
     with world(settings.runtime) as here, stop_signals() as stopping:
         dtype = autocast_dtype(settings.runtime.precision, here.device) if here.device.type == "cuda" else None
         tower = tower_folder(asked, folder if here.size == 1 else folder / f"rank-{here.rank}")
-        parts = assemble(tower, load_language_model(language, dtype or torch.float32), pipeline.llava, settings.runtime.seed)
+        held = load_language_model(language, dtype or torch.float32)
+        weights = weights_fingerprint(held.model)  # before the image's token joins its embedding
+        parts = assemble(tower, held, pipeline.llava, settings.runtime.seed)
         projecting = Projecting(parts.model.to(here.device))
-        facts = _facts(asked, language, data, records, parts, pipeline.llava, settings)
+        facts = {"language_model_weights": weights, **_facts(asked, language, data, records, parts, pipeline.llava, settings)}
         identity = fingerprint(facts)
         if not _train(projecting, parts, records, pipeline.llava, settings, folder / identity, identity, here, stopping):
             return False
@@ -104,7 +104,9 @@ def write_llava(parts: Assembled, facts: dict[str, Any], out: Path) -> None:
                 f"what transformers loads from {out} gives logits that differ by {difference:.1e}; nothing was written",
                 mend="this is a fault of the writer: please report it",
             )
-        write_json(folder / MARK, {**facts, "logits_differ_by": difference})
+        files = sorted(path.name for path in folder.iterdir())
+        write_json(folder / MARK, {**facts, "logits_differ_by": difference, "files": files})
+        share_like(folder / MARK)
 
 
 def _train(

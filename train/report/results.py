@@ -17,6 +17,7 @@ class Row:
 
     `metrics`: name -> (mean, deviation over seeds or None), the main one first; as the protocol gives them, see `told`.
     `weights`, `text_tower`: fingerprints of what was measured, None where the result does not say, or there is no text tower.
+    `readout`: which layer's features by which pool, in words; None likewise.
     """
 
     data: str
@@ -28,6 +29,7 @@ class Row:
     file: Path
     weights: str | None = None
     text_tower: str | None = None
+    readout: str | None = None
 
     @property
     def main(self) -> str:
@@ -110,5 +112,10 @@ def _rows(file: Path, content: dict[str, Any], protocols: dict[str, str]) -> Ite
         protocol = content.get("protocol") or protocols.get(row.get("cell", ""), "")
         variant = row.get("variant", protocol)
         data, about = row.get("data", content.get("data", "?")), row.get("description", {})
-        prints = about.get("weights"), about.get("text_tower")
+        prints = about.get("weights"), about.get("text_tower"), readout_of(about)
         yield Row(data, row["encoder"], variant, protocol, metrics, len(row.get("seeds", ())), file, *prints)
+
+
+def readout_of(about: dict[str, Any]) -> str | None:
+    """Layer and pool of an encoder's description, in words; None where it does not say."""
+    return f"layer {about['layer']}, pool {about['pool']}" if {"layer", "pool"} <= about.keys() else None

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from labels.errors import UserError
 from train.evals.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
 from train.evals.encoders.readout import Blocks, read_out
+from train.pretrained import check_whole, load_folder
 
 _NORMS = ("layernorm", "post_layernorm", "norm")
-_SHOWN = 4
 
 
 def load_hf(asked: EncoderSpec, folder: Path) -> Encoder:
@@ -31,10 +31,8 @@ def load_hf(asked: EncoderSpec, folder: Path) -> Encoder:
     ):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}", allowed="hf:DIR, a folder in Hugging Face's form", mend=mend)
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise UserError(f"{folder} has no weights", allowed="model.safetensors, or pytorch_model.bin", mend="download the weights too")
     form = image_form(folder)
-    model = _load(folder)
+    model = load_vision_model(folder)
     net, words = _Pooled(model), {"pool": "the model's own", "layer": "last"}
     if asked.layer is not None or asked.pool is not None:
         net, words = read_out(asked, model, _blocks(model, form.side))
@@ -42,28 +40,22 @@ def load_hf(asked: EncoderSpec, folder: Path) -> Encoder:
     return finish(asked, net, form, words)
 
 
-def _load(folder: Path) -> Any:
-    try:
-        from transformers import AutoModel
-        from transformers.utils import logging
-    except ImportError:
-        raise UserError("transformers is not installed", mend="pip install 'superclass-lean[evals]'") from None
-    logging.set_verbosity_error()  # missing weights are told here, as an error
-    logging.disable_progress_bar()
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "weights_only": True, "output_loading_info": True}
-    try:
-        model, info = AutoModel.from_pretrained(folder, **options)
-        if any(key.startswith("pooler.") for key in info["missing_keys"]):  # a pooler that the weights lack would be random
-            model, info = AutoModel.from_pretrained(folder, add_pooling_layer=False, **options)
-    except Exception as error:  # transformers raises what it likes; the folder is the user's
+def load_vision_model(folder: Path) -> Any:
+    """transformers' vision model in `folder`, its image tower where it has two, in evaluation mode on the CPU.
+
+    Raises:
+        UserError: transformers is missing; the folder lacks weights, or some of them; it holds no vision model.
+    """
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(
-            f"{folder} cannot be loaded by transformers: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            allowed="a folder of a vision model, whole, without code of its own",
-        ) from None
-    faults = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if faults:
-        shown = ", ".join(faults[:_SHOWN])
-        raise UserError(f"{folder}: {len(faults)} weights are missing or of another shape, the first: {shown}", mend="download it again")
+            f"{folder} has no weights",
+            allowed="model.safetensors, or pytorch_model.bin",
+            mend="download the weights too; after git clone: git lfs pull",
+        )
+    model, info = load_folder("AutoModel", folder, "a vision model")
+    if any(key.startswith("pooler.") for key in info["missing_keys"]):  # a pooler that the weights lack would be random
+        model, info = load_folder("AutoModel", folder, "a vision model", add_pooling_layer=False)
+    check_whole(folder, info)
     model = getattr(model, "vision_model", model)
     if getattr(model.config, "model_type", "") == "vit_mae":
         model.config.mask_ratio = 0.0  # else three quarters of the patches are dropped
