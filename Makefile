@@ -1,5 +1,6 @@
-# make demo: the main job on real input.  make test: the tests.  make check: style and types.  make wheel: dist/*.whl.
-.PHONY: setup demo test check wheel lock clean
+# make demo: the main job on real input.  make ablations: the paper's tables at the demo's size.
+# make test: the tests.  make check: style and types.  make wheel: dist/*.whl.
+.PHONY: setup demo ablations test check wheel lock clean
 
 BIN := .venv/bin
 
@@ -11,6 +12,11 @@ setup: .venv/.done
 
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/openclipart/demo.sh
+
+# Killed, the same command goes on with what is missing.
+ablations: setup
+	@$(BIN)/python examples/openclipart/make_shards.py --out demo/data --cache demo/cache
+	@$(BIN)/python examples/openclipart/ablations.py --data demo/data --out demo/ablations
 
 test: setup
 	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile
