@@ -1,11 +1,13 @@
 """Writing betons, beside FFCV's own writer and beside `cp`, from the same tars.
 
-Run: python benchmarks/writer.py --tars FOLDER [--samples 40000] [--stock-samples 2000] [--repeats 3] [--workers 2]
+    python benchmarks/writer.py --tars FOLDER [--samples 100000] [--stock-samples 10000] [--repeats 3] [--workers 2] [--decode-check header]
 
 FOLDER holds tars of photographs (benchmarks/photo_tiles.py writes such); their samples are repeated under new keys until there are
 enough, 10,000 a tar as DataComp has them. The sides take turns, each after a `sync`, the page cache warm; the median counts.
 
-    ours       the whole command `preprocess build-labels` from start to exit, labels done before: it reads the tars, hashes and fsyncs
+    ours       the whole command `preprocess build-labels` from start to exit, labels done before: it reads the tars, looks at every JPEG's
+               header and end mark (`--decode-check header`, the default; `full` decodes each once), hashes, and fsyncs
+    nothing    the same command again, all being done: what of it is not writing
     ffcv       ffcv.DatasetWriter with RGBImageField(write_mode="jpg"), which decodes and encodes; its own worker processes
     cp         `cp` of the tars into a new folder; nothing is synced
     cp+sync    the same until the bytes are on the disk, as ours are
@@ -74,8 +76,8 @@ def command(tars: Path, out: Path, workers: int, *more: str) -> list[str]:
     return [sys.executable, "-m", "preprocess", "build-labels", str(tars), "--out", str(out), "--workers", str(workers), *more]
 
 
-def ours(tars: Path, out: Path, workers: int) -> None:
-    subprocess.run(command(tars, out, workers), check=True, capture_output=True)
+def ours(tars: Path, out: Path, workers: int, check: str) -> None:
+    subprocess.run(command(tars, out, workers, "--decode-check", check), check=True, capture_output=True)
 
 
 def stock(tar: Path, target: Path, count: int, workers: int) -> None:
@@ -98,20 +100,22 @@ def timed(run: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tars", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=40_000)
-    parser.add_argument("--stock-samples", type=int, default=2_000)
+    parser.add_argument("--samples", type=int, default=100_000)
+    parser.add_argument("--stock-samples", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--decode-check", default="header")
     parser.add_argument("--work", type=Path, help="Folder for all that is written, on the disk to be measured.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
-        work, workers = Path(name), arguments.workers
+        work, workers, check = Path(name), arguments.workers, arguments.decode_check
         tars, out, copy = work / "tars", work / "out", work / "copy"
         repeat_samples(arguments.tars, tars, arguments.samples)
-        subprocess.run(command(tars, out, workers, "--no-beton"), check=True, capture_output=True)
-        seconds: dict[str, list[float]] = {"ours": [], "ffcv": [], "cp": [], "cp+sync": []}
+        subprocess.run(command(tars, out, workers, "--no-beton", "--decode-check", check), check=True, capture_output=True)
+        seconds: dict[str, list[float]] = {"ours": [], "nothing": [], "ffcv": [], "cp": [], "cp+sync": []}
         for _ in range(arguments.repeats):
-            seconds["ours"].append(timed(lambda: ours(tars, out, workers)))
+            seconds["ours"].append(timed(lambda: ours(tars, out, workers, check)))
+            seconds["nothing"].append(timed(lambda: ours(tars, out, workers, check)))
             size = sum(part.bytes for part in read_manifest(out).betons)
             for folder in ("beton", "done/beton"):
                 shutil.rmtree(out / folder)
@@ -122,8 +126,14 @@ def main() -> None:
                 seconds[side].append(timed(lambda script=script: subprocess.run(script, shell=True, check=True)))
                 shutil.rmtree(copy)
         tar_bytes = sum(path.stat().st_size for path in tars.iterdir())
-    counts = {"ours": arguments.samples, "ffcv": arguments.stock_samples, "cp": arguments.samples, "cp+sync": arguments.samples}
-    print(f"{arguments.samples:,} samples, tars {tar_bytes / 1e9:.2f} GB, betons {size / 1e9:.2f} GB, {workers} workers")
+    counts = {
+        "ours": arguments.samples,
+        "nothing": arguments.samples,
+        "ffcv": arguments.stock_samples,
+        "cp": arguments.samples,
+        "cp+sync": arguments.samples,
+    }
+    print(f"{arguments.samples:,} samples, tars {tar_bytes / 1e9:.2f} GB, betons {size / 1e9:.2f} GB, {workers} workers, check: {check}")
     rates = {side: counts[side] / statistics.median(values) for side, values in seconds.items()}
     for side, rate in rates.items():
         spread = f"{min(seconds[side]):.2f} to {max(seconds[side]):.2f} s"

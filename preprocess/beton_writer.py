@@ -1,7 +1,7 @@
 """Writes one .beton file (layout: labels/beton.py) front to back: hashed while it is written, each byte copied once.
 
 Samples lie in mapped files (tars, a spool); compiled code copies a page of them at a time into a buffer, a second thread hashes it while
-this one writes it.
+this one writes it (preprocess/direct.py: past the page cache).
 """
 
 import hashlib
@@ -10,15 +10,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
-from numba import njit
+from numba import njit, types  # pyright: ignore[reportPrivateImportUsage]  (numba documents it there)
 
 from labels import beton
+from preprocess.direct import DirectFile, aligned_buffer
 
 _LARGEST_PAGE = 1 << 26
 _WASTE = 1 / 32
+
+# void* memcpy(void* to, const void* from, size_t bytes): copied as slices, bytes go through numba's loop for arrays of any kind
+_copy_bytes = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def write_beton(path: Path, samples: Samples) -> tuple[int, str]:
     page_bytes, starts = choose_page(sizes)
     head, tail = _head_and_tail(samples, page_bytes, starts)
     label_bytes = np.ascontiguousarray(samples.labels, "<i4").view(np.uint8).reshape(count, 4 * limit)
-    with open(path, "wb") as file, _Writer(file) as writer:
+    with DirectFile(path) as file, _Writer(file) as writer:
         writer.put(head)
         last_page = int(starts[-1]) // page_bytes if count else -1
         bounds = np.searchsorted(starts, np.arange(int(starts[0]) // page_bytes if count else 0, last_page + 2) * page_bytes)
@@ -110,7 +114,7 @@ def _head_and_tail(samples: Samples, page_bytes: int, starts: np.ndarray) -> tup
     image = metadata["image"]
     image["mode"], image["width"], image["height"], image["data_ptr"] = beton.JPG_MODE, samples.width, samples.height, starts
     metadata["labels_ptr"], metadata["index"] = starts + samples.bytes, samples.index
-    head = np.zeros(first, np.uint8)
+    head = aligned_buffer(first)
     at = 0
     for part in (header, beton.field_descriptors(limit), metadata):
         head[at : at + part.nbytes] = np.frombuffer(part.tobytes(), np.uint8)
@@ -125,7 +129,7 @@ def _head_and_tail(samples: Samples, page_bytes: int, starts: np.ndarray) -> tup
 class _Writer:
     """A file with its SHA-256 and its length. Hashing runs beside writing; two buffers take turns."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: DirectFile) -> None:
         self._file = file
         self._hasher = ThreadPoolExecutor(1)
         self._hashing: list[Future[None] | None] = [None, None]
@@ -145,13 +149,13 @@ class _Writer:
         if hashing := self._hashing[0]:
             hashing.result()
         if len(self._buffers[0]) != size:
-            self._buffers[0] = np.empty(size, np.uint8)
+            self._buffers[0] = aligned_buffer(size)
         return self._buffers[0]
 
     def put(self, block: np.ndarray) -> None:
         """Append uint8 [n]; it may not be changed before the next but one `buffer`."""
         self._hashing[0] = self._hasher.submit(self.digest.update, block.data)
-        self._file.write(block.data)
+        self._file.write(block)
         self.bytes += len(block)
 
 
@@ -174,9 +178,12 @@ def _copy(
     data: np.ndarray, number: int, file: np.ndarray, offset: np.ndarray, size: np.ndarray, target: np.ndarray, buffer: np.ndarray
 ) -> None:
     """Those samples whose file is `number`, from `data` into `buffer`."""
+    begin, to = np.int64(data.ctypes.data), np.int64(buffer.ctypes.data)  # signed: an unsigned and a signed integer would add up as floats
     for row in range(len(file)):
         if file[row] == number:
-            buffer[target[row] : target[row] + size[row]] = data[offset[row] : offset[row] + size[row]]
+            assert 0 <= offset[row] <= len(data) - size[row]
+            assert 0 <= target[row] <= len(buffer) - size[row]
+            _copy_bytes(to + target[row], begin + offset[row], size[row])
 
 
 @njit(nogil=True, cache=True)

@@ -1,6 +1,9 @@
 """Betons: the tar's own bytes inside, in FFCV's format, read by its stock Loader with no custom field."""
 
+import errno
+import fcntl
 import io
+import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +25,7 @@ from labels.manifest import read_manifest
 from labels.schema import PAD_ID
 from labels.sparse import pad_rows
 from preprocess.beton_writer import Samples, choose_page, write_beton
+from preprocess.direct import DirectFile, aligned_buffer
 
 LIMIT = 12
 
@@ -175,6 +179,39 @@ def test_every_sample_lies_on_one_page_and_the_hash_is_the_files(
         assert at // page == (labels_at + 4 * limit - 1) // page and at >= page
     table = data[int(header["alloc_table_ptr"]) :].view(beton.ALLOCATION)
     assert len(table) == 2 * len(sizes)
+
+
+@pytest.mark.parametrize("refused", ["", "open", "write"])
+def test_a_file_written_past_the_cache_holds_all_bytes(refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its file system has no such writes, and tells so at once or late."""
+    direct = [0]
+
+    def fail(flags: int) -> None:
+        direct[0] += bool(flags & os.O_DIRECT)
+        if flags & os.O_DIRECT and refused:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    def open_file(path: Path, flags: int, mode: int) -> int:
+        if refused == "open":
+            fail(flags)
+        return plain_open(path, flags, mode)
+
+    def write(descriptor: int, data: memoryview) -> int:
+        fail(fcntl.fcntl(descriptor, fcntl.F_GETFL))
+        return plain_write(descriptor, data[: 1 << 20])  # a system may take less than it is given
+
+    plain_open, plain_write = os.open, os.write
+    dice, parts = np.random.default_rng(0), []
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "write", write)
+    with DirectFile(tmp_path / "file") as file:
+        for size in (1 << 21, 1 << 21, 5000, 8192, 0, 7):
+            parts.append(aligned_buffer(size))
+            parts[-1][:] = dice.integers(0, 256, size)
+            file.write(parts[-1])
+    monkeypatch.undo()
+    assert (tmp_path / "file").read_bytes() == np.concatenate(parts).tobytes()
+    assert direct[0] == (1 if refused else 4)
 
 
 def test_the_page_wastes_little() -> None:

@@ -22,6 +22,7 @@ from labels import files
 from labels.errors import UserError
 from labels.files import TEMPORARY_SUFFIX, own_partials, plain_disk_faults, remove_partials, whole_file, write_json
 from labels.layout import Layout
+from preprocess.direct import DirectFile
 from preprocess.plan import remove_leftovers
 
 NUMBERS = np.random.default_rng(0).integers(0, 1 << 60, 200_000)
@@ -51,7 +52,12 @@ def by_duckdb_copy(path: Path) -> None:
         con.execute(f"COPY (SELECT hash(range) AS number FROM range(300_000)) TO '{path}' (FORMAT parquet)")
 
 
-WRITERS = [by_python, by_numpy, by_arrow, by_duckdb, by_duckdb_copy]
+def by_beton_writer(path: Path) -> None:
+    with DirectFile(path) as file:
+        file.write(NUMBERS.view(np.uint8))
+
+
+WRITERS = [by_python, by_beton_writer, by_numpy, by_arrow, by_duckdb, by_duckdb_copy]
 
 
 @pytest.fixture

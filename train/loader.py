@@ -65,17 +65,16 @@ class Loader:
         threads: decoding threads.
         pinned: page-locked memory, for asynchronous copies to a GPU.
         device: leave crops as the decoder gives them, to be resampled by train/images.py; else they are resampled here.
-        centre: the middle of each image, as evaluators see it, in place of a random crop.
     """
 
     def __init__(
         self, betons: BetonSet, settings: Data, *, image_size: int, batch_size: int, seed: int, first_step: int, last_step: int,
-        rank: int = 0, world: int = 1, threads: int = 1, pinned: bool = False, device: bool = False, centre: bool = False,
+        rank: int = 0, world: int = 1, threads: int = 1, pinned: bool = False, device: bool = False,
     ) -> None:  # fmt: skip
         self._betons, self._settings = betons, settings
         low, high = settings.crop_scale
         narrow, wide = settings.crop_ratio
-        self.crops = Crops((low, high), (narrow, wide), settings.flip, seed, image_size, centre, device)
+        self.crops = Crops((low, high), (narrow, wide), settings.flip, seed, image_size, False, device)
         self.order = Order(betons.sizes, betons.quotas, settings.shuffle_block, settings.shuffle_window, seed)
         self._image_size, self._batch_size, self._pinned = image_size, batch_size, pinned
         self._rank, self._world, self._threads = rank, world, threads
