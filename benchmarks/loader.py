@@ -1,6 +1,7 @@
 """CPU time per image of the loader, beside stock FFCV on the same betons, OpenCLIP's pipeline on the same tars, and the bare decode.
 
-    python benchmarks/loader.py [--work DIR] [--cases 256/0.9 256/0.08 500/0.9 768/0.9 1024/0.9] [--repeats 5] [--json FILE]
+    python benchmarks/loader.py [--work DIR] [--cases 256/0.9 256/0.08 500/0.9 768/0.9 1024/0.9] [--repeats 5] [--epochs 8]
+                                [--json FILE]
 
 A case is a kind of photographs (benchmarks/photo_tiles.py; made into DIR on the first call, with apt-get) and the least share of the area
 that a random crop takes. Every system runs in a process of its own with one decoding thread; they take turns, the page cache is warm, and
@@ -30,8 +31,6 @@ sys.path.remove(_HERE)
 import numpy as np
 
 SIDE, BATCH = 224, 256
-EPOCHS = 8
-"""In one turn, so that memory is used again as in training."""
 CAPTIONS = [
     "Morning light over the harbour, seen from the old bridge",
     "New arrival: hand-made ceramic cup in autumn colours, dishwasher safe",
@@ -52,7 +51,7 @@ def prepare(work: Path, name: str) -> Path:
     return folder
 
 
-def ours(folder: Path, scale: float, device: bool) -> Callable[[], int]:
+def ours(folder: Path, scale: float, epochs: int, device: bool) -> Callable[[], int]:
     """One long run of the loader, of which each turn takes a part, so that its memory is used again as in training."""
     from labels.settings import Data
     from train.betons import BetonSet
@@ -64,22 +63,22 @@ def ours(folder: Path, scale: float, device: bool) -> Callable[[], int]:
     batches = iter(loader)
 
     def run() -> int:
-        images = sum(len(batch.images) for batch in islice(batches, EPOCHS * betons.samples // BATCH))
+        images = sum(len(batch.images) for batch in islice(batches, epochs * betons.samples // BATCH))
         time.sleep(1)  # until the ring is full again, as it was before
         return images
 
     return run
 
 
-def host(folder: Path, scale: float) -> Callable[[], int]:
-    return ours(folder, scale, device=False)
+def host(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
+    return ours(folder, scale, epochs, device=False)
 
 
-def device(folder: Path, scale: float) -> Callable[[], int]:
-    return ours(folder, scale, device=True)
+def device(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
+    return ours(folder, scale, epochs, device=True)
 
 
-def stock(folder: Path, scale: float) -> Callable[[], int]:
+def stock(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
     """ffcv's own loader, on the one beton, its samples repeated as if they were more: starting an epoch costs it much."""
     from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
@@ -92,12 +91,12 @@ def stock(folder: Path, scale: float) -> Callable[[], int]:
     pipelines = {"image": [image], "label_ids": [NDArrayDecoder()], "index": [IntDecoder()]}
     loader = Loader(
         str(path), batch_size=BATCH, num_workers=1, os_cache=True, order=OrderOption.RANDOM, pipelines=pipelines,
-        indices=np.tile(np.arange(read_manifest(folder / "out").samples), EPOCHS),
+        indices=np.tile(np.arange(read_manifest(folder / "out").samples), epochs),
     )  # fmt: skip
     return lambda: sum(len(images) for images, _, _ in loader)
 
 
-def open_clip(folder: Path, scale: float) -> Callable[[], int]:
+def open_clip(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
     """webdataset, PIL, open_clip's own transform and tokenizer."""
     import torch
     import webdataset
@@ -113,7 +112,7 @@ def open_clip(folder: Path, scale: float) -> Callable[[], int]:
     return lambda: sum(len(images) for images, _ in batches)
 
 
-def bare(folder: Path, scale: float) -> Callable[[], int]:
+def bare(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
     """libjpeg-turbo alone, called in a compiled loop: every image whole, at full size."""
     from numba import njit
 
@@ -132,9 +131,9 @@ def bare(folder: Path, scale: float) -> Callable[[], int]:
         return len(addresses)
 
     def run() -> int:
-        for _ in range(EPOCHS):
+        for _ in range(epochs):
             decode(addresses, lengths, sizes, decompressor.handle, pixels)
-        return EPOCHS * len(jpegs)  # whose memory must stay
+        return epochs * len(jpegs)  # whose memory must stay
 
     return run
 
@@ -155,9 +154,9 @@ def size_of(jpeg: np.ndarray) -> tuple[int, int]:
 SYSTEMS = {"this, host": host, "this, device": device, "stock FFCV": stock, "OpenCLIP + webdataset": open_clip, "bare decode": bare}
 
 
-def serve(system: str, folder: Path, scale: float, pipe: Connection) -> None:
+def serve(system: str, folder: Path, scale: float, epochs: int, pipe: Connection) -> None:
     """A process: measures whenever it is asked, and answers with microseconds of processor time an image."""
-    run = SYSTEMS[system](folder, scale)
+    run = SYSTEMS[system](folder, scale, epochs)
     run()
     pipe.send(0.0)
     while pipe.recv():
@@ -166,11 +165,11 @@ def serve(system: str, folder: Path, scale: float, pipe: Connection) -> None:
         pipe.send(1e6 * (time.process_time() - start) / images)
 
 
-def measure(folder: Path, scale: float, repeats: int) -> dict[str, list[float]]:
+def measure(folder: Path, scale: float, repeats: int, epochs: int) -> dict[str, list[float]]:
     context, ends, times = multiprocessing.get_context("spawn"), {}, {name: [] for name in SYSTEMS}
     for name in SYSTEMS:
         ends[name], theirs = context.Pipe()
-        context.Process(target=serve, args=(name, folder, scale, theirs), daemon=True).start()
+        context.Process(target=serve, args=(name, folder, scale, epochs, theirs), daemon=True).start()
         ends[name].recv()  # one after the other: it has compiled and run once
     for _ in range(repeats):
         for name, end in ends.items():
@@ -259,13 +258,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("loader-benchmark"))
     parser.add_argument("--cases", nargs="+", default=["256/0.9", "256/0.08", "500/0.9", "768/0.9", "1024/0.9"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=8, help="In one turn, so that memory is used again as in training.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     for case in arguments.cases:
         name, share = case.split("/")
         folder = prepare(arguments.work, name)
-        times = measure(folder, float(share), arguments.repeats)
+        times = measure(folder, float(share), arguments.repeats, arguments.epochs)
         medians = {system: statistics.median(values) for system, values in times.items()}
         print(f"\nphotographs {name}, crops of {share} to 1.0 of the area, {SIDE} pixels; us of CPU an image")
         for system, median in medians.items():
