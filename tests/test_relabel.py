@@ -141,6 +141,18 @@ def test_every_sample_has_the_other_outs_labels_and_its_own_image(folder: Path, 
         assert torch.equal(label_ids, also)
 
 
+def test_labels_may_be_more_than_a_betons_rows_have_room_for(folder: Path, tmp_path: Path) -> None:
+    out, long = folder / "out", tmp_path / "long"
+    build(folder / "shards", long, "--no-beton", "--set", "labels.context=4000")  # past the end of a beton, from its last label row
+    make_all(out, long)
+    own, other = BetonSet(out), BetonSet(out, long)
+    assert (own.label_limit, other.label_limit) == (75, 4000)
+    for (images, label_ids), (same, also) in zip(batches(other), batches(own), strict=True):
+        assert torch.equal(images, same)
+        assert torch.equal(label_ids[:, :75], also)
+        assert (label_ids[:, 75:] < 0).all()
+
+
 def test_where_only_the_idf_differs_the_betons_own_rows_serve(folder: Path) -> None:
     out, paper = folder / "out", folder / "paper"
     assert make_all(out, paper) == []

@@ -1,5 +1,6 @@
 """Many OUTs as one set: what `--beton` may name, what has to agree, mixtures, parts, and betons of object stores."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -236,6 +237,24 @@ def test_remote_betons_are_checked(remote: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"00001\.beton is missing"):
         list(Loader(betons, Data(), image_size=16, batch_size=35, seed=0, first_step=0, last_step=1))
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("call", ["stat", "unlink"])
+def test_a_copy_may_be_finished_while_the_cache_is_counted(call: str, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other.beton.partial").write_bytes(b"12345")
+    original = getattr(Path, call)
+
+    def finished_just_before(path: Path, **how: bool) -> object:
+        if path.name == "other.beton.partial" and os.path.exists(path):
+            path.rename(tmp_path / "other.beton")
+        return original(path, **how)
+
+    monkeypatch.setattr(Path, call, finished_just_before)
+    betons = BetonSet(parse_sources([remote]), cache=Cache(tmp_path / "first", 2**40))
+    part = betons.parts[0]
+    with Cache(tmp_path, part.bytes).open(betons.paths[0], part) as copy:
+        assert copy.stat().st_size == part.bytes
+    assert not (tmp_path / "other.beton").exists()  # it was counted, and had to make room
 
 
 def test_the_command_takes_several_and_paths_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,8 @@ def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> Place:
         labels_at, index = number_at(scratch, _LABELS_AT, 8), number_at(scratch, _INDEX_AT, 8)
         # The label row lies right behind the image, so that its pointer tells the length too: one read, not another of the table behind.
         size, length = labels_at - offset, tables.allocations[number]
-        agree = labels_at <= length - 4 * limit
+        # Other labels of the same rows have a limit of their own and lie in other files.
+        agree = labels_at <= length - (4 * limit if tables.shards[number, 0] == tables.shards[number, 1] else 0)
     else:
         if not read_at(table, tables.tables[number] + local * _PLACE_BYTES, _PLACE_BYTES, scratch, 0):
             return Place(BAD_READ, table, 0, 0, 0, 0, 0, 0, 0)

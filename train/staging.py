@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,21 +56,30 @@ class Cache:
     def _reserve(self, target: Path, wanted: int) -> bool:
         """Remove what was used least recently until `wanted` bytes fit, and take that room; False while locked files are in the way."""
         with _lock(self.folder / "room"):
-            files = [(path.stat(), path) for path in self.folder.glob("*.beton*") if path.suffix != ".lock"]
+            files = self._held()
             total = sum(found.st_size for found, _ in files)
             for found, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
                 if total + wanted <= self.bytes:
                     break
                 with _lock(self.folder / f"{path.name.partition('.')[0]}.beton", wait=False) as free:
                     if free:
-                        path.unlink(missing_ok=True)
-                        total -= found.st_size
+                        with suppress(FileNotFoundError):  # fetched to its end meanwhile: it is there under another name, and counts
+                            path.unlink()
+                            total -= found.st_size
             if total + wanted > self.bytes:
                 return False
             partial = target.with_name(target.name + TEMPORARY_SUFFIX)
             partial.touch()
             os.truncate(partial, wanted)  # so that others count its room
             return True
+
+    def _held(self) -> list[tuple[os.stat_result, Path]]:
+        """All copies, whole and half fetched."""
+        while True:
+            try:
+                return [(path.stat(), path) for path in self.folder.glob("*.beton*") if path.suffix != ".lock"]
+            except FileNotFoundError:
+                continue  # fetched to its end meanwhile, so that it bears another name: looked at anew, or it would not be counted
 
 
 class Staging:
