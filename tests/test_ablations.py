@@ -1,10 +1,8 @@
 """Tests for examples/openclipart/ablations.py: two cells with two seeds on tiny drawings, stopped and run again; lanes that fail or die."""
 
-import importlib
 import json
 import multiprocessing
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,17 +11,15 @@ from typing import Any
 import pytest
 import yaml
 from beton_factory import write_shards
+from example_scripts import SCRIPTS, script
 
 from labels.errors import UserError
 
-SCRIPTS = Path(__file__).parent.parent / "examples" / "openclipart"
-sys.path.insert(0, str(SCRIPTS))
-
-ablation_grid = importlib.import_module("ablation_grid")
-ablation_inputs = importlib.import_module("ablation_inputs")
-ablation_tables = importlib.import_module("ablation_tables")
-ablation_units = importlib.import_module("ablation_units")
-ablations = importlib.import_module("ablations")
+ablation_grid = script("ablation_grid")
+ablation_inputs = script("ablation_inputs")
+ablation_tables = script("ablation_tables")
+ablation_units = script("ablation_units")
+ablations = script("ablations")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_relabel import batches, order_of
 from test_training import wait_until
 from trainer_factory import assert_same_run, lines, losses, small_config, small_out
-from trainer_process import together, train
+from trainer_process import assert_ranks_succeed, train
 
 from labels.config import load_pipeline
 from labels.errors import UserError
@@ -186,7 +186,7 @@ def _as_rank(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_compare_with_the_whole_batch(tmp_path: Path) -> None:
-    together(_as_rank, tmp_path, ranks=2)
+    assert_ranks_succeed(_as_rank, tmp_path, ranks=2)
     for name, (_, locked) in CASES.items():
         alone = _trained(tmp_path / f"one-{name}", settings(), ALONE, locked=locked)
         found = load_file(tmp_path / name / "all.safetensors")

@@ -43,13 +43,13 @@ def folder(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     before = os.getcwd()
     os.chdir(folder)
     try:
-        run_page(TUTORIAL)
+        assert_page_runs(TUTORIAL)
         yield folder
     finally:
         os.chdir(before)
 
 
-def run_page(page: Path) -> None:
+def assert_page_runs(page: Path) -> None:
     """Do what a page's tagged blocks say, in the working directory."""
     for block in blocks(page):
         if block.language == "yaml" and block.info != "yaml":
@@ -88,7 +88,7 @@ def test_the_tutorial_leaves_what_it_promises(folder: Path) -> None:
 
 @pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.name)
 def test_what_other_pages_run(folder: Path, page: Path) -> None:
-    run_page(page)
+    assert_page_runs(page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -247,4 +247,4 @@ def test_importing_the_tokenizer_loads_no_compiler() -> None:
     code = (
         "import sys, labels.settings as s, preprocess.tokens.tokenizer as t; t.make_tokenizer(s.Labels()); sys.exit('numba' in sys.modules)"
     )
-    run([sys.executable, "-c", code], check=True)
+    assert run([sys.executable, "-c", code], check=False).returncode == 0

@@ -155,6 +155,7 @@ def test_workers_end_when_the_run_alone_is_killed(tmp_path: Path) -> None:
         process.wait()
     workers = [int(pid.name) for pid in (tmp_path / "pids").iterdir()]
     wait_for(lambda: not any(running(pid) for pid in workers))
+    assert len(workers) == 2 and not any(map(running, workers))
 
 
 def running(pid: int) -> bool:

@@ -3,12 +3,10 @@
 caption and image rules -> split rule -> whole runs (layout, same bytes, marker) -> fake apt-get and dpkg-deb
 """
 
-import importlib
 import io
 import json
 import stat
 import struct
-import sys
 import tarfile
 import time
 import zlib
@@ -17,17 +15,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from example_scripts import script
 from PIL import Image
 
-SCRIPTS = Path(__file__).parent.parent / "examples" / "openclipart"
-sys.path.insert(0, str(SCRIPTS))
-
-clipart_caption = importlib.import_module("clipart_caption")
-clipart_image = importlib.import_module("clipart_image")
-clipart_packages = importlib.import_module("clipart_packages")
-clipart_pairs = importlib.import_module("clipart_pairs")
-clipart_split = importlib.import_module("clipart_split")
-make_shards = importlib.import_module("make_shards")
+clipart_caption = script("clipart_caption")
+clipart_image = script("clipart_image")
+clipart_packages = script("clipart_packages")
+clipart_pairs = script("clipart_pairs")
+clipart_split = script("clipart_split")
+make_shards = script("make_shards")
 
 WORK = """<svg xmlns="http://www.w3.org/2000/svg"><metadata>
 <rdf:RDF xmlns:cc="http://web.resource.org/cc/" xmlns:dc="http://purl.org/dc/elements/1.1/"

@@ -9,7 +9,7 @@ import torch
 from loop_factory import settings, train_here
 from safetensors.torch import load_file, save_file
 from trainer_factory import lines
-from trainer_process import together
+from trainer_process import assert_ranks_succeed
 
 from labels.settings import Loss, Runtime
 from train.distributed import World, world
@@ -48,7 +48,7 @@ def run_cases(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    together(run_cases, folder, ranks=2)
+    assert_ranks_succeed(run_cases, folder, ranks=2)
     alone = World(0, 1, torch.device("cpu"))
     for name, overrides in CASES.items():
         _, tensors = train_here(folder / "one" / name, settings(*overrides), alone)
@@ -82,7 +82,7 @@ def broken_on_one_rank(rank: int, folder: Path) -> None:
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
-    together(broken_on_one_rank, tmp_path, ranks=2)  # the spoilt image is the second rank's
+    assert_ranks_succeed(broken_on_one_rank, tmp_path, ranks=2)  # the spoilt image is the second rank's
     for way in WAYS:
         assert [bool(line.get("skipped")) for line in lines(tmp_path / way)[:6]] == [False, False, True, False, False, False]
 
@@ -132,11 +132,11 @@ def _note(sent: list[int], bucket: torch.distributed.GradBucket) -> torch.future
 
 
 def test_a_split_heads_weights_moments_averages_and_gradients_stay_apart() -> None:
-    together(look_at_a_split_head, ranks=2)
+    assert_ranks_succeed(look_at_a_split_head, ranks=2)
 
 
 def test_fsdp_splits_weights_moments_and_averages() -> None:
-    together(look_at_parts, ranks=2)
+    assert_ranks_succeed(look_at_parts, ranks=2)
 
 
 def test_one_rank_is_left_as_it_is() -> None:

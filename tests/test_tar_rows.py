@@ -33,7 +33,7 @@ def read(shard: Shard, keys: list[str]) -> tuple[list[dict[str, Any]], list[Faul
     return [row for batch in batches for row in batch.table.to_pylist()], [fault for batch in batches for fault in batch.faults]
 
 
-def both(path: Path, data: bytes, keys: tuple[str, ...] = ("auto",)) -> tuple[list[dict[str, Any]], list[Fault]]:
+def assert_ways_agree(path: Path, data: bytes, keys: tuple[str, ...] = ("auto",)) -> tuple[list[dict[str, Any]], list[Fault]]:
     """Rows and faults, after comparing the compiled way with the reference."""
     shard = shard_of(path, data)
     fast = read(shard, list(keys))
@@ -59,7 +59,7 @@ def pax_tar(members: list[Member]) -> bytes:
 def test_healthy_tars_are_indexed(tmp_path: Path, make: Any) -> None:
     data = make(healthy(300))
     assert local_index(shard_of(tmp_path / "a.tar", data), AUTO) is not None
-    rows, faults = both(tmp_path / "a.tar", data)
+    rows, faults = assert_ways_agree(tmp_path / "a.tar", data)
     assert len(rows) == 300 and not faults and rows[3]["key"] == "000000003" and rows[3]["width"] == 32
 
 
@@ -71,7 +71,7 @@ def test_rows_and_faults_keep_the_tars_order_across_batches(tmp_path: Path, monk
         members += (
             sample(key, [f"caption {number}", b"\xff", " \n", None][number % 4], **PLAIN_JSON) if number % 3 else sample(key, "no json")
         )
-    rows, faults = both(tmp_path / "a.tar", tar_bytes(members))
+    rows, faults = assert_ways_agree(tmp_path / "a.tar", tar_bytes(members))
     assert [row["key"] for row in rows] == sorted(row["key"] for row in rows)
     assert {fault.reason for fault in faults} == {"caption is not UTF-8", "empty caption"}
 
@@ -118,9 +118,9 @@ def test_odd_json(tmp_path: Path, keys: tuple[str, ...], text: str | None) -> No
 
     good = json.dumps(PLAIN_JSON).encode()
     for number, raw in enumerate(ODD_JSON):
-        both(tmp_path / "one.tar", tar_bytes([*members(1, good), *members(2, raw), *members(3, good)]), keys)
+        assert_ways_agree(tmp_path / "one.tar", tar_bytes([*members(1, good), *members(2, raw), *members(3, good)]), keys)
         for other in ODD_JSON[number % 5 :: 5]:
-            both(tmp_path / "two.tar", tar_bytes([*members(1, raw), *members(2, other)]), keys)
+            assert_ways_agree(tmp_path / "two.tar", tar_bytes([*members(1, raw), *members(2, other)]), keys)
 
 
 def with_header(name: str, **fields: Any) -> bytes:
@@ -170,7 +170,7 @@ def with_header(name: str, **fields: Any) -> bytes:
     ],
 )
 def test_odd_tars(tmp_path: Path, data: bytes) -> None:
-    both(tmp_path / "odd.tar", data)
+    assert_ways_agree(tmp_path / "odd.tar", data)
 
 
 def with_field(data: bytes, first: int, value: bytes) -> bytes:
@@ -185,14 +185,14 @@ def with_field(data: bytes, first: int, value: bytes) -> bytes:
 
 @pytest.mark.parametrize("first", [100, 108, 116, 136, 329, 337])
 def test_a_number_that_cannot_be_read_ends_the_tar(tmp_path: Path, first: int) -> None:
-    _, faults = both(tmp_path / "a.tar", with_field(tar_bytes(healthy(3)), first, b"not octa"))
+    _, faults = assert_ways_agree(tmp_path / "a.tar", with_field(tar_bytes(healthy(3)), first, b"not octa"))
     assert [fault.reason for fault in faults] == ["tar cut or damaged"]
 
 
 def test_records_about_a_member_that_never_comes_end_the_tar(tmp_path: Path) -> None:
     whole = pax_tar(healthy(2)).rstrip(b"\0")
     whole += bytes(-len(whole) % 512) + pax_tar(healthy(1))[:1024] + bytes(1024)
-    _, faults = both(tmp_path / "a.tar", whole)
+    _, faults = assert_ways_agree(tmp_path / "a.tar", whole)
     assert [fault.reason for fault in faults] == ["tar cut or damaged"]
 
 
@@ -218,7 +218,7 @@ def test_mutated_tars(tmp_path: Path, base: int, changes: list[tuple[int, int, i
             header = data[start : start + 512]
             header[148:156] = 0x20
             header[148:156] = np.frombuffer(b"%06o\0 " % int(header.sum()), np.uint8)
-    both(tmp_path / "mutated.tar", data[: len(data) - cut * (cut % 3 == 0)].tobytes())
+    assert_ways_agree(tmp_path / "mutated.tar", data[: len(data) - cut * (cut % 3 == 0)].tobytes())
 
 
 def test_a_tar_that_changed_its_size_is_left_to_the_walk(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from labels.manifest import Manifest, read_manifest, write_manifest
 FILES = ["labels/00000000.parquet", "labels/00000001.parquet", "idf.parquet", "idf.duckdb", "beton/00000.beton", "quarantine.parquet"]
 
 
-def found_and_mended(built: Built, name: str, before: dict[str, object]) -> str:
+def assert_found_and_mended(built: Built, name: str, before: dict[str, object]) -> str:
     said = preprocess("verify", built.out)
     assert said.code == 1 and "mend: run the build-labels command of this OUT again" in said.out
     faults = said.out.splitlines()[:-1]
@@ -39,7 +39,7 @@ def test_a_whole_out_passes(finished: Built) -> None:
 def test_one_flipped_bit(built: Built, name: str, share: float) -> None:
     before = contents(built.out)
     flip_bit(built.out / name, share)
-    found_and_mended(built, name, before)
+    assert_found_and_mended(built, name, before)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -47,14 +47,14 @@ def test_a_cut_file(built: Built, name: str) -> None:
     before = contents(built.out)
     data = (built.out / name).read_bytes()
     (built.out / name).write_bytes(data[: len(data) // 2])
-    found_and_mended(built, name, before)
+    assert_found_and_mended(built, name, before)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file(built: Built, name: str) -> None:
     before = contents(built.out)
     (built.out / name).unlink()
-    assert "missing" in found_and_mended(built, name, before)
+    assert "missing" in assert_found_and_mended(built, name, before)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_changed_tables_in_the_duckdb_file(built: Built, change: str) -> None:
     before = contents(built.out)
     with duckdb.connect(str(built.out / "idf.duckdb")) as con:
         con.execute(change)
-    found_and_mended(built, "idf.duckdb", before)
+    assert_found_and_mended(built, "idf.duckdb", before)
 
 
 def test_a_file_that_does_not_belong(built: Built) -> None:

@@ -37,7 +37,7 @@ def train(*arguments: object, said: Path, ranks: int = 1) -> tuple[int | None, s
     return processes[0].exitcode, files[0].read_text()
 
 
-def together(function: Callable[..., Any], *arguments: object, ranks: int = 2) -> None:
+def assert_ranks_succeed(function: Callable[..., Any], *arguments: object, ranks: int = 2) -> None:
     """Call `function(rank, *arguments)` as so many gloo ranks; an assertion that fails in one fails here."""
     port = free_port()
     processes = [_server.Process(target=_as_rank, args=(function, arguments, rank, ranks, port)) for rank in range(ranks)]

@@ -74,7 +74,7 @@ class Loader:
         self._betons, self._settings = betons, settings
         low, high = settings.crop_scale
         narrow, wide = settings.crop_ratio
-        self.crops = Crops((low, high), (narrow, wide), settings.flip, seed, image_size, False, device)
+        self.crops = Crops((low, high), (narrow, wide), settings.flip, seed, image_size, centre=False, device=device)
         self.order = Order(betons.sizes, betons.quotas, settings.shuffle_block, settings.shuffle_window, seed)
         self._image_size, self._batch_size, self._pinned = image_size, batch_size, pinned
         self._rank, self._world, self._threads = rank, world, threads
