@@ -22,7 +22,7 @@ from preprocess.inputs.stretches import gather_strings
 from preprocess.inputs.tableimages import table_images
 from preprocess.inputs.tarindex import index_data
 from preprocess.inputs.tarrows import wanted_suffixes
-from preprocess.inputs.tars import IMAGE_SUFFIXES, Fault, Sample, walk
+from preprocess.inputs.tars import IMAGE_SUFFIXES, REPEATED, Fault, Sample, walk
 from preprocess.spool import Spool, map_path
 
 
@@ -81,7 +81,7 @@ def _of_table(shard: Shard, keys: pa.StringArray, scratch: Path | None) -> Pictu
 def _of_tar(shard: Shard, file: BinaryIO, data: np.ndarray, keys: pa.StringArray, choices: tuple[Choice, ...]) -> Pictures:
     wanted = wanted_suffixes(choices)
     index = index_data(data, wanted) if len(data) == shard.bytes else None
-    samples, members = (index.keys, index.places) if index else _walked(file, len(data), wanted)
+    samples, members, cut = (index.keys, index.places, None) if index else _walked(file, len(data), wanted)
     images = members[:, [wanted.index(suffix) for suffix in IMAGE_SUFFIXES]]
     first = (images[:, :, 0] >= 0).argmax(axis=1)
     places = images[np.arange(len(images)), first]
@@ -98,7 +98,7 @@ def _of_tar(shard: Shard, file: BinaryIO, data: np.ndarray, keys: pa.StringArray
     texts = np.where(missing[:, None], -1, members[numbers, wanted.index("txt")]) if len(members) else of_rows
     differs = ~_same_captions(shard, keys, choices, gather_strings(data, texts))
     told = (
-        (missing, "not in the tar", "the side Parquet has it"),
+        (missing, *((cut.reason, cut.detail) if cut else ("not in the tar", "the side Parquet has it"))),
         (differs, "caption differs", "the tar's txt is not the side Parquet's caption"),
     )
     faults = {int(row): Fault(keys[int(row)].as_py(), *words) for which, *words in told for row in np.flatnonzero(which)}
@@ -115,13 +115,15 @@ def _same_captions(shard: Shard, keys: pa.StringArray, choices: tuple[Choice, ..
     return pc.fill_null(pc.equal(captions, texts), True).to_numpy(zero_copy_only=False)
 
 
-def _walked(file: BinaryIO, size: int, wanted: tuple[str, ...]) -> tuple[pa.StringArray, np.ndarray]:
-    """Keys of the S samples of a tar that only `walk` can read, and places int64 [S, W, 2] of the wanted members."""
+def _walked(file: BinaryIO, size: int, wanted: tuple[str, ...]) -> tuple[pa.StringArray, np.ndarray, Fault | None]:
+    """Of a tar that only `walk` can read: keys of its S samples, places int64 [S, W, 2] of the wanted members, and what ended it early."""
     keys: list[str] = []
-    places = []
+    places, cut = [], None
     for sample in walk(file, size):
         if isinstance(sample, Sample):
             keys.append(sample.key)
             found = [sample.members.get(suffix) for suffix in wanted]
             places.append([(-1, -1) if member is None else (member.offset_data, member.offset_data + member.size) for member in found])
-    return pa.array(keys, pa.string()), np.array(places, np.int64).reshape(len(keys), len(wanted), 2)
+        elif sample.reason != REPEATED:
+            cut = sample
+    return pa.array(keys, pa.string()), np.array(places, np.int64).reshape(len(keys), len(wanted), 2), cut

@@ -16,6 +16,9 @@ _MAX_HEADER_BYTES = 1 << 24
 # Also what tarfile lets through from numbers and lengths that no writer writes.
 _DAMAGED = (tarfile.TarError, EOFError, OSError, ValueError, ArithmeticError, LookupError, RecursionError, TypeError)
 
+REPEATED = "repeated key"
+"""The reason of a Fault that is one sample's; any other of `walk` ends the tar."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -69,7 +72,7 @@ def walk(file: BinaryIO, size: int) -> Iterator[Sample | Fault]:
     seen: set[str] = set()
 
     def finished() -> Sample | Fault:
-        return Fault(key, "repeated key", "the key occurred before in this tar") if key in seen else Sample(key, members, file)
+        return Fault(key, REPEATED, "the key occurred before in this tar") if key in seen else Sample(key, members, file)
 
     for member in _headers(file, size):
         if isinstance(member, Fault):
