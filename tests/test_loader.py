@@ -183,6 +183,11 @@ def test_prefetch_is_bounded_in_bytes(out: Path, prefetch: int, slots: int) -> N
     assert len(memory) >= min(slots, 20) - 1
 
 
+def test_small_batches_are_not_decoded_by_the_gigabyte_before_the_first_steps(out: Path) -> None:
+    with Loader(BetonSet(out), Data(prefetch=2**30), image_size=8, batch_size=2, seed=0, first_step=0, last_step=1000) as loader:
+        assert len({batch.images.data_ptr() for batch in loader}) <= 64
+
+
 def test_canvases_count_for_prefetch(out: Path) -> None:
     settings, largest = Data(crop_scale=[1.0, 1.0], prefetch=6 * 19 * (96 * 96 * 3 + 75 * 4)), 0
     loader = Loader(BetonSet(out), settings, image_size=SIDE, batch_size=19, seed=0, first_step=0, last_step=40, device=True)

@@ -30,6 +30,8 @@ from train.places import TABLE_BYTES
 from train.threads import Threads
 
 _FIRST_SCRATCH_BYTES = 1 << 20
+# More would smooth nothing further, and of small batches the first gigabyte takes the processor from the training for many seconds.
+_MOST_BATCHES = 64
 
 
 class _Worker:
@@ -96,7 +98,8 @@ class Loader:
     def _batches(self) -> Generator[Batch]:
         steps = iter(range(self._first_step, self._last_step))
         workers = deque(_Worker() for _ in range(self._threads))
-        ring, filling = Ring(self._slot, self._settings.prefetch, self._last_step - self._first_step + 1), deque[_Filling]()
+        most = min(self._last_step - self._first_step + 1, _MOST_BATCHES)
+        ring, filling = Ring(self._slot, self._settings.prefetch, most), deque[_Filling]()
         with Ahead(self._betons, self.order, self._rank, self._world) as ahead, Threads(self._threads, "decode") as pool:
 
             def submit() -> None:
