@@ -103,14 +103,14 @@ def complete(build: Build, record: Record, fresh: frozenset[str] = frozenset()) 
     bad, outside = _reasons(labelled), sum(marker["outside_subset"] for marker in labelled)
     check_usable(build, bad, sum(part.rows for part in parts), outside, parts)
     if not fresh:
-        write_idf(build, parts)
+        write_idf(build, parts, labelled)
     written: list[Marker] = []
     if images != "none":
         groups = groups_of(build, record, labelled)
         written = beton_pass(build, groups, groups, fresh, copy=images == "betons")
         bad += _reasons(written)
         check_usable(build, bad, sum(file["samples"] for marker in written for file in marker["files"]), outside, parts)
-    captions = write_idf(build, parts)
+    captions = write_idf(build, parts, labelled)
     folder = image_folder(layout, copy=images == "betons")
     write_quarantine(layout, parts, [folder.markers / f"{marker['first']:05d}.json" for marker in written])
     write_config(build)

@@ -74,8 +74,8 @@ def class_names(build: Build) -> list[str]:
     return [*tokens, *pair_names(read_pairs(build.layout.pairs, len(tokens)), tokens)]
 
 
-def write_idf(build: Build, parts: list[ShardPart]) -> int:
-    """idf.parquet and idf.duckdb, made anew unless they belong to exactly these label files; the number of captions."""
+def write_idf(build: Build, parts: list[ShardPart], markers: list[Marker]) -> int:
+    """idf.parquet and idf.duckdb, made anew unless they belong to exactly these label files (`markers`: theirs); the number of captions."""
     layout, tokenizer, formula = build.layout, build.tokenizer, build.settings.labels.idf
     captions = sum(part.rows for part in parts)
     if idf_is_done(build, parts):
@@ -88,7 +88,11 @@ def write_idf(build: Build, parts: list[ShardPart]) -> int:
         files = [layout.count_file(part.name) for part in parts]
         frequency = sum_counts(files, len(names), build.settings.build.duckdb_memory, spill)
     write_idf_parquet(layout.idf_parquet, names, frequency, captions, formula)
-    write_idf_duckdb(layout, captions=captions, formula=formula, tokenizer=tokenizer.name, fingerprint=tokenizer.fingerprint, shards=parts)
+    counted = [marker.get("tokens") for marker in markers]
+    write_idf_duckdb(
+        layout, captions=captions, tokens=None if None in counted else sum(counted), formula=formula, tokenizer=tokenizer.name,
+        fingerprint=tokenizer.fingerprint, shards=parts,
+    )  # fmt: skip
     write_json(marker_path, {"of": _idf_of(build, parts), "sha256": sha256_file(layout.idf_parquet)})
     return captions
 

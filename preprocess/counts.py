@@ -120,12 +120,13 @@ def write_idf_parquet(path: Path, tokens: list[str], frequency: np.ndarray, capt
 
 
 def write_idf_duckdb(
-    layout: Layout, *, captions: int, formula: Formula, tokenizer: str, fingerprint: str, shards: Iterable[ShardPart]
+    layout: Layout, *, captions: int, tokens: int | None, formula: Formula, tokenizer: str, fingerprint: str, shards: Iterable[ShardPart]
 ) -> None:
     """idf.duckdb: tables tokens, corpus, shards, and the view labels over the Parquet files.
 
     The view names the files relative to OUT, so that it survives moving OUT: `preprocess sql` sets the search path,
-    the DuckDB shell is started inside OUT. DuckDB puts random identifiers into its files; their content is the same.
+    the DuckDB shell is started inside OUT. DuckDB puts random identifiers into its files; their content is the same. `tokens`: token ids in
+    all label files; None, of an OUT begun before its shards told them, reads them all.
     """
 
     def write(partial: Path) -> None:
@@ -144,12 +145,16 @@ def write_idf_duckdb(
             con.execute("USE idf")
             con.execute("CREATE TABLE tokens AS SELECT * FROM read_parquet($1)", [str(idf.resolve())])
             con.execute("CREATE VIEW labels AS SELECT * FROM read_parquet('labels/*.parquet')")
+            found = tokens
+            if found is None:
+                query = "SELECT coalesce(sum(len(token_ids)), 0) FROM read_parquet($1)"
+                [(found,)] = con.execute(query, [f"{everywhere}/*.parquet"]).fetchall()
             con.execute(
                 "CREATE TABLE corpus AS SELECT $1::BIGINT AS captions, (SELECT sum(document_frequency) FROM tokens)::BIGINT AS labels,"
-                " (SELECT coalesce(sum(len(token_ids)), 0) FROM read_parquet($5))::BIGINT AS tokens,"
+                " $5::BIGINT AS tokens,"
                 " (SELECT count(*) FROM tokens) AS vocabulary,"
                 " $2 AS formula, $3 AS tokenizer, $4 AS tokenizer_fingerprint",
-                [captions, formula, tokenizer, fingerprint, str(everywhere / "*.parquet")],
+                [captions, formula, tokenizer, fingerprint, found],
             )
             con.execute("CREATE TABLE shards (shard VARCHAR, rows BIGINT, quarantined BIGINT, reasons MAP(VARCHAR, BIGINT))")
             for shard in shards:

@@ -119,7 +119,7 @@ def _build(task: _Task, started: float) -> Measured:
     label_again = _seconds(lambda: label_pass(build, shards, shards))
     marker = label_pass(build, shards, shards)[0]
     parts = shard_parts(shards, [marker])
-    idf_s = _seconds(lambda: write_idf(build, parts))
+    idf_s = _seconds(lambda: write_idf(build, parts, [marker]))
     groups = plan_groups([members(shards, parts, [marker], 0)], settings.build)
     beton_s = _seconds(lambda: beton_pass(build, groups, groups, copy=True)) if task.betons else 0.0
     written = beton_pass(build, groups, groups, copy=True) if task.betons else []

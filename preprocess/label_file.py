@@ -27,13 +27,13 @@ _FORM: dict[str, Any] = {
 
 
 class LabelFile:
-    """Writes one label file; `rows` and `keys_sha256` tell afterwards what is in it.
+    """Writes one label file; `rows`, `tokens` and `keys_sha256` tell afterwards what is in it.
 
     `keys_sha256` covers the keys in row order, each followed by a line feed: two builds with the same one have the same rows.
     """
 
     def __init__(self, path: Path) -> None:
-        self.rows = 0
+        self.rows = self.tokens = 0
         self._keys = hashlib.sha256()
         self._writer = pq.ParquetWriter(path, LABELS, **_FORM)
 
@@ -66,6 +66,7 @@ class LabelFile:
             offsets32 = np.frombuffer(chunk.buffers()[1], np.int32)
             self._keys.update(memoryview(chunk.buffers()[2])[offsets32[first] : offsets32[last]])
         self.rows += len(rows)
+        self.tokens += len(ids)
 
 
 def list_array(ids: np.ndarray, offsets: np.ndarray) -> pa.ListArray:

@@ -65,6 +65,7 @@ def label_shard(task: LabelTask) -> dict[str, Any]:
         "source": task.shard.source,
         "shard": task.shard.name,
         "rows": file.rows,
+        "tokens": file.tokens,
         "outside_subset": outside,
         "sha256": digest,
         "count_bytes": count_bytes,

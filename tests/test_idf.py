@@ -1,5 +1,6 @@
 """The IDF: formulas by hand, counts against a naive Counter."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -104,6 +105,21 @@ def test_the_duckdb_file_tells_the_corpus(tmp_path: Path) -> None:
     assert corpus == [(3, 6, 7, 49408, "smooth", "clip")]
     assert shards == [("a", 2, 2, {"caption is not UTF-8": 1, "empty caption": 1}), ("b", 1, 0, {})]
     assert tokens.to_pylist() == pq.read_table(tmp_path / "out" / "idf.parquet").to_pylist()
+
+
+def test_markers_that_do_not_tell_their_tokens_are_made_up_for(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [*sample("0", "a cat"), *sample("1", "a cat cat")])
+    out = tmp_path / "out"
+    build(tmp_path, out, "--no-beton")
+    marker = out / "done" / "labels" / "a.json"
+    told = json.loads(marker.read_text())
+    assert told.pop("tokens") == 5
+    marker.write_text(json.dumps(told))
+    (out / "idf.duckdb").unlink()
+    build(tmp_path, out, "--no-beton")
+    assert "tokens" not in json.loads(marker.read_text()), "the shard has not been labelled anew"
+    with duckdb.connect(str(out / "idf.duckdb"), read_only=True) as con:
+        assert con.execute("SELECT tokens FROM corpus").fetchall() == [(5,)]
 
 
 def test_too_little_memory_is_told(tmp_path: Path) -> None:

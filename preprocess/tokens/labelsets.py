@@ -3,6 +3,7 @@
 import numpy as np
 from numba import njit
 
+from preprocess.tokens.wordjit import compiled
 from preprocess.tokens.wordtable import Scalar
 
 # Up to this many ids of a caption are sorted by counting the smaller ones.
@@ -11,22 +12,26 @@ _INT32_MAX = (1 << 31) - 1
 
 
 @njit(nogil=True, cache=True)
-def _distinct(row: np.ndarray, count: int, padded: np.ndarray, ordered: np.ndarray, out: np.ndarray, at: int) -> Scalar:
-    """Write the distinct ids of row[:count] to out from `at` on, ascending; where they end.
+def _sorted_distinct(row: np.ndarray, count: int, out: np.ndarray, at: int) -> Scalar:
+    """Write the distinct ids of row[:count] to out from `at` on, ascending; where they end."""
+    stop = at
+    for token in np.sort(row[:count]):
+        if stop == at or out[stop - 1] != token:
+            out[stop] = token
+            stop += 1
+    return stop
+
+
+@compiled
+def _ranked_distinct(rows: np.ndarray, row: int, count: int, padded: np.ndarray, ordered: np.ndarray, out: np.ndarray, at: int) -> Scalar:
+    """The same for up to _RANKED ids of rows[row].
 
     Each id goes to the place that is the number of smaller ones: count^2 comparisons, but eight at a time and none of them
     a branch. `padded` and `ordered` are int32 scratch of _RANKED + 16.
     """
-    stop = at
-    if count > _RANKED:
-        for token in np.sort(row[:count]):
-            if stop == at or out[stop - 1] != token:
-                out[stop] = token
-                stop += 1
-        return stop
     full = (count + 15) & ~15
     for i in range(count):
-        padded[i] = row[i]
+        padded[i] = rows[row, i]
         ordered[i] = -1
     for i in range(count, full):
         padded[i] = _INT32_MAX
@@ -35,6 +40,7 @@ def _distinct(row: np.ndarray, count: int, padded: np.ndarray, ordered: np.ndarr
         for j in range(full):
             smaller += np.int32(padded[j] < token)
         ordered[smaller] = token
+    stop = at
     for i in range(count):
         # An id that comes twice leaves a place empty, which the next one overwrites.
         out[stop] = ordered[i]
@@ -61,6 +67,9 @@ def gather(
         for i in range(count):
             ids[at + i] = rows[row, i]
         at += count
-        stop = _distinct(rows[row], count, padded, ordered, label_ids, stop)
+        if count > _RANKED:
+            stop = _sorted_distinct(rows[row], count, label_ids, stop)
+        else:
+            stop = _ranked_distinct(rows, row, count, padded, ordered, label_ids, stop)
         offsets[row + 1] = at
         label_offsets[row + 1] = stop

@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 
 from labels.files import fingerprint_of_sources
+from preprocess.tokens.wordjit import compiled
 from preprocess.tokens.wordqueue import KEEP, PIECE, QUEUED_WORDS, enqueue, new_queue, resolve_known
 from preprocess.tokens.wordtable import SLOW, WAITING, Scalar, Words, append, find, insert, keys
 
@@ -23,7 +24,7 @@ _MAX_CLEANED_BYTES = 1_000_000
 _SPACE, _NONE = np.uint64(0x20), np.uint64(0)
 
 
-@njit(nogil=True)
+@compiled
 def _marked_up(text: np.ndarray, begin: Scalar, end: Scalar) -> Scalar:
     entity, tag = False, False
     for i in range(begin, end):
@@ -32,7 +33,7 @@ def _marked_up(text: np.ndarray, begin: Scalar, end: Scalar) -> Scalar:
     return (entity and tag) or end - begin > _MAX_CLEANED_BYTES
 
 
-@njit(nogil=True)
+@compiled
 def _queue_pieces(
     slots: np.ndarray, text: np.ndarray, begin: Scalar, at: Scalar, end: Scalar, flags: Scalar, queue: np.ndarray
 ) -> tuple[Scalar, Scalar]:
@@ -73,7 +74,7 @@ def _queue_pieces(
     return at, size
 
 
-@njit(nogil=True)
+@compiled
 def _encode_caption(
     words: Words,
     text: np.ndarray,
@@ -131,5 +132,5 @@ def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None
     return encode_pieces, add_known
 
 
-FILES = ("piecekernel.py", "wordbits.py", "wordqueue.py", "wordtable.py")
+FILES = ("piecekernel.py", "wordbits.py", "wordjit.py", "wordqueue.py", "wordtable.py")
 encode_pieces, add_known = _compiled_once(fingerprint_of_sources(__file__, FILES))

@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from preprocess.tokens.wordjit import inlined
 from preprocess.tokens.wordtable import Scalar
 
 _ONES, _HIGH = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
@@ -57,13 +58,13 @@ def _trailing_zeros(typingctx: Any, value: Any) -> Any:
     return types.uint64(types.uint64), emit
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def lowest_bytes(value: Scalar, count: Scalar) -> Scalar:
     """The lowest 0 to 7 bytes of a number."""
     return value & ((np.uint64(1) << (_EIGHT * np.uint64(count))) - np.uint64(1))
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def leading_letters(text: np.ndarray, at: Scalar) -> tuple[Scalar, Scalar]:
     """How many of the eight bytes from `at` on, up to the first that is none, are ASCII letters; and these in lower case as one number.
 

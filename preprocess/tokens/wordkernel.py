@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from labels.files import fingerprint_of_sources
+from preprocess.tokens.wordjit import compiled, inlined
 from preprocess.tokens.wordmerge import MAX_WORD_BYTES, Merges, merge
 from preprocess.tokens.wordqueue import KEEP, PIECE, QUEUED_WORDS, enqueue, new_queue, queued, resolve_known
 from preprocess.tokens.wordsplit import is_space, next_word, survey
@@ -25,7 +26,7 @@ _MAX_PIECE_BYTES = 1024
 _GROUP = 8
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def _queue_plain(
     slots: np.ndarray, text: np.ndarray, at: Scalar, end: Scalar, queue: np.ndarray, size: Scalar, room: Scalar
 ) -> tuple[Scalar, Scalar]:
@@ -40,7 +41,7 @@ def _queue_plain(
     return at, size
 
 
-@njit(nogil=True)
+@compiled
 def _queue_mixed(
     slots: np.ndarray, text: np.ndarray, at: Scalar, end: Scalar, queue: np.ndarray, size: Scalar, room: Scalar
 ) -> tuple[Scalar, Scalar]:
@@ -70,7 +71,7 @@ def _queue_mixed(
     return at, size
 
 
-@njit(nogil=True)
+@compiled
 def _resolve(
     words: Words,
     merges: Merges,
@@ -105,7 +106,7 @@ def _resolve(
         item += 1
 
 
-@njit(nogil=True)
+@compiled
 def _encode_block(
     words: Words,
     merges: Merges,
@@ -115,6 +116,8 @@ def _encode_block(
     out: np.ndarray,
     counts: np.ndarray,
     missing: np.ndarray,
+    queue: np.ndarray,
+    group: np.ndarray,
 ) -> Scalar:
     """Encode some captions of a block.
 
@@ -127,16 +130,18 @@ def _encode_block(
         out: int32 [R, L], where the ids of a caption go.
         counts: int64 [R], the number of ids of a caption, WAITING or SLOW.
         missing: int64 [M, 2], room for the begin and end of pieces that are not in the table.
+        queue: of _GROUP + 1 captions.
+        group: int64 [3, _GROUP], scratch.
 
     Returns:
         the number of missing pieces.
     """
-    slots, queue, missed = words.slots, new_queue(_GROUP + 1), 0
+    slots, missed = words.slots, 0
     # Of each caption of a group: whether it is plain, how far it is queued, where its words end in the queue.
-    kinds, places, ends = np.empty(_GROUP, np.int64), np.empty(_GROUP, np.int64), np.empty(_GROUP, np.int64)
+    kinds, places, ends = group[0], group[1], group[2]
     for start in range(0, len(pending), _GROUP):
-        group, size = min(_GROUP, len(pending) - start), 0
-        for number in range(group):
+        captions, size = min(_GROUP, len(pending) - start), 0
+        for number in range(captions):
             row = pending[start + number]
             at, end = offsets[row], offsets[row + 1]
             kinds[number] = survey(text, at, end)
@@ -146,7 +151,7 @@ def _encode_block(
                 places[number], size = _queue_mixed(slots, text, at, end, queue, size, size + QUEUED_WORDS)
             ends[number] = size
         item = 0
-        for number in range(group):
+        for number in range(captions):
             row = pending[start + number]
             at, end, before, count = places[number], offsets[row + 1], missed, 0
             if kinds[number] != SLOW:
@@ -166,9 +171,16 @@ def _encode_block(
     return missed
 
 
-@njit(nogil=True)
+@compiled
 def _add_pieces(
-    words: Words, merges: Merges, text: np.ndarray, pieces: np.ndarray, first_word: np.ndarray, word_ends: np.ndarray, safe: np.ndarray
+    words: Words,
+    merges: Merges,
+    text: np.ndarray,
+    pieces: np.ndarray,
+    first_word: np.ndarray,
+    word_ends: np.ndarray,
+    safe: np.ndarray,
+    ids: np.ndarray,
 ) -> None:
     """Add pieces with the ids of the words they clean to.
 
@@ -178,8 +190,8 @@ def _add_pieces(
         first_word: int64 [P + 1], the words of a piece within `word_ends`.
         word_ends: int64 [W], the end of each word in `text`; it begins where the one before, or the piece, ends.
         safe: bool [P]; captions with an unsafe piece belong to the slow path.
+        ids: int64 [UNSAFE], scratch.
     """
-    ids = np.empty(UNSAFE, np.int64)
     for piece in range(len(pieces)):
         begin, end = pieces[piece, 0], pieces[piece, 1]
         number = 0 if safe[piece] else UNSAFE
@@ -206,15 +218,16 @@ def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None
     @njit(nogil=True, cache=True)
     def encode_block(words, merges, text, offsets, rows, out, counts, missing):  # noqa: ANN202 - numba infers it
         _ = sources
-        return _encode_block(words, merges, text, offsets, rows, out, counts, missing)
+        queue, group = new_queue(_GROUP + 1), np.empty((3, _GROUP), np.int64)
+        return _encode_block(words, merges, text, offsets, rows, out, counts, missing, queue, group)
 
     @njit(nogil=True, cache=True)
     def add_pieces(words, merges, text, pieces, first_word, word_ends, safe):  # noqa: ANN202
         _ = sources
-        _add_pieces(words, merges, text, pieces, first_word, word_ends, safe)
+        _add_pieces(words, merges, text, pieces, first_word, word_ends, safe, np.empty(UNSAFE, np.int64))
 
     return encode_block, add_pieces
 
 
-FILES = ("wordbits.py", "wordkernel.py", "wordmerge.py", "wordqueue.py", "wordsplit.py", "wordtable.py")
+FILES = ("wordbits.py", "wordjit.py", "wordkernel.py", "wordmerge.py", "wordqueue.py", "wordsplit.py", "wordtable.py")
 encode_block, add_pieces = _compiled_once(fingerprint_of_sources(__file__, FILES))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from preprocess.tokens.wordjit import compiled
 from preprocess.tokens.wordtable import Scalar
 
 # A longer word is left to the slow path: merging takes quadratic time, and such words hardly ever come twice.
@@ -46,7 +47,7 @@ def add_pairs(merges: Merges, left: np.ndarray, right: np.ndarray, values: np.nd
         merges.ranks[slot] = values[position]
 
 
-@njit(nogil=True)
+@compiled
 def _rank(merges: Merges, left: int, right: int) -> Scalar:
     """rank << 32 | merged id, or a number above all of these."""
     mask = len(merges.pairs) - 1
@@ -59,7 +60,7 @@ def _rank(merges: Merges, left: int, right: int) -> Scalar:
     return np.int64(1) << 62
 
 
-@njit(nogil=True)
+@compiled
 def merge(merges: Merges, text: np.ndarray, begin: Scalar, end: Scalar, fold: Scalar) -> Scalar:
     """Byte-pair encoding of text[begin:end] into merges.scratch[0]; the number of ids."""
     count = end - begin

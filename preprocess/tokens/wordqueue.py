@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 
 from preprocess.tokens.wordbits import prefetch
+from preprocess.tokens.wordjit import inlined
 from preprocess.tokens.wordtable import SLOW, Scalar, copy_ids, find_from, home
 
 # Of a queued word: how its case is folded, or that it is a whole piece, which Python has to learn.
@@ -24,7 +25,7 @@ def new_queue(captions: int) -> np.ndarray:
     return np.empty(captions * QUEUED_WORDS * _FIELDS, np.uint64)
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def enqueue(
     slots: np.ndarray, queue: np.ndarray, size: Scalar, begin: Scalar, end: Scalar, kind: Scalar, first: Scalar, second: Scalar
 ) -> Scalar:
@@ -41,7 +42,7 @@ def enqueue(
     return size + 1
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def queued(queue: np.ndarray, item: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar, Scalar, Scalar]:
     """Begin, end, kind, first and second column, and home of a queued word."""
     place = item * _FIELDS
@@ -49,7 +50,7 @@ def queued(queue: np.ndarray, item: Scalar) -> tuple[Scalar, Scalar, Scalar, Sca
     return begin, end, kind, queue[place], queue[place + 1], np.int64(queue[place + 5])
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def resolve_known(
     slots: np.ndarray,
     letters: np.ndarray,
@@ -67,8 +68,7 @@ def resolve_known(
     """Append the ids of queue[item:last], words of one caption, to rows[row], up to the first word that is not in the table.
 
     Pieces that are not in it are appended to missing int64 [M, 2] (begin, end). All of them are looked at, even past the limit, since one
-    unsafe piece may change how the whole caption is read. The inner loop of all takes bare arrays, since counting references to those of
-    a tuple would cost as much again.
+    unsafe piece may change how the whole caption is read.
 
     Returns:
         where it stopped (`last`, or an unknown word); the new number of ids, or SLOW; the new number of missing pieces.

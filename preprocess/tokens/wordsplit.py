@@ -1,9 +1,9 @@
 """CLIP's word pattern over bytes of plain ASCII, compiled."""
 
 import numpy as np
-from numba import njit
 
 from preprocess.tokens.wordbits import leading_letters, lowest_bytes
+from preprocess.tokens.wordjit import compiled, inlined
 from preprocess.tokens.wordtable import SLOW, Scalar, append, keys
 
 # ftfy cuts text into segments of a million characters, wherever that is.
@@ -13,23 +13,23 @@ _CASE, _A, _LETTERS = np.uint32(0x20), np.uint32(ord("a")), np.uint32(26)
 _FOLD, _KEEP = np.uint8(0x20), np.uint8(0)
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def is_letter(byte: Scalar) -> Scalar:
     return np.uint8((byte | 0x20) - 97) < 26
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def is_digit(byte: Scalar) -> Scalar:
     return np.uint8(byte - 48) < 10
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def is_space(byte: Scalar) -> Scalar:
     """White space that ftfy keeps; other control characters it deletes."""
     return byte == 0x20 or byte == 0x0A or byte == 0x0D or byte == 0x09 or byte == 0x0C
 
 
-@njit(nogil=True)
+@compiled
 def contraction(text: np.ndarray, begin: Scalar, end: Scalar) -> int:
     """Length of 's 't 're 've 'm 'll 'd at `begin`, in any case; 0 if there is none."""
     if text[begin] != 0x27 or begin + 1 == end:
@@ -44,7 +44,7 @@ def contraction(text: np.ndarray, begin: Scalar, end: Scalar) -> int:
     return 3 if pair else 0
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def scan_letters(text: np.ndarray, begin: Scalar, end: Scalar) -> tuple[Scalar, Scalar, Scalar]:
     """Where the ASCII letters from `begin` on end, and the first two columns of a slot for them."""
     if begin + 16 > len(text):
@@ -64,7 +64,7 @@ def scan_letters(text: np.ndarray, begin: Scalar, end: Scalar) -> tuple[Scalar, 
     return begin + count, first, second
 
 
-@njit(nogil=True)
+@compiled
 def _scan_each(text: np.ndarray, begin: Scalar, at: Scalar, end: Scalar, first: Scalar, second: Scalar) -> tuple[Scalar, Scalar, Scalar]:
     """The same byte by byte from `at` on: at the end of the text or the caption, and in long words."""
     while at < end:
@@ -76,7 +76,7 @@ def _scan_each(text: np.ndarray, begin: Scalar, at: Scalar, end: Scalar, first: 
     return at, first, second
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def next_word(text: np.ndarray, at: Scalar, end: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
     """Where the word that begins at `at` ends, the bit to fold its case with, and its keys."""
     stop, first, second = scan_letters(text, at, end)
@@ -96,7 +96,7 @@ def next_word(text: np.ndarray, at: Scalar, end: Scalar) -> tuple[Scalar, Scalar
     return stop, _KEEP, first, second
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def survey(text: np.ndarray, begin: Scalar, end: Scalar) -> int:
     """0: plain ASCII; 1: to be taken piece by piece; SLOW: control characters, or entities beside a `<`."""
     control, beyond, entity, tag = False, False, False, False

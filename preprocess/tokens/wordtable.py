@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+from preprocess.tokens.wordjit import compiled, inlined
+
 # A NumPy or Python number: they are the same to the compiler, but not to a type checker.
 Scalar = Any
 
@@ -38,7 +40,7 @@ class Words(NamedTuple):
     fill: np.ndarray
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def append(first: Scalar, second: Scalar, place: int, byte: Scalar) -> tuple[Scalar, Scalar]:
     """The first two columns of a slot, with the byte at `place` of the word taken in."""
     if place < 8:
@@ -48,7 +50,7 @@ def append(first: Scalar, second: Scalar, place: int, byte: Scalar) -> tuple[Sca
     return first, (second ^ (second >> _SHIFT) ^ np.uint64(byte)) * _C0
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def keys(text: np.ndarray, begin: Scalar, end: Scalar, fold: Scalar) -> tuple[Scalar, Scalar]:
     """The first two columns of a slot, for text[begin:end]."""
     first, second = _ZERO, _ZERO
@@ -57,14 +59,14 @@ def keys(text: np.ndarray, begin: Scalar, end: Scalar, fold: Scalar) -> tuple[Sc
     return first, second
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def _home(first: Scalar, second: Scalar, length: Scalar) -> Scalar:
     mixed = (first * _C0) ^ (second * _C1) ^ length
     mixed = (mixed ^ (mixed >> _HALF)) * _C2
     return np.int64(mixed >> _SHIFT) * 4
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def find(
     slots: np.ndarray, letters: np.ndarray, text: np.ndarray, begin: Scalar, end: Scalar, fold: Scalar, first: Scalar, second: Scalar
 ) -> int:
@@ -72,13 +74,13 @@ def find(
     return find_from(slots, letters, text, begin, end, fold, first, second, home(slots, end - begin, first, second))
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def home(slots: np.ndarray, length: Scalar, first: Scalar, second: Scalar) -> Scalar:
     """Where a word's slot would begin if no other had come before."""
     return _home(first, second, np.uint64(length)) & (len(slots) - 1)
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def find_from(
     slots: np.ndarray,
     letters: np.ndarray,
@@ -103,7 +105,7 @@ def find_from(
         slot = (slot + 4) & mask
 
 
-@njit(nogil=True)
+@compiled
 def _same(letters: np.ndarray, place: int, text: np.ndarray, begin: Scalar, end: Scalar, fold: Scalar) -> Scalar:
     for i in range(end - begin):  # noqa: SIM110 - numba compiles no generator
         if letters[place + i] != (text[begin + i] | fold):
@@ -111,7 +113,7 @@ def _same(letters: np.ndarray, place: int, text: np.ndarray, begin: Scalar, end:
     return True
 
 
-@njit(nogil=True)
+@compiled
 def insert(
     words: Words,
     text: np.ndarray,
@@ -151,7 +153,7 @@ def insert(
     fill[2] += listed
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def copy_ids(slots: np.ndarray, listed: np.ndarray, slot: Scalar, rows: np.ndarray, row: int, count: int) -> Scalar:
     """Append a known word's ids to rows[row], as far as there is room; the new number of ids, or SLOW."""
     number = np.int64((slots[slot + 2] >> _U16) & _LOW16)
