@@ -40,7 +40,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers.models import BPE
 
 from labels.settings import parse_count
-from preprocess.tokens.clip_bpe import ClipTokenizer
+from preprocess.tokens.kinds.clip import ClipTokenizer
 
 DATACOMP_1B = 1_280_000_000
 SPECIALS = "<start_of_text>|<end_of_text>|"

@@ -100,7 +100,7 @@ def step(side: str, name: str, precision: str, given: Inputs) -> Step:
     if side == "products":
         return products(features, weight, precision)
     dense = {"softmax": dense_softmax, "bce": dense_bce, "asl": dense_asl, "soft_margin": dense_soft_margin, "two_way": dense_two_way}[name]
-    module = HeadLoss(Loss(name=name, idf=name == "softmax"), idf)  # type: ignore[arg-type]
+    module = HeadLoss(Loss(name=name, idf=name == "softmax"), idf)
 
     def run() -> None:
         for parameter in (features, weight, bias):

@@ -5,7 +5,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,9 +13,10 @@ from pydantic import BaseModel, ValidationError
 from labels.errors import UserError
 from labels.files import write_whole
 from labels.recipes import RECIPES
-from labels.settings import Pipeline
+from labels.settings import Pipeline, Section
 
 DEFAULT_FILE = Path("pipeline.yaml")
+_Own = TypeVar("_Own", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,7 +64,24 @@ def load_pipeline(file: Path | None = None, overrides: Iterable[str] = (), recip
     try:
         return Pipeline.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, file)) from None
+        raise UserError(_explain(error, f"({file or 'built-in defaults'} and --set) ", Pipeline)) from None
+
+
+def own_section(pipeline: Pipeline, name: str, section: type[_Own]) -> _Own:
+    """The keys below `evaluators.NAME`, of an evaluator whose section stands in its own file.
+
+    Raises:
+        UserError: as load_pipeline.
+    """
+    try:
+        return section.model_validate(pipeline.evaluators.get(name, {}))
+    except ValidationError as error:
+        raise UserError(_explain(error, "", section, ("evaluators", name))) from None
+
+
+def section_key(name: str) -> str:
+    """Where an evaluator's keys stand: its own section, or a part of `evaluators`."""
+    return name if name in Pipeline.model_fields else f"evaluators.{name}"
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -124,13 +142,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
     at[names[-1]] = value
 
 
-def _explain(error: ValidationError, file: Path | None) -> str:
-    """Every fault on a line of its own: key, value, what is allowed."""
-    lines = [f"the configuration ({file or 'built-in defaults'} and --set) is not valid:"]
+def _explain(error: ValidationError, source: str, model: type[Section], at: tuple[str, ...] = ()) -> str:
+    """Every fault on a line of its own: key, value, what is allowed. `at`: where the model stands in the configuration."""
+    lines = [f"the configuration {source}is not valid:"]
     for fault in error.errors(include_url=False):
-        key = ".".join(map(str, fault["loc"])) or "(whole file)"
+        key = ".".join(map(str, (*at, *fault["loc"]))) or "(whole file)"
         if fault["type"] == "extra_forbidden":
-            names = _keys_at(fault["loc"][:-1])
+            names = _keys_at(model, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             lines.append(f"  {key}: unknown key; {hint}allowed: {', '.join(names)}")
@@ -141,8 +159,7 @@ def _explain(error: ValidationError, file: Path | None) -> str:
     return "\n".join(lines)
 
 
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = Pipeline
+def _keys_at(model: Any, location: tuple[int | str, ...]) -> list[str]:
     for name in location:
         model = model.model_fields[name].annotation
     return list(model.model_fields)

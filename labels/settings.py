@@ -6,9 +6,11 @@ The comments beside the keys stand in pipeline.yaml; a test holds its values equ
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from labels.choices import Formula
+from labels.kinds import EVALUATORS, LOSSES, names_in, says
 from labels.recipes import RECIPES
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
@@ -135,8 +137,14 @@ class Data(Section):
         return self
 
 
+def _known_loss(name: str) -> str:
+    if name not in (names := names_in(LOSSES)):
+        raise PydanticCustomError("loss", "Input should be {names}", {"names": ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"})
+    return name
+
+
 class Loss(Section):
-    name: Literal["softmax", "bce", "asl", "soft_margin", "two_way"] = "softmax"
+    name: Annotated[str, AfterValidator(_known_loss)] = "softmax"
     idf: bool = True
     memory: Size = 128 << 20
     split_vocabulary: bool | Literal["auto"] = False
@@ -205,10 +213,10 @@ class Train(Section):
                 f"optimizer.warmup_samples is {self.optimizer.warmup_samples}, the whole run only {self.samples} samples; "
                 "allowed: less than train.samples"
             )
-        if self.loss.name == "two_way" and self.runtime.accumulation > 1:
+        if self.runtime.accumulation > 1 and says(LOSSES, self.loss.name, "WHOLE_BATCH"):
             raise ValueError(
-                f"loss.name is two_way, which compares all samples of a batch, runtime.accumulation {self.runtime.accumulation}, which "
-                "never has them together; allowed: 1"
+                f"loss.name is {self.loss.name}, which compares all samples of a batch, runtime.accumulation {self.runtime.accumulation}, "
+                "which never has them together; allowed: 1"
             )
         if self.batch_size % self.runtime.accumulation:
             raise ValueError(
@@ -389,4 +397,17 @@ class Pipeline(Section):
     caption: Caption = Caption()
     llava: Llava = Llava()
     features: Features = Features()
+    evaluators: dict[str, dict[str, Any]] = {}
     recipes: dict[str, dict[str, Any]] = RECIPES
+
+    @field_validator("evaluators")
+    @classmethod
+    def _without_section(cls, evaluators: dict[str, Any]) -> dict[str, Any]:
+        """What keys there are, their own files say: `labels.config.own_section`."""
+        for name in evaluators:
+            if name in cls.model_fields or name not in names_in(EVALUATORS):
+                names = [one for one in names_in(EVALUATORS) if one not in cls.model_fields]
+                raise ValueError(
+                    f"{name!r} has no keys here; allowed: {', '.join(names) or 'none, each evaluator has a section of its own'}"
+                )
+        return evaluators

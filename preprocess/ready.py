@@ -5,7 +5,7 @@ Loading compiled code costs a second, half of it for numba's own tables; CLIP's 
 
 from labels.settings import Labels
 from preprocess import beton_job, label_job  # noqa: F401 - to have them imported
-from preprocess.tokens.clip_bpe import ClipTokenizer
+from preprocess.tokens.kinds.clip import ClipTokenizer
 from preprocess.tokens.tokenizer import make_tokenizer
 from preprocess.workers import one_core
 

@@ -7,8 +7,8 @@ from test_losses import assert_near, fused_and_dense, some_case, some_labels
 from labels.schema import PAD_ID
 from labels.settings import Loss
 from train.losses import softmax_kernel
+from train.losses.kinds.softmax import softmax_rows
 from train.losses.positives import positives
-from train.losses.softmax import softmax_rows
 
 calls = []
 

@@ -30,7 +30,7 @@ from labels.manifest import read_manifest
 from labels.schema import LABELS, QUARANTINE
 from preprocess import label_job
 from preprocess.lock import only_writer
-from preprocess.tokens.clip_bpe import ClipTokenizer
+from preprocess.tokens.kinds.clip import ClipTokenizer
 
 
 def inodes(out: Path) -> dict[str, int]:

@@ -14,7 +14,7 @@ from labels.errors import UserError
 from labels.settings import Labels
 from labels.sparse import unique_sorted
 from preprocess.tokens import wordnet
-from preprocess.tokens.catlip import CatlipTokenizer
+from preprocess.tokens.kinds.catlip import CatlipTokenizer
 from preprocess.tokens.tokenizer import make_tokenizer
 from preprocess.tokens.wordnet import Nouns, load_nouns
 

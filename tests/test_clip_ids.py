@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
-from preprocess.tokens import clip_bpe
 from preprocess.tokens.clean import clip_clean
-from preprocess.tokens.clip_bpe import ClipTokenizer
+from preprocess.tokens.kinds import clip
+from preprocess.tokens.kinds.clip import ClipTokenizer
 
 LIMIT = 75
 MINE = ClipTokenizer()
@@ -121,7 +121,7 @@ def test_the_vocabulary_is_open_clips() -> None:
 def test_a_full_word_table_starts_over_without_changing_an_id(monkeypatch: pytest.MonkeyPatch) -> None:
     captions = [f"word{number} again{number % 7} 犬{number}" for number in range(200)]
     expected = rows(captions)
-    monkeypatch.setattr(clip_bpe, "_MAX_KNOWN_WORDS", 20)
+    monkeypatch.setattr(clip, "_MAX_KNOWN_WORDS", 20)
     small = ClipTokenizer()
     for caption, row in zip(captions, expected, strict=True):
         assert small.encode([caption], LIMIT)[0].tolist() == row

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from test_clip_ids import NASTY
 
 from labels.sparse import unique_sorted
-from preprocess.tokens import clip_bpe
 from preprocess.tokens.clean import clip_clean
-from preprocess.tokens.clip_bpe import ClipTokenizer
 from preprocess.tokens.fastclean import clean_piece
+from preprocess.tokens.kinds import clip
+from preprocess.tokens.kinds.clip import ClipTokenizer
 
 LIMIT = 75
 NO_LIMIT = 10**9
@@ -198,7 +198,7 @@ def test_cold_warm_and_full_tables(bound: int, monkeypatch: pytest.MonkeyPatch) 
         f"word{number} again{number % 7} café{number} l’eau{number % 5} Tom&amp;Co supercalifragilistic{number}" for number in range(200)
     ]
     captions += NASTY
-    monkeypatch.setattr(clip_bpe, "_MAX_KNOWN_WORDS", bound)
+    monkeypatch.setattr(clip, "_MAX_KNOWN_WORDS", bound)
     small = ClipTokenizer()
     for _ in range(2):
         assert_same(captions, fast=small)

@@ -18,7 +18,7 @@ from labels.settings import Features, Fewshot, Pipeline
 from train.evals.data.sets import load_pair
 from train.evals.encoders.encoder import EncoderSpec
 from train.evals.features import Extractor
-from train.evals.protocols.fewshot import FewShot, draw_shots, fit_ridge
+from train.evals.protocols.kinds.fewshot import FewShot, draw_shots, fit_ridge
 from train.evals.run_protocol import run_protocol
 
 

@@ -20,7 +20,7 @@ from labels.errors import UserError
 from labels.idf import idf_weights, read_idf
 from labels.schema import LABELS, TOKENS
 from preprocess.counts import ShardCounts, document_frequencies, sum_counts
-from preprocess.tokens.clip_bpe import ClipTokenizer
+from preprocess.tokens.kinds.clip import ClipTokenizer
 
 SPECIALS = {49406, 49407}
 

@@ -15,8 +15,8 @@ from labels.settings import Features, Knn, Pipeline
 from train.evals.data.sets import load_pair
 from train.evals.encoders.encoder import EncoderSpec
 from train.evals.features import Extractor
-from train.evals.protocols import knn
-from train.evals.protocols.knn import NearestNeighbours, majority_votes, nearest, weighted_votes
+from train.evals.protocols.kinds import knn
+from train.evals.protocols.kinds.knn import NearestNeighbours, majority_votes, nearest, weighted_votes
 from train.evals.run_protocol import run_protocol
 
 

@@ -10,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
+from labels.kinds import LOSSES, names_in
 from labels.schema import PAD_ID
 from labels.settings import Loss
 from train.losses import fused as fused_module
@@ -19,7 +20,7 @@ from train.losses.head_loss import HeadLoss
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ["softmax", "bce", "asl", "soft_margin", "two_way"]
-KINDS = [Loss(name=name, idf=idf, memory=memory) for name in NAMES for idf in (True, False) for memory in (1, 700, 1 << 20)]  # type: ignore[arg-type]
+KINDS = [Loss(name=name, idf=idf, memory=memory) for name in NAMES for idf in (True, False) for memory in (1, 700, 1 << 20)]
 B, W, V, K = 9, 5, 40, 6
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -71,6 +72,10 @@ def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor], relativ
         assert (one.double() - other.double()).abs().max() <= relative * other.abs().max() + cancelled
 
 
+def test_every_loss_is_tested_here() -> None:
+    assert sorted(NAMES) == names_in(LOSSES)
+
+
 @every_kind
 def test_equals_the_dense_form(settings: Loss) -> None:
     for seed in range(4):
@@ -82,7 +87,7 @@ def test_equals_the_dense_form(settings: Loss) -> None:
 def test_equals_the_dense_form_at_any_shape(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(NAMES))
     rows, classes, limit, width = (data.draw(st.integers(1, top)) for top in (12, 30, 9, 7))
-    settings = Loss(name=name, idf=data.draw(st.booleans()), memory=data.draw(st.sampled_from([1, 250, 1 << 20])))  # type: ignore[arg-type]
+    settings = Loss(name=name, idf=data.draw(st.booleans()), memory=data.draw(st.sampled_from([1, 250, 1 << 20])))
     case = some_case(data.draw(st.integers(0, 10**6)), rows, classes, limit, width)
     assert_near(*fused_and_dense(settings, *case), relative=3e-6, cancelled=1e-6)
 
@@ -91,7 +96,7 @@ def test_equals_the_dense_form_at_any_shape(data: st.DataObject) -> None:
 def test_equals_the_dense_form_with_a_large_head(name: str) -> None:
     (features, weight, bias), label_ids, idf = some_case(1, rows=70, classes=9_000, limit=20, width=96)
     operands = (features, weight / 96**0.5, bias)  # drawn as train.model.build_head draws it
-    assert_near(*fused_and_dense(Loss(name=name, memory=1 << 20), operands, label_ids, idf))  # type: ignore[arg-type]
+    assert_near(*fused_and_dense(Loss(name=name, memory=1 << 20), operands, label_ids, idf))
 
 
 @every_kind
@@ -114,7 +119,7 @@ def test_edge_rows(settings: Loss, rows: list[list[int]]) -> None:
 @every_name
 def test_labels_without_any_weight(name: str) -> None:
     operands, label_ids, _ = some_case(2)
-    assert_near(*fused_and_dense(Loss(name=name), operands, label_ids, torch.zeros(V)))  # type: ignore[arg-type]
+    assert_near(*fused_and_dense(Loss(name=name), operands, label_ids, torch.zeros(V)))
 
 
 def test_softmax_rows_without_weight_have_no_loss_but_count_in_the_mean() -> None:
@@ -137,7 +142,7 @@ def test_extreme_logits(name: str, size: float, positive: bool) -> None:
     weight[[2, 7]] = size if positive else -size
     weight[11] = -size if positive else size
     labels = torch.tensor([[2, 4, PAD_ID], [7, PAD_ID, PAD_ID], [11, 12, PAD_ID], [1, 2, 7]])
-    settings = Loss(name=name, idf=False)  # type: ignore[arg-type]
+    settings = Loss(name=name, idf=False)
     assert_near(*fused_and_dense(settings, (torch.eye(4), weight, torch.zeros(V)), labels, torch.ones(V)), relative=2e-6)
 
 
@@ -145,7 +150,7 @@ def test_extreme_logits(name: str, size: float, positive: bool) -> None:
 @pytest.mark.parametrize("memory", [1, 1 << 20])
 def test_gradcheck(name: str, memory: int) -> None:
     operands, label_ids, idf = some_case(7, rows=4, classes=8, limit=3, width=3)
-    loss = HeadLoss(Loss(name=name, memory=memory), idf)  # type: ignore[arg-type]
+    loss = HeadLoss(Loss(name=name, memory=memory), idf)
     inputs = tuple(operand.double().requires_grad_() for operand in operands)
     assert torch.autograd.gradcheck(lambda *inputs: loss(*inputs, label_ids), inputs)
 
@@ -171,7 +176,7 @@ def test_bf16_autocast_is_as_near_as_the_dense_form(name: str, monkeypatch: pyte
     monkeypatch.setattr(fused_module, "fast_on_cpu", lambda dtype: True)
     operands, label_ids, idf = some_case(8, rows=24, classes=2_000, limit=8, width=32)
     operands = (operands[0], operands[1] / 8, operands[2])
-    settings = Loss(name=name, memory=40_000)  # type: ignore[arg-type]
+    settings = Loss(name=name, memory=40_000)
     with torch.autocast("cpu", torch.bfloat16):
         found, exact = fused_and_dense(settings, operands, label_ids, idf)
     inputs = [operand.clone().requires_grad_() for operand in operands]
@@ -195,7 +200,7 @@ def test_bf16_on_a_cpu_without_it_is_computed_in_float32(monkeypatch: pytest.Mon
 def test_parameters_in_bf16_get_gradients_in_bf16(name: str) -> None:
     operands, label_ids, idf = some_case(8)
     low = tuple(operand.bfloat16() for operand in operands)
-    found, exact = fused_and_dense(Loss(name=name), low, label_ids, idf)  # type: ignore[arg-type]
+    found, exact = fused_and_dense(Loss(name=name), low, label_ids, idf)
     assert [tensor.dtype for tensor in found] == [torch.float32] + [torch.bfloat16] * 3
     assert_near(found, exact, relative=0.02)
 
@@ -204,7 +209,7 @@ def test_parameters_in_bf16_get_gradients_in_bf16(name: str) -> None:
 def test_micro_batches_add_up(name: str) -> None:
     """The mean over two halves of the batch, for every loss but the one that looks along the batch."""
     (features, weight, bias), label_ids, idf = some_case(9, rows=8)
-    loss = HeadLoss(Loss(name=name), idf)  # type: ignore[arg-type]
+    loss = HeadLoss(Loss(name=name), idf)
     whole, parts = (weight.clone().requires_grad_() for _ in range(2))
     loss(features, whole, bias, label_ids).backward()
     for half in (slice(0, 4), slice(4, 8)):

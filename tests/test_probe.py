@@ -23,10 +23,10 @@ from train.evals.features import Extractor
 from train.evals.pixels import decode_crop
 from train.evals.protocols import lbfgs_probe
 from train.evals.protocols import mae_probe as mae_module
+from train.evals.protocols.kinds.probe import LinearProbe
 from train.evals.protocols.lbfgs_probe import choose_weight_decay, linear_probe, majority, stratified_split
 from train.evals.protocols.logistic import Axes, fit, start_at_zero
 from train.evals.protocols.mae_probe import cached_epochs, learning_rate, mae_probe, make_optimizer
-from train.evals.protocols.probe import LinearProbe
 from train.evals.protocols.protocol import top_k
 from train.evals.run_protocol import run_protocol
 

@@ -21,8 +21,8 @@ from train.evals.data.sets import DataSet
 from train.evals.encoders.encoder import EncoderSpec
 from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
-from train.evals.protocols import retrieval
-from train.evals.protocols.retrieval import Recall, ranks, recalls
+from train.evals.protocols.kinds import retrieval
+from train.evals.protocols.kinds.retrieval import Recall, ranks, recalls
 from train.evals.run_protocol import run_protocol
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,9 +10,9 @@ from test_clip_ids import NASTY
 
 from labels.settings import Labels
 from labels.sparse import unique_sorted
-from preprocess.tokens import clip_bpe
 from preprocess.tokens.clean import clip_clean
-from preprocess.tokens.clip_bpe import ClipTokenizer
+from preprocess.tokens.kinds import clip
+from preprocess.tokens.kinds.clip import ClipTokenizer
 from preprocess.tokens.stopwords import is_stop_word, remove_stop_words, stop_words
 from preprocess.tokens.tokenizer import make_tokenizer
 
@@ -24,7 +24,7 @@ NO_LIMIT = 10**6
 
 def expected(caption: str, limit: int) -> list[int]:
     """Word by word, by the tokenizer that keeps all."""
-    words = [word for word in clip_bpe._WORD.findall(clip_clean(caption)) if word not in stop_words() and word[1:] not in apostrophes(word)]
+    words = [word for word in clip._WORD.findall(clip_clean(caption)) if word not in stop_words() and word[1:] not in apostrophes(word)]
     return [token for word in words for token in KEEP._engine.encode(word, add_special_tokens=False).ids][:limit]
 
 
@@ -94,7 +94,7 @@ def test_removed_words_do_not_count_for_the_limit(limit: int) -> None:
 
 @pytest.mark.parametrize("bound", [1, 300])
 def test_cold_warm_and_full_tables(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clip_bpe, "_MAX_KNOWN_WORDS", bound)
+    monkeypatch.setattr(clip, "_MAX_KNOWN_WORDS", bound)
     small = ClipTokenizer(without_stop_words=True)
     captions = [f"the word{chr(97 + number % 26)}{'q' * (number % 70)} of café{number} it's don't" for number in range(1500)]
     for _ in range(2):

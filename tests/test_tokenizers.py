@@ -19,10 +19,10 @@ from labels.errors import UserError
 from labels.settings import Labels
 from labels.sparse import unique_sorted
 from preprocess.tokens import sources
+from preprocess.tokens.kinds.subword import SubwordTokenizer
 from preprocess.tokens.piecewise import _MARKING, _WORDS
 from preprocess.tokens.sources import find_source, load_engine
 from preprocess.tokens.stopwords import remove_stop_words
-from preprocess.tokens.subword import SubwordTokenizer
 from preprocess.tokens.tokenizer import make_tokenizer
 
 NO_LIMIT = 10**6

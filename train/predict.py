@@ -14,6 +14,7 @@ from PIL import Image
 
 from labels.config import load_pipeline
 from labels.errors import UserError
+from labels.kinds import LOSSES, says
 from train.checkpoint import checkpoint_folders, read_state
 from train.evals.encoders.load import load_encoder
 from train.evals.encoders.runs import newest_checkpoint
@@ -51,9 +52,9 @@ def predict_tokens(run: Path, files: Sequence[Path], top: int) -> dict[str, Any]
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in encoder.images[1:])
     pixels = torch.from_numpy(np.stack([_read(image, encoder.images.side) for image in files]))  # [B, S, S, 3]
     logits = head.eval()(encoder((pixels.permute(0, 3, 1, 2).float().div(255) - mean) / std))  # [B, V]
-    # The other losses ask of each token alone whether it is there.
+    # A loss that learns no distribution asks of each token alone whether it is there.
     loss = load_pipeline(checkpoint.parent.parent / "config.yaml").train.loss.name
-    probabilities = logits.float().softmax(dim=1) if loss == "softmax" else logits.float().sigmoid()  # [B, V]
+    probabilities = logits.float().softmax(dim=1) if says(LOSSES, loss, "DISTRIBUTION") else logits.float().sigmoid()  # [B, V]
     best = probabilities.topk(min(top, vocabulary), dim=1)
     tokens = [
         [{"token_id": token, "probability": probability} for token, probability in zip(ids, values, strict=True)]

@@ -17,20 +17,25 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
+def find_file(name: str) -> Path | None:
+    """The file that `labels.tokenizer` names, or that lies in the folder it names; None if there is none."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return next((path / file for file in _FILES if (path / file).is_file()), None)
+    return path if path.exists() else None
+
+
 def find_source(name: str) -> Path | str:
     """`labels.tokenizer` to the file that holds the tokenizer, or to a hub name.
 
     Raises:
         UserError: it is neither, or a folder without a tokenizer.
     """
+    if (file := find_file(name)) is not None:
+        return file
     path = Path(name).expanduser()
     if path.is_dir():
-        for file in _FILES:
-            if (path / file).is_file():
-                return path / file
         raise UserError(f"labels.tokenizer: the folder {name} holds neither {' nor '.join(_FILES)}", allowed=ALLOWED)
-    if path.exists():
-        return path
     if path.suffix in (".json", ".txt") or not _HUB_NAME.fullmatch(name):
         raise UserError(f"labels.tokenizer: there is no file {name!r}", allowed=ALLOWED)
     return name

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
+from labels.kinds import TOKENIZERS, names_in
 from labels.settings import Labels
-from preprocess.tokens.clip_bpe import ClipTokenizer
 
 if TYPE_CHECKING:
     from preprocess.tokens.fastpath import Captions, Rows
+
+_ANY = "subword"
+"""The family that is asked last: it takes every name, or refuses it with what is allowed."""
 
 
 class Tokenizer(Protocol):
@@ -67,20 +71,14 @@ def make_tokenizer(settings: Labels) -> Tokenizer:
     Raises:
         UserError: there is no such tokenizer, or its file is not one.
     """
-    return _make(settings.tokenizer, settings.stop_words == "remove", settings.wordnet)
+    return _make(settings.tokenizer, settings.stop_words, settings.wordnet)
 
 
 @cache
-def _make(name: str, without_stop_words: bool, wordnet: str) -> Tokenizer:
-    if name == "clip":
-        return ClipTokenizer(without_stop_words=without_stop_words)
-    # Here, not above: CLIP's tokenizer is made without reading what only the others need.
-    from preprocess.tokens.catlip import CatlipTokenizer, read_vocabulary
-    from preprocess.tokens.sources import find_source, load_engine
-    from preprocess.tokens.subword import SubwordTokenizer
-
-    source = find_source(name)
-    vocabulary = read_vocabulary(source)
-    if vocabulary is not None:
-        return CatlipTokenizer(vocabulary, wordnet, without_stop_words=without_stop_words)
-    return SubwordTokenizer(load_engine(source), without_stop_words=without_stop_words)
+def _make(name: str, stop_words: Literal["keep", "remove"], wordnet: str) -> Tokenizer:
+    """The first one that a family gives, by what decides ids."""
+    settings = Labels(tokenizer=name, stop_words=stop_words, wordnet=wordnet)
+    # The family of that very name first: CLIP's tokenizer is made without reading what only the others need.
+    order = sorted(names_in(TOKENIZERS), key=lambda family: (family != name, family == _ANY))
+    made = (import_module(f"{TOKENIZERS}.{family}").make(settings) for family in order)
+    return next(tokenizer for tokenizer in made if tokenizer is not None)

@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 from labels.config import load_pipeline
+from labels.errors import UserError
+from labels.kinds import EVALUATORS, names_in, summary
 from train import options
 
 _PATH = click.Path(path_type=Path)
@@ -50,20 +52,6 @@ _evaluation = _options(_OPTIONS)
 def probe(recipe: str | None, **arguments: Any) -> None:
     """Fit a linear classifier on the features of frozen encoders; accuracy on the test part."""
     _run("probe", arguments, {"probe.recipe": recipe})
-
-
-@click.command("fewshot")
-@_evaluation
-def fewshot(**arguments: Any) -> None:
-    """Ridge regression on a few training images a class (big_vision's 10-shot)."""
-    _run("fewshot", arguments, {})
-
-
-@click.command("knn")
-@_evaluation
-def knn(**arguments: Any) -> None:
-    """Nearest neighbours of frozen features: DINO's weighted vote, and the majority."""
-    _run("knn", arguments, {})
 
 
 @click.command("zeroshot")
@@ -130,22 +118,24 @@ def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> 
     from train.evals.data.captions import load_caption_set
     from train.evals.encoders.load import pair_weights
     from train.evals.measure import on_device
-    from train.evals.protocols.registry import PROTOCOLS
+    from train.evals.protocols.registry import load_protocol
     from train.evals.run_protocol import named_data, run_protocol
 
     set_by_flags = [f"{key}={value}" for key, value in flags.items() if value is not None]
     pipeline = load_pipeline(arguments["config"], [*arguments["overrides"], *set_by_flags])
     encoders = pair_weights(arguments["encoders"], arguments["weights"], arguments["layer"], arguments["pool"])
-    cache = arguments["cache"]
+    evaluation, cache = load_protocol(name), arguments["cache"]
 
     def load() -> Any:
-        if PROTOCOLS[name].takes == "captions":
+        if evaluation.takes == "captions":
+            if arguments["data"] is None:
+                raise UserError("the data is not named", allowed="--data coco:DIR, karpathy:DIR, flickr30k:DIR or pairs:DIR")
             return load_caption_set(arguments["data"], cache, arguments.get("part"))
         return named_data(arguments["data"], arguments["train_dir"], arguments["test_dir"], cache)
 
     with _first_rank_speaks() as first:
         run_protocol(
-            PROTOCOLS[name],
+            evaluation,
             encoders,
             load,
             pipeline,
@@ -173,7 +163,15 @@ def _first_rank_speaks() -> Iterator[bool]:
         sys.exit(STOPPED_EXIT_CODE)
 
 
+def _plain(name: str) -> click.Command:
+    """The command of an evaluator that has no option of its own."""
+    return click.command(name, help=summary(EVALUATORS, name))(_evaluation(lambda **arguments: _run(name, arguments, {})))
+
+
 def register(group: click.Group) -> None:
-    """Add all of them to the command `train`."""
-    for command in (probe, fewshot, knn, zeroshot, retrieval, finetune, caption, evaluate):
+    """Add all of them to the command `train`: those above, and one for every other evaluator there is a file of."""
+    for command in (probe, zeroshot, retrieval, finetune, caption, evaluate):
         group.add_command(command)
+    for name in names_in(EVALUATORS):
+        if name not in group.commands:
+            group.add_command(_plain(name))

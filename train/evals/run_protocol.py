@@ -57,11 +57,12 @@ def run_protocol(
     """
     if out is not None and out.is_dir():
         raise UserError(f"--out {out} is a directory", allowed="the path of a file", mend=f"--out {out / (evaluation.name + '.json')}")
+    settings = evaluation.settings(pipeline)
     loaded = [load_encoder(asked) for asked in encoders]  # all of them: a mistake in the last one must not cost the others' time
     for encoder in loaded:
         if reason := evaluation.unfit(encoder):
             raise UserError(f"{evaluation.name}: the encoder {encoder.name!r} cannot be measured so: {reason}")
-    data, settings = load(), evaluation.settings(pipeline)
+    data = load()
     evaluation.check(data, settings)
     rows, splits = floor_rows(data), []
     for encoder in loaded:

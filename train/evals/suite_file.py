@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from labels.config import load_pipeline, read_yaml
+from labels.config import load_pipeline, read_yaml, section_key
 from labels.errors import UserError
 from labels.settings import Pipeline, Section
 from train.evals.encoders.encoder import EncoderSpec
 from train.evals.protocols.protocol import Evaluation
-from train.evals.protocols.registry import PROTOCOLS
+from train.evals.protocols.registry import load_protocol, protocol_names
 
 
 class EncoderEntry(Section):
@@ -42,13 +42,13 @@ class ProtocolEntry(Section):
         Raises:
             UserError: there is none.
         """
-        if self.protocol not in PROTOCOLS:
-            raise UserError(f"the protocol {self.protocol!r} is unknown", allowed=", ".join(PROTOCOLS), mend="mend the suite file")
-        return PROTOCOLS[self.protocol]
+        if self.protocol not in (names := protocol_names()):
+            raise UserError(f"the protocol {self.protocol!r} is unknown", allowed=", ".join(names), mend="mend the suite file")
+        return load_protocol(self.protocol)
 
     def pipeline(self, config: Path | None, overrides: tuple[str, ...]) -> Pipeline:
         """The configuration with this entry's own keys laid over it."""
-        return load_pipeline(config, [*overrides, *_dotted(self.protocol, self.set)])
+        return load_pipeline(config, [*overrides, *_dotted(section_key(self.protocol), self.set)])
 
 
 def _entry(key: str) -> BeforeValidator:

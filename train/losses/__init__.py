@@ -2,8 +2,8 @@
 
 ```
 label ids [B, K] --positives.py--> ids, shares, valid
-features [B, W], weight [V, W], bias [V] --head.py--> logits of some rows --softmax.py, classwise.py, two_way.py--> losses of the
-    rows, and the logits overwritten by their gradient --head.py--> sums of the three gradients --fused.py--> autograd
+features [B, W], weight [V, W], bias [V] --head.py--> logits of some rows --kinds/*.py--> losses of the rows,
+    and the logits overwritten by their gradient --head.py--> sums of the three gradients --fused.py--> autograd
 ```
 
 Neither a dense target nor the logits of a whole batch are ever made: a chunk of rows lives from its product to its gradients'

@@ -6,6 +6,7 @@ B batch, V vocabulary, W trunk width.
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 from train.losses.blocks import chunks
 from train.losses.positives import Positives
@@ -52,9 +53,25 @@ class Head:
         return len(self.weight) if self.split is None else self.split.vocabulary
 
     @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Ranks that hold the other classes; None where this one has them all."""
+        return None if self.split is None else self.split.group
+
+    @property
     def training(self) -> bool:
         """Whether any gradient is wanted."""
         return any(sum_ is not None for sum_ in self.gradients)
+
+    def mean(self, loss: RowLoss, labels: Positives, divided_by: int = 1) -> torch.Tensor:
+        """The mean loss of all rows, scalar; adds its gradients.
+
+        Args:
+            loss: of some rows.
+            labels: of all rows.
+            divided_by: by this, too.
+        """
+        scale = 1 / (len(self.features) * divided_by)
+        return self.rows(loss, labels, scale).sum() * scale
 
     def rows(self, loss: RowLoss, labels: Positives, scale: float, beside: int = 0) -> torch.Tensor:
         """Losses [B] of all rows; adds `scale` times their gradients.

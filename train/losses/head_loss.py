@@ -3,21 +3,16 @@
 B batch, W trunk width, V vocabulary, K label limit.
 """
 
-from functools import partial
-
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from labels.settings import Loss
-from train.losses.classwise import asymmetric, bce
 from train.losses.fused import fused, product_type
-from train.losses.head import Head, RowLoss
-from train.losses.positives import Positives, positives
-from train.losses.ranks import everyone, ranks, sum_over
-from train.losses.softmax import softmax_rows
+from train.losses.head import Head
+from train.losses.kinds import kind
+from train.losses.positives import positives
+from train.losses.ranks import ranks, sum_over
 from train.losses.split import split_of
-from train.losses.two_way import two_way
 
 
 class HeadLoss(nn.Module):
@@ -33,6 +28,7 @@ class HeadLoss(nn.Module):
     def __init__(self, settings: Loss, idf: torch.Tensor) -> None:
         super().__init__()
         self.settings = settings
+        self._batch_loss = kind(settings.name).batch_loss
         self._buffer: torch.Tensor | None = None  # kept from step to step: touching fresh memory costs more than using it
         # Not a part of the weights: it comes from OUT, whose fingerprint every checkpoint names.
         self.register_buffer("idf", idf if settings.idf else torch.ones_like(idf), persistent=False)
@@ -61,7 +57,7 @@ class HeadLoss(nn.Module):
                 labels = positives(ids, self.idf.to(head.sums))
                 if split is not None:
                     labels = labels.of_classes(split.first, len(weight))
-                loss, (into_features, *into_head) = batch_loss(self.settings, head, labels), head.gradients
+                loss, (into_features, *into_head) = self._batch_loss(self.settings, head, labels), head.gradients
                 self._buffer = head.buffer
                 if split is not None:
                     sum_over(loss, split.group)
@@ -70,32 +66,3 @@ class HeadLoss(nn.Module):
                 return loss, [into_features, *into_head]
 
         return fused(features, weight, bias, compute)  # type: ignore[call-arg]  # the decorator hides the parameters
-
-
-def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor:
-    """The loss of a batch, scalar; adds its gradients to the head's. Of a split head: this rank's part of a sum.
-
-    Args:
-        settings: which loss.
-        head: of these samples.
-        labels: of these samples, and of the head's classes.
-    """
-    group = None if head.split is None else head.split.group
-    if settings.name == "two_way":
-        return two_way(head, labels, of_samples=None if group else everyone(), of_classes=group)
-    scale = 1 / (len(head.features) * (head.vocabulary if settings.name == "soft_margin" else 1))
-    return head.rows(row_loss(settings, group), labels, scale).sum() * scale
-
-
-def row_loss(settings: Loss, group: dist.ProcessGroup | None) -> RowLoss:
-    """The loss of rows by its name; `soft_margin` is `bce` divided by V (torch.nn.MultiLabelSoftMarginLoss).
-
-    Args:
-        settings: which loss.
-        group: ranks that hold the other classes. Losses that take every class by itself do not ask them.
-    """
-    if settings.name == "softmax":
-        return partial(softmax_rows, group=group)
-    if settings.name == "asl":
-        return asymmetric(settings.gamma_negative, settings.gamma_positive, settings.clip)
-    return bce()

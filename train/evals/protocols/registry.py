@@ -1,13 +1,16 @@
-"""All protocols by name."""
+"""All protocols by name: the files of train/evals/protocols/kinds."""
 
-from train.caption.protocol import Captioning
-from train.evals.protocols.fewshot import FewShot
-from train.evals.protocols.finetune import FineTune
-from train.evals.protocols.knn import NearestNeighbours
-from train.evals.protocols.probe import LinearProbe
+from importlib import import_module
+
+from labels.kinds import EVALUATORS, names_in
 from train.evals.protocols.protocol import Evaluation
-from train.evals.protocols.retrieval import Recall
-from train.evals.protocols.zeroshot import ZeroShot
 
-_ALL: tuple[Evaluation, ...] = (LinearProbe(), FewShot(), NearestNeighbours(), ZeroShot(), FineTune(), Recall(), Captioning())
-PROTOCOLS: dict[str, Evaluation] = {protocol.name: protocol for protocol in _ALL}
+
+def protocol_names() -> list[str]:
+    """In alphabetical order; none of them is imported."""
+    return names_in(EVALUATORS)
+
+
+def load_protocol(name: str) -> Evaluation:
+    """The protocol of one of these names."""
+    return import_module(f"{EVALUATORS}.{name}").EVALUATION

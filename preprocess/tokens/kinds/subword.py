@@ -19,10 +19,12 @@ import regex
 import tokenizers
 
 from labels.files import fingerprint
+from labels.settings import Labels
 from labels.sparse import unique_sorted
 from preprocess.tokens.fastpath import refuse_nulls, string_arrays
 from preprocess.tokens.piecekernel import JOINED
 from preprocess.tokens.piecewise import piece_rule
+from preprocess.tokens.sources import find_source, load_engine
 from preprocess.tokens.stopwords import remove_from_piece, remove_stop_words, stop_words
 
 if TYPE_CHECKING:
@@ -155,6 +157,15 @@ class SubwordTokenizer:
         return np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in parts)]), np.concatenate([[0], np.cumsum(counts)]).astype(
             np.int64
         )
+
+
+def make(settings: Labels) -> SubwordTokenizer:
+    """See preprocess/tokens/kinds/__init__.py; takes any name.
+
+    Raises:
+        UserError: there is no such tokenizer.
+    """
+    return SubwordTokenizer(load_engine(find_source(settings.tokenizer)), without_stop_words=settings.stop_words == "remove")
 
 
 def _in_parts(captions: Captions) -> Iterator[list[str]]:

@@ -1,4 +1,6 @@
-"""`train knn`: nearest neighbours by cosine; DINO's weighted vote (arXiv 2104.14294, eval_knn.py) and the plain majority.
+"""Nearest neighbours of frozen features: DINO's weighted vote, and the majority.
+
+By cosine, after DINO's eval_knn.py (arXiv 2104.14294).
 
 weighted: each of the k neighbours votes for its class with exp(cosine / temperature).
 majority: with 1; of classes with equal counts the one with the smaller number.
@@ -88,3 +90,6 @@ class NearestNeighbours:
             top1 = float((plain.argmax(1) == test_y).double().mean())
             found += [Score(f"{k}-nn majority", seed, {"top1": top1, "top5": None}) for seed in seeds[:1]]
         return found
+
+
+EVALUATION = NearestNeighbours()

@@ -65,3 +65,6 @@ class ZeroShot(TokenLogits):
         cosines = side.images(extract(encoder, data.test), extract.device) @ class_embeddings(embedded, len(forms)).T  # [N, C]
         metrics = accuracies(cosines, torch.from_numpy(data.test.targets).to(extract.device))
         return [Score("zeroshot", seeds[0], metrics, {"names": names, "templates": forms})]
+
+
+EVALUATION = ZeroShot()

@@ -19,9 +19,10 @@ import regex
 
 from labels.errors import UserError
 from labels.files import fingerprint, write_json
+from labels.settings import Labels
 from preprocess.tokens.clean import clip_clean
 from preprocess.tokens.fastclean import clean_piece
-from preprocess.tokens.sources import read_json
+from preprocess.tokens.sources import find_file, read_json
 from preprocess.tokens.stopwords import remove_stop_words, stop_words
 from preprocess.tokens.wordnet import Nouns, load_nouns
 
@@ -36,21 +37,28 @@ _CONTROL = regex.compile(r"[\x00-\x1f\x7f]")
 _MAX_KNOWN_PIECES = 1_000_000
 
 
-def read_vocabulary(source: Path | str) -> dict[str, Any] | None:
-    """The vocabulary in a file; None if the source is no CatLIP vocabulary.
+def make(settings: Labels) -> CatlipTokenizer | None:
+    """See preprocess/tokens/kinds/__init__.py."""
+    file = find_file(settings.tokenizer)
+    vocabulary = None if file is None else read_vocabulary(file)
+    if vocabulary is None:
+        return None
+    return CatlipTokenizer(vocabulary, settings.wordnet, without_stop_words=settings.stop_words == "remove")
+
+
+def read_vocabulary(file: Path) -> dict[str, Any] | None:
+    """The vocabulary in a file; None if it is no CatLIP vocabulary.
 
     Raises:
         UserError: it says that it is one, but holds something else.
     """
-    value = read_json(source) if isinstance(source, Path) and source.suffix != ".txt" else None
+    value = read_json(file) if file.suffix != ".txt" else None
     if value is None or value.get("type") != _TYPE:
         return None
     synsets = value.get("synsets")
     sound = isinstance(synsets, list) and all(isinstance(name, str) for name in synsets) and synsets == sorted(set(synsets))
     if not sound or not synsets or not isinstance(value.get("wordnet"), str):
-        raise UserError(
-            f"labels.tokenizer: {source} is a damaged CatLIP vocabulary", mend="make it anew with train-tokenizer --kind catlip"
-        )
+        raise UserError(f"labels.tokenizer: {file} is a damaged CatLIP vocabulary", mend="make it anew with train-tokenizer --kind catlip")
     return value
 
 

@@ -1,4 +1,4 @@
-"""OpenAI CLIP's byte-pair encoding: 49,408 entries, from the vocabulary file that ships beside this module.
+"""OpenAI CLIP's byte-pair encoding: 49,408 entries, from the vocabulary file that ships with this package.
 
     caption -> clip_clean -> words by CLIP's pattern -> table of known words -> ids
                                     a word not in the table -> byte-pair merges, once -> into the table
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as BpeEngine
 from tokenizers import models, pre_tokenizers
 
 from labels.files import fingerprint
+from labels.settings import Labels
 from preprocess.tokens.clean import clip_clean
 from preprocess.tokens.stopwords import is_stop_word, stop_words
 
@@ -144,6 +145,11 @@ class ClipTokenizer:
         batch = sorted(word for word in words if word not in self._known)  # `words - keys` would walk all the known ones
         for word, encoding in zip(batch, self._engine.encode_batch(batch, add_special_tokens=False), strict=True):
             self._known[word] = tuple(encoding.ids)
+
+
+def make(settings: Labels) -> ClipTokenizer | None:
+    """See preprocess/tokens/kinds/__init__.py."""
+    return ClipTokenizer(without_stop_words=settings.stop_words == "remove") if settings.tokenizer == ClipTokenizer.name else None
 
 
 def _read_merges() -> list[tuple[str, str]]:

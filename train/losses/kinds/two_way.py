@@ -18,11 +18,13 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+from labels.settings import Loss
 from train.losses.blocks import float_blocks
 from train.losses.head import Head
 from train.losses.positives import Positives
-from train.losses.ranks import merge_exponentials, ranks, sum_over
+from train.losses.ranks import everyone, merge_exponentials, ranks, sum_over
 
+WHOLE_BATCH = True
 _TP = 4.0
 # Tn is 1, and left out.
 
@@ -40,15 +42,10 @@ class Term:
     positive: torch.Tensor
 
 
-def two_way(head: Head, labels: Positives, of_samples: dist.ProcessGroup | None, of_classes: dist.ProcessGroup | None) -> torch.Tensor:
-    """The loss of the batch, scalar; adds its gradients to the head's.
-
-    Args:
-        head: of this rank's samples and classes.
-        labels: of these samples and classes.
-        of_samples: ranks that hold the other samples; the loss is then one whose mean over the ranks counts.
-        of_classes: ranks that hold the other classes; the loss is then this rank's part of a sum. One of the two groups is None.
-    """
+def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor:
+    """See train/losses/kinds/__init__.py."""
+    of_classes = head.group  # ranks that hold the other classes: the loss is then this rank's part of a sum
+    of_samples = None if of_classes else everyone()  # ranks that hold the other samples: it is then one whose mean over the ranks counts
     samples = sum_over(labels.weighted.sum(), of_samples)
     row, place = labels.valid.nonzero(as_tuple=True)
     column, weight = labels.ids[row, place], labels.weights[row, place]

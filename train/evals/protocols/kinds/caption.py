@@ -60,6 +60,9 @@ class Captioning:
         return found
 
 
+EVALUATION = Captioning()
+
+
 def _score(
     encoder: Encoder, features: list[np.ndarray], data: CaptionSet, settings: Caption, extract: Extractor, runtime: Runtime, folder: Path,
     here: World, stopping: Callable[[], bool],

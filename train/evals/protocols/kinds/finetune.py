@@ -81,6 +81,9 @@ class FineTune:
         return Score("fine-tuned", seed, metrics, about)
 
 
+EVALUATION = FineTune()
+
+
 def batch_size(samples: int, settings: Finetune, ranks: int) -> int:
     """The batch that is asked for, or as much of it as the training part has; it can be shared out and, where it is mixed, paired.
 

@@ -1,12 +1,23 @@
 """Cross-entropy against the IDF-weighted label distribution (SuperClass, section 3.2). R rows, V vocabulary."""
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 
+from labels.settings import Loss
 from train.losses import softmax_kernel
 from train.losses.blocks import float_blocks
+from train.losses.head import Head
 from train.losses.positives import Positives
 from train.losses.ranks import merge_exponentials, ranks
+
+DISTRIBUTION = True
+
+
+def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor:
+    """See train/losses/kinds/__init__.py."""
+    return head.mean(partial(softmax_rows, group=head.group), labels)
 
 
 def softmax_rows(logits: torch.Tensor, labels: Positives, gradient: bool, group: dist.ProcessGroup | None = None) -> torch.Tensor:

@@ -58,6 +58,9 @@ class LinearProbe:
         return Score("probe, MAE's recipe" if settings.mae.augment else "probe, MAE's head", seed, _metrics(found), found)
 
 
+EVALUATION = LinearProbe()
+
+
 def _metrics(found: dict[str, Any]) -> dict[str, float | None]:
     """Take the accuracies out of what a recipe gives; the rest is detail."""
     return {name: found.pop(name) for name in ("top1", "top5")}

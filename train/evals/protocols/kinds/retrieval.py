@@ -91,3 +91,6 @@ class Recall:
                 ("text to image", texts, images, both.flip(1)),
             )
         ]
+
+
+EVALUATION = Recall()

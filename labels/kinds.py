@@ -1,0 +1,36 @@
+"""Kinds of a thing that are the files of one folder: losses, evaluators, families of tokenizers. A new file is a new kind.
+
+Their names, and the few words that are wanted before a kind is used, are read from the files: nothing is imported for them.
+"""
+
+import ast
+from pathlib import Path
+
+LOSSES = "train.losses.kinds"
+EVALUATORS = "train.evals.protocols.kinds"
+TOKENIZERS = "preprocess.tokens.kinds"
+_ROOT = Path(__file__).parent.parent
+
+
+def names_in(package: str) -> list[str]:
+    """The kinds of a package, in alphabetical order: its modules but for those that begin with `_`."""
+    return sorted(file.stem for file in _folder(package).glob("*.py") if not file.stem.startswith("_"))
+
+
+def summary(package: str, name: str) -> str:
+    """The first paragraph of a kind's docstring."""
+    return (ast.get_docstring(_parsed(package, name)) or "").partition("\n\n")[0]
+
+
+def says(package: str, name: str, constant: str) -> bool:
+    """Whether a kind's file has the line `constant = True`."""
+    line = f"{constant} = True"
+    return any(isinstance(statement, ast.Assign) and ast.unparse(statement) == line for statement in _parsed(package, name).body)
+
+
+def _folder(package: str) -> Path:
+    return _ROOT / package.replace(".", "/")
+
+
+def _parsed(package: str, name: str) -> ast.Module:
+    return ast.parse((_folder(package) / f"{name}.py").read_text(encoding="utf8"))

@@ -1,0 +1,21 @@
+"""One file a loss, by the name that `train.loss.name` has for it; a new file is a new loss. What it holds:
+
+    def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor
+
+The loss of a batch, scalar, computed with its gradients, which it adds to the head's: `head.mean(rows, labels)` does both for a loss of
+rows (head.RowLoss; classwise.Classwise where every class is taken by itself). Of a split head it is this rank's part of a sum; `head.group`
+are then the ranks that hold the other classes of the same samples. `settings` is `train.loss`. And, each only where it is so:
+
+    WHOLE_BATCH = True     it compares the samples of a batch: gradient accumulation, which never has them together, is refused
+    DISTRIBUTION = True    the softmax of the logits is what is learnt, for `train predict`; else it is the sigmoid of each
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+from labels.kinds import LOSSES
+
+
+def kind(name: str) -> ModuleType:
+    """The loss of that name, which the configuration has found to be there."""
+    return import_module(f"{LOSSES}.{name}")

@@ -1,0 +1,14 @@
+"""Binary cross-entropy, its mean over the classes (torch.nn.MultiLabelSoftMarginLoss)."""
+
+import torch
+
+from labels.settings import Loss
+from train.losses.classwise import Classwise
+from train.losses.head import Head
+from train.losses.kinds.bce import negative, positive
+from train.losses.positives import Positives
+
+
+def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor:
+    """See train/losses/kinds/__init__.py."""
+    return head.mean(Classwise(negative, positive), labels, divided_by=head.vocabulary)
