@@ -3,7 +3,7 @@
 Their names, and the few words that are wanted before a kind is used, are read from the files: nothing is imported for them.
 """
 
-import ast
+import re
 from pathlib import Path
 
 LOSSES = "train.losses.kinds"
@@ -19,18 +19,18 @@ def names_in(package: str) -> list[str]:
 
 def summary(package: str, name: str) -> str:
     """The first paragraph of a kind's docstring."""
-    return (ast.get_docstring(_parsed(package, name)) or "").partition("\n\n")[0]
+    found = re.match(r'"""(.+?)(?:\n\n|""")', _text(package, name), re.DOTALL)
+    return found[1] if found else ""
 
 
 def says(package: str, name: str, constant: str) -> bool:
     """Whether a kind's file has the line `constant = True`."""
-    line = f"{constant} = True"
-    return any(isinstance(statement, ast.Assign) and ast.unparse(statement) == line for statement in _parsed(package, name).body)
+    return re.search(rf"^{constant} = True\b", _text(package, name), re.MULTILINE) is not None
 
 
 def _folder(package: str) -> Path:
     return _ROOT / package.replace(".", "/")
 
 
-def _parsed(package: str, name: str) -> ast.Module:
-    return ast.parse((_folder(package) / f"{name}.py").read_text(encoding="utf8"))
+def _text(package: str, name: str) -> str:
+    return (_folder(package) / f"{name}.py").read_text(encoding="utf8")

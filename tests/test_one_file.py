@@ -13,9 +13,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from click.testing import CliRunner
 from shard_factory import sample, write_tar
 from test_eval_data import write_folders
 
+from labels.errors import UserError
+from train.cli import cli
+from train.evals.protocols import registry
 from train.evals.protocols.registry import load_protocol, protocol_names
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +175,13 @@ def run(tree: Path, *words: str, told: int = 0) -> str:
 
 def test_evaluators_bear_the_names_of_their_files() -> None:
     assert [load_protocol(name).name for name in protocol_names()] == protocol_names()
+
+
+def test_a_command_that_takes_captions_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "load_protocol", lambda _: load_protocol("caption"))  # in the place of one without a command of its own
+    for named in ([], ["--train", "a", "--test", "b"]):
+        with pytest.raises(UserError, match="the data is not named\n  allowed: --data coco:DIR"):
+            CliRunner().invoke(cli, ["knn", "--encoder", "pixels:2", *named], catch_exceptions=False)
 
 
 def test_a_new_file_of_each_kind_is_known_to_all_commands(tree: Path) -> None:

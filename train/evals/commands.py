@@ -128,7 +128,7 @@ def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> 
 
     def load() -> Any:
         if evaluation.takes == "captions":
-            if arguments["data"] is None:
+            if arguments["data"] is None or arguments.get("train_dir") or arguments.get("test_dir"):
                 raise UserError("the data is not named", allowed="--data coco:DIR, karpathy:DIR, flickr30k:DIR or pairs:DIR")
             return load_caption_set(arguments["data"], cache, arguments.get("part"))
         return named_data(arguments["data"], arguments["train_dir"], arguments["test_dir"], cache)
@@ -164,8 +164,12 @@ def _first_rank_speaks() -> Iterator[bool]:
 
 
 def _plain(name: str) -> click.Command:
-    """The command of an evaluator that has no option of its own."""
-    return click.command(name, help=summary(EVALUATORS, name))(_evaluation(lambda **arguments: _run(name, arguments, {})))
+    """The command of an evaluator that has no option of its own. It may take classes or captions: that is known when it is imported."""
+    data = (
+        "imagenet:, pets:, cars:, folders:, shards: or parquet:DIR, as downloaded; of captions coco:, karpathy:, flickr30k: or pairs:DIR."
+    )
+    add = _options((click.option("--data", metavar="KIND:DIR", help=data), *_OPTIONS[1:]))
+    return click.command(name, help=summary(EVALUATORS, name))(add(lambda **arguments: _run(name, arguments, {})))
 
 
 def register(group: click.Group) -> None:
