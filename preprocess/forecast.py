@@ -1,6 +1,6 @@
 """From measured shards to a whole build: time by stage, disk, memory, cost, and every assumption in words.
 
-A shard's time and bytes grow with its file's bytes; shards are handed to workers in order; each pass starts its workers anew.
+A shard's time and bytes grow with its file's bytes; shards are handed to workers in order; each pass has worker processes of its own.
 """
 
 import heapq
@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -18,35 +17,9 @@ from rich.table import Table
 from labels.files import is_remote
 from labels.settings import Pipeline
 from labels.told import time_told
-from preprocess.inputs.shards import Shard
+from preprocess.measured import Measured, Pass
 
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One shard that was built. Seconds: `start_s` until its process ran, `tokenizer_s` of making the tokenizer, `read_warm_s` and
-    `label_warm_s` of loading compiled code for reading and for tokenizing, `label_s` and `beton_s` of the work itself, `idf_s` of the
-    tables. `head_bytes`: of its betons, what lies before the first image. `peak_bytes`: of its process."""
-
-    name: str
-    source_bytes: int
-    vocabulary: int
-    rows: int
-    samples: int
-    left_out: int
-    start_s: float
-    tokenizer_s: float
-    read_warm_s: float
-    label_warm_s: float
-    label_s: float
-    idf_s: float
-    beton_s: float
-    label_bytes: int
-    table_bytes: int
-    beton_bytes: int
-    head_bytes: int
-    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -60,7 +33,7 @@ class Prices:
 @dataclass(frozen=True)
 class Forecast:
     """What a build will take. `seconds`, `disk_bytes`: by stage; `memory_bytes`: of all processes; `spread`: half the range of
-    speed between the measured shards, as a share; `free_bytes`: where OUT is to be, None for an object store."""
+    speed between the measured tasks, as a share; `free_bytes`: where OUT is to be, None for an object store."""
 
     shards: int
     source_bytes: int
@@ -96,60 +69,49 @@ class Forecast:
         }  # fmt: skip
 
 
-def forecast(
-    shards: Sequence[Shard], measured: Sequence[Measured], settings: Pipeline, out: Path, *, workers: int, samples: int | None,
-    betons: bool, summing: float, stop_s: float,
-) -> Forecast:  # fmt: skip
+def forecast(measured: Measured, settings: Pipeline, out: Path, *, workers: int, samples: int | None, start_s: float) -> Forecast:
     """Extrapolate.
 
     Args:
-        shards: all of DATA.
-        measured: some of them, built side by side.
+        measured: some shards, built side by side.
         settings: resolved configuration.
         out: where OUT is to be.
         workers: processes of the build.
         samples: label rows to foretell for; None takes what DATA is expected to give.
-        betons: whether there is a second pass.
-        summing: seconds that the sum of the counts takes for each shard more.
-        stop_s: seconds until processes that have done their work have ended.
+        start_s: from the begin of a build to its first task, its worker processes' end after the label pass, and its own end.
     """
-    total = sum(shard.bytes for shard in shards)
-    built = sum(one.source_bytes for one in measured)
-    rows = sum(one.rows for one in measured) * total / built
+    built, total = measured.built, sum(measured.shards)
+    rows = built.rows * total / built.source_bytes
     factor = samples / rows if samples else 1.0
-    count = math.ceil(len(shards) * factor)
+    count = math.ceil(len(measured.shards) * factor)
+    scaled = factor * total / built.source_bytes
 
-    def per_byte(name: str) -> float:
-        return sum(getattr(one, name) for one in measured) / built
+    def elapsed(one: Pass, sizes: Sequence[int]) -> float:
+        times = [size * one.per_byte for size in sizes]
+        return one.warm_s + (makespan(times, workers) if factor == 1.0 else max(sum(times) * factor / workers, max(times)))
 
-    def mean(name: str) -> float:
-        return fmean(getattr(one, name) for one in measured[:workers])  # those that were the first in their process
-
-    def elapsed(name: str) -> float:
-        times = [shard.bytes * per_byte(name) for shard in shards]
-        return makespan(times, workers) if factor == 1.0 else max(sum(times) * factor / workers, max(times))
-
-    alone = workers == 1 or count == 1  # then the work is done in the main process, which is there
-    start = 0.0 if alone else mean("start_s") + stop_s  # of a pass' workers, which begin and end with it
+    # The label pass' workers begin while the main process does, and are in start_s.
     seconds = {
-        "start and end": mean("start_s") + mean("tokenizer_s") + stop_s,
-        "labels": start + (0.0 if alone else mean("tokenizer_s")) + mean("label_warm_s") + mean("read_warm_s") + elapsed("label_s"),
-        "idf": mean("idf_s") + summing * count,
+        "start and end": start_s,
+        "labels": elapsed(measured.labels, measured.shards),
+        "idf": measured.idf_s + measured.summing_s * max(count - len(built.names), 0),
     }
-    disk = {"labels": round(per_byte("label_bytes") * total * factor), "idf": round(mean("table_bytes"))}
-    if betons:
-        seconds["betons"] = start + (0.0 if alone else mean("read_warm_s")) + elapsed("beton_s")
-        images = (per_byte("beton_bytes") - per_byte("head_bytes")) * total * factor
+    disk = {"labels": round(built.label_bytes * scaled), "idf": built.table_bytes}
+    if measured.betons is not None:
+        seconds["betons"] = measured.betons.open_s + elapsed(measured.betons, measured.groups)
+        images = (built.beton_bytes - built.head_bytes) * scaled
         # Small shards share a beton, and its head.
-        heads = max(per_byte("samples") * total * factor / settings.build.beton_samples, images / (settings.build.beton_size * 2**30))
-        disk["betons"] = round(images + math.ceil(heads) * mean("head_bytes"))
-    speeds = [(one.label_s + one.beton_s) / one.source_bytes for one in measured]
+        heads = max(built.samples * scaled / settings.build.beton_samples, images / (settings.build.beton_size * 2**30))
+        disk["betons"] = round(images + math.ceil(heads) * built.head_bytes / max(built.betons, 1))
+    peak = max(ran.peak_bytes for one in measured.passes for ran in one.ran)
+    by_pass = [seconds["labels"], seconds.get("betons", 0.0)]
     return Forecast(
-        shards=count, source_bytes=round(total * factor), rows=samples or round(rows), measured=[one.name for one in measured],
+        shards=count, source_bytes=round(total * factor), rows=samples or round(rows), measured=built.names,
         seconds=seconds, disk_bytes=disk,
-        memory_bytes=round(max(one.peak_bytes for one in measured) * (1 if alone else workers + 1) + _bytes(settings.build.duckdb_memory)),
-        free_bytes=None if is_remote(out) else _free(out), spread=(max(speeds) - min(speeds)) / (2 * fmean(speeds)),
-        assumptions=_assumptions(len(shards), measured, settings, workers=workers, samples=samples),
+        memory_bytes=round(peak * (1 if workers == 1 or count == 1 else workers + 1) + _bytes(settings.build.duckdb_memory)),
+        free_bytes=None if is_remote(out) else _free(out),
+        spread=sum(one.spread * spent for one, spent in zip(measured.passes, by_pass, strict=False)) / sum(by_pass),
+        assumptions=_assumptions(measured, settings, workers=workers, samples=samples),
     )  # fmt: skip
 
 
@@ -161,22 +123,21 @@ def makespan(times: Sequence[float], workers: int) -> float:
     return max(free_at)
 
 
-def _assumptions(shards: int, measured: Sequence[Measured], settings: Pipeline, *, workers: int, samples: int | None) -> list[str]:
-    names = ", ".join(one.name for one in measured)
-    left_out = sum(one.left_out for one in measured)
+def _assumptions(measured: Measured, settings: Pipeline, *, workers: int, samples: int | None) -> list[str]:
+    built, names = measured.built, ", ".join(measured.built.names)
     told = [
         f"the other shards are as {names}: the same time, rows and bytes for each byte of a shard's file",
-        f"{workers} workers on this machine, each as fast as the {len(measured)} that were measured side by side",
+        f"{workers} workers on this machine, each as fast as the {len(measured.labels.ran)} that were measured side by side",
         "the disk keeps its speed: what was measured is short, and may have gone to memory first",
         "the network, where shards or OUT are remote, keeps the speed it had",
         "nothing else runs, and nothing has to be done twice",
-        f"as many samples are left out elsewhere: {left_out} of {left_out + sum(one.rows for one in measured):,} here",
+        f"as many samples are left out elsewhere: {built.left_out} of {built.left_out + built.rows:,} here",
         f"memory: {workers} workers and the main process, each as large as the largest seen, and build.duckdb_memory of "
         f"{settings.build.duckdb_memory}; files that are mapped count although the system can drop them",
         "the IDF table grows by what the sum of the counts takes for each shard more",
     ]
     if samples:
-        told.append(f"{samples:,} samples lie in shards of the size of these {shards}")
+        told.append(f"{samples:,} samples lie in shards of the size of these {len(measured.shards)}")
     if settings.build.subset is not None:
         told.append("every sample is labelled: build.subset is left aside, and makes labels and betons smaller")
     if settings.labels.ngrams > 1:

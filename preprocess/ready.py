@@ -3,6 +3,8 @@
 Loading compiled code costs a second, half of it for numba's own tables; CLIP's tokenizer is the one that most builds take.
 """
 
+from numba.core.event import TimingListener, install_listener
+
 from labels.settings import Labels
 from preprocess import beton_job, label_job  # noqa: F401 - to have them imported
 from preprocess.tokens.kinds.clip import ClipTokenizer
@@ -12,4 +14,7 @@ from preprocess.workers import one_core
 one_core()
 _tokenizer = make_tokenizer(Labels())
 assert isinstance(_tokenizer, ClipTokenizer)
-_tokenizer.encode_rows(["a caption"], 1)
+compiling = TimingListener()
+"""Its `done`: whether there was something to compile; else kept code was loaded."""
+with install_listener("numba:compile", compiling):
+    _tokenizer.encode_rows(["a caption"], 1)
