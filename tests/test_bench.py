@@ -1,16 +1,20 @@
 """`train bench`: its figures are there and agree, its verdicts follow from them, and it leaves nothing behind."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from beton_factory import build_out
 from click.testing import CliRunner
 from place_factory import places_of
 
 from labels.errors import UserError
+from train.bench.step import Clock
 from train.bench.verdict import Rate, device_rates, judge
 from train.cli import cli
+from train.distributed import World
 
 TINY = ["--set", "train={batch_size: 8, samples: 80, optimizer: {warmup_samples: 8}, runtime: {device: cpu, precision: fp32, threads: 1}}"]
 TINY += ["--set", "train.model={trunk: vit_tiny_patch16_224, trunk_args: {patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}}"]
@@ -64,6 +68,30 @@ def test_the_loop_with_and_without_the_loader(folder: Path) -> None:
     assert found["limit"] == ("loader" if found["data_wait"] > 0.03 else "model")
     told = bench("step", folder / "out").splitlines()
     assert [line.split()[0] for line in told] == ["synthetic", "loader", "verdict"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slow_steps", "warm_up", "steps"),
+    [
+        (20.0, 0, 5, 5),  # half of the seconds each
+        (20.0, 3, 3, 5),  # the first three took 2 seconds more each
+        (1.0, 0, 2, 1),  # two steps at least
+    ],
+)
+def test_the_first_half_warms_up(seconds: float, slow_steps: int, warm_up: int, steps: int) -> None:
+    now = [100.0]
+
+    def batches() -> Iterator[int]:
+        for number in range(1000):
+            now[0] += 0.5  # for which the loop waits
+            yield number
+
+    clock = Clock(World(0, 1, torch.device("cpu")), seconds, lambda: now[0])
+    for number in clock.until(batches()):
+        now[0] += 1.5 if number >= slow_steps else 3.5
+    assert (clock.warm_up_steps, clock.steps) == (warm_up, steps)
+    assert clock.end - clock.begun == pytest.approx(2.0 * steps)
+    assert clock.waited == pytest.approx(0.5 * steps)
 
 
 def test_no_betons_is_told() -> None:

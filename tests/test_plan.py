@@ -10,9 +10,10 @@ from click.testing import CliRunner
 from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.settings import Model, Train
+from train.bench.step import LoopRate
 from train.cli import cli
 from train.costs import Costs, activation_bytes, messages, splits_vocabulary
-from train.pace import Pace
+from train.pace import Pace, beside_steps
 
 TINY = "trunk: vit_b16, trunk_args: {depth: 2, embed_dim: 64, num_heads: 1}, image_size: 32"
 
@@ -58,6 +59,14 @@ def test_a_measured_plan_counts_what_a_run_takes_beside_its_steps(tmp_path: Path
     assert float(found["time"].split()[-1].replace(",", "")) == pytest.approx(2 * seconds, rel=0.05), "a second of two devices costs 2"
     pace = Pace(samples_per_s=100.0, start_s=5.0, pause_s=0.5, memory_gib=1.0)
     assert pace.seconds(1000, checkpoints=3, devices=2) == pytest.approx(5 + 5 + 1.5)
+
+
+def test_what_the_first_steps_took_longer_counts_once() -> None:
+    # 30 samples at 10 a second, of which the first ten took 4 seconds: 3 more, beside 5 of start and end.
+    found = LoopRate(samples_per_s=10.0, wait=0.0, samples=30)
+    beside = beside_steps(5.0 + 4.0 + 2.0, found)
+    assert beside == pytest.approx(5.0 + 3.0)
+    assert Pace(10.0, beside, pause_s=0.0, memory_gib=0.0).seconds(30, checkpoints=0, devices=1) == pytest.approx(11.0)
 
 
 def test_measuring_needs_betons_and_the_plain_method() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from labels.settings import Train
-from train.bench.step import loop_rate, never_ending
+from train.bench.step import LoopRate, loop_rate, never_ending
 from train.checkpoint import snapshot
 from train.data import Chosen, make_loader, open_data
 from train.distributed import World, world
@@ -28,7 +28,7 @@ class Pace:
 
     Attributes:
         samples_per_s: of warmed steps on the loader's batches.
-        start_s: from the begin of the command to the first of them, and from the last to the end.
+        start_s: what the command took beside its steps at that rate: before the first, after the last, and by which the first were slower.
         pause_s: for which a checkpoint holds up training.
         memory_gib: the most in use on the device, or by this process where the device is a CPU.
     """
@@ -50,7 +50,7 @@ def measure_pace(chosen: Chosen, settings: Train, devices: int, seconds: float, 
         chosen: what `--beton` names.
         settings: `train`.
         devices: of the planned run, of whose batch one takes its share.
-        seconds: how long, after two steps to warm up.
+        seconds: how long; the first half warms up.
         begun: time.perf_counter() when the command began.
 
     Raises:
@@ -69,7 +69,12 @@ def _measure(chosen: Chosen, settings: Train, here: World, seconds: float, begun
     with make_loader(betons, settings, 0, _ENDLESS, here) as loader:
         inputs = ImageInput(settings.data, here.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
         found = loop_rate(loader, inputs, learner, settings, here, seconds)
-    start_s = time.perf_counter() - begun - found.seconds
+    start_s = beside_steps(time.perf_counter() - begun, found)
     before = time.perf_counter()
     snapshot(learner, on_this_rank=True)
     return Pace(found.samples_per_s, start_s, time.perf_counter() - before, peak_memory_gib(here.device))
+
+
+def beside_steps(seconds: float, found: LoopRate) -> float:
+    """Of the seconds of a command, those that its steps do not explain at the rate of the warmed ones."""
+    return max(seconds - found.samples / found.samples_per_s, 0.0)

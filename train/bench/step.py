@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from train.run import make_learner
 from train.synthetic import synthetic_batches, synthetic_inputs
 
 _STEPS = _NEVER = 1 << 40
-_WARM_UP_STEPS = 2
+_LEAST_WARM_UP_STEPS = 2
 _MOST_WAIT = 0.03
 
 
@@ -31,7 +31,7 @@ def bench_step(betons: BetonSet, settings: Train, here: World, seconds: float) -
         betons: the open set.
         settings: `train`.
         here: this process.
-        seconds: of each, after two steps to warm up.
+        seconds: of each; the first half warms up.
 
     Returns:
         all figures, for JSON, and lines for people.
@@ -64,11 +64,11 @@ def bench_step(betons: BetonSet, settings: Train, here: World, seconds: float) -
 
 
 class LoopRate(NamedTuple):
-    """Of the loop, warmed: samples/s; the share of the time in which it waited for a batch; how long it was measured."""
+    """Of the loop, warmed: samples/s; the share of the time in which it waited for a batch. `samples`: of all its steps, the first too."""
 
     samples_per_s: float
     wait: float
-    seconds: float
+    samples: int
 
 
 def never_ending(settings: Train) -> Train:
@@ -78,8 +78,8 @@ def never_ending(settings: Train) -> Train:
 
 
 def loop_rate(batches: Iterable[Any], inputs: Inputs, learner: Learner, settings: Train, here: World, seconds: float) -> LoopRate:
-    """Run the one loop, metrics and all, for `seconds` after two steps to warm up. `settings`: see `never_ending`."""
-    clock = _Clock(here, seconds)
+    """Run the one loop, metrics and all, for `seconds`, of which the first half warms up. `settings`: see `never_ending`."""
+    clock = Clock(here, seconds)
     with tempfile.TemporaryDirectory() as run:
         metrics = Metrics(Path(run), here, settings, steps=_STEPS, first_step=0, skipped=(0, 0), speed=Speed(1, None), trackers=[])
         budget = Budget(_STEPS, 1, 0)
@@ -89,31 +89,43 @@ def loop_rate(batches: Iterable[Any], inputs: Inputs, learner: Learner, settings
         finally:
             metrics.close()
     spent = clock.end - clock.begun
-    return LoopRate(clock.steps * settings.batch_size / spent, clock.waited / spent, spent)
+    return LoopRate(
+        clock.steps * settings.batch_size / spent, clock.waited / spent, (clock.warm_up_steps + clock.steps) * settings.batch_size
+    )
 
 
-class _Clock:
-    """Hands batches on for `seconds`, after some that warm up, and notes how long it took and how long it waited for them."""
+class Clock:
+    """Hands batches on for `seconds`, and notes how long the second half took and how long it waited for batches.
 
-    def __init__(self, here: World, seconds: float) -> None:
-        self._here, self._seconds = here, seconds
-        self.steps, self.begun, self.end, self.waited = 0, 0.0, 0.0, 0.0
+    The first half warms up, by two steps at least: memory is touched for the first time, the loader fills its ring, kernels are chosen.
+
+    Attributes:
+        warm_up_steps: of the first half.
+        steps: of the second, which lasted from `begun` to `end`; `waited`: seconds of it.
+    """
+
+    def __init__(self, here: World, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._here, self._half, self._clock = here, seconds / 2, now
+        self.warm_up_steps, self.steps, self.begun, self.end, self.waited = 0, 0, 0.0, 0.0, 0.0
 
     def until(self, batches: Iterable[Any]) -> Iterator[Any]:
-        waiting = self._now(wait=False)
+        first, waiting, warm = None, 0.0, False
         for number, batch in enumerate(batches):
-            if number == _WARM_UP_STEPS:
-                self.begun = waiting = self._now(wait=True)
-            if number > _WARM_UP_STEPS:
-                self.waited += self._now(wait=False) - waiting
+            now = self._clock()
+            first = now if first is None else first
+            if warm:
+                self.waited += now - waiting
                 self.steps += 1
-                if self._now(wait=False) - self.begun >= self._seconds:
+                if now - self.begun >= self._half:
                     break
+            elif number >= _LEAST_WARM_UP_STEPS and now - first >= self._half:
+                warm, self.warm_up_steps, self.begun = True, number, self._finished()
             yield batch
-            waiting = self._now(wait=False)
-        self.end = self._now(wait=True)
+            waiting = self._clock()
+        self.end = self._finished()
 
-    def _now(self, *, wait: bool) -> float:
-        if wait and self._here.device.type == "cuda":
+    def _finished(self) -> float:
+        """The time when the device has done all that it was given."""
+        if self._here.device.type == "cuda":
             torch.cuda.synchronize(self._here.device)
-        return time.monotonic()
+        return self._clock()
