@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,9 +11,11 @@ from shard_factory import build, preprocess, write_shards
 
 from labels.config import load_pipeline
 from labels.told import time_told
-from preprocess.estimate import choose_shards
-from preprocess.forecast import Measured, forecast, makespan
+from preprocess import estimate
+from preprocess.forecast import Forecast, forecast, makespan
 from preprocess.inputs.shards import Shard
+from preprocess.measured import Built, Measured, Pass, Ran, Work
+from preprocess.trial import choose_shards, foretold_groups
 
 
 @pytest.fixture(scope="module")
@@ -61,24 +64,87 @@ def test_the_measured_are_middling_and_from_everywhere() -> None:
     assert len(choose_shards(shards[:1], 3)) == 1
 
 
-def measured(**changed: float) -> Measured:
-    seconds = {"start_s": 1.0, "tokenizer_s": 0.125, "read_warm_s": 0.5, "label_warm_s": 0.25, "label_s": 2.0, "idf_s": 3.0, "beton_s": 4.0}
-    counts = {"source_bytes": 100, "vocabulary": 10, "rows": 10, "samples": 10, "left_out": 0}
-    sizes = {"label_bytes": 7, "table_bytes": 11, "beton_bytes": 90, "head_bytes": 0, "peak_bytes": 1 << 20}
-    values = {"name": "0", **seconds, **counts, **sizes}
-    return Measured(**{**values, **changed})  # type: ignore[arg-type]
+def ran(first: float, *again: float, began: float = 0.0, compiled: bool = False) -> Ran:
+    """A process whose tasks took so many seconds, each for 100 bytes."""
+    return Ran(began, 9.0, Work(first, 100), [Work(seconds, 100) for seconds in again], peak_bytes=1 << 20, compiled=compiled)
+
+
+def measured(shards: int, groups: int, **changed: Any) -> Measured:
+    """Of shards of 100 bytes two were built, in two processes: labels take 2 s each, betons 4 s."""
+    built = Built(
+        ["0", "1"], source_bytes=200, rows=20, samples=20, left_out=0,
+        label_bytes=14, table_bytes=11, beton_bytes=180, head_bytes=0, betons=2,
+    )  # fmt: skip
+    labels, betons = Pass([ran(2.5, 2.0), ran(3.0, 2.0)], open_s=0.5), Pass([ran(4.5, 4.0), ran(4.5, 4.0)], open_s=0.25)
+    sizes = [shards * 100 // groups] * groups
+    values = {"built": built, "labels": labels, "betons": betons, "idf_s": 3.0, "summing_s": 0.1, "work_s": 0.0}
+    return Measured(**{"shards": [100] * shards, "groups": sizes, **values, **changed})
+
+
+def foretold(found: Measured, workers: int = 2, samples: int | None = None) -> Forecast:
+    return forecast(found, load_pipeline(), Path("out"), workers=workers, samples=samples, start_s=1.5)
 
 
 def test_stages_add_up() -> None:
-    shards = [shard(number, 100) for number in range(4)]
-    found = forecast(
-        shards, [measured(), measured()], load_pipeline(), Path("out"), workers=2, samples=None, betons=True, summing=0.1, stop_s=0.5
-    )
-    assert found.seconds == pytest.approx({"start and end": 1.625, "labels": 2.375 + 4.0, "idf": 3.4, "betons": 2.0 + 8.0})
+    found = foretold(measured(4, 4))
+    # Two of four shards for each worker; the opening of the label pass is in the start, that of the betons is not.
+    assert found.seconds == pytest.approx({"start and end": 1.5, "labels": 0.75 + 4.0, "idf": 3.2, "betons": 0.25 + 0.5 + 8.0})
     assert found.disk_bytes == {"labels": 28, "idf": 11, "betons": 360}
     assert (found.rows, found.spread, found.memory_bytes) == (40, 0.0, 3 * 2**20 + 2**30)
-    more = forecast(shards, [measured()], load_pipeline(), Path("out"), workers=2, samples=400, betons=True, summing=0.1, stop_s=0.5)
-    assert more.shards == 40 and more.seconds["betons"] == pytest.approx(2.0 + 80)
+    more = foretold(measured(4, 4), samples=400)
+    assert more.shards == 40 and more.seconds["betons"] == pytest.approx(0.75 + 80)
+
+
+def test_one_group_is_written_by_one_process() -> None:
+    assert foretold(measured(4, 1)).seconds["betons"] == pytest.approx(0.75 + 16.0)
+
+
+def test_a_build_without_betons() -> None:
+    found = foretold(measured(4, 4, betons=None), workers=1)
+    assert list(found.seconds) == ["start and end", "labels", "idf"] and list(found.disk_bytes) == ["labels", "idf"]
+    assert found.seconds["labels"] == pytest.approx(0.75 + 8.0) and found.memory_bytes == 2**20 + 2**30
+
+
+def test_speeds_that_differ() -> None:
+    uneven = Pass([ran(2.0, 1.0), ran(4.0, 3.0)], open_s=0.0)  # of 2 s a task, the one half, the other once and a half as long
+    assert (uneven.per_byte, uneven.warm_s, uneven.spread) == pytest.approx((0.02, 1.0, 0.5))
+    assert Pass([ran(1.0, 2.0)], open_s=0.0).warm_s == 0.0
+    found = foretold(measured(4, 4, labels=uneven))
+    labels, betons = found.seconds["labels"], found.seconds["betons"]
+    assert found.spread == pytest.approx(0.5 * labels / (labels + betons))
+
+
+def test_small_shards_make_one_group_and_large_ones_many() -> None:
+    shards = [shard(number, 1000) for number in range(8)]
+    assert foretold_groups(shards, 1.0, load_pipeline()) == [8000]
+    assert foretold_groups(shards, 4.0, load_pipeline()) == [2000] * 4
+    assert foretold_groups(shards, 40.0, load_pipeline()) == [1000] * 8
+
+
+def test_a_rehearsal_that_compiled_is_done_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cold, warm = measured(4, 4, labels=Pass([ran(9.0, 2.0, compiled=True)], 0.0), work_s=30.0), measured(4, 4, work_s=5.0)
+    for rounds, told in (
+        ([(cold, 50.0), (warm, 7.0)], "note: code was compiled first, which took 43.0 s"),
+        ([(warm, 7.0)], ""),
+        ([(cold, 50.0), (cold, 32.0)], ""),  # nothing is kept: every build compiles
+    ):
+        left = list(rounds)
+        monkeypatch.setattr(estimate, "_rehearsed", lambda *_, left=left: left.pop(0))
+        found = estimate.estimate([], Path("out"), load_pipeline(), samples=None, betons=True)
+        assert not left and found.seconds["start and end"] == 2.0
+        assert told in (said := capsys.readouterr().err) and bool(said) == bool(told)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_processes_of_a_rehearsal_know_whether_they_compiled(data: Path, tmp_path: Path, workers: int) -> None:
+    """The first one here may compile, the second finds all code kept; each task of a pass is measured."""
+    settings = load_pipeline(overrides=[f"build.workers={workers}"])
+    for number in range(2):
+        found, seconds = estimate._rehearsed([str(data)], tmp_path / str(number), settings, workers, None, True)
+    assert not found.compiled and 0 < found.work_s < seconds
+    assert found.betons is not None and (len(found.labels.ran), len(found.betons.ran)) == (workers, 1)
+    assert len(found.labels.ran[0].again) == len(found.built.names) - 1 == (2 if workers == 1 else 1)
+    assert found.groups == [sum(found.shards)] and (found.labels.open_s > 0) == (workers == 2)
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=40), st.integers(1, 8))
