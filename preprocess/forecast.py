@@ -84,7 +84,6 @@ def forecast(measured: Measured, settings: Pipeline, out: Path, *, workers: int,
     rows = built.rows * total / built.source_bytes
     factor = samples / rows if samples else 1.0
     count = math.ceil(len(measured.shards) * factor)
-    scaled = factor * total / built.source_bytes
 
     def elapsed(one: Pass, sizes: Sequence[int]) -> float:
         times = [size * one.per_byte for size in sizes]
@@ -96,13 +95,14 @@ def forecast(measured: Measured, settings: Pipeline, out: Path, *, workers: int,
         "labels": elapsed(measured.labels, measured.shards),
         "idf": measured.idf_s + measured.summing_s * max(count - len(built.names), 0),
     }
-    disk = {"labels": round(built.label_bytes * scaled), "idf": built.table_bytes}
-    if measured.betons is not None:
+    disk = {"labels": round(built.label_bytes * factor * total / built.source_bytes), "idf": built.table_bytes}
+    if measured.betons is not None and (written := measured.written) is not None:
         seconds["betons"] = measured.betons.open_s + elapsed(measured.betons, measured.groups)
-        images = (built.beton_bytes - built.head_bytes) * scaled
+        times = factor * total / written.source_bytes
+        images = (written.bytes - written.head_bytes) * times
         # Small shards share a beton, and its head.
-        heads = max(built.samples * scaled / settings.build.beton_samples, images / (settings.build.beton_size * 2**30))
-        disk["betons"] = round(images + math.ceil(heads) * built.head_bytes / max(built.betons, 1))
+        heads = max(written.samples * times / settings.build.beton_samples, images / (settings.build.beton_size * 2**30))
+        disk["betons"] = round(images + math.ceil(heads) * written.head_bytes / max(written.files, 1))
     peak = max(ran.peak_bytes for one in measured.passes for ran in one.ran)
     by_pass = [seconds["labels"], seconds.get("betons", 0.0)]
     return Forecast(
@@ -124,14 +124,15 @@ def makespan(times: Sequence[float], workers: int) -> float:
 
 
 def _assumptions(measured: Measured, settings: Pipeline, *, workers: int, samples: int | None) -> list[str]:
-    built, names = measured.built, ", ".join(measured.built.names)
+    built, written, names = measured.built, measured.written, ", ".join(measured.built.names)
+    left_out = built.left_out + (round(written.left_out * built.source_bytes / written.source_bytes) if written else 0)
     told = [
         f"the other shards are as {names}: the same time, rows and bytes for each byte of a shard's file",
         f"{workers} workers on this machine, each as fast as the {len(measured.labels.ran)} that were measured side by side",
         "the disk keeps its speed: what was measured is short, and may have gone to memory first",
         "the network, where shards or OUT are remote, keeps the speed it had",
         "nothing else runs, and nothing has to be done twice",
-        f"as many samples are left out elsewhere: {built.left_out} of {built.left_out + built.rows:,} here",
+        f"as many samples are left out elsewhere: {left_out} of {built.left_out + built.rows:,} here",
         f"memory: {workers} workers and the main process, each as large as the largest seen, and build.duckdb_memory of "
         f"{settings.build.duckdb_memory}; files that are mapped count although the system can drop them",
         "the IDF table grows by what the sum of the counts takes for each shard more",

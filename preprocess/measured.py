@@ -62,18 +62,26 @@ class Pass:
 
 @dataclass(frozen=True)
 class Built:
-    """What the shards that were built have become, all together; `head_bytes`: of their betons, what lies before the first image."""
+    """What the shards that were labelled have become, all together."""
 
     names: list[str]
     source_bytes: int
     rows: int
-    samples: int
     left_out: int
     label_bytes: int
     table_bytes: int
-    beton_bytes: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """The betons of some groups, all together; `source_bytes`: of the groups' shards; `head_bytes`: what lies before the first image."""
+
+    source_bytes: int
+    samples: int
+    left_out: int
+    bytes: int
     head_bytes: int
-    betons: int
+    files: int
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Measured:
         shards: bytes of each shard of DATA.
         groups: bytes of the shards of each group that the second pass will have.
         built: what became of those that were measured.
-        labels, betons: the two passes; None for a build without the second.
+        labels, betons: the two passes; `written`: what the second made. None for a build without it.
         idf_s: seconds of the IDF table of the measured shards; `summing_s`: more for each shard more.
         work_s: seconds of the rehearsal from its first task on, all but what the process took to begin and end.
     """
@@ -94,6 +102,7 @@ class Measured:
     built: Built
     labels: Pass
     betons: Pass | None
+    written: Written | None
     idf_s: float
     summing_s: float
     work_s: float

@@ -30,7 +30,7 @@ from preprocess.counts import sum_counts
 from preprocess.engine import run_tasks
 from preprocess.inputs.shards import Shard, find_shards
 from preprocess.label_job import LabelTask, label_shard
-from preprocess.measured import Built, Measured, Pass, Ran, Work
+from preprocess.measured import Built, Measured, Pass, Ran, Work, Written
 from preprocess.passes import members, shard_parts
 from preprocess.plan import Build, Marker
 from preprocess.rehearsal import Rehearsal
@@ -53,15 +53,17 @@ def measure(asked: Rehearsal) -> Measured:
     idf_s = _seconds(lambda: write_idf(build, parts, markers))
     groups = foretold_groups(shards, rows / source_bytes, settings)
     count = len(groups) if asked.samples is None else round(len(groups) * asked.samples * source_bytes / (rows * sum(groups)))
-    betons, files = None, []
+    betons = written = None
     if asked.betons:
-        betons, files = _write(build, members(chosen, parts, markers), max(1, min(asked.workers, len(chosen), count)))
+        processes, usual = max(1, min(asked.workers, len(chosen), count)), round(len(shards) / len(groups))
+        betons, written = _write(build, members(chosen, parts, markers), processes, usual)
     return Measured(
         shards=[shard.bytes for shard in shards],
         groups=groups,
-        built=_built(build, chosen, markers, files),
+        built=_built(build, chosen, markers),
         labels=labels,
         betons=betons,
+        written=written,
         idf_s=idf_s,
         summing_s=_summing_seconds([build.layout.count_file(shard.name) for shard in chosen], build),
         work_s=time.monotonic() - fmean(ran.began for ran in labels.ran) - (ended - max(ran.ended for ran in labels.ran)),
@@ -104,16 +106,33 @@ def _label_shards(tasks: list[LabelTask]) -> tuple[Ran, list[Marker]]:
     return _ran(label_shard, tasks, [task.shard.bytes for task in tasks])
 
 
-def _write(build: Build, shards: list[Member], processes: int) -> tuple[Pass, list[dict[str, Any]]]:
-    """The second pass: the chosen shards in groups as a build makes them, each written twice; what markers tell of the files."""
-    groups, tasks = plan_groups([shards[number::processes] for number in range(processes)], build.settings.build), []
+def _write(build: Build, chosen: list[Member], processes: int, usual: int) -> tuple[Pass, Written]:
+    """The second pass: each process writes two groups that begin with different shards, the second over the first.
+
+    A file costs something beside its bytes, so groups are as large as in the build: the chosen shards over and over, `usual` of them.
+    """
+    tasks, first = [], 0
     for number in range(processes):
-        names = {member.part.name for member in shards[number::processes]}
-        own = [group for group in groups if group.members[0].part.name in names]
-        tasks.append([_group_task(build, group) for group in own * 2])
-    found, asked, ended = _side_by_side(_write_groups, [own for own in tasks if own])
-    written = {marker["first"]: marker for _, markers in found for marker in markers}
-    return _pass([ran for ran, _ in found], asked, ended), list(written.values())
+        two = [plan_groups([_repeated(chosen, number + later, usual)], build.settings.build)[0] for later in range(2)]
+        own = [replace(group, first=first) for group in two]
+        first += max(group.files for group in own)
+        tasks.append([_group_task(build, group) for group in own])
+    found, asked, ended = _side_by_side(_write_groups, tasks)
+    ran = [one for one, _ in found]
+    files = [file for _, (_, last) in found for file in last["files"]]
+    written = Written(
+        source_bytes=sum(one.again[-1].bytes for one in ran),
+        samples=sum(file["samples"] for file in files),
+        left_out=sum(sum(last["reasons"].values()) for _, (_, last) in found),
+        bytes=sum(file["bytes"] for file in files),
+        head_bytes=sum(_head_bytes(build.layout.beton_file(file["number"])) for file in files),
+        files=len(files),
+    )
+    return _pass(ran, asked, ended), written
+
+
+def _repeated(chosen: list[Member], begin: int, count: int) -> list[Member]:
+    return [chosen[(begin + place) % len(chosen)] for place in range(count)]
 
 
 def _group_task(build: Build, group: Group) -> GroupTask:
@@ -121,9 +140,7 @@ def _group_task(build: Build, group: Group) -> GroupTask:
 
 
 def _write_groups(tasks: list[GroupTask]) -> tuple[Ran, list[Marker]]:
-    ran, markers = _ran(write_group, tasks, [sum(member.shard.bytes for member in task.group.members) for task in tasks])
-    # The first round begins cold, for each group it is the first.
-    return replace(ran, again=ran.again[len(tasks) // 2 - 1 :]), markers
+    return _ran(write_group, tasks, [sum(member.shard.bytes for member in task.group.members) for task in tasks])
 
 
 def _ran(function: Callable[[Any], Marker], tasks: Sequence[Any], sizes: list[int]) -> tuple[Ran, list[Marker]]:
@@ -153,20 +170,16 @@ def _pass(ran: list[Ran], asked: float, ended: float) -> Pass:
     return Pass(ran, fmean(one.began for one in ran) - asked + ended - max(one.ended for one in ran))
 
 
-def _built(build: Build, chosen: list[Shard], labelled: list[Marker], written: list[Marker]) -> Built:
-    layout, files = build.layout, [file for marker in written for file in marker["files"]]
+def _built(build: Build, chosen: list[Shard], labelled: list[Marker]) -> Built:
+    layout = build.layout
     labels = [path for shard in chosen for path in (layout.label_file(shard.name), layout.count_file(shard.name))]
     return Built(
         names=[shard.name for shard in chosen],
         source_bytes=sum(shard.bytes for shard in chosen),
         rows=sum(marker["rows"] for marker in labelled),
-        samples=sum(file["samples"] for file in files),
-        left_out=sum(sum(marker["reasons"].values()) for marker in [*labelled, *written]),
+        left_out=sum(sum(marker["reasons"].values()) for marker in labelled),
         label_bytes=sum(path.stat().st_size for path in labels),
         table_bytes=layout.idf_parquet.stat().st_size + layout.idf_duckdb.stat().st_size,
-        beton_bytes=sum(file["bytes"] for file in files),
-        head_bytes=sum(_head_bytes(layout.beton_file(file["number"])) for file in files),
-        betons=len(files),
     )
 
 

@@ -14,7 +14,7 @@ from labels.told import time_told
 from preprocess import estimate
 from preprocess.forecast import Forecast, forecast, makespan
 from preprocess.inputs.shards import Shard
-from preprocess.measured import Built, Measured, Pass, Ran, Work
+from preprocess.measured import Built, Measured, Pass, Ran, Work, Written
 from preprocess.trial import choose_shards, foretold_groups
 
 
@@ -71,13 +71,11 @@ def ran(first: float, *again: float, began: float = 0.0, compiled: bool = False)
 
 def measured(shards: int, groups: int, **changed: Any) -> Measured:
     """Of shards of 100 bytes two were built, in two processes: labels take 2 s each, betons 4 s."""
-    built = Built(
-        ["0", "1"], source_bytes=200, rows=20, samples=20, left_out=0,
-        label_bytes=14, table_bytes=11, beton_bytes=180, head_bytes=0, betons=2,
-    )  # fmt: skip
+    built = Built(["0", "1"], source_bytes=200, rows=20, left_out=0, label_bytes=14, table_bytes=11)
+    written = Written(source_bytes=400, samples=40, left_out=0, bytes=360, head_bytes=0, files=2)
     labels, betons = Pass([ran(2.5, 2.0), ran(3.0, 2.0)], open_s=0.5), Pass([ran(4.5, 4.0), ran(4.5, 4.0)], open_s=0.25)
     sizes = [shards * 100 // groups] * groups
-    values = {"built": built, "labels": labels, "betons": betons, "idf_s": 3.0, "summing_s": 0.1, "work_s": 0.0}
+    values = {"built": built, "written": written, "labels": labels, "betons": betons, "idf_s": 3.0, "summing_s": 0.1, "work_s": 0.0}
     return Measured(**{"shards": [100] * shards, "groups": sizes, **values, **changed})
 
 
@@ -100,7 +98,7 @@ def test_one_group_is_written_by_one_process() -> None:
 
 
 def test_a_build_without_betons() -> None:
-    found = foretold(measured(4, 4, betons=None), workers=1)
+    found = foretold(measured(4, 4, betons=None, written=None), workers=1)
     assert list(found.seconds) == ["start and end", "labels", "idf"] and list(found.disk_bytes) == ["labels", "idf"]
     assert found.seconds["labels"] == pytest.approx(0.75 + 8.0) and found.memory_bytes == 2**20 + 2**30
 
@@ -144,7 +142,9 @@ def test_processes_of_a_rehearsal_know_whether_they_compiled(data: Path, tmp_pat
     assert not found.compiled and 0 < found.work_s < seconds
     assert found.betons is not None and (len(found.labels.ran), len(found.betons.ran)) == (workers, 1)
     assert len(found.labels.ran[0].again) == len(found.built.names) - 1 == (2 if workers == 1 else 1)
-    assert found.groups == [sum(found.shards)] and (found.labels.open_s > 0) == (workers == 2)
+    assert found.groups == [sum(found.shards)] == [work.bytes for work in found.betons.ran[0].again] and (found.labels.open_s > 0) == (
+        workers == 2
+    )
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=40), st.integers(1, 8))
