@@ -50,7 +50,7 @@ def on_host(pixels: np.ndarray) -> np.ndarray:
 def on_device(pixels: np.ndarray) -> np.ndarray:
     height, width = pixels.shape[:2]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    boxes = torch.tensor([[0, 0, width, height, width, height, 0]], dtype=torch.float32, device=device)
+    boxes = torch.tensor([[0, 0, width, height, 0, 0, width, height, 0]], dtype=torch.float32, device=device)
     first = np.array([vertical_first(width, height, SIDE)])
     found = resample_canvas(torch.from_numpy(pixels[None].copy()).to(device), boxes, first, SIDE)
     return found[0].permute(1, 2, 0).cpu().numpy().astype(int)

@@ -17,12 +17,14 @@ from labels.settings import Data
 from train import decode
 from train.batch import Batch
 from train.betons import BetonSet
+from train.canvas import resample_canvas
 from train.evals.features import decode as decode_for_evals
 from train.images import ImageInput, resamples
 from train.jitter import draw, jitter
 from train.jpeg import Decompressor
 from train.loader import Loader
-from train.pixels import Crops, decode_row, window_of
+from train.pixels import BOX, Crops, decode_row, window_of
+from train.resample import vertical_first
 
 SIDE = 32
 CPU = torch.device("cpu")
@@ -69,19 +71,16 @@ def test_auto_leaves_the_resampling_to_cuda_alone() -> None:
     assert not resamples(Data(resample="host"), torch.device("cuda"))
 
 
-def decoded(jpeg: bytes, device: bool, size: int) -> np.ndarray:
-    """One image by a centre crop, as decode_row leaves it."""
+def decoded(jpeg: bytes, device: bool, size: int, epoch: int | None = None, canvas: tuple[int, int] | None = None) -> np.ndarray:
+    """One image as decode_row leaves it: the crop of an epoch, or a centre crop; on a canvas of so many rows and columns."""
     width, height = Image.open(io.BytesIO(jpeg)).size
-    crops = Crops((0.9, 1.0), (0.75, 1.33), False, 0, size, True, device)
-    window, data = window_of(width, height, crops, 0, 0), np.frombuffer(jpeg, np.uint8)
-    image, box = np.zeros((3 * size, 3 * size, 3), np.uint8), np.zeros(7, np.float32)
+    crops = Crops((0.3, 0.8), (0.75, 1.33), epoch is not None, 0, size, epoch is None, device)
+    window, data = window_of(width, height, crops, epoch or 0, 0), np.frombuffer(jpeg, np.uint8)
+    image, box = np.zeros((*(canvas or (3 * size, 3 * size)), 3), np.uint8), np.zeros(BOX, np.float32)
     handle, scratch = Decompressor(), np.empty(1 << 22, np.uint8)
     assert decode_row(data.ctypes.data, len(data), width, height, window, crops, handle.handle, scratch, image, box) == 0
     if not device:
         return image[:size, :size].astype(int)
-    from train.canvas import resample_canvas
-    from train.resample import vertical_first
-
     first = np.array([vertical_first(window.width, window.height, size)])
     pixels = resample_canvas(torch.from_numpy(image)[None], torch.from_numpy(box)[None], first, size)
     return pixels[0].permute(1, 2, 0).numpy().astype(int)
@@ -97,6 +96,15 @@ def test_the_centre_is_what_evaluators_see(width: int, height: int, device: bool
 def test_a_huge_crop_is_resampled_before_it_reaches_the_canvas() -> None:
     jpeg, size = photo(5, 1500, 1400), 16
     assert np.abs(decoded(jpeg, True, size) - decoded(jpeg, False, size)).max() == 0
+
+
+def test_a_whole_image_on_the_canvas_shows_the_filter_the_crop_alone() -> None:
+    jpeg = photo(7, 90, 70)
+    for epoch in range(20):
+        window = window_of(90, 70, Crops((0.3, 0.8), (0.75, 1.33), True, 0, SIDE, False, True), epoch, 0)
+        assert window.columns < 90 or window.rows < 70
+        cut = decoded(jpeg, True, SIDE, epoch, (window.rows, window.columns))
+        assert np.array_equal(decoded(jpeg, True, SIDE, epoch, (72, 96)), cut), epoch
 
 
 def test_colours_are_torchvisions() -> None:
@@ -141,7 +149,7 @@ def test_nothing_is_allocated_for_a_sample(out: Path, device: bool) -> None:
     crops = Crops((0.3, 1.0), (0.75, 1.33), True, 0, SIDE, False, device)
     side, samples = 3 * SIDE, np.arange(50)
     rows = decode.Rows(
-        np.zeros((50, side, side, 3) if device else (50, SIDE, SIDE, 3), np.uint8), np.zeros((50, 7), np.float32),
+        np.zeros((50, side, side, 3) if device else (50, SIDE, SIDE, 3), np.uint8), np.zeros((50, BOX), np.float32),
         np.zeros((50, betons.label_limit), np.int32), np.zeros(50, np.int64), np.zeros(50, np.uint8),
     )  # fmt: skip
     epochs, scratch = np.zeros(50, np.int64), np.empty(1 << 22, np.uint8)

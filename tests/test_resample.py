@@ -41,7 +41,7 @@ def on_device(pixels: np.ndarray, size: int, flip: bool = False) -> np.ndarray:
     height, width = pixels.shape[:2]
     canvas = np.full((1, height + 5, width + 11, 3), 255, np.uint8)  # what lies beside the crop must not matter
     canvas[0, :height, :width] = pixels
-    boxes = torch.tensor([[0, 0, width, height, width, height, flip]], dtype=torch.float32)
+    boxes = torch.tensor([[0, 0, width, height, 0, 0, width, height, flip]], dtype=torch.float32)
     first = np.array([vertical_first(width, height, size)])
     return resample_canvas(torch.from_numpy(canvas), boxes, first, size)[0].permute(1, 2, 0).numpy().astype(int)
 

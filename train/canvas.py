@@ -34,10 +34,10 @@ def resample_canvas(canvas: torch.Tensor, boxes: torch.Tensor, vertical_first: n
 
 
 def _resample(canvas: torch.Tensor, boxes: torch.Tensor, vertical_first: bool, size: int) -> torch.Tensor:
-    x, y, width, height, columns, rows, flip = boxes.unbind(1)
-    across = interpolation(x, width, columns, size, canvas.shape[2])  # [B, S, W]
+    x, y, width, height, left, top, columns, rows, flip = boxes.unbind(1)
+    across = interpolation(x, width, left, columns, size, canvas.shape[2])  # [B, S, W]
     across = torch.where(flip.bool()[:, None, None], across.flip(1), across)
-    down = interpolation(y, height, rows, size, canvas.shape[1])  # [B, S, H]
+    down = interpolation(y, height, top, rows, size, canvas.shape[1])  # [B, S, H]
     # The axis that is summed over stands second; the other one, which comes next, last.
     if vertical_first:
         return _two_products(canvas.permute(0, 1, 3, 2), down, across).permute(0, 2, 1, 3)
@@ -72,12 +72,15 @@ def coarse_part(weights: torch.Tensor) -> torch.Tensor:
     return (weights.view(torch.int32) & _TF32_MASK).view(torch.float32)
 
 
-def interpolation(begin: torch.Tensor, length: torch.Tensor, extent: torch.Tensor, size: int, canvas: int) -> torch.Tensor:
+def interpolation(
+    begin: torch.Tensor, length: torch.Tensor, first: torch.Tensor, extent: torch.Tensor, size: int, canvas: int
+) -> torch.Tensor:
     """The weights with which a canvas' pixels make each output pixel.
 
     Args:
         begin, length: float32 [B], the crop along this axis, in pixels of the canvas.
-        extent: float32 [B], how many pixels of the canvas there are; the filter is cut there and its weights normed to 1.
+        first, extent: float32 [B], where the pixels begin that the filter may see, and how many they are; it is cut there and its weights
+            normed to 1.
         size: S.
         canvas: P, the canvas' side.
 
@@ -93,5 +96,5 @@ def interpolation(begin: torch.Tensor, length: torch.Tensor, extent: torch.Tenso
     distance = (distance / scale.clamp(min=1).float()[..., None]).abs_().clamp_(max=_REACH)
     inner = (1.5 * distance - 2.5) * distance * distance + 1
     outer = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    weights = torch.where(distance < 1, inner, outer) * (pixel < extent[:, None, None])
+    weights = torch.where(distance < 1, inner, outer) * (pixel >= first[:, None, None]) * (pixel < (first + extent)[:, None, None])
     return weights / weights.sum(2, keepdim=True)

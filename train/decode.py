@@ -55,7 +55,9 @@ def _leave_out(image: np.ndarray, box: np.ndarray, labels: np.ndarray) -> None:
     """Grey, without labels: a sample that has no part in the loss."""
     image.reshape(-1)[:] = _GREY
     labels[:] = -1
-    box[0], box[1], box[2], box[3], box[4], box[5], box[6] = 0.0, 0.0, image.shape[1], image.shape[0], image.shape[1], image.shape[0], 0.0
+    box[:] = 0.0
+    box[2] = box[6] = image.shape[1]
+    box[3] = box[7] = image.shape[0]
 
 
 @njit(nogil=True)

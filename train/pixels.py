@@ -1,7 +1,8 @@
 """One image, compiled: which part of it is taken, and its pixels, decoded no further than that part needs.
 
     host:    JPEG -> pixels of the decoder, shrunk by 1, 2, 4 or 8 -> train/resample.py -> S x S
-    device:  JPEG -> the same pixels, cut to the crop's own -> a canvas for the batch; train/canvas.py resamples it on the device
+    device:  JPEG -> the same pixels, into the batch's canvas: the whole image where it fits, else cut to the crop's own;
+             train/canvas.py resamples them on the device
 
 S image side.
 """
@@ -18,8 +19,9 @@ from train.resample import address_of, aligned, margin_bytes, resize_crop, work_
 from train.simd import copy_bytes
 
 DONE, DAMAGED = 0, -1
-BOX = 7
-"""Numbers of a box: x, y, width, height of the crop in pixels of its canvas; columns and rows that the canvas has; 1 if mirrored."""
+BOX = 9
+"""Numbers of a box: x, y, width, height of the crop in pixels of its canvas; left, top, columns and rows of what the filter may see
+of it; 1 if mirrored."""
 _LARGEST_CANVAS = 3  # times S: a longer side, which only huge or very narrow crops have, is resampled on the host after all
 _REACH = 2.0  # of the cubic, in output pixels
 _FATAL = 1
@@ -96,10 +98,9 @@ def fits_canvas(window: Window, crops: Crops) -> bool:
 
 
 @njit(inline="always")
-def decompress(address: int, size: int, width: int, height: int, shrink: int, handle: int, pixels: np.ndarray) -> bool:
-    """Decode a JPEG of width x height pixels, shrunk, into `pixels`, uint8 [rows * columns * 3]; False if it does not decode."""
-    columns, rows = (width + shrink - 1) // shrink, (height + shrink - 1) // shrink
-    failed = tj_decompress(handle, np.uint64(address), np.uint64(size), np.uint64(pixels.ctypes.data), columns, 3 * columns, rows, RGB, 0)
+def decompress(address: int, size: int, columns: int, rows: int, handle: int, pixels: np.ndarray, pitch: int) -> bool:
+    """Decode a JPEG, shrunk to columns x rows pixels, into `pixels`, uint8, rows `pitch` bytes apart; False if it does not decode."""
+    failed = tj_decompress(handle, np.uint64(address), np.uint64(size), np.uint64(pixels.ctypes.data), columns, pitch, rows, RGB, 0)
     # The decoder also returns -1 for warnings, e.g. bytes too many behind a marker; the picture is there then.
     return failed == 0 or tj_error(handle) != _FATAL
 
@@ -118,7 +119,7 @@ def decode_row(
         crops: as the window was made with.
         handle: TurboJPEG's, of this thread.
         scratch: uint8, aligned to 4 bytes.
-        image: uint8 [H, W, 3], written: S x S pixels, or the window's.
+        image: uint8 [H, W, 3], written: S x S pixels, or those of the canvas.
         box: float32 [BOX], written: how they become S x S.
 
     Returns:
@@ -126,23 +127,30 @@ def decode_row(
     """
     side, shrink = crops.size, window.shrink
     pixel_width, pixel_height = (width + shrink - 1) // shrink, (height + shrink - 1) // shrink
+    on_canvas = fits_canvas(window, crops)
+    if on_canvas and pixel_height <= image.shape[0] and pixel_width <= image.shape[1]:
+        if not decompress(address, size, pixel_width, pixel_height, handle, image.reshape(-1), 3 * image.shape[1]):
+            return DAMAGED
+        box[0], box[1], box[2], box[3] = window.left + window.x, window.top + window.y, window.width, window.height
+        box[4], box[5], box[6], box[7], box[8] = window.left, window.top, window.columns, window.rows, window.flip
+        return DONE
     pitch = 3 * pixel_width
     at_work = aligned(pixel_height * pitch + margin_bytes(pitch, window.height, side))
     needed = at_work + work_bytes(window.rows, window.columns, window.width, window.height, side)
     if needed > scratch.shape[0]:
         return needed
-    if not decompress(address, size, width, height, shrink, handle, scratch):
+    if not decompress(address, size, pixel_width, pixel_height, handle, scratch, pitch):
         return DAMAGED
     source, target, target_pitch = scratch[window.top * pitch + 3 * window.left :], image.reshape(-1), 3 * image.shape[1]
-    if fits_canvas(window, crops):
+    if on_canvas:
         for row in range(window.rows):
             copy_bytes(address_of(target) + row * target_pitch, address_of(source) + row * pitch, 3 * window.columns)
         box[0], box[1], box[2], box[3] = window.x, window.y, window.width, window.height
-        box[4], box[5], box[6] = window.columns, window.rows, window.flip
+        box[4], box[5], box[6], box[7], box[8] = 0.0, 0.0, window.columns, window.rows, window.flip
     else:
         resize_crop(
             source, pitch, window.rows, window.columns, window.x, window.y, window.width, window.height, window.flip, side, target,
             target_pitch, scratch[at_work:],
         )  # fmt: skip
-        box[:2], box[2:6], box[6] = 0.0, side, 0.0  # S x S pixels that are final already
+        box[:], box[2:4], box[6:8] = 0.0, side, side  # S x S pixels that are final already
     return DONE

@@ -56,7 +56,8 @@ def _run_stages(
         if last >= DECODE:
             shrink = window_of(place.width, place.height, crops, epochs[row], place.row).shrink
             pixels = scratch[aligned(at + 4 * limit) :]
-            decompress(scratch[TABLE_BYTES:].ctypes.data, place.bytes, place.width, place.height, shrink, handle, pixels)
+            columns, lines = (place.width + shrink - 1) // shrink, (place.height + shrink - 1) // shrink
+            decompress(scratch[TABLE_BYTES:].ctypes.data, place.bytes, columns, lines, handle, pixels, 3 * columns)
     return total
 
 
