@@ -88,9 +88,9 @@ def write_idf(build: Build, parts: list[ShardPart], markers: list[Marker]) -> in
         files = [layout.count_file(part.name) for part in parts]
         frequency = sum_counts(files, len(names), build.settings.build.duckdb_memory, spill)
     write_idf_parquet(layout.idf_parquet, names, frequency, captions, formula)
-    counted = [marker.get("tokens") for marker in markers]
+    tokens = sum(marker["tokens"] for marker in markers) if all("tokens" in marker for marker in markers) else None
     write_idf_duckdb(
-        layout, captions=captions, tokens=None if None in counted else sum(counted), formula=formula, tokenizer=tokenizer.name,
+        layout, captions=captions, tokens=tokens, formula=formula, tokenizer=tokenizer.name,
         fingerprint=tokenizer.fingerprint, shards=parts,
     )  # fmt: skip
     write_json(marker_path, {"of": _idf_of(build, parts), "sha256": sha256_file(layout.idf_parquet)})

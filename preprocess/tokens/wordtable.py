@@ -106,7 +106,7 @@ def find_from(
 
 
 @compiled
-def _same(letters: np.ndarray, place: int, text: np.ndarray, begin: Scalar, end: Scalar, fold: Scalar) -> Scalar:
+def _same(letters: np.ndarray, place: Scalar, text: np.ndarray, begin: Scalar, end: Scalar, fold: Scalar) -> Scalar:
     for i in range(end - begin):  # noqa: SIM110 - numba compiles no generator
         if letters[place + i] != (text[begin + i] | fold):
             return False
