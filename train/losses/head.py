@@ -16,6 +16,7 @@ RowLoss = Callable[[torch.Tensor, Positives, bool], torch.Tensor]
 """Logits [R, V], the rows' labels, whether gradients are wanted -> losses [R]; then the logits hold d loss / d logits."""
 
 _PRODUCT_ROWS = 4096
+_SUMMED_ROWS = 16
 
 
 class Head:
@@ -98,7 +99,7 @@ class Head:
             if into_weight is not None:
                 add_product(into_weight, logits.T, x, scale, first)
             if into_bias is not None:
-                column_sums = logits.sum(dim=0, dtype=self.sums)
+                column_sums = _column_sums(logits, self.sums)
                 torch.mul(column_sums, scale, out=into_bias) if first else into_bias.add_(column_sums, alpha=scale)
         return losses
 
@@ -120,6 +121,16 @@ class Head:
         if self.buffer.numel() < rows * columns:
             self.buffer = self.buffer.new_empty(rows * columns)
         return self.buffer[: rows * columns].view(rows, columns)
+
+
+def _column_sums(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[R, V] to [V]. On CPUs torch sums half precision in a finer type four times as fast a few rows at a time."""
+    if values.dtype == dtype or values.device.type != "cpu":
+        return values.sum(dim=0, dtype=dtype)
+    sums = values.new_zeros(values.shape[1], dtype=dtype)
+    for some in values.split(_SUMMED_ROWS):
+        sums += some.sum(dim=0, dtype=dtype)
+    return sums
 
 
 def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, first: bool) -> None:

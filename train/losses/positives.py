@@ -37,6 +37,11 @@ class Positives:
         ids, shares = _fill(self.ids - first, self.shares, valid)
         return Positives(ids, shares, valid, self.counts, self.weighted)
 
+    def put(self, logits: torch.Tensor, values: torch.Tensor) -> None:
+        """Write [B, K], of the logits' type, into contiguous logits [B, V] at the labels; `scatter_` would copy all of bf16."""
+        rows = torch.arange(len(logits), device=logits.device)[:, None]
+        logits.put_(self.ids + rows * logits.shape[1], values)
+
     @property
     def labelled(self) -> torch.Tensor:
         """bool [B, 1], whether the row has any label."""

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from labels.settings import Loss
-from train.losses.classwise import Classwise
+from train.losses.classwise import Classwise, softplus_sum
 from train.losses.head import Head
 from train.losses.positives import Positives
 
@@ -19,7 +19,7 @@ def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor:
 
 def negative(x: torch.Tensor, gradient: bool) -> torch.Tensor:
     """Losses [R] of logits [R, V] that are all negatives; with `gradient`, leaves the slope in their place."""
-    losses = functional.softplus(x).sum(dim=1)
+    losses = softplus_sum(x)
     if gradient:
         x.sigmoid_()
     return losses

@@ -45,14 +45,15 @@ def softmax_rows(logits: torch.Tensor, labels: Positives, gradient: bool, group:
     top, total = picked.new_empty(2, len(logits), 1)
     for rows, block in float_blocks(logits, keep=gradient, whole=group is not None):
         top[rows] = block.amax(dim=1, keepdim=True)
-        block.sub_(top[rows]).exp_()
-        total[rows] = block.sum(dim=1, keepdim=True)
+        torch.softmax(block, dim=1, out=block)  # in fewer passes, and with a faster exponential, than its steps one by one
+        own = block.amax(dim=1, keepdim=True).reciprocal_()  # the largest is exp(0) / total
+        total[rows] = own
         factor = merge_exponentials(top[rows], total[rows], group)
         if gradient:
-            block.mul_(labels.weighted[rows, None] / total[rows] * factor)
+            block.mul_(labels.weighted[rows, None] * own / total[rows] * factor)
     above = picked - top  # [R, K]; never the large common part of all logits
     if gradient:
-        logits.scatter_(1, labels.ids, (labels.weighted[:, None] * above.exp() / total - labels.shares).to(logits.dtype))
+        labels.put(logits, (labels.weighted[:, None] * above.exp() / total - labels.shares).to(logits.dtype))
     return _losses(above, total, labels, group)
 
 
