@@ -4,8 +4,10 @@ import gc
 import io
 import json
 import os
+import random
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,37 @@ def test_same_batches_for_any_number_of_threads_and_any_start(out: Path) -> None
     resumed = load(out, 5, first_step=3)
     assert torch.equal(resumed[0][0], reference[3][0])
     assert len(resumed) == 2
+
+
+def shares(betons: BetonSet, first: int, last: int, world: int) -> list[list[tuple[Any, ...]]]:
+    """What each of `world` ranks gets in the steps [first, last): epoch, position, pixels and labels of every sample."""
+    settings, found = Data(crop_scale=[0.3, 1.0], flip=True), []
+    for rank in range(world):
+        loader = Loader(betons, settings, image_size=8, batch_size=24, seed=1, first_step=first, last_step=last, rank=rank, world=world)
+        with loader:
+            found.append(
+                [
+                    (epoch, position, image.numpy().tobytes(), labels.numpy().tobytes())
+                    for batch in loader
+                    for epoch, position, image, labels in zip(
+                        batch.epochs.tolist(), batch.positions.tolist(), batch.images, batch.label_ids, strict=True
+                    )
+                ]
+            )
+    return found
+
+
+def test_any_number_of_ranks_and_twenty_restarts_give_the_same_samples(out: Path) -> None:
+    """57 samples, 19 steps of 24 = 8 epochs: each sample once an epoch, with the pixels that it has on one rank."""
+    betons, dice, steps = BetonSet(out), random.Random(0), 19
+    [alone] = shares(betons, 0, steps, 1)
+    assert Counter((epoch, position) for epoch, position, *_ in alone) == Counter((e, p) for e in range(8) for p in range(57))
+    for world in (2, 3, 8):
+        assert Counter(sample for rank in shares(betons, 0, steps, world) for sample in rank) == Counter(alone)
+    for _ in range(20):
+        stop, before, after = dice.randint(1, steps - 1), *dice.sample([1, 2, 3, 8], 2)
+        parts = [*shares(betons, 0, stop, before), *shares(betons, stop, steps, after)]
+        assert Counter(sample for rank in parts for sample in rank) == Counter(alone), (stop, before, after)
 
 
 def test_crops_change_from_epoch_to_epoch_but_not_between_runs(out: Path) -> None:
