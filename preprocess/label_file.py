@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from labels.schema import LABELS
+from preprocess.hashed_file import HashedFile
 
 # Measured on web captions: two thirds of the time of everything under zstd, and hardly larger. Packed ids are too dense to compress
 # further; dictionaries and statistics do not pay; byte-stream split would be smaller, but DuckDB shells before 2.0 cannot read it.
@@ -27,7 +28,7 @@ _FORM: dict[str, Any] = {
 
 
 class LabelFile:
-    """Writes one label file; `rows`, `tokens` and `keys_sha256` tell afterwards what is in it.
+    """Writes one label file; `rows`, `tokens`, `keys_sha256` and `sha256` tell afterwards what is in it.
 
     `keys_sha256` covers the keys in row order, each followed by a line feed: two builds with the same one have the same rows.
     """
@@ -35,13 +36,22 @@ class LabelFile:
     def __init__(self, path: Path) -> None:
         self.rows = self.tokens = 0
         self._keys = hashlib.sha256()
-        self._writer = pq.ParquetWriter(path, LABELS, **_FORM)
+        self._file = HashedFile(path)
+        self._writer = pq.ParquetWriter(self._file, LABELS, **_FORM)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        """Of the file, once it is closed."""
+        return self._file.sha256
 
     @property
     def keys_sha256(self) -> str:

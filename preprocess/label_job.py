@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labels.files import sha256_file, whole_file, write_json
+from labels.files import whole_file, write_json
 from labels.layout import Layout
 from labels.settings import Labels
 from preprocess.counts import ShardCounts
@@ -59,7 +59,6 @@ def label_shard(task: LabelTask) -> dict[str, Any]:
                 file.write(batch.table, *rows)
                 counts.add(rows[2])
         count_bytes = counts.write(layout.count_file(task.shard.name))
-        digest = sha256_file(partial)
     marker = {
         "options": task.options,
         "source": task.shard.source,
@@ -67,7 +66,7 @@ def label_shard(task: LabelTask) -> dict[str, Any]:
         "rows": file.rows,
         "tokens": file.tokens,
         "outside_subset": outside,
-        "sha256": digest,
+        "sha256": file.sha256,
         "count_bytes": count_bytes,
         "keys_sha256": file.keys_sha256,
         "reasons": dict(sorted(Counter(fault.reason for fault in faults).items())),

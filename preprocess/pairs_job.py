@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from labels.files import local_copy, sha256_file, whole_file, write_json
+from labels.files import local_copy, whole_file, write_json
 from labels.layout import Layout
 from labels.settings import Labels
 from preprocess.counts import ShardCounts
@@ -53,7 +53,7 @@ def add_pairs(task: PairsTask) -> dict[str, Any]:
                 file.write(pa.Table.from_batches([batch]), ids, offsets, *both)
                 counts.add(both[0])
         count_bytes = counts.write(layout.count_file(task.shard))
-        marker.update(pairs=task.pairs, count_bytes=count_bytes, sha256=sha256_file(partial))
+        marker.update(pairs=task.pairs, count_bytes=count_bytes, sha256=file.sha256)
     write_json(marker_path, marker)
     return {key: value for key, value in marker.items() if key != "faults"}
 
