@@ -53,7 +53,7 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
                     yield partial
                 path.fs.put_file(str(partial), path.path)  # type: ignore[attr-defined]  # a UPath
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         partial = path.with_name(f"{path.name}{_partial_tag.get()}{TEMPORARY_SUFFIX}")
         try:
             yield partial
@@ -84,7 +84,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.replace(old, path)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_folder(path.parent)
+        partial.mkdir()
         try:
             yield partial
             for file in partial.rglob("*"):
@@ -99,6 +100,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
             raise
         shutil.rmtree(old, ignore_errors=True)
         fsync_directory(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder `path` and those above it, where they are not there.
+
+    Raises:
+        UserError: a file or a link that leads nowhere stands in their place, or no folder can be made there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        taken = next((above for above in (path, *path.parents) if not above.is_dir() and (above.exists() or above.is_symlink())), None)
+        why = f"the file system makes none there ({error.strerror})"
+        if taken is not None:
+            why = f"{taken} is {'a link that leads nowhere' if taken.is_symlink() and not taken.exists() else 'a file'}"
+        raise UserError(f"no folder {path} can be made: {why}", allowed="a folder, there or not yet", mend="name another one") from error
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def append_shards(out: Path, sources: list[str], overrides: list[str], *, prefix
         check_images(added, record.images)
         remove_leftovers(layout)
         build = make_build(layout, settings, _same_subset(layout, settings, [shard.path for shard in record.shards]))
-        check_same_options(build)
+        check_same_options(build, alone=False)
         if added:
             record = Record(record.images, [*record.batches, added])
             write_record(layout, record)

@@ -69,7 +69,7 @@ def build_labels(
             if overwrite:
                 remove_build(layout)
         build = make_build(layout, settings, _subset(sources, layout, settings))
-        check_same_options(build)
+        check_same_options(build, alone=share is None)
         record = Record(images, [shards])
         if share is not None:
             _do_share(build, record, share)

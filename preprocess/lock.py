@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from labels.errors import UserError
-from labels.files import is_remote, plain_disk_faults
+from labels.files import is_remote, make_folder, plain_disk_faults
 from preprocess.lease import WAIT, Holder, busy, leased, note_dead
 
 _MEMBER = re.compile(r"-[0-9]+-of-([0-9]+)")
@@ -105,7 +105,7 @@ def _locked(path: Path, mode: int) -> int:
     """A descriptor of `path` that holds the lock."""
     while True:
         with plain_disk_faults(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, mode | fcntl.LOCK_NB)

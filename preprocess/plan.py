@@ -185,11 +185,14 @@ def check_out(out: Path) -> None:
         raise UserError(f"the path {whole} holds {' '.join(found)}, which DuckDB takes for a pattern", mend="give --out a path without it")
 
 
-def check_same_options(build: Build) -> None:
-    """Refuse to mix: OUT belongs to the options it was begun with."""
+def check_same_options(build: Build, *, alone: bool) -> None:
+    """Refuse to mix: OUT belongs to the options it was begun with, once there is a shard of them.
+
+    `alone`: nobody else may write to OUT, so that options of which nothing was made (they named a column that is not there) give way.
+    """
     path = build.layout.markers / "options.json"
     before = read_marker(path)
-    if before is None:
+    if before is None or (alone and before != build.options and not any((build.layout.markers / "labels").glob("*.json"))):
         with own_partials():  # members of an array job may come here at the same moment
             write_json(path, build.options)
     elif before != build.options:

@@ -193,6 +193,14 @@ def test_other_options_are_refused_until_overwrite(built: Built, tmp_path: Path,
     assert contents(built.out) == contents(tmp_path / "fresh")
 
 
+def test_options_of_which_nothing_was_made_give_way(tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text("path,title\n" + "".join(f"{number}.jpg,a cat\n" for number in range(3)))
+    assert "no column that build.caption_key names" in refused(table, tmp_path / "out", "--caption-key", "csv:titel", "--no-beton")
+    build(table, tmp_path / "out", "--caption-key", "csv:title", "--no-beton")
+    assert "begun with other options" in refused(table, tmp_path / "out", "--caption-key", "csv:path", "--no-beton")
+
+
 def test_overwrite_removes_only_what_was_built(built: Built) -> None:
     strays = ["notes.txt", "beton/mine.beton", "beton/1.beton", "labels/readme.md", "done/x.txt", "sub/manifest.json"]
     for name in strays:

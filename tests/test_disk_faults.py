@@ -230,3 +230,19 @@ def test_what_killed_processes_left_is_removed(built: Built) -> None:
     remove_partials(built.out / "not there")
     shutil.rmtree(built.out)
     remove_leftovers(Layout(built.out))
+
+
+def test_a_folder_that_cannot_be_made_is_told_by_what_stands_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "that is not there")
+    for name, why in (("file", "file is a file"), ("file/deeper", "file is a file"), ("link", "link is a link that leads nowhere")):
+        with pytest.raises(UserError) as caught:
+            write_json(tmp_path / name / "made.json", {})
+        assert f"no folder {tmp_path / name} can be made: {tmp_path}/{why}" in str(caught.value) and "name another one" in str(caught.value)
+    with pytest.raises(UserError, match="no folder /proc/none can be made: the file system makes none there"):
+        write_json(Path("/proc/none/made.json"), {})
+
+
+def test_an_out_that_is_a_dead_link_is_refused(finished: Built, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    assert "out is a link that leads nowhere" in refused(finished.data, tmp_path / "out")

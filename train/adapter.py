@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from labels.errors import UserError
+from labels.files import make_folder
 from labels.settings import Optimizer, Train
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
 from train.distributed import World
@@ -57,7 +58,7 @@ def train_adapter(
     budget = Budget(steps, warmup, state.samples_seen // settings.batch_size)
     if budget.first_step >= budget.steps:
         return True
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     metrics = Metrics(
         run, here, settings, steps=steps, first_step=budget.first_step, skipped=(state.skipped_steps, state.skipped_in_a_row),
         speed=Speed(0, None), trackers=make_trackers(run, settings.log, budget.first_step, settings.model_dump()) if here.is_first else [],

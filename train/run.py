@@ -11,7 +11,7 @@ from torch import nn
 
 from labels.config import dump_yaml
 from labels.errors import UserError
-from labels.files import write_json
+from labels.files import make_folder, write_json
 from labels.settings import Pipeline, Train
 from train.announce import announce, in_words
 from train.betons import BetonSet
@@ -118,7 +118,7 @@ def synthetic_run(run: Path, pipeline: Pipeline, vocabulary: int, label_limit: i
         budget, costs = _budget(settings, 0), model_costs(settings.model, vocabulary)
         state = State(samples_seen=0, number=0, labels="", idf="", betons="", options="", vocabulary=vocabulary)
         if here.is_first:
-            run.mkdir(parents=True, exist_ok=True)
+            make_folder(run)
             announce(run, settings, costs, learner.model, f"random images, {vocabulary:,} classes", budget, here)
         metrics = _metrics(run, pipeline, state, budget, costs, here)
         try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labels.errors import UserError
-from labels.files import TEMPORARY_SUFFIX, is_remote, whole_file
+from labels.files import TEMPORARY_SUFFIX, is_remote, make_folder, whole_file
 from labels.manifest import BetonPart
 from train.openfiles import OpenFiles
 from train.places import NO_FILE, Tables
@@ -43,7 +43,7 @@ class Cache:
             UserError: it cannot be fetched, or is not the file of the manifest.
         """
         target = self.folder / f"{part.sha256}.beton"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with _lock(target):
             if not target.is_file() or target.stat().st_size != part.bytes:
                 while not self._reserve(target, part.bytes):

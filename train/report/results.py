@@ -55,14 +55,18 @@ def read_results(places: Sequence[Path], *, may_be_none: bool = False) -> list[R
     found: dict[Path, dict[str, Any]] = {}
     for place in places:
         if not place.exists():
-            raise UserError(f"there is no {place}", allowed="result JSONs, or folders that hold some", mend="mend --results")
+            raise UserError(
+                f"there is no {place}",
+                allowed="result JSONs, or folders that hold some",
+                mend="name what `--out` of the measuring command was",
+            )
         files = sorted(place.rglob("*.json")) if place.is_dir() else [place]
         read = {file.resolve(): content for file in files if (content := _result(file, named=file == place)) is not None}
         if not read and not may_be_none:
             raise UserError(
                 f"{place} holds no result",
-                allowed="JSON files of train probe, fewshot, knn, zeroshot, finetune, caption or eval",
-                mend="mend --results",
+                allowed="JSON files of train probe, fewshot, knn, zeroshot, retrieval, finetune, caption or eval",
+                mend="measure first (`train probe ... --out results/probe.json`), or leave out --results",
             )
         found |= read
     in_suites = {cell for content in found.values() for cell in content.get("cells", ())}
@@ -99,8 +103,8 @@ def _result(file: Path, *, named: bool) -> dict[str, Any] | None:
     if named:
         raise UserError(
             f"{file} is no result",
-            allowed="a JSON of train probe, fewshot, knn, zeroshot, finetune, caption or eval",
-            mend="mend --results",
+            allowed="a JSON of train probe, fewshot, knn, zeroshot, retrieval, finetune, caption or eval",
+            mend="name what `--out` of the measuring command was",
         )
     return None
 
