@@ -51,7 +51,7 @@ def build_out(folder: Path, counts: list[int], *overrides: str) -> Path:
     shards = find_shards([str(write_shards(folder / "shards", counts))]).shards
     out = folder / "out"
     build = make_build(Layout(out), load_pipeline(overrides=["build.workers=1", *overrides]), None)
-    check_same_options(build)
+    check_same_options(build, alone=True)
     record = Record("betons", [[shard] for shard in shards])
     write_record(build.layout, record)
     assert [part.samples for part in complete(build, record).betons] == counts
