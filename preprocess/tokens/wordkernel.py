@@ -108,17 +108,9 @@ def _resolve(
 
 @compiled
 def _encode_block(
-    words: Words,
-    merges: Merges,
-    text: np.ndarray,
-    offsets: np.ndarray,
-    pending: np.ndarray,
-    out: np.ndarray,
-    counts: np.ndarray,
-    missing: np.ndarray,
-    queue: np.ndarray,
-    group: np.ndarray,
-) -> Scalar:
+    words: Words, merges: Merges, text: np.ndarray, offsets: np.ndarray, pending: np.ndarray, out: np.ndarray, counts: np.ndarray,
+    missing: np.ndarray, queue: np.ndarray, group: np.ndarray,
+) -> Scalar:  # fmt: skip
     """Encode some captions of a block.
 
     Args:
