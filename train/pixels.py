@@ -67,6 +67,12 @@ def shrink_to_fill(width: int, height: int, size: int) -> int:
     return factor
 
 
+@njit(inline="always")
+def shrunk(side: int, factor: int) -> int:
+    """Pixels of a side that the decoder shrinks."""
+    return (side + factor - 1) // factor
+
+
 @njit
 def window_of(width: int, height: int, crops: Crops, epoch: int, index: int) -> Window:
     """What is needed of an image of width x height pixels, for its sample's `index` and `epoch`.
@@ -86,8 +92,8 @@ def window_of(width: int, height: int, crops: Crops, epoch: int, index: int) -> 
         flip = crops.flip and flipped(crops.seed, epoch, index)
     x, y, crop_width, crop_height = left / shrink, top / shrink, w / shrink, h / shrink
     first_column, first_row = max(0, math.floor(x - reach)), max(0, math.floor(y - reach))
-    columns = min((width + shrink - 1) // shrink, math.ceil(x + crop_width + reach)) - first_column
-    rows = min((height + shrink - 1) // shrink, math.ceil(y + crop_height + reach)) - first_row
+    columns = min(shrunk(width, shrink), math.ceil(x + crop_width + reach)) - first_column
+    rows = min(shrunk(height, shrink), math.ceil(y + crop_height + reach)) - first_row
     return Window(shrink, first_column, first_row, columns, rows, x - first_column, y - first_row, crop_width, crop_height, flip)
 
 
@@ -126,7 +132,7 @@ def decode_row(
         DONE, DAMAGED if the JPEG does not decode, or the bytes of scratch that are needed.
     """
     side, shrink = crops.size, window.shrink
-    pixel_width, pixel_height = (width + shrink - 1) // shrink, (height + shrink - 1) // shrink
+    pixel_width, pixel_height = shrunk(width, shrink), shrunk(height, shrink)
     on_canvas = fits_canvas(window, crops)
     if on_canvas and pixel_height <= image.shape[0] and pixel_width <= image.shape[1]:
         if not decompress(address, size, pixel_width, pixel_height, handle, image.reshape(-1), 3 * image.shape[1]):

@@ -17,7 +17,7 @@ from train.batch import Slot
 from train.betons import BetonSet
 from train.jpeg import Decompressor
 from train.loader import Loader
-from train.pixels import Crops, decompress, window_of
+from train.pixels import Crops, decompress, shrunk, window_of
 from train.places import OK, TABLE_BYTES, Tables, copy_labels, find, read_sample
 from train.resample import aligned
 
@@ -56,7 +56,7 @@ def _run_stages(
         if last >= DECODE:
             shrink = window_of(place.width, place.height, crops, epochs[row], place.row).shrink
             pixels = scratch[aligned(at + 4 * limit) :]
-            columns, lines = (place.width + shrink - 1) // shrink, (place.height + shrink - 1) // shrink
+            columns, lines = shrunk(place.width, shrink), shrunk(place.height, shrink)
             decompress(scratch[TABLE_BYTES:].ctypes.data, place.bytes, columns, lines, handle, pixels, 3 * columns)
     return total
 

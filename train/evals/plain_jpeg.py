@@ -16,7 +16,7 @@ from labels.files import fingerprint_of_sources
 from train.crops import flipped, random_crop
 from train.evals.pixels import CROP_RATIO, CROP_SCALE
 from train.jpeg import Decompressor, tj_error, tj_header
-from train.pixels import BOX, DONE, Crops, Window, decode_row, shrink_to_fill
+from train.pixels import BOX, DONE, Crops, Window, decode_row, shrink_to_fill, shrunk
 
 _UNFIT = -2
 _MOST_PIXELS = 89_478_485  # Pillow warns beyond
@@ -31,7 +31,7 @@ def _window(width: int, height: int, side: int, centre: bool, seed: int, epoch: 
     flip, shrink = False, 1
     if centre:
         shrink = shrink_to_fill(width, height, 2 * side)
-        width, height = (width + shrink - 1) // shrink, (height + shrink - 1) // shrink
+        width, height = shrunk(width, shrink), shrunk(height, shrink)
         w = h = min(width, height)
         x, y = (width - w) / 2, (height - h) / 2
     else:
