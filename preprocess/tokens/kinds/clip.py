@@ -69,31 +69,11 @@ class ClipTokenizer:
         self._known: dict[str, tuple[int, ...]] = {}
 
     def encode(self, captions: Captions, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of N captions, T in all.
-
-        Args:
-            captions: N strings, as they came; a list or an Arrow array without nulls.
-            limit: at most this many ids a caption; the rest is cut off.
-
-        Returns:
-            ids int32 [T], offsets int64 [N + 1].
-        """
+        """See `preprocess.tokens.tokenizer.Tokenizer.encode`."""
         return self.encode_rows(captions, limit)[:2]
 
     def encode_rows(self, captions: Captions, limit: int) -> Rows:
-        """Token ids and label sets of N captions; the special tokens are in neither.
-
-        Args:
-            captions: N strings, as they came; a list or an Arrow array without nulls.
-            limit: at most this many ids a caption; the rest is cut off.
-
-        Returns:
-            ids int32 [T], offsets int64 [N + 1]; label_ids int32 [T'], a caption's distinct ids in ascending order, and
-            label_offsets int64 [N + 1].
-
-        Raises:
-            ValueError: a caption is null.
-        """
+        """See `preprocess.tokens.tokenizer.Tokenizer.encode_rows`; the special tokens are in neither."""
         return self.fast.encode_rows(captions, limit)
 
     def clean(self, caption: str) -> str:
