@@ -28,6 +28,7 @@ from labels.schema import COUNTS, TOKENS
 _STORAGE_VERSION = "v1.2.0"
 _SHARD_MEMORY = "256MiB"
 _LABELS_AT_ONCE = 1 << 21
+_COUNTED_BITS = 16
 _COUNT_LABELS = (
     "SELECT token_id, count(*) AS document_frequency FROM (SELECT unnest(label_ids) AS token_id FROM read_parquet($1)) GROUP BY token_id"
 )
@@ -48,7 +49,10 @@ class ShardCounts:
             self._count()
 
     def _count(self) -> None:
-        self._con.register("labels", pa.table({"token_id": np.concatenate([np.empty(0, np.int32), *self._waiting])}))
+        labels = np.concatenate([np.empty(0, np.int32), *self._waiting])
+        if labels.max(initial=0) < 1 << _COUNTED_BITS:
+            labels = labels.astype(np.uint16)  # by this type alone DuckDB counts in an array, which is quicker than hashing
+        self._con.register("labels", pa.table({"token_id": labels}))
         self._con.execute("INSERT INTO counted SELECT token_id, count(*) FROM labels GROUP BY token_id")
         self._con.unregister("labels")
         self._waiting = []
@@ -70,7 +74,8 @@ class ShardCounts:
 @cache
 def _own_connection() -> duckdb.DuckDBPyConnection:
     """One a process: to open one takes as long as to count ten thousand captions. The other workers have the other cores."""
-    return duckdb.connect(config={"threads": 1, "memory_limit": _SHARD_MEMORY})
+    # One bit more, for nulls.
+    return duckdb.connect(config={"threads": 1, "memory_limit": _SHARD_MEMORY, "perfect_ht_threshold": _COUNTED_BITS + 1})
 
 
 def sum_counts(files: Sequence[Path], vocabulary: int, memory: str, spill: Path) -> np.ndarray:

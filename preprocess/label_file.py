@@ -1,30 +1,33 @@
-"""Label rows as a Parquet file, batch by batch: Arrow rows and flat ids in, labels/<shard>.parquet out."""
+"""Label rows as a Parquet file, batch by batch: Arrow rows and flat ids in, labels/<shard>.parquet out.
+
+    a batch -> a row group: for each column one page (label_pages.py) behind its header; at the end the footer (label_format.py)
+
+pyarrow's own writer takes longer over these columns than tokenizing does: a level and a number at a time (docs/experiments.md).
+"""
 
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions when it is imported)
 
 import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from labels.schema import LABELS
 from preprocess.hashed_file import HashedFile
+from preprocess.inputs.columns import offsets_and_bytes
+from preprocess.label_format import COLUMNS, MAGIC, Page, column_chunk, footer, page_header, row_group
+from preprocess.label_pages import put_lists, put_numbers, room_for
+from preprocess.thrift import Value, varint
 
-# Measured on web captions: two thirds of the time of everything under zstd, and hardly larger. Packed ids are too dense to compress
-# further; dictionaries and statistics do not pay; byte-stream split would be smaller, but DuckDB shells before 2.0 cannot read it.
-_PACKED = ("token_ids.list.element", "label_ids.list.element")
-_FORM: dict[str, Any] = {
-    "compression": {**dict.fromkeys(LABELS.names[:4], "zstd"), **dict.fromkeys(_PACKED, "none")},
-    "column_encoding": {**dict.fromkeys(_PACKED, "DELTA_BINARY_PACKED"), **dict.fromkeys(("key", "uid"), "DELTA_LENGTH_BYTE_ARRAY")},
-    "use_dictionary": False,
-    "write_statistics": False,
-}
+_MOST_IDS = 1 << 24
+"""Ids of one column of a row group, unless it is of one row."""
 
 
 class LabelFile:
@@ -36,15 +39,19 @@ class LabelFile:
     def __init__(self, path: Path) -> None:
         self.rows = self.tokens = 0
         self._keys = hashlib.sha256()
+        self._groups: list[Value] = []
+        self._zstd = pa.Codec("zstd")
+        self._room = np.empty(0, np.uint8)
         self._file = HashedFile(path)
-        self._writer = pq.ParquetWriter(self._file, LABELS, **_FORM)
+        self._file.write(MAGIC)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self._writer.close()
+            if kind is None:
+                self._file.write(footer(self.rows, self._groups))
         finally:
             self._file.close()
 
@@ -65,20 +72,81 @@ class LabelFile:
             ids: int32 [T]; offsets: int64 [N + 1].
             label_ids: int32 [T'], a row's ascending and distinct; label_offsets: int64 [N + 1].
         """
-        if not len(rows):
-            return
-        columns = [rows[name].cast(LABELS.field(name).type) for name in LABELS.names[:4]]
-        columns += [list_array(ids, offsets), list_array(label_ids, label_offsets)]
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=LABELS))
+        if len(rows) > 1 and max(len(ids), len(label_ids)) > _MOST_IDS:
+            half = len(rows) // 2
+            for part in (slice(0, half), slice(half, len(rows))):
+                lists = _part(ids, offsets, part), _part(label_ids, label_offsets, part)
+                self.write(rows.slice(part.start, part.stop - part.start), *lists[0], *lists[1])
+        elif len(rows):
+            columns = [_one_array(rows[name].cast(LABELS.field(name).type)) for name in LABELS.names[:4]]
+            self._write_group(columns, (ids, offsets), (label_ids, label_offsets))
+            self._hash_keys(columns[0])
+            self.rows += len(rows)
+            self.tokens += len(ids)
+
+    def _hash_keys(self, keys: pa.StringArray) -> None:
         # Joined in Arrow: a Python string for every key would cost more than its labels.
-        for chunk in pc.binary_join_element_wise(columns[0], "", "\n").chunks:
-            first, last = chunk.offset, chunk.offset + len(chunk)
-            offsets32 = np.frombuffer(chunk.buffers()[1], np.int32)
-            self._keys.update(memoryview(chunk.buffers()[2])[offsets32[first] : offsets32[last]])
-        self.rows += len(rows)
-        self.tokens += len(ids)
+        offsets, text = offsets_and_bytes(pc.binary_join_element_wise(keys, "", "\n"))
+        self._keys.update(text[offsets[0] : offsets[-1]].data)
+
+    def _write_group(self, scalars: list[pa.Array], *lists: tuple[np.ndarray, np.ndarray]) -> None:
+        begin, rows, chunks = self._file.tell(), len(scalars[0]), []
+        # One after another: a page may lie in the room that the next one is made in.
+        for column, page in zip(COLUMNS, self._pages(scalars, lists), strict=True):
+            place, header = self._file.tell(), page_header(column, page, rows)
+            for part in (header, page.levels, page.values):
+                self._file.write(part)
+            chunks.append(column_chunk(column, page, len(header), place))
+        self._groups.append(row_group(len(self._groups), rows, begin, chunks))
+
+    def _pages(self, scalars: list[pa.Array], lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[Page]:
+        key, uid, *sizes = scalars
+        keys = self._strings(key)
+        yield keys
+        # The rows of a table with uids alone have them as keys too: compressed once.
+        yield replace(keys, levels=_levels(uid)) if uid.equals(key) else self._strings(uid, _levels(uid))
+        for column in sizes:
+            values = column.drop_null()
+            raw = values.to_numpy().view(np.uint8)
+            yield Page(len(column), column.null_count, _levels(column), 0, self._compressed(raw), len(raw))
+        for ids, offsets in lists:
+            room = self._room_for(room_for(len(offsets) - 1, len(ids)))
+            empty, repetition, levels, end = put_lists(ids, offsets, room)
+            yield Page(len(ids) + empty, empty, room[:levels].data, repetition, room[levels:end].data, end - levels)
+
+    def _strings(self, column: pa.StringArray, levels: bytes = b"") -> Page:
+        """As DELTA_LENGTH_BYTE_ARRAY: all lengths, then all bytes."""
+        offsets, text = offsets_and_bytes(column.drop_null())
+        text = text[offsets[0] : offsets[-1]]
+        room = self._room_for(room_for(0, len(offsets)) + len(text))
+        end = put_numbers(np.diff(offsets), room)
+        size = end + len(text)
+        room[end:size] = text
+        return Page(len(column), column.null_count, levels, 0, self._compressed(room[:size]), size)
+
+    def _compressed(self, raw: np.ndarray) -> memoryview:
+        compressed = self._zstd.compress(raw)
+        return memoryview(compressed)[: compressed.size]  # pyarrow's view is as long as the room was
+
+    def _room_for(self, size: int) -> np.ndarray:
+        if len(self._room) < size:
+            self._room = np.empty(size, np.uint8)
+        return self._room
 
 
-def list_array(ids: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
-    """int32 [T] and int64 [N + 1] as N lists."""
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids, pa.int32()), type=LABELS.field("label_ids").type)
+def _levels(column: pa.Array) -> bytes:
+    """Definition levels of a column that may have nulls, which are 0: as a run of one level where that is all there is, else bit by bit."""
+    if column.null_count in (0, len(column)):
+        return varint(len(column) << 1) + bytes([column.null_count == 0])
+    bits = np.packbits(column.is_valid().to_numpy(zero_copy_only=False), bitorder="little")
+    return varint(len(bits) << 1 | 1) + bits.tobytes()
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _part(ids: np.ndarray, offsets: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Of lists, those of some rows."""
+    kept = offsets[rows.start : rows.stop + 1]
+    return ids[kept[0] : kept[-1]], kept - kept[0]

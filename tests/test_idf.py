@@ -73,6 +73,18 @@ def test_counts_equal_a_naive_counter(tmp_path_factory: pytest.TempPathFactory, 
     assert sum_counts([], 31, "100MiB", folder / "spill").tolist() == [0] * 31
 
 
+@pytest.mark.parametrize("largest", [0, 65_535, 65_536, (1 << 31) - 1])
+def test_a_shards_counts_of_ids_of_any_size(largest: int, tmp_path: Path) -> None:
+    parts = [np.array(part, np.int32) for part in ([0, largest], [], [largest, 0, largest])]
+    counted = ShardCounts()
+    for part in parts:
+        counted.add(part)
+    counted.write(tmp_path / "counts")
+    naive = Counter(np.concatenate(parts).tolist())
+    rows = pq.read_table(tmp_path / "counts").to_pylist()
+    assert [(row["token_id"], row["document_frequency"]) for row in rows] == sorted(naive.items())
+
+
 @pytest.mark.parametrize("formula", ["smooth", "paper", "none"])
 def test_the_built_table_equals_a_naive_count_over_the_captions(tmp_path: Path, formula: Formula) -> None:
     captions = [f"{caption} everywhere <end_of_text>" for caption in CAPTIONS] * 3

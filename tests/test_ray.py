@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -162,16 +163,19 @@ def test_without_ray_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         list(run_tasks(end_without_a_word, ["fine"], 1, "ray"))
 
 
-def test_without_a_cluster_one_is_started_for_the_run(tmp_path: Path) -> None:
-    """In a process of its own: a cluster of another test must not be found."""
+def test_without_a_cluster_one_is_started_for_the_run() -> None:
+    """In a process of its own that neither reads of other clusters on this machine nor looks for their processes: the other tests have one."""
     script = (
-        "from preprocess.engine import run_tasks; from preprocess import ray_engine; from shard_factory import end_without_a_word\n"
-        "import ray; print(sorted(run_tasks(end_without_a_word, list('ba'), 2, 'ray')), ray.is_initialized())\n"
+        "import functools, ray; from ray._private import services; services.find_gcs_addresses = functools.cache(set)\n"
+        "from preprocess.engine import run_tasks; from shard_factory import end_without_a_word\n"
+        "results = run_tasks(end_without_a_word, list('ba'), 3, 'ray'); first = next(results); cores = ray.cluster_resources()['CPU']\n"
+        "print(sorted([first, *results]), cores, ray.is_initialized())\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    said = subprocess.run(
-        [sys.executable, "-c", script], env={**environment, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (said.stdout, said.returncode) == ("['a', 'b'] False\n", 0), said.stderr
+    with tempfile.TemporaryDirectory() as folder:  # a short path: sockets lie in it
+        environment |= {"PYTHONPATH": path, "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        command = [sys.executable, "-c", script]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (said.stdout, said.returncode) == ("['a', 'b'] 3.0 False\n", 0), said.stderr
     assert said.stderr == ""

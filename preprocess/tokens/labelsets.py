@@ -1,75 +1,132 @@
 """Rows of ids to flat arrays and label sets, compiled."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
-from preprocess.tokens.wordjit import compiled
+from labels.files import fingerprint_of_sources
+from preprocess.tokens.wordbits import equal_16, less_16, ones
+from preprocess.tokens.wordjit import compiled, inlined
 from preprocess.tokens.wordtable import Scalar
 
-# Up to this many ids of a caption are sorted by counting the smaller ones.
+# Up to this many ids of a caption are put into order by counting the smaller ones.
 _RANKED = 128
-_INT32_MAX = (1 << 31) - 1
+_WORD = 64
+_ONE = np.uint64(1)
+_ZERO = np.uint64(0)
 
 
-@njit(nogil=True, cache=True)
-def _sorted_distinct(row: np.ndarray, count: int, out: np.ndarray, at: int) -> Scalar:
-    """Write the distinct ids of row[:count] to out from `at` on, ascending; where they end."""
+@njit(nogil=True)
+def _sorted_distinct(row: np.ndarray, out: np.ndarray, at: int) -> Scalar:
+    """Write the distinct ids of `row` to out from `at` on, ascending; where they end."""
     stop = at
-    for token in np.sort(row[:count]):
+    for token in np.sort(row):
         if stop == at or out[stop - 1] != token:
             out[stop] = token
             stop += 1
     return stop
 
 
+@inlined
+def _equal(ids: np.ndarray, at: Scalar, lanes: int, token: Scalar) -> Scalar:
+    """Which of ids[at : at + lanes] are `token`: a bit for each. `lanes`: a number that the compiler knows, 16, 32 or 64."""
+    found = equal_16(ids, at, token)  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
+    for lane in range(16, lanes, 16):
+        found |= equal_16(ids, at + lane, token) << np.uint64(lane)  # pyright: ignore[reportCallIssue]
+    return found
+
+
+@inlined
+def _less(ids: np.ndarray, at: Scalar, lanes: int, token: Scalar) -> Scalar:
+    """Which of them are less."""
+    found = less_16(ids, at, token)  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
+    for lane in range(16, lanes, 16):
+        found |= less_16(ids, at + lane, token) << np.uint64(lane)  # pyright: ignore[reportCallIssue]
+    return found
+
+
+@inlined
+def _few_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, lanes: int, out: np.ndarray, at: Scalar) -> Scalar:
+    """The same of ids[begin : begin + count], at most `lanes`; what follows up to `lanes` has to be there, whatever it is.
+
+    An id's place is the number of smaller ones, of each only its first; no branch depends on the ids.
+    """
+    firsts = ~_ZERO >> np.uint64(_WORD - count)
+    for i in range(count):
+        before = _equal(ids, begin, lanes, ids[begin + i]) & ((_ONE << np.uint64(i)) - _ONE)
+        firsts &= ~(np.uint64(before != _ZERO) << np.uint64(i))
+    for i in range(count):
+        token = ids[begin + i]
+        out[at + np.int64(ones(_less(ids, begin, lanes, token) & firsts))] = token  # pyright: ignore[reportCallIssue]
+    return at + np.int64(ones(firsts))  # pyright: ignore[reportCallIssue]
+
+
 @compiled
-def _ranked_distinct(rows: np.ndarray, row: int, count: int, padded: np.ndarray, ordered: np.ndarray, out: np.ndarray, at: int) -> Scalar:
-    """The same for up to _RANKED ids of rows[row].
-
-    Each id goes to the place that is the number of smaller ones: count^2 comparisons, but eight at a time and none of them
-    a branch. `padded` and `ordered` are int32 scratch of _RANKED + 16.
-    """
-    full = (count + 15) & ~15
+def _many_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, out: np.ndarray, at: Scalar) -> Scalar:
+    """The same of 65 to 128 ids, of which 128 have to be there."""
+    low, high = ~_ZERO, ~_ZERO >> np.uint64(2 * _WORD - count)
     for i in range(count):
-        padded[i] = rows[row, i]
-        ordered[i] = -1
-    for i in range(count, full):
-        padded[i] = _INT32_MAX
-    for i in range(count):
-        token, smaller = padded[i], np.int32(0)
-        for j in range(full):
-            smaller += np.int32(padded[j] < token)
-        ordered[smaller] = token
-    stop = at
-    for i in range(count):
-        # An id that comes twice leaves a place empty, which the next one overwrites.
-        out[stop] = ordered[i]
-        stop += ordered[i] >= 0
-    return stop
-
-
-@njit(nogil=True, cache=True)
-def gather(
-    rows: np.ndarray, counts: np.ndarray, ids: np.ndarray, offsets: np.ndarray, label_ids: np.ndarray, label_offsets: np.ndarray
-) -> None:
-    """Close the gaps between rows int32 [R, L] of counts int64 [R] ids each, and make the label sets.
-
-    Args:
-        ids: int32 [T], filled.
-        offsets: int64 [R + 1], filled from offsets[0] = 0 on.
-        label_ids: int32 [T], filled from its beginning.
-        label_offsets: int64 [R + 1], filled from label_offsets[0] = 0 on.
-    """
-    padded, ordered = np.empty(_RANKED + 16, np.int32), np.empty(_RANKED + 16, np.int32)
-    at, stop = 0, 0
-    for row in range(len(counts)):
-        count = counts[row]
-        for i in range(count):
-            ids[at + i] = rows[row, i]
-        at += count
-        if count > _RANKED:
-            stop = _sorted_distinct(rows[row], count, label_ids, stop)
+        token = ids[begin + i]
+        before = _equal(ids, begin, _WORD, token)
+        if i < _WORD:
+            before &= (_ONE << np.uint64(i)) - _ONE
+            low &= ~(np.uint64(before != _ZERO) << np.uint64(i))
         else:
-            stop = _ranked_distinct(rows, row, count, padded, ordered, label_ids, stop)
-        offsets[row + 1] = at
-        label_offsets[row + 1] = stop
+            before |= _equal(ids, begin + _WORD, _WORD, token) & ((_ONE << np.uint64(i - _WORD)) - _ONE)
+            high &= ~(np.uint64(before != _ZERO) << np.uint64(i - _WORD))
+    for i in range(count):
+        token = ids[begin + i]
+        smaller = ones(_less(ids, begin, _WORD, token) & low)  # pyright: ignore[reportCallIssue]
+        smaller += ones(_less(ids, begin + _WORD, _WORD, token) & high)  # pyright: ignore[reportCallIssue]
+        out[at + np.int64(smaller)] = token
+    return at + np.int64(ones(low) + ones(high))  # pyright: ignore[reportCallIssue]
+
+
+@compiled
+def _ranked_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, out: np.ndarray, at: Scalar) -> Scalar:
+    """The same of up to _RANKED ids, behind which there are as many that do not matter."""
+    if count == 0:
+        return at
+    if count <= 16:
+        return _few_distinct(ids, begin, count, 16, out, at)
+    if count <= 32:
+        return _few_distinct(ids, begin, count, 32, out, at)
+    if count <= _WORD:
+        return _few_distinct(ids, begin, count, _WORD, out, at)
+    return _many_distinct(ids, begin, count, out, at)
+
+
+def _compiled_once(sources: str) -> Callable[..., None]:
+    """The entry point, kept as machine code in __pycache__ for later processes; why it encloses `sources`, labels/files.py says."""
+
+    @njit(nogil=True, cache=True)
+    def gather(rows, counts, ids, offsets, label_ids, label_offsets):  # noqa: ANN202 - numba infers it
+        """Close the gaps between rows int32 [R, L] of counts int64 [R] ids each, and make the label sets.
+
+        Args:
+            ids: int32 [T], filled.
+            offsets: int64 [R + 1], filled from offsets[0] = 0 on.
+            label_ids: int32 [T], filled from its beginning.
+            label_offsets: int64 [R + 1], filled from label_offsets[0] = 0 on.
+        """
+        _ = sources
+        flat, width = rows.reshape(-1), rows.shape[1]
+        at, stop = 0, 0
+        for row in range(len(counts)):
+            count = counts[row]
+            for i in range(count):
+                ids[at + i] = rows[row, i]
+            at += count
+            if count > _RANKED or row * width + _RANKED > len(flat):  # the latter: the last rows
+                stop = _sorted_distinct(rows[row, :count], label_ids, stop)
+            else:
+                stop = _ranked_distinct(flat, row * width, count, label_ids, stop)
+            offsets[row + 1] = at
+            label_offsets[row + 1] = stop
+
+    return gather
+
+
+FILES = ("wordbits.py", "wordjit.py")
+gather = _compiled_once(fingerprint_of_sources(__file__, FILES))

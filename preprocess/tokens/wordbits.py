@@ -1,4 +1,4 @@
-"""Eight bytes at once, compiled: what numba has no function for."""
+"""Eight bytes or sixteen numbers at once, compiled: what numba has no function for."""
 
 from typing import Any
 
@@ -33,6 +33,19 @@ def load(typingctx: Any, text: Any, at: Any) -> Any:
 
 
 @intrinsic
+def store(typingctx: Any, out: Any, at: Any, value: Any) -> Any:
+    """Write a number to out[at : at + 8], the lowest byte first; the caller has looked that there is room."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = cgutils.pointer_add(builder, array.data, arguments[1])
+        builder.store(arguments[2], builder.bitcast(place, ir.IntType(64).as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64, types.uint64), emit
+
+
+@intrinsic
 def prefetch(typingctx: Any, array: Any, at: Any) -> Any:
     """Have the cache line of array[at] fetched from memory while other work goes on; the caller has looked that it is there."""
 
@@ -56,6 +69,52 @@ def _trailing_zeros(typingctx: Any, value: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
 
     return types.uint64(types.uint64), emit
+
+
+@intrinsic
+def bit_width(typingctx: Any, value: Any) -> Any:
+    """Number of bits up to the highest that is set; 0 of 0."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.sub(ir.Constant(ir.IntType(64), 64), builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0)))
+
+    return types.uint64(types.uint64), emit
+
+
+@intrinsic
+def ones(typingctx: Any, value: Any) -> Any:
+    """Number of bits that are set."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), emit
+
+
+def _comparing(relation: str) -> Any:
+    vector = ir.VectorType(ir.IntType(32), 16)
+
+    @intrinsic
+    def compare(typingctx: Any, numbers: Any, at: Any, number: Any) -> Any:
+        """int32 numbers[at : at + 16] beside one: a bit for each that is so, the first lowest; the caller has looked at the bounds."""
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            array = context.make_array(signature.args[0])(context, builder, arguments[0])
+            place = builder.gep(array.data, [arguments[1]])
+            loaded = builder.load(builder.bitcast(place, vector.as_pointer()))
+            loaded.align = 4
+            nothing = ir.Constant(vector, ir.Undefined)
+            first = builder.insert_element(nothing, arguments[2], ir.Constant(ir.IntType(32), 0))
+            same = builder.shuffle_vector(first, nothing, ir.Constant(vector, [0] * 16))
+            found = builder.bitcast(builder.icmp_signed(relation, loaded, same), ir.IntType(16))
+            return builder.zext(found, ir.IntType(64))
+
+        return types.uint64(numbers, types.int64, types.int32), emit
+
+    return compare
+
+
+equal_16, less_16 = _comparing("=="), _comparing("<")
 
 
 @inlined
