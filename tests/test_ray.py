@@ -164,7 +164,7 @@ def test_without_ray_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_cluster_one_is_started_for_the_run() -> None:
-    """In a process of its own that neither reads of other clusters on this machine nor looks for their processes: the other tests have one."""
+    """In a process of its own that neither reads of other clusters here nor looks for their processes: the other tests have one."""
     script = (
         "import functools, ray; from ray._private import services; services.find_gcs_addresses = functools.cache(set)\n"
         "from preprocess.engine import run_tasks; from shard_factory import end_without_a_word\n"
