@@ -51,7 +51,7 @@ class ShardCounts:
     def _count(self) -> None:
         labels = np.concatenate([np.empty(0, np.int32), *self._waiting])
         if labels.max(initial=0) < 1 << _COUNTED_BITS:
-            labels = labels.astype(np.uint16)  # by this type alone DuckDB counts in an array, which is quicker than hashing
+            labels = labels.astype(np.uint16)  # DuckDB takes the range from this type, and counts in an array
         self._con.register("labels", pa.table({"token_id": labels}))
         self._con.execute("INSERT INTO counted SELECT token_id, count(*) FROM labels GROUP BY token_id")
         self._con.unregister("labels")

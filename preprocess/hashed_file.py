@@ -4,10 +4,10 @@ the caller's bytes -> SHA-256, a block that fills up -> the thread: the disk (pr
 """
 
 import hashlib
-import io
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 
@@ -16,43 +16,42 @@ from preprocess.direct import DirectFile, aligned_buffer
 _BLOCK_BYTES = 4 << 20
 
 
-class HashedFile(io.RawIOBase):
-    """Written front to back, as pyarrow's writers do; `sha256` of all of it once it is closed.
+class HashedFile:
+    """Written front to back by `write`; once it is closed, `sha256` is that of all of it. `size`: bytes written so far.
 
     Raises:
         OSError: of `write` and `close`: the disk is full, or may not be written.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
+        self.size = 0
+        self.closed = False
         self._hash, self._file, self._thread = hashlib.sha256(), DirectFile(path), ThreadPoolExecutor(1, "disk")
         self._blocks = [aligned_buffer(_BLOCK_BYTES) for _ in range(2)]
-        self._filled = self._written = 0
+        self._filled = 0
         self._waiting: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
     @property
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._written
-
-    def write(self, data: Any) -> int:
-        """Take all bytes of a buffer."""
-        with memoryview(data) as view, view.cast("B") as flat:
-            self._hash.update(flat)
-            rest = np.frombuffer(flat, np.uint8)
-            while len(rest):
-                some = rest[: _BLOCK_BYTES - self._filled]
-                self._blocks[0][self._filled : self._filled + len(some)] = some
-                self._filled, rest = self._filled + len(some), rest[len(some) :]
-                if self._filled == _BLOCK_BYTES:
-                    self._send()
-            self._written += len(flat)
-            return len(flat)
+    def write(self, data: bytes | memoryview) -> None:
+        """Append all bytes of a buffer."""
+        self._hash.update(data)
+        rest = np.frombuffer(data, np.uint8)
+        self.size += len(rest)
+        while len(rest):
+            some = rest[: _BLOCK_BYTES - self._filled]
+            self._blocks[0][self._filled : self._filled + len(some)] = some
+            self._filled, rest = self._filled + len(some), rest[len(some) :]
+            if self._filled == _BLOCK_BYTES:
+                self._send()
 
     def _send(self) -> None:
         """Give the block to the thread, which has to be done with the one before."""
@@ -63,8 +62,10 @@ class HashedFile(io.RawIOBase):
         self._filled = 0
 
     def close(self) -> None:
+        """Write what is left; nothing if that was done."""
         if self.closed:
             return
+        self.closed = True
         try:
             self._send()
             assert self._waiting is not None
@@ -72,4 +73,3 @@ class HashedFile(io.RawIOBase):
         finally:
             self._thread.shutdown()
             self._file.__exit__(None, None, None)
-            super().close()

@@ -69,9 +69,15 @@ class LabelFile:
 
         Args:
             rows: columns key, uid, width, height.
-            ids: int32 [T]; offsets: int64 [N + 1].
-            label_ids: int32 [T'], a row's ascending and distinct; label_offsets: int64 [N + 1].
+            ids: int32 [T]; offsets: int64 [N + 1], from 0 to T.
+            label_ids: int32 [T'], a row's ascending and distinct; label_offsets: int64 [N + 1], from 0 to T'.
+
+        Raises:
+            ValueError: a key is null, or ids and offsets are not as told here.
         """
+        if rows["key"].null_count:
+            raise ValueError(f"{rows['key'].null_count} of {len(rows)} keys are null")
+        ids, label_ids = _checked(ids, offsets, len(rows)), _checked(label_ids, label_offsets, len(rows))
         if len(rows) > 1 and max(len(ids), len(label_ids)) > _MOST_IDS:
             half = len(rows) // 2
             for part in (slice(0, half), slice(half, len(rows))):
@@ -90,14 +96,14 @@ class LabelFile:
         self._keys.update(text[offsets[0] : offsets[-1]].data)
 
     def _write_group(self, scalars: list[pa.Array], *lists: tuple[np.ndarray, np.ndarray]) -> None:
-        begin, rows, chunks = self._file.tell(), len(scalars[0]), []
+        begin, rows, chunks = self._file.size, len(scalars[0]), []
         # One after another: a page may lie in the room that the next one is made in.
         for column, page in zip(COLUMNS, self._pages(scalars, lists), strict=True):
-            place, header = self._file.tell(), page_header(column, page, rows)
+            place, header = self._file.size, page_header(column, page, rows)
             for part in (header, page.levels, page.values):
                 self._file.write(part)
             chunks.append(column_chunk(column, page, len(header), place))
-        self._groups.append(row_group(len(self._groups), rows, begin, chunks))
+        self._groups.append(row_group(rows, begin, chunks))
 
     def _pages(self, scalars: list[pa.Array], lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[Page]:
         key, uid, *sizes = scalars
@@ -144,6 +150,16 @@ def _levels(column: pa.Array) -> bytes:
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _checked(ids: np.ndarray, offsets: np.ndarray, rows: int) -> np.ndarray:
+    """The ids if they are int32, and the offsets those of so many rows. Never to be written to: one type, so kernels are compiled once."""
+    fit = len(offsets) == rows + 1 and (offsets[0], offsets[-1]) == (0, len(ids)) and (offsets[1:] >= offsets[:-1]).all()
+    if ids.dtype != np.int32 or not fit:
+        raise ValueError(f"{len(ids)} ids of {ids.dtype} and {len(offsets)} offsets from {offsets[:1]} to {offsets[-1:]} for {rows} rows")
+    ids = np.ascontiguousarray(ids).view()
+    ids.flags.writeable = False
+    return ids
 
 
 def _part(ids: np.ndarray, offsets: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:

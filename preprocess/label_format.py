@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from labels import __version__
 from labels.schema import LABELS
-from preprocess.thrift import Value, binary, boolean, i16, i32, i64, many, struct, text
+from preprocess.thrift import Value, binary, boolean, i32, i64, many, struct, text
 
 MAGIC = b"PAR1"
 _FORMAT_VERSION = 2
@@ -49,7 +49,7 @@ class Page:
     Attributes:
         entries: values, with nulls and empty lists.
         nulls: how many of them are null or empty lists.
-        levels: repetition, then definition levels, for `repetition_bytes` the former; never compressed.
+        levels: repetition levels (the first `repetition_bytes`), then definition levels; never compressed.
         values: as they lie in the file.
         raw_bytes: of the values before they were compressed.
     """
@@ -95,11 +95,10 @@ def column_chunk(column: Column, page: Page, header_bytes: int, place: int) -> t
     return struct({2: i64(0), 3: struct(metadata)}), raw, size
 
 
-def row_group(number: int, rows: int, place: int, chunks: Sequence[tuple[Value, int, int]]) -> Value:
+def row_group(rows: int, place: int, chunks: Sequence[tuple[Value, int, int]]) -> Value:
     """RowGroup of a chunk for every column, the first at `place`."""
     raw, size = sum(raw for _, raw, _ in chunks), sum(size for _, _, size in chunks)
-    fields = {1: many(chunk for chunk, _, _ in chunks), 2: i64(raw), 3: i64(rows), 5: i64(place), 6: i64(size)}
-    return struct(fields | ({7: i16(number)} if number < 1 << 15 else {}))
+    return struct({1: many(chunk for chunk, _, _ in chunks), 2: i64(raw), 3: i64(rows), 5: i64(place), 6: i64(size)})
 
 
 def footer(rows: int, groups: Sequence[Value]) -> bytes:

@@ -20,12 +20,17 @@ _MINIS = _BLOCK // _MINI
 _INT32_MAX = np.int32((1 << 31) - 1)
 _ZERO, _ONE, _THREE, _SEVEN, _PAIRED = np.uint64(0), np.uint64(1), np.uint64(3), np.uint64(7), np.uint64(28)
 _MORE = np.uint64(0x80)
+# Of numbers below 2^35; a run of 0 and one of 1, with a byte for the level.
+_MOST_VARINT = 5
+_MOST_RUN_BYTES = 2 * (_MOST_VARINT + 1)
 
 
 def room_for(rows: int, ids: int) -> int:
-    """Bytes B that a column of `rows` lists of `ids` numbers together takes at most (numbers alone: lists of none)."""
-    levels = 2 * ((rows + ids) // 8 + 16)
-    return levels + 32 + (ids // _BLOCK + 1) * (_BLOCK * 4 + _MINIS + 5) + 8
+    """Bytes B that `put_lists` may need for `rows` lists of `ids` numbers together, and `put_numbers` for 0 rows."""
+    # Either level bit by bit, and the run that was one too many; the numbers' header; of each block the least step, the widths and the
+    # steps; what `store` writes behind the last.
+    levels = 2 * ((rows + ids) // 8 + 1 + _MOST_RUN_BYTES)
+    return levels + 4 * _MOST_VARINT + (ids // _BLOCK + 1) * (_MOST_VARINT + _MINIS + _BLOCK * 4) + 8
 
 
 @inlined
@@ -47,7 +52,7 @@ def _zigzag(value: Scalar) -> Scalar:
 
 @inlined
 def _put_packed(numbers: np.ndarray, first: Scalar, width: Scalar, out: np.ndarray, at: Scalar) -> Scalar:
-    """_MINI numbers of `width` bits each, the first one lowest; where they end. Up to eight bytes behind that are overwritten."""
+    """_MINI numbers of `width` bits each, the first one lowest; where they end. Up to seven bytes behind that are overwritten."""
     # Whole bytes are written as they fill up; the bits of the last one are carried. Two at a time where they and seven bits fit into 64.
     carried, place = _ZERO, _ZERO
     paired = width <= _PAIRED
@@ -99,46 +104,56 @@ def _put_numbers(values: np.ndarray, out: np.ndarray, at: Scalar, steps: np.ndar
 
 
 @inlined
-def _put_ones(out: np.ndarray, at: Scalar, count: Scalar) -> tuple[Scalar, Scalar]:
-    """A run of `count` levels of one bit, written out, all 1: where its bits begin, and where it ends."""
-    size = (count + 7) // 8
-    begin = _put_varint(out, at, np.uint64(size << 1 | 1))
-    for i in range(begin, begin + size):
-        out[i] = 0xFF
-    return begin, begin + size
-
-
-@inlined
-def _clear(out: np.ndarray, begin: Scalar, level: Scalar) -> None:
-    """Make a level 0 in the bits that begin at out[begin]."""
-    out[begin + (level >> 3)] &= np.uint8(~(1 << (level & 7)))
+def _put_run(out: np.ndarray, at: Scalar, count: Scalar, level: Scalar) -> Scalar:
+    """A run of `count` equal levels of one bit; where it ends."""
+    at = _put_varint(out, at, np.uint64(count << 1))
+    out[at] = level
+    return at + 1
 
 
 @compiled
-def _put_levels(offsets: np.ndarray, out: np.ndarray) -> tuple[Scalar, Scalar, Scalar]:
-    """Repetition, then definition levels of N lists int64 [N + 1]: empty lists, and where each of the two ends."""
-    empty = 0
+def _put_as_runs(offsets: np.ndarray, count: Scalar, of_each: Scalar, out: np.ndarray, at: Scalar, longest: Scalar) -> Scalar:
+    """`_put_levels` as runs; where they end, or -1 if they would take more than `longest` bytes."""
+    begin, done, zeros, entry = at, 0, 0, 0  # `zeros` of the levels from `done` on are 0 and still to be written
     for row in range(len(offsets) - 1):
-        empty += offsets[row] == offsets[row + 1]
-    count = offsets[-1] - offsets[0] + empty
-    # Repetition: 0 begins a list.
-    bits, repeated = _put_ones(out, 0, count)
-    skipped = -offsets[0]
+        size = offsets[row + 1] - offsets[row]
+        if of_each or size == 0:
+            if entry > done + zeros:
+                if zeros:
+                    at = _put_run(out, at, zeros, 0)
+                at = _put_run(out, at, entry - done - zeros, 1)
+                done, zeros = entry, 0
+                if at - begin > longest:
+                    return -1
+            zeros += 1
+        entry += max(size, 1)
+    if zeros:
+        at = _put_run(out, at, zeros, 0)
+    if count > done + zeros:
+        at = _put_run(out, at, count - done - zeros, 1)
+    return at if at - begin <= longest else -1
+
+
+@compiled
+def _put_levels(offsets: np.ndarray, count: Scalar, of_each: Scalar, out: np.ndarray, at: Scalar) -> Scalar:
+    """Levels of one bit of the `count` entries of N lists int64 [N + 1], an empty one being one entry; where they end.
+
+    They are 0 where a list begins (`of_each`) or where it is empty, else 1. Written as runs or bit by bit, whichever is shorter.
+    """
+    size = (count + 7) // 8
+    end = _put_as_runs(offsets, count, of_each, out, at, size)
+    if end >= 0:
+        return end
+    begin = _put_varint(out, at, np.uint64(size << 1 | 1))
+    for i in range(begin, begin + size):
+        out[i] = 0xFF
+    entry = 0
     for row in range(len(offsets) - 1):
-        _clear(out, bits, offsets[row] + skipped)
-        skipped += offsets[row] == offsets[row + 1]
-    # Definition: 0 is a list without any.
-    if empty == 0:
-        at = _put_varint(out, repeated, np.uint64(count << 1))
-        out[at] = 1
-        return empty, repeated, at + 1
-    bits, defined = _put_ones(out, repeated, count)
-    skipped = -offsets[0]
-    for row in range(len(offsets) - 1):
-        if offsets[row] == offsets[row + 1]:
-            _clear(out, bits, offsets[row] + skipped)
-            skipped += 1
-    return empty, repeated, defined
+        length = offsets[row + 1] - offsets[row]
+        if of_each or length == 0:
+            out[begin + (entry >> 3)] &= np.uint8(~(1 << (entry & 7)))
+        entry += max(length, 1)
+    return begin + size
 
 
 def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., tuple[int, int, int, int]]]:
@@ -152,13 +167,17 @@ def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., tupl
 
     @njit(nogil=True, cache=True)
     def put_lists(ids, offsets, out):  # noqa: ANN202
-        """ids int32 [T] from 0 on in N >= 1 lists, offsets int64 [N + 1], into uint8 [B].
+        """ids int32 [T] from 0 on in N >= 1 lists, offsets int64 [N + 1] from 0 to T, into uint8 [B].
 
         Returns:
             the number of empty lists, and where the repetition levels, the definition levels and the ids end.
         """
         _ = sources
-        empty, repeated, defined = _put_levels(offsets, out)
+        empty = 0
+        for row in range(len(offsets) - 1):
+            empty += offsets[row] == offsets[row + 1]
+        repeated = _put_levels(offsets, len(ids) + empty, True, out, 0)
+        defined = _put_levels(offsets, len(ids) + empty, False, out, repeated)
         end = _put_numbers(ids, out, defined, np.empty(_BLOCK, np.int32), np.empty(_BLOCK, np.uint32))
         return empty, repeated, defined, end
 

@@ -21,4 +21,5 @@ compiling = TimingListener()
 with install_listener("numba:compile", compiling):
     _ids, _offsets, *_ = _tokenizer.encode_rows(["a caption"], 1)
     put_numbers(_ids, np.empty(room_for(0, 1), np.uint8))
+    _ids.flags.writeable = False  # as LabelFile has them
     put_lists(_ids, _offsets, np.empty(room_for(1, 1), np.uint8))

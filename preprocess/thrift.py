@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 Value = tuple[int, bytes]
 """Wire type, bytes."""
 
-_TRUE, _FALSE, _I16, _I32, _I64, _BINARY, _LIST, _STRUCT = 1, 2, 4, 5, 6, 8, 9, 12
+_TRUE, _FALSE, _I32, _I64, _BINARY, _LIST, _STRUCT = 1, 2, 5, 6, 8, 9, 12
 
 
 def varint(number: int) -> bytes:
@@ -30,11 +30,13 @@ def boolean(value: bool) -> Value:
     return (_TRUE if value else _FALSE), b""
 
 
-def i16(number: int) -> Value:
-    return _I16, _zigzag(number)
-
-
 def i32(number: int) -> Value:
+    """
+    Raises:
+        OverflowError: it has more bits.
+    """
+    if not -(1 << 31) <= number < 1 << 31:
+        raise OverflowError(f"{number} does not fit into 32 bits")
     return _I32, _zigzag(number)
 
 

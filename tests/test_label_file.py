@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from guarded_array import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,9 +17,8 @@ from labels.schema import LABELS
 from preprocess import label_file
 from preprocess.label_file import LabelFile
 from preprocess.label_pages import put_lists, put_numbers, room_for
-from preprocess.thrift import boolean, i64, many, struct, text
+from preprocess.thrift import boolean, i32, i64, many, struct, text
 
-GUARD = 16
 Lists = list[list[int]]
 
 _ids = st.one_of(st.integers(0, 3), st.integers(0, 49_407), st.integers(0, (1 << 31) - 1))
@@ -94,6 +94,27 @@ def test_parquets_own_words_for_the_columns(tmp_path: Path) -> None:
     assert ours.row_group(0).total_byte_size == sum(column.total_uncompressed_size for column in places)
 
 
+@pytest.mark.parametrize(
+    ("offsets", "dtype"), [([0, 1], "i4"), ([0, 1, 2, 3], "i4"), ([1, 1, 2], "i4"), ([0, 1, 1], "i4"), ([0, 3, 2], "i4"), ([0, 1, 2], "i8")]
+)
+def test_ids_that_do_not_fit_their_offsets_are_refused(offsets: list[int], dtype: str, tmp_path: Path) -> None:
+    rows = table([("a", None, None, None, [1], [1]), ("b", None, None, None, [2], [2])]).select(LABELS.names[:4])
+    good, bad = (np.array([1, 2], np.int32), np.array([0, 1, 2])), (np.array([1, 2], dtype), np.array(offsets))
+    with LabelFile(tmp_path / "file") as file:
+        file.write(rows, *good, *good)
+        for lists in ((*good, *bad), (*bad, *good)):
+            with pytest.raises(ValueError, match="offsets from"):
+                file.write(rows, *lists)
+    assert pq.read_table(tmp_path / "file")["key"].to_pylist() == ["a", "b"]
+
+
+def test_a_null_key_is_refused(tmp_path: Path) -> None:
+    rows = pa.table([["a", None], *[pa.nulls(2)] * 3], names=LABELS.names[:4])
+    lists = np.array([1, 2], np.int32), np.array([0, 1, 2])
+    with LabelFile(tmp_path / "file") as file, pytest.raises(ValueError, match="1 of 2 keys are null"):
+        file.write(rows, *lists, *lists)
+
+
 def test_a_file_that_was_given_up_is_no_parquet(tmp_path: Path) -> None:
     path = tmp_path / "file"
     rows = table([("a", "b", 1, 2, [1], [1])])
@@ -147,12 +168,10 @@ def test_numbers_of_every_width(bits: int, count: int) -> None:
     numbers = draw.integers(0, 1 << max(0, bits - 1), count).astype(np.int32)
     if bits and count > 2:
         numbers[1], numbers[2] = 0, min((1 << max(0, bits - 1)), (1 << 31) - 1)
-    room = room_for(0, count)
-    out = np.full(room + GUARD, 0xA5, np.uint8)
-    end = put_numbers(numbers, out)
-    assert decoded(out[:end].tobytes()) == numbers.tolist()
-    assert end <= room
-    assert (out[room:] == 0xA5).all()
+    for at_end in (True, False):
+        out = guarded(np.zeros(room_for(0, count), np.uint8), at_end=at_end)
+        end = put_numbers(guarded(numbers, at_end=at_end), out)
+        assert decoded(out[:end].tobytes()) == numbers.tolist()
 
 
 @settings(deadline=None)
@@ -160,13 +179,33 @@ def test_numbers_of_every_width(bits: int, count: int) -> None:
 def test_lists_stay_within_their_room(lists: Lists) -> None:
     ids = np.array([number for row in lists for number in row], np.int32)
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in lists])]).astype(np.int64)
-    room = room_for(len(lists), len(ids))
-    out = np.full(room + GUARD, 0xA5, np.uint8)
-    empty, repeated, defined, end = put_lists(ids, offsets, out)
-    assert empty == sum(not row for row in lists)
-    assert repeated < defined < end <= room
-    assert decoded(out[defined:end].tobytes()) == ids.tolist()
-    assert (out[room:] == 0xA5).all()
+    for at_end in (True, False):
+        out = guarded(np.zeros(room_for(len(lists), len(ids)), np.uint8), at_end=at_end)
+        empty, repeated, defined, end = put_lists(guarded(ids, at_end=at_end), guarded(offsets, at_end=at_end), out)
+        assert empty == sum(not row for row in lists)
+        assert repeated < defined < end
+        assert decoded(out[defined:end].tobytes()) == ids.tolist()
+
+
+@pytest.mark.parametrize(("length", "empty", "most"), [(12, 0, 4), (12, 1, 20), (12, 400, 2500), (1, 900, 1256)])
+def test_definition_levels_take_few_bytes_where_few_lists_are_empty(length: int, empty: int, most: int) -> None:
+    counts = np.full(10_000, length)
+    counts[np.linspace(5, 9_990, empty).astype(int)] = 0
+    repeated, defined = levels(counts)
+    assert defined - repeated <= most
+
+
+@pytest.mark.parametrize(("length", "most"), [(12, 15_010), (75, 50_000), (256, 60_000)])
+def test_repetition_levels_are_runs_or_bits_whichever_is_shorter(length: int, most: int) -> None:
+    repeated, _ = levels(np.full(10_000, length))
+    assert repeated <= most
+
+
+def levels(counts: np.ndarray) -> tuple[int, int]:
+    """Where the two levels of lists of so many ids end."""
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    ids = np.zeros(offsets[-1], np.int32)
+    return put_lists(ids, offsets, np.empty(room_for(len(counts), len(ids)), np.uint8))[1:3]
 
 
 def test_thrifts_compact_protocol() -> None:
@@ -176,3 +215,6 @@ def test_thrifts_compact_protocol() -> None:
     assert many([text("a"), text("")]) == (9, bytes([0x28, 0x01, 0x61, 0x00]))
     assert many([i64(0)] * 20) == (9, bytes([0xF6, 20]) + bytes(20))
     assert many([]) == (9, bytes([0x0C]))
+    assert i32(-(1 << 31)) == (5, bytes([0xFF, 0xFF, 0xFF, 0xFF, 0x0F]))
+    with pytest.raises(OverflowError, match="2147483648 does not fit"):
+        i32(1 << 31)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from guarded_array import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,9 +10,16 @@ from preprocess.tokens.labelsets import gather
 
 
 def assert_gathered(rows: np.ndarray, counts: np.ndarray) -> None:
+    """Before and behind all arrays is memory that may not be touched."""
+    for at_end in (True, False):
+        assert_gathered_within(rows, counts, at_end)
+
+
+def assert_gathered_within(rows: np.ndarray, counts: np.ndarray, at_end: bool) -> None:
     total, size = int(counts.sum()), len(counts) + 1
-    ids, label_ids = np.full(total, -7, np.int32), np.full(total, -7, np.int32)
-    offsets, label_offsets = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    ids, label_ids = (guarded(np.full(total, -7, np.int32), at_end=at_end) for _ in range(2))
+    offsets, label_offsets = (guarded(np.zeros(size, np.int64), at_end=at_end) for _ in range(2))
+    rows, counts = guarded(rows, at_end=at_end), guarded(counts, at_end=at_end)
     gather(rows, counts, ids, offsets, label_ids, label_offsets)
     kept = [rows[row, : counts[row]] for row in range(len(counts))]
     sets = [np.unique(row) for row in kept]
@@ -25,7 +33,7 @@ def assert_gathered(rows: np.ndarray, counts: np.ndarray) -> None:
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 33, 64, 65, 75, 127, 128, 129, 200])
 def test_every_length(width: int, vocabulary: int) -> None:
     draw = np.random.default_rng(width)
-    counts = np.concatenate([np.arange(width + 1), draw.integers(0, width + 1, 300)])
+    counts = np.concatenate([draw.integers(0, width + 1, 300), np.arange(width + 1)])  # the last row is full
     rows = draw.integers(0, vocabulary, (len(counts), width)).astype(np.int32)
     assert_gathered(rows, counts)
 

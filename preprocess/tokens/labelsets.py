@@ -39,7 +39,7 @@ def _equal(ids: np.ndarray, at: Scalar, lanes: int, token: Scalar) -> Scalar:
 
 @inlined
 def _less(ids: np.ndarray, at: Scalar, lanes: int, token: Scalar) -> Scalar:
-    """Which of them are less."""
+    """Which of ids[at : at + lanes] are less than `token`, likewise."""
     found = less_16(ids, at, token)  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
     for lane in range(16, lanes, 16):
         found |= less_16(ids, at + lane, token) << np.uint64(lane)  # pyright: ignore[reportCallIssue]
@@ -48,9 +48,10 @@ def _less(ids: np.ndarray, at: Scalar, lanes: int, token: Scalar) -> Scalar:
 
 @inlined
 def _few_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, lanes: int, out: np.ndarray, at: Scalar) -> Scalar:
-    """The same of ids[begin : begin + count], at most `lanes`; what follows up to `lanes` has to be there, whatever it is.
+    """Write the distinct ids of ids[begin : begin + count], ascending, to out from `at` on; where they end.
 
-    An id's place is the number of smaller ones, of each only its first; no branch depends on the ids.
+    An id's place is the number of smaller ones, of each only its first; no branch depends on the ids. `lanes`: as many as `count` or more,
+    all of which are read.
     """
     firsts = ~_ZERO >> np.uint64(_WORD - count)
     for i in range(count):
@@ -64,7 +65,7 @@ def _few_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, lanes: int, out
 
 @compiled
 def _many_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, out: np.ndarray, at: Scalar) -> Scalar:
-    """The same of 65 to 128 ids, of which 128 have to be there."""
+    """`_few_distinct` for 65 to 128 ids; 128 are read."""
     low, high = ~_ZERO, ~_ZERO >> np.uint64(2 * _WORD - count)
     for i in range(count):
         token = ids[begin + i]
@@ -85,7 +86,7 @@ def _many_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, out: np.ndarra
 
 @compiled
 def _ranked_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, out: np.ndarray, at: Scalar) -> Scalar:
-    """The same of up to _RANKED ids, behind which there are as many that do not matter."""
+    """`_few_distinct` for 0 to _RANKED ids; up to ids[begin + _RANKED] is read."""
     if count == 0:
         return at
     if count <= 16:

@@ -96,7 +96,7 @@ def _comparing(relation: str) -> Any:
 
     @intrinsic
     def compare(typingctx: Any, numbers: Any, at: Any, number: Any) -> Any:
-        """int32 numbers[at : at + 16] beside one: a bit for each that is so, the first lowest; the caller has looked at the bounds."""
+        """A bit for each of int32 numbers[at : at + 16] that is equal to (less than) one, the first lowest; all 16 are read."""
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             array = context.make_array(signature.args[0])(context, builder, arguments[0])
