@@ -49,8 +49,9 @@ def read_idf(path: Path) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"no IDF table at {path}", mend=mend)
     try:
-        with local_copy(path) as file:
-            table = pq.read_table(file)
+        # Not pq.read_table, whose threads close the file some time later.
+        with local_copy(path) as file, pq.ParquetFile(file, pre_buffer=False) as opened:
+            table = opened.read(use_threads=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable as Parquet: {error}", mend=mend) from None
     if table.schema.names != TOKENS.names:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from labels.choices import Formula
 from labels.errors import UserError
 from labels.idf import idf_weights, read_idf
 from labels.schema import LABELS, TOKENS
-from preprocess.counts import ShardCounts, document_frequencies, sum_counts
+from preprocess.counts import ShardCounts, document_frequencies, sum_counts, write_idf_parquet
 from preprocess.tokens.kinds.clip import ClipTokenizer
 
 SPECIALS = {49406, 49407}
@@ -104,6 +105,16 @@ def test_the_built_table_equals_a_naive_count_over_the_captions(tmp_path: Path, 
     assert frequency[everywhere] == 18 and table["idf"][everywhere].as_py() == (1.0 if formula == "none" else 0.0)
     assert read_idf(tmp_path / "out" / "idf.parquet").dtype == np.float32
     assert not any(SPECIALS & {*row["label_ids"], *row["token_ids"]} for row in rows(tmp_path / "out"))
+
+
+def test_the_table_is_closed_once_it_was_read(tmp_path: Path) -> None:
+    tokens = [f"token {number}" for number in range(50_000)]
+    frequency = np.arange(len(tokens))
+    write_idf_parquet(tmp_path / "idf.parquet", tokens, frequency, 60_000, "smooth")
+    before = os.listdir("/proc/self/fd")
+    for _ in range(100):  # by threads it was closed a moment later, in one of six times
+        assert len(read_idf(tmp_path / "idf.parquet")) == len(tokens)
+        assert os.listdir("/proc/self/fd") == before
 
 
 def test_the_duckdb_file_tells_the_corpus(tmp_path: Path) -> None:

@@ -124,8 +124,8 @@ def _told(opened: list[Opened]) -> str:
 
 
 def _tokens(path: Path) -> list[str]:
-    with local_copy(path) as file:
-        return pq.read_table(file, columns=["token"])["token"].to_pylist()
+    with local_copy(path) as file, pq.ParquetFile(file, pre_buffer=False) as opened:
+        return opened.read(["token"], use_threads=False)["token"].to_pylist()
 
 
 def _own_idf(opened: Opened) -> np.ndarray:
