@@ -24,7 +24,7 @@ _UNCOMPRESSED, _ZSTD = 0, 6
 
 @dataclass(frozen=True)
 class Column:
-    """Of leaf values. `path`: names from the root; `kind`, `encoding` and `codec` by parquet.thrift's numbers."""
+    """A column of leaf values. `path`: names from the root; `kind`, `encoding` and `codec` by parquet.thrift's numbers."""
 
     path: tuple[str, ...]
     kind: int

@@ -18,7 +18,7 @@ from preprocess.tokens.wordtable import Scalar
 _BLOCK, _MINI = 128, 32
 _MINIS = _BLOCK // _MINI
 _INT32_MAX = np.int32((1 << 31) - 1)
-_ZERO, _ONE, _THREE, _SEVEN, _PAIRED = np.uint64(0), np.uint64(1), np.uint64(3), np.uint64(7), np.uint64(28)
+_ZERO, _THREE, _SEVEN, _PAIRED = np.uint64(0), np.uint64(3), np.uint64(7), np.uint64(28)
 _MORE = np.uint64(0x80)
 # Of numbers below 2^35; a run of 0 and one of 1, with a byte for the level.
 _MOST_VARINT = 5
