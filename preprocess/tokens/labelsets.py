@@ -28,22 +28,21 @@ def _sorted_distinct(row: np.ndarray, out: np.ndarray, at: int) -> Scalar:
     return stop
 
 
-@inlined
-def _equal(ids: np.ndarray, at: Scalar, lanes: int, token: Scalar) -> Scalar:
-    """Which of ids[at : at + lanes] are `token`: a bit for each. `lanes`: a number that the compiler knows, 16, 32 or 64."""
-    found = equal_16(ids, at, token)  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
-    for lane in range(16, lanes, 16):
-        found |= equal_16(ids, at + lane, token) << np.uint64(lane)  # pyright: ignore[reportCallIssue]
-    return found
+def _in_lanes(compare_16: Callable[..., Scalar]) -> Callable[..., Scalar]:
+    """A comparison of sixteen ids with one, as that of 16, 32 or 64."""
+
+    @inlined
+    def compare(ids: np.ndarray, at: Scalar, lanes: int, token: Scalar) -> Scalar:
+        """A bit for each of ids[at : at + lanes] for which it holds, the first lowest. `lanes`: a number that the compiler knows."""
+        found = compare_16(ids, at, token)
+        for lane in range(16, lanes, 16):
+            found |= compare_16(ids, at + lane, token) << np.uint64(lane)
+        return found
+
+    return compare
 
 
-@inlined
-def _less(ids: np.ndarray, at: Scalar, lanes: int, token: Scalar) -> Scalar:
-    """Which of ids[at : at + lanes] are less than `token`, likewise."""
-    found = less_16(ids, at, token)  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
-    for lane in range(16, lanes, 16):
-        found |= less_16(ids, at + lane, token) << np.uint64(lane)  # pyright: ignore[reportCallIssue]
-    return found
+_equal, _less = _in_lanes(equal_16), _in_lanes(less_16)
 
 
 @inlined
@@ -129,5 +128,5 @@ def _compiled_once(sources: str) -> Callable[..., None]:
     return gather
 
 
-FILES = ("wordbits.py", "wordjit.py")
+FILES = ("wordbits.py", "wordjit.py", "wordtable.py")
 gather = _compiled_once(fingerprint_of_sources(__file__, FILES))
