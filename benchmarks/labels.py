@@ -46,6 +46,7 @@ DATACOMP_1B = 1_280_000_000
 SPECIALS = "<start_of_text>|<end_of_text>|"
 GIB = 1 << 30
 LINKS = 5
+FILES = 20
 
 
 def open_clip_tokenizer() -> SimpleTokenizer:
@@ -98,7 +99,7 @@ def tables(captions: list[str], rows: int, rounds: int, work: Path) -> dict[str,
     """Whole stage, kernel and steps beside the two tokenizers."""
     data = work / f"tables-{rows}"
     if not data.is_dir():
-        write_tables(work / "making", captions, rows, files=20)
+        write_tables(work / "making", captions, rows, files=FILES)
         (work / "making").rename(data)
     sample = next(recombined(captions, 200_000, seed=99))
     theirs, tokenizer = open_clip_tokenizer(), ClipTokenizer()
@@ -138,13 +139,13 @@ def tables(captions: list[str], rows: int, rounds: int, work: Path) -> dict[str,
                 wall, _ = build(data, work / "out", watched=False)
                 note("WHOLE STAGE, two workers", rows, wall)
         _, peak = build(data, work / "out")
-    shares = steps(data, work)
+    spent = steps(data, work)
     return {
         "rows": rows,
         "captions_per_s": {name: statistics.median(values) for name, values in seconds.items()},
         "captions_per_core_s": {name: statistics.median(values) for name, values in cores.items()},
         "peak_gib": peak / GIB,
-        "steps": {name: value / sum(shares.values()) for name, value in shares.items()},
+        "steps_us": {name: value / (rows // FILES) * 1e6 for name, value in spent.items()},
     }
 
 
@@ -163,7 +164,9 @@ def print_tables(result: dict[str, Any]) -> None:
     print(f"kernel a core / encode_batch_fast a core: {kernel / fast_core:.1f}x; / open_clip a core: {kernel / one:.1f}x")
     hours = DATACOMP_1B / whole / 3600
     print(f"{hours:.2f} hours for 1.28 billion captions; peak memory of all processes {result['peak_gib']:.2f} GiB")
-    print("share of each step: " + ", ".join(f"{name} {share:.0%}" for name, share in result["steps"].items()))
+    spent = result["steps_us"]
+    told = ", ".join(f"{name} {value / sum(spent.values()):.0%} ({value:.3f})" for name, value in spent.items())
+    print(f"share of each step (microseconds of processor time a caption): {told}")
 
 
 def webdataset_part(paths: list[str]) -> int:
