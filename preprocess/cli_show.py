@@ -1,7 +1,8 @@
-"""The commands of `preprocess` that show, foretell and examine: explain, report, plan, doctor."""
+"""The commands of `preprocess` that show, estimate and check: explain, report, plan, doctor."""
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -99,11 +100,11 @@ def plan_command(
 
 
 @click.command("doctor")
-@click.option("--out", help="The folder whose disk is tried (default: paths.out).")
+@click.option("--out", help="The output folder, whose disk is timed (default: paths.out).")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @config_option
 def doctor_command(out: str | None, as_json: bool, config: Path | None) -> None:
-    """Examine this machine: Python, libraries, GPU, disk, memory, limits; exit code 1 if something needed is missing."""
+    """Check this machine: Python, libraries, GPU, disk, memory, limits; exit code 1 if something needed is missing."""
     from rich.console import Console
 
     from labels.config import load_pipeline
@@ -112,7 +113,7 @@ def doctor_command(out: str | None, as_json: bool, config: Path | None) -> None:
     settings = load_pipeline(config)
     findings = examine(Path(out or settings.paths.out), settings)
     if as_json:
-        print(json.dumps([finding.describe() for finding in findings], indent=1))
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
         print_findings(findings, Console(markup=False, emoji=False, highlight=False))
     if any(finding.state == "missing" for finding in findings):

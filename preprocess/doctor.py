@@ -1,16 +1,24 @@
-"""`preprocess doctor`: what this machine has, what it lacks, and the mend; nothing heavy is imported for it.
+"""`preprocess doctor`: what this machine has, what is missing, and how to fix it; no heavy library is imported.
 
-good       as it should be            missing   needed, and not there: exit code 1
-weak       there, but slow or small   absent    not needed for what is installed
+good       as it should be              missing   needed, but not installed: exit code 1
+weak       present, but slow or small   absent    not needed by what is installed
 """
 
+import ctypes
+import math
+import os
+import secrets
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from ctypes.util import find_library
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import psutil
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
@@ -18,85 +26,58 @@ from rich.text import Text
 
 from labels import __version__
 from labels.settings import Pipeline
-from preprocess.machine import (
-    MachineFault,
-    core_count,
-    cuda_devices,
-    file_limits,
-    free_bytes,
-    has_library,
-    memory_bytes,
-    write_and_read_speed,
-)
 
 State = Literal["good", "weak", "absent", "missing"]
 _PACKAGE = "superclass-lean"
-_PYTHON = (3, 11)
-_OPEN_FILES, _MIB_A_WORKER, _MIB_A_SECOND, _FREE_GIB = 4_096, 512, 100, 10
-_COLOURS: dict[str, str] = {"good": "green", "weak": "yellow", "absent": "dim", "missing": "bold red"}
-_EXTRAS = {
-    "train": "the trainer", "ffcv": "FFCV's own loader", "ray": "build-labels --engine ray", "s3": "OUT and shards on s3://",
-    "sentencepiece": "train-tokenizer --kind unigram", "wandb": "metrics to Weights & Biases", "demo": "the demo's plots",
-    "evals": "encoders of open_clip and Hugging Face", "onnx": "train export --format onnx",
-    "dev": "tests and checks",
-}  # fmt: skip
+_CGROUP = Path("/sys/fs/cgroup")
+_OPEN_FILES, _MIB_PER_WORKER, _MIB_PER_SECOND, _FREE_GIB = 4_096, 512, 100, 10
+_TEST_BYTES, _BLOCK_BYTES = 64 << 20, 4 << 20
+_COLOURS = {"good": "green", "weak": "yellow", "absent": "dim", "missing": "bold red"}
+_EXTRAS = ("train", "evals", "onnx", "ffcv", "ray", "s3", "wandb", "sentencepiece", "demo", "dev")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: its name, its state, what is there, and how to mend it."""
+    """One thing that was checked: its name, its state, its value, and how to fix it."""
 
     name: str
     state: State
     value: str
-    mend: str = ""
+    fix: str = ""
 
-    def describe(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
+
+def _finding(name: str, value: str, fix: str, otherwise: State = "weak") -> Finding:
+    """`otherwise`: the state if there is something to fix."""
+    return Finding(name, otherwise if fix else "good", value, fix)
 
 
 def examine(out: Path, settings: Pipeline) -> list[Finding]:
-    """Look at everything; nothing is changed but for a file that is written beside OUT to time the disk, and removed.
+    """Check everything; nothing stays changed: the file that times the disk, next to the output folder, is removed.
 
     Args:
-        out: where OUT is, or is to be.
+        out: the output folder, which need not exist.
         settings: for the number of workers.
     """
-    extras = installed_extras()
-    findings = [_python(), *_libraries(extras)]
-    findings += [*_ffcv(), _turbojpeg("train" in extras), *_cuda("train" in extras)]
-    return [*findings, *_cores(settings), _memory(settings), _files(), *_disk(out)]
-
-
-def _python() -> Finding:
-    version = ".".join(map(str, sys.version_info[:3]))
-    good = sys.version_info >= _PYTHON
-    return Finding("python", "good" if good else "missing", f"{version}, {sys.executable}", "" if good else "install Python 3.11 or newer")
+    python = Finding("python", "good", f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.executable}")
+    return [python, *_libraries(), *_native_libraries(), *_cuda(), *_limits(settings), *_disk(out)]
 
 
 def _requirements() -> dict[str, list[Requirement]]:
-    """Extra -> what it needs; "" for what is always needed."""
+    """What the package requires, under "", and what each extra requires besides."""
     groups: dict[str, list[Requirement]] = {"": []}
-    try:
-        lines = metadata.requires(_PACKAGE) or []
-    except metadata.PackageNotFoundError:
-        return groups
-    for line in lines:
-        requirement = Requirement(line)
-        marker = requirement.marker
-        if marker is None or marker.evaluate({"extra": ""}):
-            groups[""].append(requirement)
-            continue
-        for extra in _EXTRAS:
-            if marker.evaluate({"extra": extra}):
-                groups.setdefault(extra, []).append(requirement)
+    with suppress(metadata.PackageNotFoundError):
+        for requirement in map(Requirement, metadata.requires(_PACKAGE) or []):
+            for extra in ("", *_EXTRAS):
+                if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                    groups.setdefault(extra, []).append(requirement)
+                    break
     return groups
 
 
 def installed_extras() -> list[str]:
-    """Extras whose every package is there, in whatever version."""
-    return [name for name, needed in _requirements().items() if name and all(_version(one.name) for one in needed)]
+    """Extras all of whose packages are installed, in any version."""
+    groups = _requirements()
+    return [extra for extra in groups if extra and all(_version(package.name) for package in groups[extra])]
 
 
 def _version(package: str) -> str | None:
@@ -106,120 +87,154 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _libraries(extras: list[str]) -> Iterator[Finding]:
-    groups = _requirements()
-    if not groups[""]:
-        yield Finding(_PACKAGE, "weak", f"{__version__}, not installed: its needs are not known", "pip install . in the repository")
-        return
-    yield Finding(_PACKAGE, "good", __version__)
-    for name, needed in groups.items():
-        if name and name not in extras:
-            lacking = [one.name for one in needed if not _version(one.name)]
-            yield Finding(f"[{name}]", "absent", f"{_EXTRAS[name]}; not here: {', '.join(lacking)}", f"pip install '{_PACKAGE}[{name}]'")
+def _fits(package: Requirement, version: str | None) -> bool:
+    return bool(version) and package.specifier.contains(version, prereleases=True)
+
+
+def _libraries() -> Iterator[Finding]:
+    groups, extras = _requirements(), installed_extras()
+    value = __version__ + ("" if groups[""] else ", not installed: its requirements are not known")
+    yield _finding(_PACKAGE, value, "" if groups[""] else "pip install . in the repository")
+    for extra, needed in groups.items():
+        versions = {package.name: _version(package.name) for package in needed}
+        wrong = [one for one in needed if not _fits(one, versions[one.name])]
+        if extra and extra not in extras:
+            missing = ", ".join(name for name, version in versions.items() if not version)
+            yield Finding(f"[{extra}]", "absent", f"not installed: {missing}", f"pip install '{_PACKAGE}[{extra}]'")
             continue
-        wrong = [one for one in needed if not (version := _version(one.name)) or not one.specifier.contains(version, prereleases=True)]
-        told = ", ".join(f"{one.name} {_version(one.name) or 'not installed'}" for one in wrong or needed)
-        if wrong:
-            wanted = " ".join(f"'{one.name}{one.specifier}'" for one in wrong)
-            yield Finding(f"[{name}]" if name else "libraries", "missing", told, f"pip install {wanted}")
-        else:
-            yield Finding(f"[{name}]" if name else "libraries", "good", told)
+        value = ", ".join(f"{package.name} {versions[package.name] or 'not installed'}" for package in wrong or needed)
+        fix = " ".join(["pip install", *(f"'{package.name}{package.specifier}'" for package in wrong)]) if wrong else ""
+        yield _finding(f"[{extra}]" if extra else "libraries", value, fix, "missing")
 
 
-def _ffcv() -> Iterator[Finding]:
-    version = _version("ffcv")
-    if version is None:
-        return  # its extra says so
-    lacking = [name for name in ("opencv_core", "turbojpeg") if not has_library(name)]
-    mend = "apt-get install libopencv-dev libturbojpeg0-dev" if lacking else ""
-    told = f"{version}; the trainer here does without it"
-    yield Finding("ffcv", "weak" if lacking else "good", f"{told}; its {', '.join(lacking)} is not here" if lacking else told, mend)
+def _native_libraries() -> Iterator[Finding]:
+    if version := _version("ffcv"):
+        missing = ", ".join(f"lib{name}" for name in ("opencv_core", "turbojpeg") if not find_library(name))
+        value = f"{version}; the trainer does not need it" + (f"; not found: {missing}" if missing else "")
+        yield _finding("ffcv", value, "apt-get install libopencv-dev libturbojpeg0-dev" if missing else "")
+    fix = "" if find_library("turbojpeg") else "apt-get install libturbojpeg0"
+    value = f"{'not found; ' if fix else ''}the trainer decodes images with it"
+    yield _finding("libturbojpeg", value, fix, "missing" if "train" in installed_extras() else "absent")
 
 
-def _turbojpeg(trainer: bool) -> Finding:
-    if has_library("turbojpeg"):
-        return Finding("libturbojpeg", "good", "the trainer's decoder")
-    return Finding(
-        "libturbojpeg", "missing" if trainer else "absent", "not here; the trainer decodes with it", "apt-get install libturbojpeg0"
-    )
-
-
-def _cuda(trainer: bool) -> Iterator[Finding]:
-    torch = _version("torch")
-    if torch is None:
-        return  # its extra says so
-    try:
-        devices = cuda_devices()
-    except MachineFault as fault:
-        yield Finding("cuda", "weak", str(fault), "look at nvidia-smi; a reboot after a driver's update often helps")
+def _cuda() -> Iterator[Finding]:
+    if not (torch := _version("torch")):
         return
+    try:
+        devices = ", ".join(cuda_devices())
+    except OSError as error:
+        yield Finding("cuda", "weak", str(error), "run nvidia-smi; a reboot after a driver update often helps")
+        return
+    with_cuda = "+cpu" not in torch and any((one.name or "").startswith("nvidia-") for one in metadata.distributions())
     if not devices:
         yield Finding("cuda", "absent", f"no GPU; torch {torch} trains on the CPU")
-        return
-    told = ", ".join(devices)
-    built = "+cpu" not in torch and any(name.startswith("nvidia-") for name in _installed())
-    mend = "" if built else "install a torch with CUDA: see pytorch.org/get-started"
-    yield Finding("cuda", "good" if built else "weak", told if built else f"{told}; but torch {torch} is built without CUDA", mend)
-
-
-def _installed() -> list[str]:
-    return [name.lower() for one in metadata.distributions() if (name := one.metadata["Name"])]
-
-
-def _cores(settings: Pipeline) -> Iterator[Finding]:
-    usable, quota = core_count()
-    if quota is not None and quota < usable:
-        yield Finding("cores", "weak", f"{usable}, but the container's quota is {quota:g}", f"set build.workers to {max(int(quota), 1)}")
+    elif with_cuda:
+        yield Finding("cuda", "good", devices)
     else:
-        yield Finding("cores", "good", f"{usable}; build.workers {settings.build.workers or 'one for each'}")
+        fix = "install a torch with CUDA: see pytorch.org/get-started"
+        yield Finding("cuda", "weak", f"{devices}; but torch {torch} is built without CUDA", fix)
 
 
-def _memory(settings: Pipeline) -> Finding:
-    total, available = memory_bytes()
-    workers = settings.build.workers or core_count()[0]
-    told = f"{total / 2**30:.1f} GiB, {available / 2**30:.1f} GiB of it free"
-    if available < workers * _MIB_A_WORKER * 2**20:
-        return Finding("memory", "weak", f"{told}; {workers} workers want {_MIB_A_WORKER} MiB each", "take fewer --workers")
-    return Finding("memory", "good", told)
+def cuda_devices() -> list[str]:
+    """Name and memory of every GPU that the CUDA driver offers; empty without a driver.
+
+    Raises:
+        OSError: a driver is installed, but finds no GPU that works.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count, device, memory, name = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(100)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        raise OSError("the CUDA driver, libcuda.so.1, is installed, but finds no GPU that works")
+    devices = []
+    for number in range(count.value):
+        driver.cuDeviceGet(ctypes.byref(device), number)
+        driver.cuDeviceGetName(name, len(name), device)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+        devices.append(f"{name.value.decode()}, {memory.value / 2**30:.1f} GiB")
+    return devices
 
 
-def _files() -> Finding:
-    soft, hard = file_limits()
-    told = f"{soft:,} may be open at once"
-    if soft < _OPEN_FILES:
-        mend = f"ulimit -n {min(_OPEN_FILES, hard)}" if hard > soft else "have the hard limit raised (limits.conf)"
-        return Finding("open files", "weak", f"{told}; a large OUT has as many betons", mend)
-    return Finding("open files", "good", told)
+def _control_group(file: str, unlimited: list[float]) -> list[float]:
+    """The numbers in a file of this container's control group, which psutil does not read; `unlimited` without one."""
+    try:
+        return [float(word) for word in (_CGROUP / file).read_text().replace("max", "inf").split()]
+    except OSError:
+        return unlimited
+
+
+def _limits(settings: Pipeline) -> Iterator[Finding]:
+    process, memory = psutil.Process(), psutil.virtual_memory()
+    cores = len(process.cpu_affinity() or [])
+    quota, period = _control_group("cpu.max", [math.inf, 1])
+    value = f"{cores}; build.workers {settings.build.workers or 'one per core'}"
+    value += f"; the container's quota is {quota / period:g}" if quota / period < cores else ""
+    fix = f"set build.workers to {max(int(quota / period), 1)}" if quota / period < cores else ""
+    yield _finding("cores", value, fix)
+
+    [limit], [used] = _control_group("memory.max", [math.inf]), _control_group("memory.current", [0])
+    total, available = min(memory.total, limit), min(memory.available, max(limit - used, 0))
+    workers = settings.build.workers or cores
+    value = f"{total / 2**30:.1f} GiB, {available / 2**30:.1f} available"
+    value += f"; {workers} workers need {_MIB_PER_WORKER} MiB each"
+    yield _finding("memory", value, "use fewer --workers" if available < workers * _MIB_PER_WORKER * 2**20 else "")
+
+    soft, hard = (limit if limit >= 0 else sys.maxsize for limit in process.rlimit(psutil.RLIMIT_NOFILE))
+    fix = f"ulimit -n {min(_OPEN_FILES, hard)}" if hard > soft else "raise the hard limit (limits.conf)"
+    value = f"at most {soft:,} at once; a large output folder has thousands of betons"
+    yield _finding("open files", value, fix if soft < _OPEN_FILES else "")
 
 
 def _disk(out: Path) -> Iterator[Finding]:
-    folder = next(place for place in (out.resolve(), *out.resolve().parents) if place.is_dir())
-    free = free_bytes(folder) / 2**30
-    small = free < _FREE_GIB
-    mend = "free space, or give another --out; `preprocess plan DATA` says how much is needed" if small else ""
-    yield Finding("free disk", "weak" if small else "good", f"{free:,.1f} GiB in {folder}", mend)
+    folder = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.is_dir())
+    free = psutil.disk_usage(str(folder)).free / 2**30
+    fix = "free space, or give another --out; `preprocess plan DATA` estimates how much is needed"
+    yield _finding("free disk", f"{free:,.1f} GiB in {folder}", fix if free < _FREE_GIB else "")
     try:
         write, read = write_and_read_speed(folder)
     except OSError as error:
-        yield Finding(
-            "disk speed", "missing", f"{folder} cannot be written: {error.strerror}", "give another --out, or the right to write there"
-        )
+        fix = "give another --out, or the permission to write there"
+        yield Finding("disk speed", "missing", f"{folder} cannot be written: {error.strerror}", fix)
         return
-    slow = min(write, read) < _MIB_A_SECOND
-    told = f"writes {write:,.0f}, reads {read:,.0f} MiB/s in {folder}"
-    yield Finding(
-        "disk speed", "weak" if slow else "good", told, "take a local disk for OUT while it is built and trained on" if slow else ""
-    )
+    fix = "build to and train from a local disk" if min(write, read) < _MIB_PER_SECOND else ""
+    yield _finding("disk speed", f"writes {write:,.0f}, reads {read:,.0f} MiB/s in {folder}", fix)
+
+
+def write_and_read_speed(folder: Path) -> tuple[float, float]:
+    """MiB/s of a file of 64 MiB, synced to the disk, then read back after it is dropped from the page cache.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = folder / f".{secrets.token_hex(6)}.partial"
+    block = secrets.token_bytes(_BLOCK_BYTES)  # not compressible
+    try:
+        with open(path, "w+b", buffering=0) as file:
+            begin = time.perf_counter()
+            for _ in range(_TEST_BYTES // _BLOCK_BYTES):
+                file.write(block)
+            os.fsync(file.fileno())
+            written = time.perf_counter()
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.seek(0)
+            while file.read(_BLOCK_BYTES):
+                pass
+            read = time.perf_counter()
+    finally:
+        path.unlink(missing_ok=True)
+    return _TEST_BYTES / 2**20 / (written - begin), _TEST_BYTES / 2**20 / (read - written)
 
 
 def print_findings(findings: list[Finding], console: Console) -> None:
-    """For people."""
+    """As a table for people."""
     table = Table.grid(padding=(0, 2))
     for finding in findings:
-        # Text: the name of an extra, [train], would be taken for a colour.
+        # Text: rich would take the name of an extra, [train], for a style.
         table.add_row(Text(finding.name), Text(finding.state, _COLOURS[finding.state]), Text(finding.value))
-        if finding.mend:
-            table.add_row("", "", Text(f"mend: {finding.mend}", "yellow" if finding.state != "absent" else "dim"))
+        if finding.fix:
+            table.add_row("", "", Text(f"fix: {finding.fix}", "yellow" if finding.state != "absent" else "dim"))
     console.print(table)
     missing = sum(finding.state == "missing" for finding in findings)
-    console.print(f"{missing} things that are needed are missing" if missing else "everything that is needed is here")
+    console.print(f"needed, but missing: {missing}" if missing else "everything that is needed is installed")
