@@ -11,8 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from labels.files import is_remote
+from labels.html import format_seconds
 from labels.settings import Pipeline
-from labels.told import time_told
 from preprocess.engine import worker_count
 from preprocess.forecast import Forecast, forecast
 from preprocess.measured import Measured
@@ -37,7 +37,7 @@ def estimate(sources: list[str], out: Path, settings: Pipeline, *, samples: int 
     if measured.compiled:
         measured, again = _rehearsed(sources, out, settings, workers, samples, betons)
         if not measured.compiled:
-            told = time_told(max(seconds - again, 0.0))
+            told = format_seconds(max(seconds - again, 0.0))
             print(f"note: code was compiled first, which took {told} and is kept: a build does not do it again", file=sys.stderr)
         seconds = again
     start_s = max(seconds - measured.work_s, 0.0)

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from labels.files import is_remote
+from labels.html import format_seconds
 from labels.settings import Pipeline
-from labels.told import time_told
 from preprocess.measured import Measured, Pass
 
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -157,8 +157,8 @@ def print_estimate(found: Forecast, prices: Prices, console: Console) -> None:
     for name in ("stage", "time", "disk"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for stage, seconds in found.seconds.items():
-        table.add_row(stage, time_told(seconds), _size(found.disk_bytes[stage]) if stage in found.disk_bytes else "")
-    table.add_row("total", time_told(3600 * found.hours), _size(sum(found.disk_bytes.values())))
+        table.add_row(stage, format_seconds(seconds), _size(found.disk_bytes[stage]) if stage in found.disk_bytes else "")
+    table.add_row("total", format_seconds(3600 * found.hours), _size(sum(found.disk_bytes.values())))
     console.print(table)
     console.print(f"speed of the measured shards: within {found.spread:.0%} of their mean; memory: about {_size(found.memory_bytes)}")
     for name, cost in found.costs(prices).items():

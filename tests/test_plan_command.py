@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shard_factory import build, preprocess, write_shards
 
 from labels.config import load_pipeline
-from labels.told import time_told
+from labels.html import format_seconds
 from preprocess import estimate
 from preprocess.forecast import Forecast, forecast, makespan
 from preprocess.inputs.shards import Shard
@@ -154,4 +154,4 @@ def test_makespan_is_between_its_bounds(times: list[float], workers: int) -> Non
 
 
 def test_times_are_told_in_fitting_units() -> None:
-    assert [time_told(value) for value in (7.84, 600, 36_000)] == ["7.8 s", "10.0 min", "10.0 h"]
+    assert [format_seconds(value) for value in (7.84, 600, 36_000)] == ["7.8 s", "10.0 min", "10.0 h"]

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from page_checks import CHROMIUM, check_page, shown_in_chromium
 from shard_factory import preprocess, rows, write_shards
 
-from labels.charts import Axis, Series, line_chart, linear_ticks, log_ticks
-from labels.page import Html, html, table, tag
+from labels.html import Axis, Html, Series, html, line_chart, linear_ticks, log_ticks, table, tag
 from preprocess.show.summary import summarise
 
 

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from labels.html import format_seconds
 from labels.settings import TextTower, Train
-from labels.told import time_told
 from train.contrastive.model import build_text_tower
 from train.costs import Costs, activation_bytes, messages, model_costs, peak_flops, tower_costs, trunk_costs
 from train.model import build_trunk
@@ -69,7 +69,7 @@ def plan_lines(
         used = f", {costs.flops * rate / devices / peak:.0%} of a device's {peak / 1e12:,.0f} TFLOP/s" if peak else ""
         hours = seconds * devices / 3600
         paid = f", cost {hours * price:,.2f}" if price is not None else ""
-        lines.append(f"time         {time_told(seconds)} at {rate:,.0f} samples/s{how}{used}: {hours:,.2f} device-hours{paid}")
+        lines.append(f"time         {format_seconds(seconds)} at {rate:,.0f} samples/s{how}{used}: {hours:,.2f} device-hours{paid}")
     return lines + [f"assumed      {line}" for line in _assumptions(pace, devices, bool(rates))]
 
 

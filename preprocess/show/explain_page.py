@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from labels.page import Html, Section, join, page, paragraph, picture, table, tag, weights
+from labels.html import Html, Section, join, page, paragraph, picture, table, tag, weights
 from preprocess.show.explanation import Explanation, Label
 from preprocess.show.thumbnails import thumbnail
 

@@ -1,12 +1,29 @@
-"""The report of an OUT as a page: spectrum, labels a caption, what was left out, a gallery, shards; see labels/page.py."""
+"""The report of an OUT as a page: spectrum, labels a caption, what was left out, a gallery, shards; see labels/html.py."""
 
 from collections import Counter
 
 import numpy as np
 
-from labels.charts import Axis, Mark, Series, bar_chart, line_chart, short_number
+from labels.html import (
+    Axis,
+    Html,
+    Mark,
+    Section,
+    Series,
+    bar_chart,
+    details,
+    join,
+    line_chart,
+    page,
+    paragraph,
+    picture,
+    short_number,
+    table,
+    tag,
+    tiles,
+    weights,
+)
 from labels.manifest import ShardPart
-from labels.page import Html, Section, details, join, page, paragraph, picture, table, tag, tiles, weights
 from preprocess.show.explanation import Vocabulary
 from preprocess.show.summary import Reason, Shown, Summary
 

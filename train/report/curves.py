@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from labels.charts import Series
+from labels.html import Series
 from train.report.runs import Run
 
 _POINTS, _RAW_POINTS = 200, 1_500

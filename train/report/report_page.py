@@ -1,10 +1,22 @@
-"""The report of runs as a page: curves, recipe, results beside the paper's; see labels/page.py."""
+"""The report of runs as a page: curves, recipe, results beside the paper's; see labels/html.py."""
 
 from collections.abc import Sequence
 
-from labels.charts import Axis, line_chart, short_number
-from labels.page import Html, Section, details, join, key_name, page, paragraph, table, tiles
-from labels.told import time_told
+from labels.html import (
+    Axis,
+    Html,
+    Section,
+    details,
+    format_seconds,
+    join,
+    key_name,
+    line_chart,
+    page,
+    paragraph,
+    short_number,
+    table,
+    tiles,
+)
 from train.report.curves import loss_curves, throughput_curves
 from train.report.published import published
 from train.report.result_tables import measured_tables, paper_tables
@@ -34,7 +46,7 @@ def _tiles(run: Run) -> Html:
         [
             ("Samples seen", f"{run.samples:,}", f"{run.samples / run.budget:.0%} of the budget"),
             ("Loss", _or_dash(loss, "{:.3f}"), "nats, mean of the last 1% of steps"),
-            ("Throughput", _or_dash(rate, "{:,.0f}"), f"samples/s; {time_told(run.seconds())} in the loop"),
+            ("Throughput", _or_dash(rate, "{:,.0f}"), f"samples/s; {format_seconds(run.seconds())} in the loop"),
             ("Data wait", _or_dash(wait, "{:.1%}"), "of the time"),
             ("MFU", _or_dash(mfu, "{:.1%}"), "" if mfu is not None else "the device's peak is not known"),
             ("Faults", f"{skipped + bad:,}", f"{skipped:,} steps skipped, {bad:,} bad images"),
@@ -47,7 +59,7 @@ def _overview(runs: Sequence[Run]) -> Section:
     for run in runs:
         rate, wait, mfu = (run.weighed(key) for key in ("samples_per_s", "data_wait", "mfu"))
         seen = f"{short_number(run.samples)} ({run.samples / run.budget:.0%})"
-        numbers = [_or_dash(run.last_loss(), "{:.3f}"), time_told(run.seconds()), _or_dash(rate, "{:,.0f}"), _or_dash(wait, "{:.1%}")]
+        numbers = [_or_dash(run.last_loss(), "{:.3f}"), format_seconds(run.seconds()), _or_dash(rate, "{:,.0f}"), _or_dash(wait, "{:.1%}")]
         rows.append([run.name, seen, *numbers, _or_dash(mfu, "{:.1%}"), f"{run.skipped:,}", f"{run.bad_images:,}"])
     columns = ["Run", "#Samples seen", "#Loss (nats)", "#Time", "#Samples/s", "#Data wait", "#MFU", "#Skipped steps", "#Bad images"]
     told = "Loss: mean of the last 1% of steps. Losses of different kinds, or of different labels, cannot be compared with each other."

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from labels.page import Html, details, join, paragraph, table, tag
+from labels.html import Html, details, join, paragraph, table, tag
 from train.report.published import Ablation, Benchmark, Published, is_of, measured
 from train.report.results import Row, told
 from train.report.runs import Run

@@ -1,24 +1,151 @@
-"""Charts as inline SVG, drawn twice: for a wide page and for a phone, of which the page's style shows one.
+"""Self-contained HTML pages with charts, for the reports of both stages: a page fetches nothing and runs no script.
 
-Text keeps its size that way. Every axis has a name with its unit; a logarithmic one says so.
+Pages are light or dark as the reader's system is, readable from 320 pixels of width on, and usable by keyboard alone.
+Charts are inline SVG, drawn twice: for a wide page and for a phone. page.css shows one of the two, so that text keeps its size.
+Every axis names its quantity and unit; a logarithmic axis says so.
 """
 
+import base64
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from html import escape
+from importlib import resources
+from typing import Any, Literal
 
-from labels.page import Html, html, join, tag
+from labels import __version__
 
-WIDE, NARROW = 720, 340
+# A browser loads only what is inside the page: it refuses every request.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+WIDE, NARROW = 720, 340  # widths of a chart's two drawings, in pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 14, 44
-_HUES = 8  # as many as page.css has
-_CHARACTER = 6.6  # width of a digit of 12 pixels, about
+_HUES = 8  # colours in page.css
+_CHARACTER = 6.6  # approximate width of a digit, in pixels
+
+
+class Html(str):
+    """Markup. A plain `str` is text: every function here escapes it."""
+
+
+def html(value: Any) -> Html:
+    """Markup as it is, everything else as text."""
+    return value if isinstance(value, Html) else Html(escape(str(value)))
+
+
+def join(parts: Iterable[Any]) -> Html:
+    """The parts one after another."""
+    return Html("\n".join(html(part) for part in parts))
+
+
+def tag(name: str, content: Any = "", **attributes: Any) -> Html:
+    """One element; `class_` becomes `class`, `data_x` becomes `data-x`."""
+    written = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items())
+    return Html(f"<{name}{written}>{html(content)}</{name}>")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page with its own heading, linked from the top of the page."""
+
+    name: str
+    title: str
+    content: Html
+
+
+def page(title: str, lead: Any, sections: Sequence[Section]) -> str:
+    """The whole HTML file.
+
+    Args:
+        title: the heading, also the browser's title.
+        lead: text or markup below the heading.
+        sections: in order; two or more of them get a list of links.
+    """
+    style = resources.files("labels").joinpath("page.css").read_text("utf8")
+    links = join(tag("li", tag("a", section.title, href=f"#{section.name}")) for section in sections)
+    body = join(tag("section", join([tag("h2", section.title), section.content]), id=section.name) for section in sections)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
+        f'<link rel="icon" href="data:,">\n<style>\n{style}</style>\n</head>\n<body>\n<a class="skip" href="#content">To the content</a>\n'
+        f"<header>\n<h1>{escape(title)}</h1>\n{html(lead)}\n"
+        + (f'<nav aria-label="Sections">\n<ul>\n{links}\n</ul>\n</nav>\n' if len(sections) > 1 else "")
+        + f'</header>\n<main id="content">\n{body}\n</main>\n'
+        f'<footer><p class="muted">superclass-lean {__version__}</p></footer>\n</body>\n</html>\n'
+    )
+
+
+def paragraph(*content: Any, muted: bool = False) -> Html:
+    """One paragraph."""
+    return tag("p", join(content), **({"class_": "muted"} if muted else {}))
+
+
+def tiles(facts: Iterable[tuple[str, Any, Any]]) -> Html:
+    """The main numbers in boxes: name, value, and a note or an empty string."""
+    cells = (
+        tag("div", join([tag("dt", name), tag("dd", join([value, tag("small", note)] if note else [value]))]))
+        for name, value, note in facts
+    )
+    return tag("dl", join(cells), class_="tiles")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str = "", label: str = "") -> Html:
+    """A table that scrolls sideways on a narrow screen.
+
+    Args:
+        columns: headings; a leading `#` marks a column of numbers, which is aligned right.
+        rows: cells, text or markup.
+        caption: what the table shows.
+        label: the table's name for screen readers; default: the caption.
+    """
+    numeric = [column.startswith("#") for column in columns]
+
+    def cells(kind: str, values: Sequence[Any], **attributes: str) -> Html:
+        return join(
+            tag(kind, value, **attributes, **({"class_": "number"} if right else {})) for value, right in zip(values, numeric, strict=True)
+        )
+
+    head = tag("thead", tag("tr", cells("th", [column.removeprefix("#") for column in columns], scope="col")))
+    body = tag("tbody", join(tag("tr", cells("td", row)) for row in rows))
+    whole = tag("table", join([*([tag("caption", caption)] if caption else []), head, body]))
+    # tabindex: a region that scrolls must be reachable by keyboard
+    return tag(
+        "div", whole, class_="scroll", tabindex="0", role="region", aria_label=label or caption or ", ".join(columns).replace("#", "")
+    )
+
+
+def key_name(name: str) -> Html:
+    """A dotted key as code that may wrap after a dot or an underscore."""
+    return tag("code", Html(escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")))
+
+
+def details(summary: Any, content: Any) -> Html:
+    """Content that is hidden until the reader opens it."""
+    return tag("details", join([tag("summary", summary), content]))
+
+
+def picture(data: bytes, *, alt: str, kind: str = "jpeg", large: bool = False) -> Html:
+    """An image as a data URI; `data`: the bytes of its file."""
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    image = Html(f'<img src="{source}" alt="{escape(alt)}">')
+    return tag("div", image, class_="picture large" if large else "picture")
+
+
+def weights(rows: Iterable[tuple[Any, float, str]]) -> Html:
+    """A list of bars, the largest at full width: name, value, and the value as text."""
+    rows = list(rows)
+    full = max((value for _, value, _ in rows), default=1.0) or 1.0
+    lines = []
+    for name, value, text in rows:
+        bar = tag("span", "", style=f"width:{100 * value / full:.1f}%")
+        lines.append(tag("li", join([tag("span", name), tag("span", text, class_="value"), tag("span", bar, class_="track")])))
+    return tag("ul", join(lines), class_="weights")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """`label`: quantity and unit; `low`, `high`: the range shown, filled from the data where None; `log`: base 10."""
+    """`label`: quantity and unit; `low`, `high`: the range shown, None: that of the data; `log`: base 10."""
 
     label: str
     log: bool = False
@@ -28,7 +155,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve; `kind`: `faint` for raw values behind a mean; `hue`: its number among several, which the page's style gives a colour."""
+    """One curve. `kind`: `faint` for raw values behind their mean; `hue`: number of its colour in page.css."""
 
     xs: Sequence[float]
     ys: Sequence[float]
@@ -65,11 +192,11 @@ def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Se
     """Curves over an axis.
 
     Args:
-        title: what is seen, for the caption and for those who do not see it.
+        title: for the caption, and for screen readers.
         x, y: the axes.
-        series: names, where given, stand in a legend above.
-        marks: named points; a narrow page shows every second one.
-        note: a remark in the caption.
+        series: the named ones get a legend.
+        marks: named points; the narrow drawing shows every second one.
+        note: a further sentence in the caption.
     """
 
     def draw(width: int, height: int) -> Html:
@@ -91,7 +218,7 @@ def bar_chart(
 ) -> Html:
     """Bars from edge to edge, N + 1 edges for N heights.
 
-    `bad`: how much of each height, from the top on, is drawn as bad.
+    `bad`: the part of each height, at its top, that is drawn in red.
     """
 
     def draw(width: int, height: int) -> Html:
@@ -112,7 +239,7 @@ def bar_chart(
 
 
 def short_number(value: float) -> str:
-    """As axes tell it: 1500 -> 1.5k."""
+    """For axes: 1500 -> 1.5k."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:g}{unit}"
@@ -120,7 +247,7 @@ def short_number(value: float) -> str:
 
 
 def _style(line: Series) -> str:
-    """Classes of a curve: colours come again after `_HUES`, with other dashes."""
+    """CSS classes of a curve: after `_HUES` curves the colours repeat, dashed."""
     dashes = f" dash{line.hue // _HUES % 3}" if line.hue >= _HUES else ""
     return f"line hue{line.hue % _HUES}{dashes}{' faint' if line.kind else ''}"
 
@@ -157,7 +284,7 @@ def _scale(axis: Axis, values: Sequence[float], start: float, end: float, count:
 
 
 def linear_ticks(low: float, high: float, count: int) -> list[float]:
-    """At most about `count` round numbers in a range, 1, 2 or 5 times a power of ten apart."""
+    """About `count` round numbers in a range; their distance is 1, 2 or 5 times a power of ten."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= rough * (1 - 1e-9))
@@ -189,7 +316,7 @@ def _frame(across: _Scale, up: _Scale, width: int, height: int) -> Html:
 
 
 def _mark(mark: Mark, across: _Scale, up: _Scale, *, above: bool) -> Html:
-    """A dot with its name, on the upper left or the lower right of it, whichever has room."""
+    """A dot, with its name at the upper left or the lower right, whichever has room."""
     x, y = across(mark.x), up(mark.y)
     room = len(mark.name) * _CHARACTER + 8
     left = (above and x - room > _LEFT) or x + room > across.end
@@ -203,3 +330,10 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
 
 def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> Html:
     return Html(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html(text)}</text>')
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds below two minutes, minutes below two hours, else hours: `7.8 s`, `10.0 min`, `10.0 h`."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
