@@ -58,13 +58,13 @@ def tree_memory(pid: int) -> int:
 def steps(data: Path, out: Path) -> dict[str, float]:
     """Seconds of processor time of each step of one shard, in this process, after one shard has warmed it up."""
     from labels.settings import Labels
+    from labels.tokenizers import word_table as fastpath
+    from labels.tokenizers.tokenizer import make_tokenizer
     from preprocess.counts import ShardCounts
     from preprocess.inputs.captions import parse_caption_key
     from preprocess.inputs.rows import read_rows
     from preprocess.inputs.shards import find_shards
     from preprocess.label_file import LabelFile
-    from preprocess.tokens import fastpath
-    from preprocess.tokens.tokenizer import make_tokenizer
 
     shards = find_shards([str(data)]).shards[:2]
     tokenizer = make_tokenizer(Labels())

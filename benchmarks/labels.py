@@ -40,7 +40,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers.models import BPE
 
 from labels.settings import parse_count
-from preprocess.tokens.kinds.clip import ClipTokenizer
+from labels.tokenizers.kinds.clip import ClipTokenizer
 
 DATACOMP_1B = 1_280_000_000
 SPECIALS = "<start_of_text>|<end_of_text>|"
@@ -88,7 +88,7 @@ def open_clip_part(captions: list[str]) -> None:
 
 def kernel_alone(tokenizer: ClipTokenizer, captions: Any) -> None:
     """Only what is compiled: bytes to ids in rows, without label sets and without joining blocks; no piece is cleaned."""
-    from preprocess.tokens.fastpath import _blocks, _buffers
+    from labels.tokenizers.word_table import _blocks, _buffers
 
     rows, counts = np.empty((8192, LIMIT), np.int32), np.empty(8192, np.int64)
     for block in _blocks(captions, LIMIT):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 LOSSES = "train.losses.kinds"
 EVALUATORS = "train.evals.protocols.kinds"
-TOKENIZERS = "preprocess.tokens.kinds"
+TOKENIZERS = "labels.tokenizers.kinds"
 _ROOT = Path(__file__).parent.parent
 
 

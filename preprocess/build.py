@@ -19,6 +19,7 @@ from labels.layout import Layout
 from labels.manifest import Manifest, write_manifest
 from labels.places import Source, read_sources, write_sources
 from labels.settings import Pipeline
+from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.beton_plan import Group, plan_groups
 from preprocess.corpus import class_names, idf_is_done, pair_pass, spill_folder, write_idf
 from preprocess.engine import worker_count
@@ -32,7 +33,6 @@ from preprocess.outcome import check_usable, make_manifest, write_config, write_
 from preprocess.passes import beton_pass, label_pass, members, shard_parts
 from preprocess.plan import Build, Marker, check_out, check_same_options, image_folder, remove_build, remove_leftovers
 from preprocess.record import Images, Record, write_record
-from preprocess.tokens.tokenizer import make_tokenizer
 
 Share = tuple[int, int]
 """i, n: every n-th shard from the i-th on, 0 <= i < n."""

@@ -12,6 +12,7 @@ from typing import Any
 from labels.files import whole_file, write_json
 from labels.layout import Layout
 from labels.settings import Labels
+from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.counts import ShardCounts
 from preprocess.inputs.captions import Choice
 from preprocess.inputs.rows import read_rows
@@ -19,7 +20,6 @@ from preprocess.inputs.shards import Shard
 from preprocess.inputs.subset import open_subset, select
 from preprocess.inputs.tars import Fault
 from preprocess.label_file import LabelFile
-from preprocess.tokens.tokenizer import make_tokenizer
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from labels.errors import UserError
 from labels.files import local_copy, write_whole
 from labels.schema import LABELS
-from preprocess.tokens.wordpairs import caption_pairs, count_words, known_pairs
+from preprocess.word_pairs import caption_pairs, count_words, known_pairs
 
 PAIRS = pa.schema(
     [

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 from labels.files import local_copy, whole_file, write_json
 from labels.layout import Layout
 from labels.settings import Labels
+from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.counts import ShardCounts
 from preprocess.label_file import LabelFile
 from preprocess.ngrams import append_rows, pair_labels, read_pairs
 from preprocess.plan import read_marker
-from preprocess.tokens.tokenizer import make_tokenizer
 
 _ROWS_AT_ONCE = 65_536
 

@@ -12,8 +12,8 @@ from labels.files import fingerprint, is_remote, own_partials, remove_partials, 
 from labels.layout import Layout
 from labels.schema import FORMAT_VERSION
 from labels.settings import Pipeline
+from labels.tokenizers.tokenizer import Tokenizer
 from preprocess.inputs.captions import Choice
-from preprocess.tokens.tokenizer import Tokenizer
 
 _MARKERS_AT_ONCE = 1_000
 _IMAGE_KEYS = {

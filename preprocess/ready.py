@@ -7,10 +7,10 @@ import numpy as np
 from numba.core.event import TimingListener, install_listener
 
 from labels.settings import Labels
+from labels.tokenizers.kinds.clip import ClipTokenizer
+from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess import beton_job, label_job  # noqa: F401 - to have them imported
 from preprocess.label_pages import put_lists, put_numbers, room_for
-from preprocess.tokens.kinds.clip import ClipTokenizer
-from preprocess.tokens.tokenizer import make_tokenizer
 from preprocess.workers import one_core
 
 one_core()

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from labels.choices import TokenizerKind
 from labels.errors import UserError
 from labels.files import write_whole
-from preprocess.tokens.kinds.catlip import CatlipTokenizer, write_vocabulary
+from labels.tokenizers.kinds.catlip import CatlipTokenizer, write_vocabulary
 
 # Called for each pass over the captions; wordpiece takes two.
 Captions = Callable[[], Iterable[list[str]]]

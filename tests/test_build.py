@@ -28,9 +28,9 @@ from labels.config import load_pipeline
 from labels.layout import Layout
 from labels.manifest import read_manifest
 from labels.schema import LABELS, QUARANTINE
+from labels.tokenizers.kinds.clip import ClipTokenizer
 from preprocess import label_job
 from preprocess.lock import only_writer
-from preprocess.tokens.kinds.clip import ClipTokenizer
 
 
 def inodes(out: Path) -> dict[str, int]:

@@ -13,10 +13,10 @@ from test_clip_ids import NASTY
 from labels.errors import UserError
 from labels.settings import Labels
 from labels.sparse import unique_sorted
-from preprocess.tokens import wordnet
-from preprocess.tokens.kinds.catlip import CatlipTokenizer
-from preprocess.tokens.tokenizer import make_tokenizer
-from preprocess.tokens.wordnet import Nouns, load_nouns
+from labels.tokenizers import wordnet
+from labels.tokenizers.kinds.catlip import CatlipTokenizer
+from labels.tokenizers.tokenizer import make_tokenizer
+from labels.tokenizers.wordnet import Nouns, load_nouns
 
 # Lemma: its synsets, the first sense first; synset: offset and words.
 SYNSETS = {1740: "cat true_cat", 2000: "dog domestic_dog", 2100: "jersey T-shirt tee_shirt", 2200: "jersey", 2300: "goose", 2400: "man"}

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
-from preprocess.tokens.clean import clip_clean
-from preprocess.tokens.kinds import clip
-from preprocess.tokens.kinds.clip import ClipTokenizer
+from labels.tokenizers.clean import clip_clean
+from labels.tokenizers.kinds import clip
+from labels.tokenizers.kinds.clip import ClipTokenizer
 
 LIMIT = 75
 MINE = ClipTokenizer()

@@ -19,8 +19,8 @@ from labels.config import dump_yaml, load_pipeline
 from labels.files import write_json
 from labels.idf import read_idf, target_weights
 from labels.manifest import read_manifest
+from labels.tokenizers.text import name_of, text_of
 from preprocess.show.explanation import explain
-from preprocess.tokens.readable import name_of, text_of
 from train.checkpoint import State
 from train.evals.encoders.load import load_encoder
 from train.evals.pixels import decode

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from test_clip_ids import NASTY
 
 from labels.sparse import unique_sorted
-from preprocess.tokens.clean import clip_clean
-from preprocess.tokens.fastclean import clean_piece
-from preprocess.tokens.kinds import clip
-from preprocess.tokens.kinds.clip import ClipTokenizer
+from labels.tokenizers.clean import clip_clean
+from labels.tokenizers.fastclean import clean_piece
+from labels.tokenizers.kinds import clip
+from labels.tokenizers.kinds.clip import ClipTokenizer
 
 LIMIT = 75
 NO_LIMIT = 10**9
@@ -245,6 +245,6 @@ def test_more_rows_than_a_block_hold_are_joined() -> None:
 
 def test_importing_the_tokenizer_loads_no_compiler() -> None:
     code = (
-        "import sys, labels.settings as s, preprocess.tokens.tokenizer as t; t.make_tokenizer(s.Labels()); sys.exit('numba' in sys.modules)"
+        "import sys, labels.settings as s, labels.tokenizers.tokenizer as t; t.make_tokenizer(s.Labels()); sys.exit('numba' in sys.modules)"
     )
     assert run([sys.executable, "-c", code], check=False).returncode == 0

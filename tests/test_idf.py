@@ -20,8 +20,8 @@ from labels.choices import Formula
 from labels.errors import UserError
 from labels.idf import idf_weights, read_idf
 from labels.schema import LABELS, TOKENS
+from labels.tokenizers.kinds.clip import ClipTokenizer
 from preprocess.counts import ShardCounts, document_frequencies, sum_counts, write_idf_parquet
-from preprocess.tokens.kinds.clip import ClipTokenizer
 
 SPECIALS = {49406, 49407}
 

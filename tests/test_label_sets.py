@@ -6,7 +6,7 @@ from guarded_array import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess.tokens.labelsets import gather
+from labels.tokenizers.kernels.label_sets import gather
 
 
 def assert_gathered(rows: np.ndarray, counts: np.ndarray) -> None:

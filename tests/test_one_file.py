@@ -137,7 +137,7 @@ EVALUATION = Centroid()
 
 ADDED = {
     "train/losses/kinds/brier.py": BRIER,
-    "preprocess/tokens/kinds/letters.py": LETTERS,
+    "labels/tokenizers/kinds/letters.py": LETTERS,
     "train/evals/protocols/kinds/centroid.py": CENTROID,
 }
 TRAIN = {

@@ -9,7 +9,7 @@ import pytest
 from shard_factory import build, contents, flip_bit, jpeg, preprocess, rows, sample, write_tar
 
 from labels.manifest import read_manifest
-from preprocess.tokens.kinds.clip import ClipTokenizer
+from labels.tokenizers.kinds.clip import ClipTokenizer
 
 PAIRS = ("--set", "labels.ngrams=2", "--set", "labels.ngram_min_count=3", "--set", "labels.ngram_classes=2")
 CAPTIONS = [

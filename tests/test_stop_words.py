@@ -10,11 +10,11 @@ from test_clip_ids import NASTY
 
 from labels.settings import Labels
 from labels.sparse import unique_sorted
-from preprocess.tokens.clean import clip_clean
-from preprocess.tokens.kinds import clip
-from preprocess.tokens.kinds.clip import ClipTokenizer
-from preprocess.tokens.stopwords import is_stop_word, remove_stop_words, stop_words
-from preprocess.tokens.tokenizer import make_tokenizer
+from labels.tokenizers.clean import clip_clean
+from labels.tokenizers.kinds import clip
+from labels.tokenizers.kinds.clip import ClipTokenizer
+from labels.tokenizers.stopwords import is_stop_word, remove_stop_words, stop_words
+from labels.tokenizers.tokenizer import make_tokenizer
 
 FAST = ClipTokenizer(without_stop_words=True)
 SLOW = ClipTokenizer(without_stop_words=True)

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer as Engine
 from labels.errors import UserError
 from labels.settings import Labels
 from labels.sparse import unique_sorted
-from preprocess.tokens import sources
-from preprocess.tokens.kinds.subword import SubwordTokenizer
-from preprocess.tokens.piecewise import _MARKING, _WORDS
-from preprocess.tokens.sources import find_source, load_engine
-from preprocess.tokens.stopwords import remove_stop_words
-from preprocess.tokens.tokenizer import make_tokenizer
+from labels.tokenizers import sources
+from labels.tokenizers.kinds.subword import SubwordTokenizer
+from labels.tokenizers.piecewise import _MARKING, _WORDS
+from labels.tokenizers.sources import find_source, load_engine
+from labels.tokenizers.stopwords import remove_stop_words
+from labels.tokenizers.tokenizer import make_tokenizer
 
 NO_LIMIT = 10**6
 MARK = "\u2581"

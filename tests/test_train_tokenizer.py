@@ -13,7 +13,7 @@ from test_catlip import write_wordnet
 from labels.choices import TokenizerKind
 from labels.errors import UserError
 from labels.settings import Labels
-from preprocess.tokens.tokenizer import make_tokenizer
+from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.train_tokenizer import train_tokenizer
 
 KINDS: tuple[TokenizerKind, ...] = ("bpe", "wordpiece", "unigram", "wordlevel")

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from preprocess.tokens.fastpath import MAX_GROWTH, FastPath, Slow
-from preprocess.tokens.piecekernel import add_known, encode_pieces
-from preprocess.tokens.wordtable import UNSAFE
+from labels.tokenizers.kernels.pieces import add_known, encode_pieces
+from labels.tokenizers.kernels.table import UNSAFE
+from labels.tokenizers.word_table import MAX_GROWTH, FastPath, Slow
 
 # Pieces to the ids of each, or None for one whose captions have to be taken as a whole.
 Learn = Callable[[list[str]], list[list[int] | None]]
@@ -24,7 +24,7 @@ class FastPieces(FastPath):
             learn: pieces to their ids; a piece holds no space, save the first character of a JOINED one.
             slow: captions and limit to ids and offsets.
             max_words: the bound of the table; when it is reached, the table starts over.
-            flags: of `preprocess.tokens.piecekernel`.
+            flags: of `labels.tokenizers.kernels.pieces`.
         """
         super().__init__(slow, max_words)
         self._learn_pieces = learn

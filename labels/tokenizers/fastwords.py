@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from preprocess.tokens.fastclean import clean_piece
-from preprocess.tokens.fastpath import FastPath, Slow
-from preprocess.tokens.wordkernel import add_pieces, encode_block
-from preprocess.tokens.wordmerge import MAX_WORD_BYTES, Merges, add_pairs
+from labels.tokenizers.fastclean import clean_piece
+from labels.tokenizers.kernels.wordmerge import MAX_WORD_BYTES, Merges, add_pairs
+from labels.tokenizers.kernels.words import add_pieces, encode_block
+from labels.tokenizers.word_table import FastPath, Slow
 
 
 class FastWords(FastPath):

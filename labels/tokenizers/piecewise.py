@@ -20,7 +20,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Engine
 
-from preprocess.tokens.piecekernel import JOINED, RUNS, STRICT
+from labels.tokenizers.kernels.pieces import JOINED, RUNS, STRICT
 
 _CUTTING = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
 _BY_CHARACTER = ("BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Precompiled")
@@ -42,7 +42,7 @@ class Rule:
     """How a tokenizer may be taken piece by piece.
 
     Attributes:
-        flags: for `preprocess.tokens.fastpieces`.
+        flags: for `labels.tokenizers.fastpieces`.
         normalize: the tokenizer's normaliser.
         added: texts of which none may stand in a piece, since the tokenizer cuts them out first.
         marks: how many space marks the normal form of a piece may have; None if they mean nothing to this tokenizer.

@@ -1,7 +1,7 @@
 """The 179 English stop words of NLTK, and captions without them (`labels.stop_words: remove`).
 
 The list is the English one of NLTK's public stopwords corpus (nltk_data, after Porter and others), as it stood with 179 words; it is
-a list of common words without a licence of its own, kept in preprocess/vocab/stop_words_en.txt, one a line.
+a list of common words without a licence of its own, kept in labels/tokenizers/vocab/stop_words_en.txt, one a line.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ _WORD = regex.compile(r"(?<![\p{L}\p{M}\p{N}_])\p{L}++(?:['’]\p{L}++)*+(?![\p{
 @cache
 def stop_words() -> frozenset[str]:
     """The list, in lower case, with straight apostrophes."""
-    return frozenset(resources.files("preprocess").joinpath("vocab/stop_words_en.txt").read_text("utf8").split())
+    return frozenset(resources.files("labels.tokenizers").joinpath("vocab/stop_words_en.txt").read_text("utf8").split())
 
 
 def is_stop_word(word: str) -> bool:

@@ -12,7 +12,7 @@ from labels.kinds import TOKENIZERS, names_in
 from labels.settings import Labels
 
 if TYPE_CHECKING:
-    from preprocess.tokens.fastpath import Captions, Rows
+    from labels.tokenizers.word_table import Captions, Rows
 
 _ANY = "subword"
 """The family that is asked last: it takes every name, or refuses it with what is allowed."""

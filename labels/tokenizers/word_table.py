@@ -14,8 +14,8 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from preprocess.tokens.labelsets import gather
-from preprocess.tokens.wordtable import WAITING, Words, rehash
+from labels.tokenizers.kernels.label_sets import gather
+from labels.tokenizers.kernels.table import WAITING, Words, rehash
 
 # An id stands for a byte or more of the caption, save where cleaning or normalising makes it longer; by at most this factor.
 MAX_GROWTH = 8

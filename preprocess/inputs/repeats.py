@@ -11,9 +11,9 @@ import pyarrow as pa
 from numba import njit
 
 from labels.files import fingerprint_of_sources
+from labels.tokenizers.kernels.table import Scalar
+from labels.tokenizers.kernels.wordbits import load, prefetch
 from preprocess.inputs.columns import offsets_and_bytes
-from preprocess.tokens.wordbits import load, prefetch
-from preprocess.tokens.wordtable import Scalar
 
 _START, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x9E3779B97F4A7C15)
 _LOW = np.uint64(20)
@@ -134,5 +134,5 @@ def _compiled_once(sources: str) -> tuple[Callable[..., bool], Callable[..., np.
     return add_all, hash_each
 
 
-FILES = ("../tokens/wordbits.py",)
+FILES = ("../../labels/tokenizers/kernels/wordbits.py",)
 _add_all, _hash_each = _compiled_once(fingerprint_of_sources(__file__, FILES))

@@ -14,11 +14,11 @@ from labels.files import local_copy
 from labels.idf import target_weights
 from labels.layout import Layout
 from labels.manifest import Manifest, read_manifest
+from labels.tokenizers.text import name_of, text_of
+from labels.tokenizers.tokenizer import Tokenizer, make_tokenizer
 from preprocess.show.captions import DECODED, read_config, source_captions
 from preprocess.show.predictions import Predicted, predict
 from preprocess.show.samples import Sample, find_sample, quarantined, read_image
-from preprocess.tokens.readable import name_of, text_of
-from preprocess.tokens.tokenizer import Tokenizer, make_tokenizer
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import numpy as np
 from numba import njit
 
 from labels.files import fingerprint_of_sources
-from preprocess.tokens.wordbits import equal_16, less_16, ones
-from preprocess.tokens.wordjit import compiled, inlined
-from preprocess.tokens.wordtable import Scalar
+from labels.tokenizers.kernels.table import Scalar
+from labels.tokenizers.kernels.wordbits import equal_16, less_16, ones
+from labels.tokenizers.kernels.wordjit import compiled, inlined
 
 # Up to this many ids of a caption are put into order by counting the smaller ones.
 _RANKED = 128
@@ -128,5 +128,5 @@ def _compiled_once(sources: str) -> Callable[..., None]:
     return gather
 
 
-FILES = ("wordbits.py", "wordjit.py", "wordtable.py")
+FILES = ("wordbits.py", "wordjit.py", "table.py")
 gather = _compiled_once(fingerprint_of_sources(__file__, FILES))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from preprocess.tokens.wordjit import compiled, inlined
+from labels.tokenizers.kernels.wordjit import compiled, inlined
 
 # A NumPy or Python number: they are the same to the compiler, but not to a type checker.
 Scalar = Any

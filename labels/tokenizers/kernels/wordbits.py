@@ -8,8 +8,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from preprocess.tokens.wordjit import inlined
-from preprocess.tokens.wordtable import Scalar
+from labels.tokenizers.kernels.table import Scalar
+from labels.tokenizers.kernels.wordjit import inlined
 
 _ONES, _HIGH = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 _CASE = np.uint64(0x2020202020202020)

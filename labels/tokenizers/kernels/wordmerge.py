@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from preprocess.tokens.wordjit import compiled
-from preprocess.tokens.wordtable import Scalar
+from labels.tokenizers.kernels.table import Scalar
+from labels.tokenizers.kernels.wordjit import compiled
 
 # A longer word is left to the slow path: merging takes quadratic time, and such words hardly ever come twice.
 MAX_WORD_BYTES = 128

@@ -7,9 +7,9 @@ Shapes: Q queued words, M missing pieces, R captions (rows), L ids a caption at 
 import numpy as np
 from numba import njit
 
-from preprocess.tokens.wordbits import prefetch
-from preprocess.tokens.wordjit import inlined
-from preprocess.tokens.wordtable import SLOW, Scalar, copy_ids, find_from, home
+from labels.tokenizers.kernels.table import SLOW, Scalar, copy_ids, find_from, home
+from labels.tokenizers.kernels.wordbits import prefetch
+from labels.tokenizers.kernels.wordjit import inlined
 
 # Of a queued word: how its case is folded, or that it is a whole piece, which Python has to learn.
 KEEP, FOLD, PIECE = np.uint8(0), np.uint8(0x20), np.uint8(1)

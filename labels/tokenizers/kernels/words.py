@@ -3,7 +3,7 @@
     bytes -> plain ASCII?  -> words by CLIP's pattern, case folded -> table of known words -> ids
                     |                                 a new word -> byte-pair merges, once -> into the table
                     no     -> pieces between white space: plain ones as above, the others whole from the table;
-                              a piece that is not there is noted as missing, for `preprocess.tokens.fastwords` to clean and add
+                              a piece that is not there is noted as missing, for `labels.tokenizers.fastwords` to clean and add
 
 Shapes: B bytes of text, R captions (rows) of a block, L ids a caption at most.
 """
@@ -14,11 +14,11 @@ import numpy as np
 from numba import njit
 
 from labels.files import fingerprint_of_sources
-from preprocess.tokens.wordjit import compiled, inlined
-from preprocess.tokens.wordmerge import MAX_WORD_BYTES, Merges, merge
-from preprocess.tokens.wordqueue import KEEP, PIECE, QUEUED_WORDS, enqueue, new_queue, queued, resolve_known
-from preprocess.tokens.wordsplit import is_space, next_word, survey
-from preprocess.tokens.wordtable import SLOW, UNSAFE, WAITING, Scalar, Words, find, find_from, insert, keys
+from labels.tokenizers.kernels.table import SLOW, UNSAFE, WAITING, Scalar, Words, find, find_from, insert, keys
+from labels.tokenizers.kernels.wordjit import compiled, inlined
+from labels.tokenizers.kernels.wordmerge import MAX_WORD_BYTES, Merges, merge
+from labels.tokenizers.kernels.wordqueue import KEEP, PIECE, QUEUED_WORDS, enqueue, new_queue, queued, resolve_known
+from labels.tokenizers.kernels.wordsplit import is_space, next_word, survey
 
 # A longer piece makes its caption slow: it hardly ever comes twice.
 _MAX_PIECE_BYTES = 1024
@@ -221,5 +221,5 @@ def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None
     return encode_block, add_pieces
 
 
-FILES = ("wordbits.py", "wordjit.py", "wordkernel.py", "wordmerge.py", "wordqueue.py", "wordsplit.py", "wordtable.py")
+FILES = ("wordbits.py", "wordjit.py", "words.py", "wordmerge.py", "wordqueue.py", "wordsplit.py", "table.py")
 encode_block, add_pieces = _compiled_once(fingerprint_of_sources(__file__, FILES))

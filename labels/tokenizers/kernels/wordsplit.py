@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from preprocess.tokens.wordbits import leading_letters, lowest_bytes
-from preprocess.tokens.wordjit import compiled, inlined
-from preprocess.tokens.wordtable import SLOW, Scalar, append, keys
+from labels.tokenizers.kernels.table import SLOW, Scalar, append, keys
+from labels.tokenizers.kernels.wordbits import leading_letters, lowest_bytes
+from labels.tokenizers.kernels.wordjit import compiled, inlined
 
 # ftfy cuts text into segments of a million characters, wherever that is.
 _MAX_CAPTION_BYTES = 1_000_000

@@ -20,15 +20,15 @@ import regex
 from labels.errors import UserError
 from labels.files import fingerprint, write_json
 from labels.settings import Labels
-from preprocess.tokens.clean import clip_clean
-from preprocess.tokens.fastclean import clean_piece
-from preprocess.tokens.sources import find_file, read_json
-from preprocess.tokens.stopwords import remove_stop_words, stop_words
-from preprocess.tokens.wordnet import Nouns, load_nouns
+from labels.tokenizers.clean import clip_clean
+from labels.tokenizers.fastclean import clean_piece
+from labels.tokenizers.sources import find_file, read_json
+from labels.tokenizers.stopwords import remove_stop_words, stop_words
+from labels.tokenizers.wordnet import Nouns, load_nouns
 
 if TYPE_CHECKING:
-    from preprocess.tokens.fastpath import Captions, Rows
-    from preprocess.tokens.fastpieces import FastPieces
+    from labels.tokenizers.fastpieces import FastPieces
+    from labels.tokenizers.word_table import Captions, Rows
 
 _TYPE = "catlip"
 _WORD = regex.compile(r"[\p{L}\p{N}]+")
@@ -38,7 +38,7 @@ _MAX_KNOWN_PIECES = 1_000_000
 
 
 def make(settings: Labels) -> CatlipTokenizer | None:
-    """See preprocess/tokens/kinds/__init__.py."""
+    """See labels/tokenizers/kinds/__init__.py."""
     file = find_file(settings.tokenizer)
     vocabulary = None if file is None else read_vocabulary(file)
     if vocabulary is None:
@@ -68,7 +68,7 @@ def write_vocabulary(path: Path, nouns: Nouns, synsets: list[str], min_count: in
 
 
 class CatlipTokenizer:
-    """Captions to synset ids. Attributes: see `preprocess.tokens.tokenizer.Tokenizer`; `nouns`, the WordNet that is used."""
+    """Captions to synset ids. Attributes: see `labels.tokenizers.tokenizer.Tokenizer`; `nouns`, the WordNet that is used."""
 
     name = _TYPE
     path: Literal["fast", "plain"] = "fast"
@@ -116,18 +116,18 @@ class CatlipTokenizer:
     @cached_property
     def fast(self) -> FastPieces:
         """The compiled path; loaded at the first call."""
-        from preprocess.tokens.fastpieces import FastPieces
-        from preprocess.tokens.piecekernel import MARKUP
+        from labels.tokenizers.fastpieces import FastPieces
+        from labels.tokenizers.kernels.pieces import MARKUP
 
         return FastPieces(self._learn, self.encode_slowly, self._max_known, MARKUP)
 
     def clean(self, caption: str) -> str:
-        """See `preprocess.tokens.tokenizer.Tokenizer.clean`."""
+        """See `labels.tokenizers.tokenizer.Tokenizer.clean`."""
         text = clip_clean(caption)
         return remove_stop_words(text) if self._without_stop_words else text
 
     def encode_rows(self, captions: Captions, limit: int) -> Rows:
-        """Synset ids in the words' order, and label sets, see `preprocess.tokens.tokenizer.Tokenizer.encode_rows`."""
+        """Synset ids in the words' order, and label sets, see `labels.tokenizers.tokenizer.Tokenizer.encode_rows`."""
         return self.fast.encode_rows(captions, limit)
 
     def encode(self, captions: Captions, limit: int) -> tuple[np.ndarray, np.ndarray]:

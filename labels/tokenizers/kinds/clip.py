@@ -4,7 +4,7 @@
                                     a word not in the table -> byte-pair merges, once -> into the table
 
 The words of a caption are encoded one by one, so a table of whole words changes no id. There are two ways, with the same ids:
-the fast one (`preprocess.tokens.fastwords`, compiled) and the slow one below, which is the reference, and which takes the few
+the fast one (`labels.tokenizers.fastwords`, compiled) and the slow one below, which is the reference, and which takes the few
 captions that can only be cleaned as a whole.
 """
 
@@ -23,12 +23,12 @@ from tokenizers import models, pre_tokenizers
 
 from labels.files import fingerprint
 from labels.settings import Labels
-from preprocess.tokens.clean import clip_clean
-from preprocess.tokens.stopwords import is_stop_word, stop_words
+from labels.tokenizers.clean import clip_clean
+from labels.tokenizers.stopwords import is_stop_word, stop_words
 
 if TYPE_CHECKING:
-    from preprocess.tokens.fastpath import Captions, Rows
-    from preprocess.tokens.fastwords import FastWords
+    from labels.tokenizers.fastwords import FastWords
+    from labels.tokenizers.word_table import Captions, Rows
 
 # The pattern of open_clip/tokenizer.py without its special tokens: a caption that spells one stays ordinary text.
 _WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
@@ -53,7 +53,7 @@ class ClipTokenizer:
     path: Literal["fast", "plain"] = "fast"
 
     def __init__(self, *, without_stop_words: bool = False) -> None:
-        """`without_stop_words`: the words of `preprocess.tokens.stopwords` have no ids."""
+        """`without_stop_words`: the words of `labels.tokenizers.stopwords` have no ids."""
         merges = _read_merges()
         alphabet = _byte_alphabet()
         self.tokens: list[str] = [*alphabet, *(symbol + "</w>" for symbol in alphabet), *("".join(pair) for pair in merges), *_SPECIALS]
@@ -69,15 +69,15 @@ class ClipTokenizer:
         self._known: dict[str, tuple[int, ...]] = {}
 
     def encode(self, captions: Captions, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `preprocess.tokens.tokenizer.Tokenizer.encode`."""
+        """See `labels.tokenizers.tokenizer.Tokenizer.encode`."""
         return self.encode_rows(captions, limit)[:2]
 
     def encode_rows(self, captions: Captions, limit: int) -> Rows:
-        """See `preprocess.tokens.tokenizer.Tokenizer.encode_rows`; the special tokens are in neither."""
+        """See `labels.tokenizers.tokenizer.Tokenizer.encode_rows`; the special tokens are in neither."""
         return self.fast.encode_rows(captions, limit)
 
     def clean(self, caption: str) -> str:
-        """See `preprocess.tokens.tokenizer.Tokenizer.clean`."""
+        """See `labels.tokenizers.tokenizer.Tokenizer.clean`."""
         text = clip_clean(caption)
         return " ".join(self._split(text)) if self._dropped else text
 
@@ -89,7 +89,7 @@ class ClipTokenizer:
     @cached_property
     def fast(self) -> FastWords:
         """The compiled path; loaded at the first call, since its compiler takes longer to import than all else here."""
-        from preprocess.tokens.fastwords import FastWords, byte_pairs
+        from labels.tokenizers.fastwords import FastWords, byte_pairs
 
         symbols = {byte: symbol for symbol, byte in zip(_byte_alphabet(), _bytes_in_order(), strict=True)}
         ids = self._vocabulary
@@ -128,12 +128,12 @@ class ClipTokenizer:
 
 
 def make(settings: Labels) -> ClipTokenizer | None:
-    """See preprocess/tokens/kinds/__init__.py."""
+    """See labels/tokenizers/kinds/__init__.py."""
     return ClipTokenizer(without_stop_words=settings.stop_words == "remove") if settings.tokenizer == ClipTokenizer.name else None
 
 
 def _read_merges() -> list[tuple[str, str]]:
-    compressed = resources.files("preprocess").joinpath("vocab/bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    compressed = resources.files("labels.tokenizers").joinpath("vocab/bpe_simple_vocab_16e6.txt.gz").read_bytes()
     lines = gzip.decompress(compressed).decode("utf8").split("\n")
     pairs = [tuple(line.split()) for line in lines[1 : _MERGES + 1]]
     return [(first, second) for first, second in pairs]

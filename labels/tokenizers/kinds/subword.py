@@ -21,15 +21,15 @@ import tokenizers
 from labels.files import fingerprint
 from labels.settings import Labels
 from labels.sparse import unique_sorted
-from preprocess.tokens.fastpath import refuse_nulls, string_arrays
-from preprocess.tokens.piecekernel import JOINED
-from preprocess.tokens.piecewise import piece_rule
-from preprocess.tokens.sources import find_source, load_engine
-from preprocess.tokens.stopwords import remove_from_piece, remove_stop_words, stop_words
+from labels.tokenizers.kernels.pieces import JOINED
+from labels.tokenizers.piecewise import piece_rule
+from labels.tokenizers.sources import find_source, load_engine
+from labels.tokenizers.stopwords import remove_from_piece, remove_stop_words, stop_words
+from labels.tokenizers.word_table import refuse_nulls, string_arrays
 
 if TYPE_CHECKING:
-    from preprocess.tokens.fastpath import Captions, Rows
-    from preprocess.tokens.fastpieces import FastPieces
+    from labels.tokenizers.fastpieces import FastPieces
+    from labels.tokenizers.word_table import Captions, Rows
 
 _MAX_KNOWN_PIECES = 1_000_000
 _AT_ONCE = 4096
@@ -39,13 +39,13 @@ _MARK, _BYTE_SPACE = "\u2581", "\u0120"
 class SubwordTokenizer:
     """Captions to the ids of a tokenizer of the `tokenizers` library, without special tokens and the unknown token.
 
-    Attributes: see `preprocess.tokens.tokenizer.Tokenizer`.
+    Attributes: see `labels.tokenizers.tokenizer.Tokenizer`.
     """
 
     def __init__(self, engine: tokenizers.Tokenizer, *, without_stop_words: bool = False, max_known: int = _MAX_KNOWN_PIECES) -> None:
         """
         Args:
-            engine: as `preprocess.tokens.sources.load_engine` gives it.
+            engine: as `labels.tokenizers.sources.load_engine` gives it.
             without_stop_words: remove NLTK's stop words from the text first.
             max_known: bound of the table of known pieces.
         """
@@ -71,14 +71,14 @@ class SubwordTokenizer:
         self.path: Literal["fast", "plain"] = "fast" if self._rule else "plain"
 
     def clean(self, caption: str) -> str:
-        """See `preprocess.tokens.tokenizer.Tokenizer.clean`."""
+        """See `labels.tokenizers.tokenizer.Tokenizer.clean`."""
         text = _without_surrogates(caption)
         text = remove_stop_words(text) if self._without_stop_words else text
         normalizer = self._engine.normalizer
         return normalizer.normalize_str(text) if normalizer else text
 
     def encode_rows(self, captions: Captions, limit: int) -> Rows:
-        """Token ids and label sets, see `preprocess.tokens.tokenizer.Tokenizer.encode_rows`."""
+        """Token ids and label sets, see `labels.tokenizers.tokenizer.Tokenizer.encode_rows`."""
         if self.fast is not None:
             return self.fast.encode_rows(captions, limit)
         ids, offsets = self._joined([self.encode_slowly(part, limit) for part in _in_parts(captions)])
@@ -100,7 +100,7 @@ class SubwordTokenizer:
     @cached_property
     def fast(self) -> FastPieces | None:
         """The compiled path, if it gives the same ids; loaded at the first call."""
-        from preprocess.tokens.fastpieces import FastPieces
+        from labels.tokenizers.fastpieces import FastPieces
 
         if self._rule is None:
             return None
@@ -160,7 +160,7 @@ class SubwordTokenizer:
 
 
 def make(settings: Labels) -> SubwordTokenizer:
-    """See preprocess/tokens/kinds/__init__.py; takes any name.
+    """See labels/tokenizers/kinds/__init__.py; takes any name.
 
     Raises:
         UserError: there is no such tokenizer.
