@@ -18,7 +18,7 @@ from preprocess.build import check_images, complete, make_build
 from preprocess.corpus import spill_folder
 from preprocess.inputs.shards import Shard, find_shards
 from preprocess.inputs.subset import resolve_subset
-from preprocess.lock import only_writer
+from preprocess.locks import only_writer
 from preprocess.plan import check_same_options, image_folder, remove_leftovers
 from preprocess.record import Record, read_record, write_record
 

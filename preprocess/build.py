@@ -28,7 +28,7 @@ from preprocess.inputs.pictures import is_local_tar
 from preprocess.inputs.shards import Shard, find_shards
 from preprocess.inputs.subset import resolve_subset
 from preprocess.inputs.tableimages import has_images
-from preprocess.lock import one_of_many, only_writer
+from preprocess.locks import one_of_many, only_writer
 from preprocess.outcome import check_usable, make_manifest, write_config, write_quarantine
 from preprocess.passes import beton_pass, label_pass, members, shard_parts
 from preprocess.plan import Build, Marker, check_out, check_same_options, image_folder, remove_build, remove_leftovers

@@ -30,7 +30,7 @@ from labels.manifest import read_manifest
 from labels.schema import LABELS, QUARANTINE
 from labels.tokenizers.kinds.clip import ClipTokenizer
 from preprocess import label_job
-from preprocess.lock import only_writer
+from preprocess.locks import only_writer
 
 
 def inodes(out: Path) -> dict[str, int]:

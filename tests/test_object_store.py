@@ -19,9 +19,8 @@ from labels.errors import UserError
 from labels.files import is_remote, local_copy, sha256_file, whole_file, write_json
 from labels.layout import Layout, local_out, out_path
 from labels.manifest import read_manifest
-from preprocess import lease
-from preprocess.lease import Holder
-from preprocess.lock import one_of_many, only_writer
+from preprocess import locks
+from preprocess.locks import Holder, one_of_many, only_writer
 
 pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
 moto = pytest.importorskip("moto.server", reason="moto's server is not installed")
@@ -151,7 +150,7 @@ def test_array_jobs_on_one_out(server: Any, bucket: str, tmp_path: Path) -> None
     assert {**contents(download(server, bucket, tmp_path / "out")), ".lock": b""} == contents(tmp_path / "expected")
 
 
-def test_a_second_writer_is_told_who_writes(server: Any, bucket: str, finished: Built) -> None:
+def test_the_error_of_a_second_writer_names_the_first(server: Any, bucket: str, finished: Built) -> None:
     lock = Layout(out_path(bucket)).lock
     with only_writer(lock):
         found = refused(finished.data, bucket)  # type: ignore[arg-type]  # a URL is text
@@ -168,7 +167,7 @@ def test_a_second_writer_is_told_who_writes(server: Any, bucket: str, finished: 
 def test_a_stale_lock_is_taken_over_with_a_note(
     server: Any, bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lease, "REFRESH_S", 0.1)
+    monkeypatch.setattr(locks, "REFRESH_S", 0.1)
     lock = Layout(out_path(bucket)).lock
     long_ago = time.time() - 3600
     lock.write_bytes(Holder("gone", 7, long_ago, long_ago, "token").raw)

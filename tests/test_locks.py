@@ -1,4 +1,4 @@
-"""Two writers: who holds OUT is told, a dead holder is not believed, members of an array job stand side by side."""
+"""Two writers: the error names the holder of the output folder, a dead holder gives way, members of an array job write at once."""
 
 import errno
 import json
@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 
 from labels.errors import UserError
-from preprocess import lease, lock
-from preprocess.lease import Holder, leased
-from preprocess.lock import one_of_many, only_writer
+from preprocess import locks
+from preprocess.locks import Holder, leased, one_of_many, only_writer
 
 PATIENCE_S = 60
 MEMBERS = (0, 4), (1, 4), (3, 4)
@@ -29,7 +28,7 @@ def holding(path: Path, member: tuple[int, int] | None = None) -> Iterator[subpr
     """Another process that holds the lock until it is killed, or its standard input ends."""
     call = f"one_of_many(path, *{member})" if member else "only_writer(path)"
     script = (
-        "import sys; from pathlib import Path; from preprocess.lock import one_of_many, only_writer\n"
+        "import sys; from pathlib import Path; from preprocess.locks import one_of_many, only_writer\n"
         f"path = Path({str(path)!r})\nwith {call}:\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -53,7 +52,7 @@ def take(path: Path) -> None:
         pass
 
 
-def test_a_second_writer_is_told_who_writes_and_for_how_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_second_writer_names_the_first_and_its_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out" / ".lock"
     with holding(path) as process:
         holder = f"another process is writing to {path.parent} (host {socket.gethostname()}, process {process.pid}), for "
@@ -80,14 +79,14 @@ def test_a_dead_holder_is_taken_over_with_a_note(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().err == ""
 
 
-def test_members_stand_side_by_side(tmp_path: Path) -> None:
+def test_members_hold_their_locks_at_the_same_time(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     with holding(path, MEMBERS[0]) as first, holding(path, MEMBERS[1]), one_of_many(path, 2, 4):
         with pytest.raises(UserError, match=rf"another process is writing .*process {first.pid}\), for"), one_of_many(path, 0, 4):
             pass
         with pytest.raises(UserError, match=r"is writing .*process") as refused, one_of_many(path, 0, 5):
             pass
-        assert "as 0-of-4" in str(refused.value) and "members of 5 beside this one (0 of 5)" in str(refused.value)
+        assert "as 0-of-4" in str(refused.value) and "members of 5 next to this one (0 of 5)" in str(refused.value)
         with pytest.raises(UserError, match=rf"process {first.pid}\)"):
             take(path)
     assert [found.name for found in tmp_path.iterdir()] == [".lock"], "members remove their files"
@@ -118,9 +117,9 @@ def no_kernel_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(lock.fcntl, "flock", flock)
-    monkeypatch.setattr(lease, "REFRESH_S", 0.05)
-    monkeypatch.setattr(lease, "STALE_S", 30.0)
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    monkeypatch.setattr(locks, "REFRESH_S", 0.05)
+    monkeypatch.setattr(locks, "STALE_S", 30.0)
 
 
 def age(path: Path, seconds: float) -> None:
@@ -129,9 +128,7 @@ def age(path: Path, seconds: float) -> None:
     path.write_text(json.dumps({**values, "started": values["started"] - seconds, "refreshed": values["refreshed"] - seconds}))
 
 
-def test_where_the_kernel_has_no_locks_a_lease_stands_for_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_kernel_locks_there_are_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     no_kernel_locks(monkeypatch)
     path = tmp_path / ".lock"
     with only_writer(path):
@@ -152,8 +149,8 @@ def test_where_the_kernel_has_no_locks_a_lease_stands_for_them(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lease_is_kept_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "REFRESH_S", 0.02)
+def test_a_lease_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "REFRESH_S", 0.02)
     with leased(tmp_path / "lease"):
         before = Holder.read(tmp_path / "lease")
         assert before
@@ -164,7 +161,7 @@ def test_a_lease_is_kept_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_live_holder_whose_clock_is_behind_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "REFRESH_S", 0.5)
+    monkeypatch.setattr(locks, "REFRESH_S", 0.5)
     path, ended = tmp_path / "lease", threading.Event()
     path.write_bytes(Holder.me().raw)
     age(path, 3600)
@@ -185,8 +182,8 @@ def test_a_live_holder_whose_clock_is_behind_is_not_taken_over(tmp_path: Path, m
         thread.join()
 
 
-def test_who_loses_a_lease_is_stopped_and_leaves_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "REFRESH_S", 0.05)
+def test_a_run_that_loses_its_lease_stops_and_leaves_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "REFRESH_S", 0.05)
     path = tmp_path / "lease"
     other = Holder("other", 1, time.time(), time.time(), "other").raw
 
