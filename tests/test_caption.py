@@ -20,8 +20,7 @@ from train.caption.mapper import MlpMapper, TransformerMapper
 from train.cli import cli
 from train.distributed import World
 from train.language_model import load_language_model
-from train.report.published import is_of
-from train.report.results import read_results
+from train.report.results import is_of, read_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = (

@@ -25,7 +25,7 @@ from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
 from train.evals.protocols.kinds.zeroshot import ZeroShot, class_embeddings
 from train.evals.run_protocol import run_protocol
-from train.report.published import Line, matches
+from train.report.results import Line, matches
 from train.report.runs import read_runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

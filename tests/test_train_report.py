@@ -14,10 +14,8 @@ from labels.errors import UserError
 from labels.files import write_json
 from labels.settings import Pipeline
 from train.cli import cli
-from train.report.curves import binned, loss_curves
-from train.report.published import measured, published
-from train.report.results import read_results
-from train.report.runs import differences, read_runs
+from train.report.results import measured, published, read_results
+from train.report.runs import binned, differences, loss_curves, read_runs
 
 STEPS, BATCH = 400, 64
 LABELS = {"tokenizer": "clip", "stop_words": "keep", "idf": "smooth"}
@@ -100,7 +98,7 @@ def test_chromium_shows_it_without_a_complaint(page: str, tmp_path: Path) -> Non
 
 def test_a_single_run_is_told_against_the_defaults(folder: Path) -> None:
     text = check_page(report(folder, str(folder / "soft"))).text
-    assert "What differs from the built-in defaults" in text and "No results were given" in text and "100% of the budget" in text
+    assert "Keys that differ from the built-in defaults" in text and "No results: add --results" in text and "100% of the budget" in text
     [run] = read_runs([folder / "soft"])
     assert dict(differences([run])) == {
         "train.samples": [BATCH * STEPS],
@@ -184,14 +182,14 @@ def test_mistakes_are_told(folder: Path, tmp_path: Path) -> None:
             call(paths)
         return str(caught.value)
 
-    assert "is no run: there is no such folder" in refusal(read_runs, tmp_path / "gone")
-    assert "is no run: it has no config.yaml" in refusal(read_runs, tmp_path)
+    assert "is not a run: there is no such folder" in refusal(read_runs, tmp_path / "gone")
+    assert "is not a run: it has no config.yaml" in refusal(read_runs, tmp_path)
     run = write_run(tmp_path / "run")
     metrics = run / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"step": 3,', '"step": 3', 1))
     assert "metrics.jsonl: line 3 is damaged" in refusal(read_runs, run)
     assert "there is no" in refusal(read_results, tmp_path / "gone")
-    assert "other.json is no result" in refusal(read_results, folder / "results" / "other.json")
+    assert "other.json is not a result" in refusal(read_results, folder / "results" / "other.json")
     assert "holds no result" in refusal(read_results, run)
     (tmp_path / "cut.json").write_text('{"results": [')
     assert "cut.json is damaged" in refusal(read_results, tmp_path / "cut.json")
@@ -203,4 +201,4 @@ def test_defaults_are_no_difference(tmp_path: Path) -> None:
     dump_yaml(run / "config.yaml", Pipeline(), leave_out={"recipes": True})
     (run / "metrics.jsonl").write_text("")
     text = check_page(report(tmp_path, str(run))).text
-    assert "The built-in defaults." in text and "No step is written yet." in text and "No throughput is written yet." in text
+    assert "The built-in defaults." in text and "No step is logged yet." in text and "No throughput is logged yet." in text

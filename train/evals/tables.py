@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.evals.measure import MAJORITY
-from train.report.results import is_share, told
+from train.report.results import format_metric, is_share
 
 _WIDEST = 1000
 
@@ -22,7 +22,7 @@ def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
     for column in (*words, main_column, "± seeds", "± test size", *other_columns, "seconds"):
         table.add_column(column, justify="left" if column in words else "right", overflow="fold")
     for row in rows:
-        values = [told(key, row.get(key)) for key in (main, f"{main}_std", f"{main}_standard_error", *others)]
+        values = [format_metric(key, row.get(key)) for key in (main, f"{main}_std", f"{main}_standard_error", *others)]
         table.add_row(*(row[word] for word in words), *values, f"{row['seconds']:.0f}" if "seconds" in row else "-")
     _show(table)
 
@@ -50,8 +50,8 @@ class Grid:
         if row is None:
             return "-"
         main = row["metrics"][0]
-        spread = f" ± {told(main, row[f'{main}_std'])}" if row[f"{main}_std"] is not None else ""
-        return told(main, row[main]) + spread
+        spread = f" ± {format_metric(main, row[f'{main}_std'])}" if row[f"{main}_std"] is not None else ""
+        return format_metric(main, row[main]) + spread
 
     def print(self, title: str) -> None:
         """On the terminal."""

@@ -12,7 +12,7 @@ from train.evals.pixels import TRANSFORM
 from train.export.check import TOLERANCE
 from train.export.formats import Format, Written
 from train.export.recipe import Training
-from train.report.results import Row, readout_of, told
+from train.report.results import Row, format_metric, readout_of
 
 _OPEN = "from PIL import Image\n\nfolder = {folder!r}\nimage = Image.open({image!r})\n\n"
 
@@ -76,7 +76,7 @@ def _results(results: Sequence[Row], encoder: Encoder) -> str:
         for metric, (mean, spread) in row.metrics.items():
             if mean is None:  # top-5 of three classes
                 continue
-            value = told(metric, mean) + (f" ± {told(metric, spread)}" if spread is not None else "")
+            value = format_metric(metric, mean) + (f" ± {format_metric(metric, spread)}" if spread is not None else "")
             lines.append(f"| {row.data} | {row.variant}: {row.protocol}{other} | {metric} | {value} | {row.seeds or '-'} |")
     return (
         f"## Results\n\nOf the encoder's features: {own}. Pixels: {TRANSFORM}; large JPEGs are first shrunk by their decoder, to "

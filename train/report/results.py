@@ -1,23 +1,28 @@
-"""Result JSONs of `train probe | fewshot | ... | eval`, in files and folders -> one list of rows, each measured thing once."""
+"""Result JSONs of `train probe | fewshot | ... | eval` -> rows -> tables, with the paper's figures (published.json) next to them."""
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from labels.errors import UserError
+from labels.html import Html, details, join, paragraph, table, tag
+from train.report.runs import Run
 
-_SHARES = ("top", "r@", "recall", "accuracy")  # metrics told as shares of 1, by the beginning of their names
+_SHARES = ("top", "r@", "recall", "accuracy")  # metrics in shares of 1, by the beginning of their names
+_COLUMN_NAMES = {"probe": "linear probe", "zeroshot": "zero-shot after LiT"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One encoder by one variant of a protocol on one data set.
+    """One encoder, evaluated by one variant of a protocol on one data set.
 
-    `metrics`: name -> (mean, deviation over seeds or None), the main one first; as the protocol gives them, see `told`.
-    `weights`, `text_tower`: fingerprints of what was measured, None where the result does not say, or there is no text tower.
-    `readout`: which layer's features by which pool, in words; None likewise.
+    `metrics`: name -> (mean, deviation over seeds or None), the main one first, in the units of the result file.
+    `weights`, `text_tower`: fingerprints of what was evaluated, None if the result has none.
+    `readout`: layer and pool of the features, in words, or None.
     """
 
     data: str
@@ -33,93 +38,267 @@ class Row:
 
     @property
     def main(self) -> str:
-        """The metric that tables show."""
+        """The name of the metric that tables show."""
         return next(iter(self.metrics))
 
     @property
     def run(self) -> Path | None:
-        """The run that was measured, where the encoder is one."""
+        """The run that was evaluated, None if the encoder is not a run."""
         kind, _, rest = self.encoder.partition(":")
         return Path(rest.partition(",")[0]).resolve() if kind == "run" else None
 
 
-def read_results(places: Sequence[Path], *, may_be_none: bool = False) -> list[Row]:
-    """All rows below `places`: result files, or folders that are searched for them.
+def read_results(paths: Sequence[Path], *, may_be_none: bool = False) -> list[Row]:
+    """All rows of `paths`, which are result files or folders with result files.
 
-    `may_be_none`: folders without a result are no error.
-    What is found twice (a suite's cells stand in its suite.json too; the majority class in every result) is kept once.
+    `may_be_none`: a folder without a result is no error.
+    Duplicates are kept once: a suite's cells are in its suite.json too, the majority class is in every result.
 
     Raises:
-        UserError: a named file is no result, a folder holds none, or a file is damaged.
+        UserError: a named file is not a result, a folder holds none, or a file is damaged.
     """
-    found: dict[Path, dict[str, Any]] = {}
-    for place in places:
-        if not place.exists():
+    contents: dict[Path, dict[str, Any]] = {}
+    for path in paths:
+        if not path.exists():
             raise UserError(
-                f"there is no {place}",
-                allowed="result JSONs, or folders that hold some",
-                mend="name what `--out` of the measuring command was",
+                f"there is no {path}",
+                allowed="result JSONs, or folders with result JSONs",
+                mend="give the path of the evaluation's `--out`",
             )
-        files = sorted(place.rglob("*.json")) if place.is_dir() else [place]
-        read = {file.resolve(): content for file in files if (content := _result(file, named=file == place)) is not None}
-        if not read and not may_be_none:
+        files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        results = {file.resolve(): content for file in files if (content := _result(file, named=file == path)) is not None}
+        if not results and not may_be_none:
             raise UserError(
-                f"{place} holds no result",
+                f"{path} holds no result",
                 allowed="JSON files of train probe, fewshot, knn, zeroshot, retrieval, finetune, caption or eval",
-                mend="measure first (`train probe ... --out results/probe.json`), or leave out --results",
+                mend="evaluate first (`train probe ... --out results/probe.json`), or omit --results",
             )
-        found |= read
-    in_suites = {cell for content in found.values() for cell in content.get("cells", ())}
-    protocols = {file.stem: content.get("protocol", "") for file, content in found.items()}
+        contents |= results
+    in_suites = {cell for content in contents.values() for cell in content.get("cells", ())}
+    protocols = {file.stem: content.get("protocol", "") for file, content in contents.items()}
     rows: dict[tuple[Any, ...], Row] = {}
-    for file, content in found.items():
+    for file, content in contents.items():
         if file.stem not in in_suites:
             for row in _rows(file, content, protocols):
                 rows.setdefault((row.data, row.encoder, row.variant, *row.metrics.items()), row)
     return list(rows.values())
 
 
-def told(name: str, value: float | None) -> str:
-    """A metric's value as tables tell it: shares of 1 in percent, others as they are."""
+def format_metric(name: str, value: float | None) -> str:
+    """A metric's value for tables: shares of 1 in percent, other metrics unchanged."""
     if value is None:
         return "-"
     return f"{100 * value:.1f}" if is_share(name) else f"{value:.1f}"
 
 
 def is_share(name: str) -> bool:
-    """Whether a metric is a share of 1, told in percent."""
+    """Whether a metric is a share of 1, shown in percent."""
     return name.startswith(_SHARES)
 
 
 def _result(file: Path, *, named: bool) -> dict[str, Any] | None:
-    """What a result file holds; None for another JSON that merely lies in the folder."""
+    """The content of a result file; None for any other JSON file of the folder."""
     try:
         content = json.loads(file.read_bytes())
     except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}", mend="remove it; the command that wrote it measures again") from None
+        raise UserError(f"{file} is damaged: {error}", mend="remove it and run the evaluation again") from None
     rows = content.get("results") if isinstance(content, dict) else None
     if isinstance(rows, list) and all(isinstance(row, dict) and {"encoder", "metrics"} <= row.keys() for row in rows):
         return content
     if named:
         raise UserError(
-            f"{file} is no result",
+            f"{file} is not a result",
             allowed="a JSON of train probe, fewshot, knn, zeroshot, retrieval, finetune, caption or eval",
-            mend="name what `--out` of the measuring command was",
+            mend="give the path of the evaluation's `--out`",
         )
     return None
 
 
 def _rows(file: Path, content: dict[str, Any], protocols: dict[str, str]) -> Iterable[Row]:
-    """`protocols`: of single results, by the names of their files, which a suite's rows refer to."""
+    """`protocols`: file name -> protocol of single results, which a suite's rows refer to."""
     for row in content["results"]:
         metrics = {name: (row[name], row.get(f"{name}_std")) for name in row["metrics"]}
         protocol = content.get("protocol") or protocols.get(row.get("cell", ""), "")
         variant = row.get("variant", protocol)
-        data, about = row.get("data", content.get("data", "?")), row.get("description", {})
-        prints = about.get("weights"), about.get("text_tower"), readout_of(about)
-        yield Row(data, row["encoder"], variant, protocol, metrics, len(row.get("seeds", ())), file, *prints)
+        data, description = row.get("data", content.get("data", "?")), row.get("description", {})
+        identity = description.get("weights"), description.get("text_tower"), readout_of(description)
+        yield Row(data, row["encoder"], variant, protocol, metrics, len(row.get("seeds", ())), file, *identity)
 
 
-def readout_of(about: dict[str, Any]) -> str | None:
-    """Layer and pool of an encoder's description, in words; None where it does not say."""
-    return f"layer {about['layer']}, pool {about['pool']}" if {"layer", "pool"} <= about.keys() else None
+def readout_of(description: dict[str, Any]) -> str | None:
+    """Layer and pool of an encoder's description, in words; None if it has none."""
+    return f"layer {description['layer']}, pool {description['pool']}" if {"layer", "pool"} <= description.keys() else None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Published figures of one protocol: name, percent (CIDEr: x 100).
+
+    Attributes:
+        data: the kinds of data (`--data KIND:DIR`) whose tables show them.
+        protocol: the variant, as results name it.
+    """
+
+    data: list[str]
+    protocol: str
+    title: str
+    rows: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of an ablation: `published` figures by column; `where`: keys of the runs of this line (see `matches`), empty: none."""
+
+    name: str
+    published: list[float | None]
+    where: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A table of the paper; `columns` are protocols."""
+
+    title: str
+    setting: str
+    columns: list[str]
+    rows: list[Line]
+
+
+@dataclass(frozen=True)
+class Published:
+    """The content of published.json."""
+
+    source: str
+    benchmarks: list[Benchmark]
+    ablations: list[Ablation]
+
+
+def published() -> Published:
+    """Read published.json."""
+    content = json.loads(resources.files("train.report").joinpath("published.json").read_text("utf8"))
+    benchmarks = [Benchmark(**{**one, "rows": [(name, value) for name, value in one["rows"]]}) for one in content["benchmarks"]]
+    ablations = [Ablation(**{**one, "rows": [Line(**line) for line in one["rows"]]}) for one in content["ablations"]]
+    return Published(content["source"], benchmarks, ablations)
+
+
+def is_of(row: Row, data: Sequence[str], protocol: str) -> bool:
+    """Whether a row is of one of these kinds of data (`imagenet:DIR`), and of that protocol or a variant of it."""
+    return row.data.partition(":")[0] in data and is_variant(row, protocol)
+
+
+def is_variant(row: Row, protocol: str) -> bool:
+    """Whether a row is of a protocol or a variant of it, e.g. `probe, MAE's recipe`; a suite writes its name and a colon first."""
+    return row.variant.rpartition(": ")[2].partition(",")[0].partition(" (")[0] == protocol
+
+
+def matches(run: Run, line: Line) -> bool:
+    """Whether a run's recipe has all values of a line; a line that names no method means `train run`."""
+    where = {"data.method": "superclass"} | line.where
+    return bool(line.where) and all(run.recipe.get(key) == wanted for key, wanted in where.items())
+
+
+@dataclass(frozen=True)
+class AblationResults:
+    """Own results for an ablation: `columns` (data, variant); `cells`: one row for each line, in the order of the columns."""
+
+    columns: list[tuple[str, str]]
+    cells: list[list[str]]
+
+
+def measured(ablation: Ablation, runs: Sequence[Run], rows: Sequence[Row]) -> AblationResults | None:
+    """Own results for an ablation; None if fewer than two of its lines have a run, which would compare nothing.
+
+    Several runs of a line (seeds) give mean ± standard deviation (n - 1).
+    """
+    kinds = [{run.path.resolve() for run in runs if matches(run, line)} for line in ablation.rows]
+    own = [row for row in rows if row.run and any(is_variant(row, column) for column in ablation.columns)]
+    columns = list(dict.fromkeys((row.data, row.variant) for row in own if any(row.run in kind for kind in kinds)))
+    cells = [[_cell([row for row in own if row.run in kind and (row.data, row.variant) == column]) for column in columns] for kind in kinds]
+    return AblationResults(columns, cells) if sum(any(cell != "-" for cell in line) for line in cells) > 1 else None
+
+
+def _cell(rows: list[Row]) -> str:
+    values = [value for row in rows if (value := row.metrics[row.main][0]) is not None]
+    if not values:
+        return "-"
+    name, mean = rows[0].main, statistics.fmean(values)
+    spread = statistics.stdev(values) if len(values) > 1 else rows[0].metrics[name][1]
+    runs = f", {len(values)} runs" if len(values) > 1 else ""
+    return format_metric(name, mean) + (f" ± {format_metric(name, spread)}{runs}" if spread is not None else "")
+
+
+def measured_tables(rows: Sequence[Row], paper: Published) -> Html:
+    """A table for each data set: a row for each encoder, a column for each variant of a protocol."""
+    if not rows:
+        return paragraph("No results: add --results with result JSONs (of train probe, fewshot, finetune, caption, eval), or their folder.")
+    blocks = [_block(data, [row for row in rows if row.data == data], paper.benchmarks) for data in dict.fromkeys(row.data for row in rows)]
+    units = "Accuracies and recalls in percent; ± is the standard deviation over seeds."
+    return join([paragraph(units, muted=True), *blocks, details("All metrics", _all_metrics(rows))])
+
+
+def paper_tables(runs: Sequence[Run], rows: Sequence[Row], paper: Published) -> Html:
+    """The paper's ablations, with own results where runs differ in the same key."""
+    text = (
+        "As published, in percent. If two or more of the runs above differ in what a table compares, the table shows their results too. "
+        "They are of another size and other data: compare the order, not the values."
+    )
+    return join([paragraph(text), *(_ablation(one, runs, rows) for one in paper.ablations), paragraph(paper.source, muted=True)])
+
+
+def _block(data: str, rows: Sequence[Row], benchmarks: Sequence[Benchmark]) -> Html:
+    encoders, variants = (
+        dict.fromkeys(row.encoder for row in rows),
+        dict.fromkeys(row.variant for row in rows if row.variant != row.encoder),
+    )
+    cells = {(row.encoder, row.variant): row for row in rows}
+    lines = []
+    for encoder in encoders:
+        row_cells = [cells.get((encoder, variant)) or cells.get((encoder, encoder)) for variant in variants]
+        lines.append([tag("code", encoder), *(_value(row, row.main) if row else "-" for row in row_cells)])
+    names = [f"#{variant}" + (f" ({metric})" if (metric := _metric(rows, variant)) else "") for variant in variants]
+    matching = [benchmark for benchmark in benchmarks if any(is_of(row, benchmark.data, benchmark.protocol) for row in rows)]
+    published_tables = [table(["Published", "#Figure"], benchmark.rows, caption=f"Published: {benchmark.title}") for benchmark in matching]
+    return join([tag("h3", data), table(["Encoder", *names], lines, caption="Measured", label=f"Measured on {data}"), *published_tables])
+
+
+def _metric(rows: Sequence[Row], variant: str) -> str:
+    """The main metric's name; empty for top-1 accuracy."""
+    return next(("" if row.main == "top1" else row.main for row in rows if row.variant == variant), "")
+
+
+def _value(row: Row, name: str) -> str:
+    mean, spread = row.metrics[name]
+    return format_metric(name, mean) + (f" ± {format_metric(name, spread)}" if spread is not None else "")
+
+
+def _all_metrics(rows: Sequence[Row]) -> Html:
+    lines = [
+        [
+            row.data,
+            tag("code", row.encoder),
+            row.variant,
+            name,
+            _value(row, name),
+            row.seeds or "-",
+            tag("span", row.protocol, class_="long"),
+        ]
+        for row in rows
+        for name in row.metrics
+    ]
+    return table(["Data", "Encoder", "Variant", "Metric", "#Value", "#Seeds", "Protocol"], lines, caption="Every metric of every result")
+
+
+def _published(value: float | None) -> str:
+    """With the decimals of the publication, at least one."""
+    return "-" if value is None else max(f"{value:.1f}", f"{value:g}", key=len)
+
+
+def _ablation(ablation: Ablation, runs: Sequence[Run], rows: Sequence[Row]) -> Html:
+    own = measured(ablation, runs, rows)
+    columns = ["", *(f"#{_COLUMN_NAMES[column]}, published" for column in ablation.columns)]
+    columns += [f"#{variant} on {data}, these runs" for data, variant in own.columns] if own else []
+    lines = []
+    for place, line in enumerate(ablation.rows):
+        numbers = [_published(value) for value in line.published]
+        lines.append([line.name, *numbers, *(own.cells[place] if own else [])])
+    return join([tag("h3", ablation.title), table(columns, lines, caption=ablation.setting, label=f"{ablation.title}: {ablation.setting}")])

@@ -1,4 +1,7 @@
-"""A run as its report needs it: RUN/config.yaml, data.json and metrics.jsonl -> recipe, facts, curves."""
+"""What a report says about runs: RUN/config.yaml, data.json and metrics.jsonl -> recipe, facts, curves.
+
+N steps, P points of a curve.
+"""
 
 import json
 import os
@@ -7,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from labels.config import load_pipeline
 from labels.errors import UserError
+from labels.html import Series
 from labels.settings import Pipeline
 
-# What a run says of its machine and its files, not of what it learns.
+# Keys of the machine and of files: they do not change what the run learns.
 _NOT_RECIPE = (
     "train.runtime.device",
     "train.runtime.threads",
@@ -21,6 +27,7 @@ _NOT_RECIPE = (
     "train.data.cache",
     "train.data.verify",
 )
+_POINTS, _RAW_POINTS = 200, 1_500
 _DATA_KEYS = ("samples", "captions", "tokenizer", "vocabulary", "idf_formula")
 
 
@@ -29,8 +36,8 @@ class Run:
     """One run.
 
     Attributes:
-        name: what the page calls it, unlike that of any other run.
-        recipe: dotted key -> value, of all that decides what is learnt: configuration, labels, data.
+        name: its name on the page, unique among the runs.
+        recipe: dotted key -> value, for everything that changes what is learnt: configuration, labels, data.
         facts: data.json.
         steps, throughput: lines of metrics.jsonl, in order of samples.
     """
@@ -49,7 +56,7 @@ class Run:
 
     @property
     def budget(self) -> int:
-        """Samples that it is to see: whole batches."""
+        """Samples of a finished run: whole batches."""
         batch = self.recipe["train.batch_size"]
         return self.recipe["train.samples"] // batch * batch
 
@@ -60,16 +67,16 @@ class Run:
 
     @property
     def bad_images(self) -> int:
-        """Images that did not decode, over all passes."""
+        """Images that did not decode, over all epochs."""
         total, before = 0, 0
-        for line in self.throughput:  # each process counts from 0
+        for line in self.throughput:  # the count starts at 0 after each resume
             now = line.get("bad_images", 0)
             total += now - before if now >= before else now
             before = now
         return total
 
     def seconds(self) -> float:
-        """Time in the loop, from the rates; without what a killed process had not written."""
+        """Time in the loop, from the rates that were logged."""
         total, before = 0.0, 0
         for line in self.throughput:
             total += (line["samples"] - before) / line["samples_per_s"]
@@ -77,7 +84,7 @@ class Run:
         return total
 
     def weighed(self, key: str) -> float | None:
-        """The mean of a throughput line's value over samples; None where no line has it."""
+        """The mean of a throughput value, weighted by samples; None if no line has it."""
         parts, before = [], 0
         for line in self.throughput:
             if key in line:
@@ -87,16 +94,16 @@ class Run:
         return sum(value * part for value, part in parts) / weight if weight else None
 
     def last_loss(self, share: float = 0.01) -> float | None:
-        """The mean loss over the last share of the steps, skipped ones left out."""
+        """The mean loss over the last `share` of the steps, without skipped steps."""
         tail = [line["loss"] for line in self.steps[-max(1, round(share * len(self.steps))) :] if line["loss"] is not None]
         return sum(tail) / len(tail) if tail else None
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read them all, each once.
+    """Read each run once.
 
     Raises:
-        UserError: no run, or a file of it is damaged.
+        UserError: a path is not a run, or a file of it is damaged.
     """
     distinct = {path.resolve(): path for path in paths}
     names = _names(list(distinct))
@@ -106,8 +113,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def _read(path: Path, name: str) -> Run:
     for file in ("config.yaml", "metrics.jsonl"):
         if not (path / file).is_file():
-            there = f"it has no {file}" if path.is_dir() else "there is no such folder"
-            raise UserError(f"{path} is no run: {there}", allowed="a folder that `train run --out` has written", mend="mend the path")
+            reason = f"it has no {file}" if path.is_dir() else "there is no such folder"
+            raise UserError(f"{path} is not a run: {reason}", allowed="a folder written by `train run --out`", mend="correct the path")
     facts = _json(path / "data.json") if (path / "data.json").is_file() else {}
     lines = _lines(path / "metrics.jsonl")
     steps, throughput = [line for line in lines if "loss" in line], [line for line in lines if "samples_per_s" in line]
@@ -116,20 +123,20 @@ def _read(path: Path, name: str) -> Run:
 
 
 def recipe(pipeline: Pipeline) -> dict[str, Any]:
-    """What the configuration says of the training, as dotted keys."""
+    """The keys of the configuration that change what is learnt, dotted."""
     flat = _flat("train.", pipeline.train.model_dump())
     return {key: value for key, value in flat.items() if not key.startswith(_NOT_RECIPE)}
 
 
 def _data_recipe(facts: dict[str, Any]) -> dict[str, Any]:
-    """What data.json says of the labels and images trained on."""
-    found = {f"data.{key}": facts[key] for key in _DATA_KEYS if key in facts}
-    found["data.method"] = facts.get("method", "superclass")
-    return found | _flat("labels.", facts.get("label_options", {}))
+    """What data.json says about the labels and images of the run."""
+    values = {f"data.{key}": facts[key] for key in _DATA_KEYS if key in facts}
+    values["data.method"] = facts.get("method", "superclass")
+    return values | _flat("labels.", facts.get("label_options", {}))
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
-    """Keys whose values differ between runs; for a single run, keys of the configuration that differ from the built-in defaults."""
+    """Keys that differ between the runs; for a single run, keys of the configuration that differ from the defaults."""
     sides = [run.recipe for run in runs]
     if len(runs) == 1:
         defaults = recipe(Pipeline()) | _flat("labels.", Pipeline().labels.model_dump())
@@ -140,7 +147,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
 
 
 def _names(paths: list[Path]) -> dict[Path, str]:
-    """Each path's last part, with as many of those above it as tell them apart."""
+    """The last part of each path, with enough of its parents to make the names unique."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = {path: os.sep.join(path.parts[-depth:]) for path in paths}
         if len(set(names.values())) == len(paths):
@@ -149,7 +156,7 @@ def _names(paths: list[Path]) -> dict[Path, str]:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """All lines; the last one may be cut, while a run goes on or after a kill."""
+    """All lines; the last one may be cut, in a run that is writing or was killed."""
     texts = file.read_text(encoding="utf8").splitlines()
     lines = []
     for number, text in enumerate(texts, start=1):
@@ -158,7 +165,9 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             if number == len(texts):
                 break
-            raise UserError(f"{file}: line {number} is damaged", mend="the run's own command drops what follows a checkpoint") from None
+            raise UserError(
+                f"{file}: line {number} is damaged", mend="resume the run: it drops the lines after its last checkpoint"
+            ) from None
         lines.append(line)
     return lines
 
@@ -167,12 +176,53 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_bytes())
     except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}", mend="the run's own command writes it anew") from None
+        raise UserError(f"{file} is damaged: {error}", mend="resume the run: it writes the file again") from None
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        found |= _flat(f"{name}.", value) if isinstance(value, dict) and value else {name: value}
-    return found
+        flat |= _flat(f"{name}.", value) if isinstance(value, dict) and value else {name: value}
+    return flat
+
+
+def loss_curves(runs: Sequence[Run], shown: Sequence[Run]) -> list[Series]:
+    """Curves of the runs in `shown`: means of neighbouring steps without the skipped ones, and for a single run its steps too.
+
+    The position in `runs` decides a curve's colour.
+    """
+    curves = []
+    for hue, run in enumerate(runs):
+        if run not in shown:
+            continue
+        samples, losses = _columns([line for line in run.steps if line["loss"] is not None], "loss")
+        if len(runs) == 1 and len(samples):
+            kept = np.unique(np.linspace(0, len(samples) - 1, _RAW_POINTS).round().astype(int))
+            curves.append(Series(samples[kept].tolist(), losses[kept].tolist(), "faint"))
+        curves.append(_series(samples, losses, run.name if len(runs) > 1 else "", hue))
+    return [curve for curve in curves if len(curve.xs)]
+
+
+def throughput_curves(runs: Sequence[Run], key: str, factor: float = 1.0) -> list[Series]:
+    """One curve for each run that has `key` in its throughput lines; the values are multiplied by `factor`."""
+    curves = []
+    for hue, run in enumerate(runs):
+        samples, values = _columns([line for line in run.throughput if key in line], key)
+        if len(samples):
+            curves.append(_series(samples, values * factor, run.name if len(runs) > 1 else "", hue))
+    return curves
+
+
+def binned(values: np.ndarray, points: int = _POINTS) -> np.ndarray:
+    """Means of neighbours: float64 [N] -> [min(N, P)]."""
+    edges = np.linspace(0, len(values), min(len(values), points) + 1).astype(int)
+    return np.add.reduceat(values, edges[:-1]) / np.diff(edges) if len(values) else values
+
+
+def _columns(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([line["samples"] for line in lines], float), np.array([line[key] for line in lines], float)
+
+
+def _series(samples: np.ndarray, values: np.ndarray, name: str, hue: int) -> Series:
+    return Series(binned(samples).tolist(), binned(values).tolist(), name=name, hue=hue)

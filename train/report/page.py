@@ -1,4 +1,4 @@
-"""The report of runs as a page: curves, recipe, results beside the paper's; see labels/html.py."""
+"""The page of `train report`: curves, recipes, results next to the paper's figures."""
 
 from collections.abc import Sequence
 
@@ -17,15 +17,12 @@ from labels.html import (
     table,
     tiles,
 )
-from train.report.curves import loss_curves, throughput_curves
-from train.report.published import published
-from train.report.result_tables import measured_tables, paper_tables
-from train.report.results import Row
-from train.report.runs import Run, differences
+from train.report.results import Row, measured_tables, paper_tables, published
+from train.report.runs import Run, differences, loss_curves, throughput_curves
 
 
 def report_page(runs: Sequence[Run], results: Sequence[Row]) -> str:
-    """The whole HTML file; `results` may hold encoders that are none of `runs`."""
+    """The whole HTML file; `results` may hold encoders other than `runs`."""
     paper = published()
     sections = [
         Section("loss", "Loss", _loss(runs)),
@@ -35,8 +32,8 @@ def report_page(runs: Sequence[Run], results: Sequence[Row]) -> str:
         Section("paper", "The paper's tables", paper_tables(runs, results, paper)),
     ]
     if len(runs) == 1:
-        return page(f"{runs[0].name}: what the training did", _tiles(runs[0]), sections)
-    return page(f"{len(runs)} runs: what training did", paragraph(", ".join(run.name for run in runs)), [_overview(runs), *sections])
+        return page(f"Run {runs[0].name}", _tiles(runs[0]), sections)
+    return page(f"{len(runs)} runs", paragraph(", ".join(run.name for run in runs)), [_overview(runs), *sections])
 
 
 def _tiles(run: Run) -> Html:
@@ -48,7 +45,7 @@ def _tiles(run: Run) -> Html:
             ("Loss", _or_dash(loss, "{:.3f}"), "nats, mean of the last 1% of steps"),
             ("Throughput", _or_dash(rate, "{:,.0f}"), f"samples/s; {format_seconds(run.seconds())} in the loop"),
             ("Data wait", _or_dash(wait, "{:.1%}"), "of the time"),
-            ("MFU", _or_dash(mfu, "{:.1%}"), "" if mfu is not None else "the device's peak is not known"),
+            ("MFU", _or_dash(mfu, "{:.1%}"), "" if mfu is not None else "unknown: the device's peak is not known"),
             ("Faults", f"{skipped + bad:,}", f"{skipped:,} steps skipped, {bad:,} bad images"),
         ]
     )
@@ -62,13 +59,13 @@ def _overview(runs: Sequence[Run]) -> Section:
         numbers = [_or_dash(run.last_loss(), "{:.3f}"), format_seconds(run.seconds()), _or_dash(rate, "{:,.0f}"), _or_dash(wait, "{:.1%}")]
         rows.append([run.name, seen, *numbers, _or_dash(mfu, "{:.1%}"), f"{run.skipped:,}", f"{run.bad_images:,}"])
     columns = ["Run", "#Samples seen", "#Loss (nats)", "#Time", "#Samples/s", "#Data wait", "#MFU", "#Skipped steps", "#Bad images"]
-    told = "Loss: mean of the last 1% of steps. Losses of different kinds, or of different labels, cannot be compared with each other."
-    return Section("runs", "Runs", join([table(columns, rows, caption="All runs"), paragraph(told, muted=True)]))
+    note = "Loss: mean of the last 1% of steps. Losses of different kinds or of different labels cannot be compared."
+    return Section("runs", "Runs", join([table(columns, rows, caption="All runs"), paragraph(note, muted=True)]))
 
 
 def _loss(runs: Sequence[Run]) -> Html:
-    """A chart for each kind of loss: their heights have nothing to do with each other."""
-    note = "The mean of neighbouring steps" + (", behind it the steps themselves" if len(runs) == 1 else "")
+    """A chart for each kind of loss, since values of different losses cannot be compared."""
+    note = "The mean of neighbouring steps" + (", and each step (faint)" if len(runs) == 1 else "")
     kinds = dict.fromkeys(run.recipe["train.loss.name"] for run in runs)
     charts = []
     for kind in kinds:
@@ -76,7 +73,7 @@ def _loss(runs: Sequence[Run]) -> Html:
         if curves:
             title = "Loss over samples seen" + (f": {kind}" if len(kinds) > 1 else "")
             charts.append(line_chart(title, Axis("samples seen", low=0.0), Axis("loss (nats)"), curves, note=note))
-    return join(charts) if charts else paragraph("No step is written yet.")
+    return join(charts) if charts else paragraph("No step is logged yet.")
 
 
 def _speed(runs: Sequence[Run]) -> Html:
@@ -91,18 +88,18 @@ def _speed(runs: Sequence[Run]) -> Html:
             top = max(max(curve.ys) for curve in curves)
             charts.append(line_chart(title, Axis("samples seen", low=0.0), Axis(label, low=0.0, high=top * 1.05 or 1.0), curves))
     if not charts:
-        return paragraph("No throughput is written yet.")
+        return paragraph("No throughput is logged yet.")
     if all(run.weighed("mfu") is None for run in runs):
-        charts.append(paragraph("MFU is not told: the device's peak is not known (train.runtime.peak_tflops says it).", muted=True))
+        charts.append(paragraph("No MFU: the device's peak is not known; set train.runtime.peak_tflops.", muted=True))
     return join(charts)
 
 
 def _recipe(runs: Sequence[Run]) -> Html:
     rows = [[key_name(key), *(key_name(_value(value)) for value in values)] for key, values in differences(runs)]
     if len(runs) > 1:
-        lead = "What the runs differ in." if rows else "The runs have one and the same recipe."
+        lead = "Keys that differ between the runs." if rows else "All runs have the same recipe."
     else:
-        lead = "What differs from the built-in defaults." if rows else "The built-in defaults."
+        lead = "Keys that differ from the built-in defaults." if rows else "The built-in defaults."
     shown = table(["Key", *(run.name for run in runs)], rows, caption=lead.removesuffix(".")) if rows else paragraph(lead)
     whole = [
         details(
