@@ -114,8 +114,7 @@ def open_clip(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
 
 def bare(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
     """libjpeg-turbo alone, called in a compiled loop: every image whole, at full size."""
-    from numba import njit
-
+    from labels.native import njit
     from train.jpeg import RGB, Decompressor, tj_decompress
 
     jpegs = [np.frombuffer(data, np.uint8) for data in jpegs_of(folder)]
@@ -205,8 +204,7 @@ def likeness(folder: Path, scale: float, count: int = 128) -> dict[str, float]:
 
 def label_cost(folder: Path) -> float:
     """Microseconds a sample of finding it, its index with it, and copying its label row, which was read with the image's bytes."""
-    from numba import njit
-
+    from labels.native import njit
     from train.betons import BetonSet
     from train.places import TABLE_BYTES, copy_labels, find
 

@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-from numba import njit, types  # pyright: ignore[reportPrivateImportUsage]  (numba documents it there)
+from numba import types  # pyright: ignore[reportPrivateImportUsage]  (numba documents it there)
 
 from labels import beton
+from labels.native import njit
 from preprocess.direct import DirectFile, aligned_buffer
 
 _LARGEST_PAGE = 1 << 26

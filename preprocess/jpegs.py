@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from labels import beton
+from labels.native import njit
 from labels.settings import Build, ShorterSide
 
 MAX_SIDE = 65_500  # libjpeg's own limit

@@ -6,7 +6,8 @@ A sample's crop depends on (seed, epoch, index) alone: not on threads, ranks or 
 import math
 
 import numpy as np
-from numba import njit
+
+from labels.native import njit
 
 _U = np.uint64
 

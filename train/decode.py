@@ -3,13 +3,11 @@
 B batch, S image side, K label limit. No Python runs per sample; the JPEG decoder's return code is checked for each.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from labels.files import fingerprint_of_sources
+from labels.native import njit
 from train.pixels import DAMAGED, Crops, decode_row, fits_canvas, window_of
 from train.places import BAD_JPEG, BAD_LABEL, BAD_READ, OK, TABLE_BYTES, Tables, copy_labels, find, read_sample
 from train.resample import aligned
@@ -35,10 +33,8 @@ class Rows(NamedTuple):
     status: np.ndarray
 
 
-@njit(nogil=True)
-def _canvas_shape(
-    tables: Tables, samples: np.ndarray, epochs: np.ndarray, limit: int, crops: Crops, scratch: np.ndarray
-) -> tuple[int, int]:
+@njit(nogil=True, cache=True)
+def canvas_shape(tables: Tables, samples: np.ndarray, epochs: np.ndarray, limit: int, crops: Crops, scratch: np.ndarray) -> tuple[int, int]:
     """Rows and columns in pixels of the smallest canvas for all images of a batch, in steps of 16 (few sizes: memory is used again)."""
     rows = columns = crops.size
     for row in range(len(samples)):
@@ -60,8 +56,8 @@ def _leave_out(image: np.ndarray, box: np.ndarray, labels: np.ndarray) -> None:
     box[3] = box[7] = image.shape[0]
 
 
-@njit(nogil=True)
-def _load_rows(
+@njit(nogil=True, cache=True)
+def load_rows(
     tables: Tables, samples: np.ndarray, epochs: np.ndarray, begin: int, end: int, crops: Crops, vocabulary: int, handle: int,
     scratch: np.ndarray, rows: Rows,
 ) -> int:  # fmt: skip
@@ -107,34 +103,3 @@ def _load_rows(
         if status[row] != OK and status[row] != BAD_LABEL:
             _leave_out(images[row], boxes[row], labels[row])
     return 0
-
-
-def _compiled_once(sources: str) -> tuple[Callable[..., tuple[int, int]], Callable[..., int]]:
-    """The entry points, kept as machine code in __pycache__ for later processes; why they enclose `sources`, labels/files.py says."""
-
-    @njit(nogil=True, cache=True)
-    def canvas_shape(tables, samples, epochs, limit, crops, scratch):  # noqa: ANN202 - numba infers it
-        _ = sources
-        return _canvas_shape(tables, samples, epochs, limit, crops, scratch)
-
-    @njit(nogil=True, cache=True)
-    def load_rows(tables, samples, epochs, begin, end, crops, vocabulary, handle, scratch, rows):  # noqa: ANN202
-        _ = sources
-        return _load_rows(tables, samples, epochs, begin, end, crops, vocabulary, handle, scratch, rows)
-
-    return canvas_shape, load_rows
-
-
-FILES = (
-    "crops.py",
-    "decode.py",
-    "jpeg.py",
-    "pixels.py",
-    "places.py",
-    "resample.py",
-    "simd.py",
-    "../labels/beton.py",
-    "../labels/places.py",
-)
-"""Sources of all that is compiled here."""
-canvas_shape, load_rows = _compiled_once(fingerprint_of_sources(__file__, FILES))

@@ -3,10 +3,10 @@
 B batch (of this rank), S image side, K label limit.
 """
 
-import numba
 import numpy as np
 import torch
 
+from labels.native import njit
 from labels.settings import Data
 from train.batch import Batch
 from train.canvas import resample_canvas
@@ -56,7 +56,7 @@ class ImageInput:
         return images.sub_(self._mean).div_(self._std), label_ids
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _look_up(pixels: np.ndarray, table: np.ndarray, into: np.ndarray) -> None:
     """into[..., c] = table[pixel, c] for uint8 [B, S, S, 3]: the same floats as four passes over the batch, in one."""
     flat, out = pixels.reshape(-1, 3), into.reshape(-1, 3)

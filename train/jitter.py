@@ -3,13 +3,10 @@
 B batch. Images are float32 [B, 3, H, W] in 0..1, changed in place.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
-from numba import njit
 
-from labels.files import fingerprint_of_sources
+from labels.native import njit
 from train.crops import uniform
 
 FACTORS = 4
@@ -18,8 +15,8 @@ _FIRST_DRAW = 41  # behind those of train/crops.py
 _LUMA = (0.2989, 0.587, 0.114)
 
 
-@njit
-def _draw(
+@njit(cache=True)
+def draw(
     strengths: np.ndarray, probability: float, grey_probability: float, seed: int, epochs: np.ndarray, positions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What is done to each sample.
@@ -49,21 +46,6 @@ def _draw(
                 order[row, step] = order[row, other]
                 order[row, other] = step
     return factors, order, grey
-
-
-def _compiled_once(sources: str) -> Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The entry point, kept as machine code in __pycache__ for later processes; why it encloses `sources`, labels/files.py says."""
-
-    @njit(cache=True)
-    def draw(strengths, probability, grey_probability, seed, epochs, positions):  # noqa: ANN202 - numba infers it
-        _ = sources
-        return _draw(strengths, probability, grey_probability, seed, epochs, positions)
-
-    return draw
-
-
-FILES = ("crops.py",)
-draw = _compiled_once(fingerprint_of_sources(__file__, FILES))
 
 
 @torch.no_grad()

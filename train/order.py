@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
+
+from labels.native import njit
 
 _ROUNDS = 6
 _U = np.uint64

@@ -11,8 +11,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from labels.native import njit
 from train.crops import flipped, random_crop
 from train.jpeg import RGB, tj_decompress, tj_error
 from train.resample import address_of, aligned, margin_bytes, resize_crop, work_bytes

@@ -9,14 +9,13 @@ the process. M files of samples, P shards, K label limit.
 # Compiled code: what numpy calls scalars are integers there.
 # pyright: reportArgumentType=false, reportReturnType=false
 import sys
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, types  # pyright: ignore[reportPrivateImportUsage]  (numba documents it there)
+from numba import types  # pyright: ignore[reportPrivateImportUsage]  (numba documents it there)
 
 from labels.beton import METADATA
-from labels.files import fingerprint_of_sources
+from labels.native import njit
 from labels.places import PLACE
 
 OK, BAD_TABLE, BAD_JPEG, BAD_LABEL, BAD_INDEX, BAD_READ = range(6)
@@ -196,8 +195,8 @@ def _will_need(file: int, begin: int, end: int) -> None:
             _fadvise(file, at, min(_ADVICE_BYTES, end - at), _WILL_NEED)
 
 
-@njit(nogil=True)
-def _advise(tables: Tables, samples: np.ndarray, limit: int, scratch: np.ndarray) -> None:
+@njit(nogil=True, cache=True)
+def advise(tables: Tables, samples: np.ndarray, limit: int, scratch: np.ndarray) -> None:
     """Have the bytes of samples read ahead, neighbours in one go; a sample that cannot be found is told when its turn comes.
 
     Args:
@@ -216,18 +215,3 @@ def _advise(tables: Tables, samples: np.ndarray, limit: int, scratch: np.ndarray
             file, begin, end = place.file, place.offset, place.offset
         end = max(end, place.offset + place.bytes + 4 * limit)
     _will_need(file, begin, end)
-
-
-def _compiled_once(sources: str) -> Callable[..., None]:
-    """The entry point, kept as machine code in __pycache__ for later processes; why it encloses `sources`, labels/files.py says."""
-
-    @njit(nogil=True, cache=True)
-    def advise(tables, samples, limit, scratch):  # noqa: ANN202 - numba infers it
-        _ = sources
-        _advise(tables, samples, limit, scratch)
-
-    return advise
-
-
-FILES = ("../labels/beton.py", "../labels/places.py")
-advise = _compiled_once(fingerprint_of_sources(__file__, FILES))

@@ -9,8 +9,8 @@ S image side.
 import math
 
 import numpy as np
-from numba import njit
 
+from labels.native import njit
 from train.simd import COLUMNS, OVERREAD, PAIR, TAPS, WEIGHT_BITS, WEIGHT_OFFSETS, column_sum, copy_bytes, pixel_sum
 
 _A = -0.5  # of PIL's cubic

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 
-from labels.files import fingerprint_of_sources
+from labels.native import njit
 from labels.tokenizers.kernels.table import Scalar
 from labels.tokenizers.kernels.wordbits import load, prefetch
 from preprocess.inputs.columns import offsets_and_bytes
@@ -72,8 +71,8 @@ class _Twice:
         return found
 
 
-@njit(nogil=True)
-def _add(slots: np.ndarray, hashes: np.ndarray) -> bool:
+@njit(nogil=True, cache=True)
+def _add_all(slots: np.ndarray, hashes: np.ndarray) -> bool:
     """Add hashes, less the 0 that stands for nothing, to an open-addressing set; whether one was there already."""
     mask, found = len(slots) - 1, False
     for place in range(len(hashes)):
@@ -95,8 +94,8 @@ def _hashes(strings: pa.StringArray) -> np.ndarray:
     return _hash_each(offsets, text)
 
 
-@njit(nogil=True)
-def _hash(offsets: np.ndarray, text: np.ndarray) -> np.ndarray:
+@njit(nogil=True, cache=True)
+def _hash_each(offsets: np.ndarray, text: np.ndarray) -> np.ndarray:
     """uint64 [N] of strings as int32 [N + 1] offsets into uint8 [B], eight bytes at a time."""
     hashes = np.empty(len(offsets) - 1, np.uint64)
     for row in range(len(hashes)):
@@ -116,23 +115,3 @@ def _hash(offsets: np.ndarray, text: np.ndarray) -> np.ndarray:
 def _mixed(value: Scalar, more: Scalar) -> Scalar:
     value = (value ^ more) * _PRIME
     return value ^ (value >> np.uint64(32))
-
-
-def _compiled_once(sources: str) -> tuple[Callable[..., bool], Callable[..., np.ndarray]]:
-    """The entry points, kept as machine code in __pycache__ for later processes; why they enclose `sources`, labels/files.py says."""
-
-    @njit(nogil=True, cache=True)
-    def add_all(slots, hashes):  # noqa: ANN202 - numba infers it
-        _ = sources
-        return _add(slots, hashes)
-
-    @njit(nogil=True, cache=True)
-    def hash_each(offsets, text):  # noqa: ANN202
-        _ = sources
-        return _hash(offsets, text)
-
-    return add_all, hash_each
-
-
-FILES = ("../../labels/tokenizers/kernels/wordbits.py",)
-_add_all, _hash_each = _compiled_once(fingerprint_of_sources(__file__, FILES))

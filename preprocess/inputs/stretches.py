@@ -2,7 +2,8 @@
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
+
+from labels.native import njit
 
 
 def gather_strings(data: np.ndarray, places: np.ndarray) -> pa.LargeBinaryArray:

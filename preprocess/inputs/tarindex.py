@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numba import njit
 
+from labels.native import njit
 from preprocess.inputs.stretches import gather_strings
 from preprocess.spool import map_path
 

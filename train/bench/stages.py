@@ -5,12 +5,10 @@ K label limit.
 
 import statistics
 import time
-from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 
-from labels.files import fingerprint_of_sources
+from labels.native import njit
 from labels.settings import Train
 from train import decode
 from train.batch import Slot
@@ -26,8 +24,8 @@ _ROUNDS = 5
 _FIRST_SCRATCH_BYTES = 1 << 20
 
 
-@njit(nogil=True)
-def _run_stages(
+@njit(nogil=True, cache=True)
+def run_stages(
     tables: Tables, samples: np.ndarray, epochs: np.ndarray, last: int, crops: Crops, vocabulary: int, handle: int, scratch: np.ndarray,
     labels: np.ndarray,
 ) -> int:  # fmt: skip
@@ -59,21 +57,6 @@ def _run_stages(
             columns, lines = shrunk(place.width, shrink), shrunk(place.height, shrink)
             decompress(scratch[TABLE_BYTES:].ctypes.data, place.bytes, columns, lines, handle, pixels, 3 * columns)
     return total
-
-
-def _compiled_once(sources: str) -> Callable[..., int]:
-    """The entry point, kept as machine code in __pycache__ for later processes; why it encloses `sources`, labels/files.py says."""
-
-    @njit(nogil=True, cache=True)
-    def run_stages(tables, samples, epochs, last, crops, vocabulary, handle, scratch, labels):  # noqa: ANN202 - numba infers it
-        _ = sources
-        return _run_stages(tables, samples, epochs, last, crops, vocabulary, handle, scratch, labels)
-
-    return run_stages
-
-
-FILES = tuple(f"../{name}" for name in decode.FILES)
-run_stages = _compiled_once(fingerprint_of_sources(__file__, FILES))
 
 
 def time_stages(betons: BetonSet, settings: Train, loader: Loader, count: int) -> dict[str, float]:

@@ -7,12 +7,10 @@ S image side.
 
 import math
 import threading
-from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 
-from labels.files import fingerprint_of_sources
+from labels.native import njit
 from train.crops import flipped, random_crop
 from train.evals.pixels import CROP_RATIO, CROP_SCALE
 from train.jpeg import Decompressor, tj_error, tj_header
@@ -45,8 +43,8 @@ def _window(width: int, height: int, side: int, centre: bool, seed: int, epoch: 
     return Window(shrink, first_column, first_row, columns, rows, x - first_column, y - first_row, float(w), float(h), flip)
 
 
-@njit
-def _decode(
+@njit(nogil=True, cache=True)
+def _decode_plain(
     encoded: np.ndarray, side: int, centre: bool, seed: int, epoch: int, index: int, handle: int, scratch: np.ndarray, image: np.ndarray
 ) -> int:
     """Fill `image`, uint8 [S, S, 3]; DONE, _UNFIT, or the bytes of scratch that are needed."""
@@ -63,22 +61,6 @@ def _decode(
     if found == DONE and tj_error(handle) == _WARNING:  # e.g. cut short: Pillow says what it thinks of it
         return _UNFIT
     return found if found >= DONE else _UNFIT
-
-
-def _compiled_once(sources: str) -> Callable[..., int]:
-    """The entry point, kept as machine code in __pycache__; why it encloses `sources`, labels/files.py says."""
-
-    @njit(nogil=True, cache=True)
-    def decode_plain(encoded, side, centre, seed, epoch, index, handle, scratch, image):  # noqa: ANN202 - numba infers it
-        _ = sources
-        return _decode(encoded, side, centre, seed, epoch, index, handle, scratch, image)
-
-    return decode_plain
-
-
-FILES = ("plain_jpeg.py", "pixels.py", "../crops.py", "../jpeg.py", "../pixels.py", "../resample.py", "../simd.py")
-"""Sources of all that is compiled here."""
-_decode_plain = _compiled_once(fingerprint_of_sources(__file__, FILES))
 
 
 class _OfThread(threading.local):

@@ -1,0 +1,122 @@
+"""Compiled code: numba's cache for functions that are made of several files.
+
+numba keeps the machine code of a function with `cache=True` until the function's *own* file changes, and knows nothing of the files whose
+functions and constants are compiled into it. `njit` of this module is numba's, with a cache locator for our packages that knows them:
+
+    decode.py: @njit(cache=True)  ->  decode.py and the files that it imports, and those that they import  ->  stamp  ->  __pycache__
+"""
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import CacheImpl, _CacheLocator
+
+from labels.errors import UserError
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("labels", "preprocess", "train")
+_IMPORT = re.compile(rf"^from ((?:{'|'.join(_PACKAGES)})\b[\w.]*) import (\([^)]*\)|.*)", re.MULTILINE)
+_config: Any = numba.config  # pyright: ignore[reportPrivateImportUsage]
+
+
+class SourceLocator(_CacheLocator):
+    """Where the machine code of one of our functions is cached, and the stamp of the sources that it is valid for."""
+
+    def __init__(self, py_func: Callable[..., Any], py_file: str) -> None:
+        self._py_file, self._line = py_file, py_func.__code__.co_firstlineno
+        self._folder = _cache_folder(os.path.dirname(py_file))
+
+    @classmethod
+    def from_function(cls, py_func: Callable[..., Any], py_file: str) -> "SourceLocator | None":
+        """None for a function of another library, or without a source file: numba's own locators are asked next."""
+        file = Path(py_file).resolve()
+        ours = file.is_relative_to(_ROOT) and file.relative_to(_ROOT).parts[0] in _PACKAGES and file.is_file()
+        return cls(py_func, str(file)) if ours else None
+
+    def get_cache_path(self) -> str:
+        return self._folder
+
+    def get_source_stamp(self) -> str:
+        return source_stamp(Path(self._py_file))
+
+    def get_disambiguator(self) -> str:
+        return str(self._line)
+
+
+@cache
+def source_stamp(file: Path) -> str:
+    """SHA-256 of the contents of a source file of our packages and of all that it imports from them, directly or not.
+
+    Contents, not times and sizes: a checkout changes all times, and an edit may keep the size.
+    """
+    files, waiting = {file}, [file]
+    while waiting:
+        imported = _read_source(waiting.pop())[1] - files
+        files |= imported
+        waiting += imported
+    digests = [(str(path.relative_to(_ROOT)), _read_source(path)[0]) for path in sorted(files)]
+    return hashlib.sha256(repr(digests).encode()).hexdigest()
+
+
+@cache
+def _read_source(file: Path) -> tuple[str, frozenset[Path]]:
+    """A file's SHA-256, and the files of our packages that it imports at its top level: a scan, as parsing takes 3 ms a file."""
+    source = file.read_bytes()
+    modules = set()
+    for module, names in _IMPORT.findall(source.decode()):
+        path = module.replace(".", "/")
+        modules |= {path, f"{path}/__init__"}
+        if os.path.isdir(_ROOT / path):  # from package import module
+            modules |= {f"{path}/{name}" for name in re.findall(r"\w+", names)}
+    paths = (_ROOT / f"{module}.py" for module in modules)
+    return hashlib.sha256(source).hexdigest(), frozenset(path for path in paths if path.is_file())
+
+
+@cache
+def _cache_folder(folder: str) -> str:
+    """The first folder that can be written, for the functions of the files in `folder`."""
+    for path in _cache_folders(folder):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError:
+            continue
+        return str(path)
+    raise UserError(
+        "no folder for compiled code can be written: not the package's, not the user's cache, no temporary one",
+        mend="set NUMBA_CACHE_DIR to a folder that can be written",
+    )
+
+
+def _cache_folders(folder: str) -> Iterator[Path]:
+    unique = SourceLocator.get_suitable_cache_subpath(os.path.join(folder, "any.py"))
+    if _config.CACHE_DIR:
+        yield Path(_config.CACHE_DIR, unique)
+    yield Path(folder, "__pycache__")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if user.is_absolute():  # without HOME it may be "~"
+        yield user / "superclass" / "numba" / unique
+    try:
+        temporary = Path(tempfile.gettempdir(), f"superclass-numba-{os.getuid()}")
+        temporary.mkdir(mode=0o700, exist_ok=True)
+        found = temporary.lstat()  # compiled code is run: nobody else may have put it there
+    except OSError:
+        return
+    if found.st_uid == os.getuid() and found.st_mode & 0o170077 == 0o040000:
+        yield temporary / unique
+
+
+# The setting CACHE_LOCATOR_CLASSES of newer versions, if it is set, replaces numba's list.
+CacheImpl._locator_classes.insert(0, SourceLocator)
+if getattr(_config, "CACHE_LOCATOR_CLASSES", ""):
+    _config.CACHE_LOCATOR_CLASSES = f"{__name__}.{SourceLocator.__name__},{_config.CACHE_LOCATOR_CLASSES}"
+
+njit = numba.njit  # noqa: TID251
+"""numba's decorator. To import it from this module registers SourceLocator before the first function is compiled."""
