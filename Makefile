@@ -1,6 +1,7 @@
-# make demo: the main job on real input.  make ablations: the paper's tables at the demo's size.
-# make test: the tests.  make check: style and types.  make wheel: dist/*.whl.
-.PHONY: setup demo ablations test check wheel lock clean
+# make demo: from real image-text pairs to an evaluated encoder.  make ablations: the paper's tables at the demo's size.
+# make test: the tests.  make check: formatter, linter, type checker.  make wheel: dist/*.whl.
+# make picture: docs/example.png, the picture of the README.
+.PHONY: setup demo ablations picture test check wheel lock clean
 
 BIN := .venv/bin
 
@@ -13,10 +14,15 @@ setup: .venv/.done
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/openclipart/demo.sh
 
-# Killed, the same command goes on with what is missing.
+# Resumable: run it again after an interruption.
 ablations: setup
 	@$(BIN)/python examples/openclipart/make_shards.py --out demo/data --cache demo/cache
 	@$(BIN)/python examples/openclipart/ablations.py --data demo/data --out demo/ablations
+
+# 128 colours keep the file below 50 KB.
+picture: demo
+	@$(BIN)/preprocess explain demo/out 000000010095 --png docs/example.png
+	@$(BIN)/python -c 'from PIL import Image; f = "docs/example.png"; Image.open(f).convert("RGB").quantize(128).save(f, optimize=True)'
 
 test: setup
 	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile
@@ -30,7 +36,7 @@ wheel: setup
 	@rm -rf build
 	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
-# After changing a range in pyproject.toml: the exact versions that .venv holds become the lock.
+# After a change of version ranges in pyproject.toml: install them and write the exact versions to requirements.lock.
 lock: setup
 	@$(BIN)/pip install --quiet --editable '.[train,evals,onnx,ffcv,ray,s3,sentencepiece,demo,dev]'
 	@$(BIN)/pip freeze --exclude-editable > requirements.lock

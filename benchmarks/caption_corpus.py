@@ -1,7 +1,7 @@
-"""Captions for the benchmarks: real web captions recombined into as many as wanted, with a vocabulary that keeps growing.
+"""Captions for the benchmarks: real web captions recombined into any number of rows, with a growing vocabulary.
 
-A row is the first half of one caption and the second half of another; one row in 20 ends in a made-up word. Half of the captions
-beyond ASCII would vanish among the others, so they keep their share.
+A row is the first half of one caption and the second half of another; one row in 20 ends in a new, made-up word.
+ASCII and non-ASCII captions are recombined separately, so that the share of non-ASCII captions does not change.
 """
 
 import io

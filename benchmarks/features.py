@@ -1,15 +1,16 @@
-"""How fast features are extracted, beside the training loader and the trunk's bare forward pass.
+"""Speed of feature extraction, compared with the training loader and the trunk's forward pass.
 
 Run: python benchmarks/features.py              both trunks
      python benchmarks/features.py demo --rounds 9
 
-JPEGs of 256 x 256 pixels, made in code: as labelled shards for the extraction, and as betons, built from the same shards, for the loader.
-Four things take turns, each on all cores (and the GPU, where there is one), from the page cache; medians:
-  loader      train/loader.py, host resampling, its batches taken and dropped
-  decoding    what extraction decodes (train/evals/decoded.py, pixels.py: the central crop), taken and dropped
-  trunk       the forward pass on one batch that lies on the device, again and again
-  extraction  train/evals/features.py, from places to the array
-What it could at best: on a GPU the slower of loader and trunk; on a CPU, where both share the cores, 1 / (1 / loader + 1 / trunk).
+Input: JPEGs of 256 x 256 pixels, made in code: labelled shards for the extraction, and betons built from them for the
+loader. Four measurements take turns, each on all cores (and the GPU, if there is one), from the page cache; medians:
+  loader      train/data/loader.py with host resampling; batches are discarded
+  decoding    the decoding part of extraction (train/evals/features.py: the central crop); batches are discarded
+  trunk       the forward pass, repeated on one batch in the device's memory
+  extraction  train/evals/features.py, from image locations to the feature array
+Upper limit: on a GPU the slower of loader and trunk; on a CPU, where both share the cores,
+1 / (1 / loader + 1 / trunk).
 """
 
 import argparse

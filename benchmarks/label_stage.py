@@ -1,4 +1,4 @@
-"""The label stage as benchmarks/labels.py measures it: a build's seconds and memory, and the processor time of its steps."""
+"""The label stage for benchmarks/labels.py: seconds and memory of a build, and the CPU time of its steps."""
 
 import shutil
 import subprocess
@@ -13,9 +13,9 @@ LIMIT = 75
 
 
 def build(data: Path, out: Path, *options: str, watched: bool = True) -> tuple[float, float]:
-    """`preprocess build-labels` on two workers into a new OUT: seconds, and the most memory of all its processes together, bytes.
+    """Run `preprocess build-labels` with two workers: seconds, and the peak memory of all its processes together, bytes.
 
-    Not `watched` the memory is 0: to ask for it ten times a second takes a tenth of the workers' time.
+    Without `watched` the memory is 0: measuring it ten times a second takes a tenth of the workers' time.
     """
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "preprocess", "build-labels", str(data), "--out", str(out), "--workers", "2", "--no-beton", *options]

@@ -1,11 +1,13 @@
-"""The label stage beside the tokenizers and readers that others use; every ratio within one run, medians of alternating rounds.
+"""The label stage, compared with HF tokenizers, open_clip and webdataset.
 
-    python benchmarks/labels.py tables --captions FILE.parquet [--rows 20M]    caption Parquet -> label Parquet + IDF, kernel, steps
-    python benchmarks/labels.py tars --captions FILE.parquet                  img2dataset tars -> label Parquet + IDF; webdataset
-    python benchmarks/labels.py count --captions FILE.parquet [--rows 100M]   peak memory of the stage; DuckDB's counts and a bincount
+Every ratio is from one run; medians of rounds in which the sides take turns.
 
-FILE.parquet has a column `caption`. `--work DIR` holds the inputs made from it (kept for the next run) and the results. `tars` needs
-`pip install webdataset`. On shared machines only the ratios mean something.
+    python benchmarks/labels.py tables --captions FILE.parquet [--rows 20M]   caption Parquet -> labels, IDF; kernel, steps
+    python benchmarks/labels.py tars --captions FILE.parquet                  img2dataset tars -> labels, IDF; webdataset
+    python benchmarks/labels.py count --captions FILE.parquet [--rows 100M]   peak memory; DuckDB's counts and a bincount
+
+FILE.parquet has a column `caption`. `--work DIR` stores the inputs made from it, for later runs, and the results. `tars`
+needs `pip install webdataset`. On shared machines only the ratios are comparable.
 """
 
 import argparse
@@ -96,7 +98,7 @@ def kernel_alone(tokenizer: ClipTokenizer, captions: Any) -> None:
 
 
 def tables(captions: list[str], rows: int, rounds: int, work: Path) -> dict[str, Any]:
-    """Whole stage, kernel and steps beside the two tokenizers."""
+    """Whole stage, kernel and steps, compared with the two tokenizers."""
     data = work / f"tables-{rows}"
     if not data.is_dir():
         write_tables(work / "making", captions, rows, files=FILES)
@@ -165,8 +167,8 @@ def print_tables(result: dict[str, Any]) -> None:
     hours = DATACOMP_1B / whole / 3600
     print(f"{hours:.2f} hours for 1.28 billion captions; peak memory of all processes {result['peak_gib']:.2f} GiB")
     spent = result["steps_us"]
-    told = ", ".join(f"{name} {value / sum(spent.values()):.0%} ({value:.3f})" for name, value in spent.items())
-    print(f"share of each step (microseconds of processor time a caption): {told}")
+    shares = ", ".join(f"{name} {value / sum(spent.values()):.0%} ({value:.3f})" for name, value in spent.items())
+    print(f"share of each step (microseconds of CPU time per caption): {shares}")
 
 
 def webdataset_part(paths: list[str]) -> int:
@@ -177,7 +179,7 @@ def webdataset_part(paths: list[str]) -> int:
 
 
 def tars(captions: list[str], rows: int, rounds: int, work: Path) -> dict[str, Any]:
-    """From tars in the page cache, beside webdataset. Ours reads every tar under several names: start-up is not what is measured."""
+    """From tars in the page cache, compared with webdataset. Every tar is read under several names, to make start-up negligible."""
     shards = max(4, rows // 10_000)
     data = work / f"tars-{rows}"
     if not data.is_dir():

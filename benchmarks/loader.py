@@ -1,11 +1,12 @@
-"""CPU time per image of the loader, beside stock FFCV on the same betons, OpenCLIP's pipeline on the same tars, and the bare decode.
+"""CPU time per image of the loader, compared with stock FFCV (same betons), OpenCLIP + webdataset (same tars) and a bare decode.
 
     python benchmarks/loader.py [--work DIR] [--cases 256/0.9 256/0.08 500/0.9 768/0.9 1024/0.9] [--repeats 5] [--epochs 8]
                                 [--json FILE]
 
-A case is a kind of photographs (benchmarks/photo_tiles.py; made into DIR on the first call, with apt-get) and the least share of the area
-that a random crop takes. Every system runs in a process of its own with one decoding thread; they take turns, the page cache is warm, and
-everything is compiled before. What counts is the median of the processor time of the whole process: the machine may be shared.
+A case is a size of photographs (benchmarks/photo_tiles.py; made in DIR on the first call, with apt-get) and the smallest
+share of the area of a random crop. Every system runs in its own process with one decoding thread; they take turns, with a
+warm page cache and after compilation. The result is the median CPU time of the whole process, because the machine may be
+shared.
 """
 
 import argparse
@@ -40,7 +41,7 @@ CAPTIONS = [
 
 
 def prepare(work: Path, name: str) -> Path:
-    """WORK/<name> with shards and an OUT built from them, made once."""
+    """WORK/<name> with shards and a label dataset built from them, made once."""
     from labels.config import load_pipeline
     from preprocess.build import build_labels
 
@@ -154,7 +155,7 @@ SYSTEMS = {"this, host": host, "this, device": device, "stock FFCV": stock, "Ope
 
 
 def serve(system: str, folder: Path, scale: float, epochs: int, pipe: Connection) -> None:
-    """A process: measures whenever it is asked, and answers with microseconds of processor time an image."""
+    """A process that measures on request and returns microseconds of CPU time per image."""
     run = SYSTEMS[system](folder, scale, epochs)
     run()
     pipe.send(0.0)

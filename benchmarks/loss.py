@@ -1,12 +1,12 @@
-"""Loss and head: time and memory beside the dense formulas and beside three bare matrix products.
+"""Loss and head: time and memory, compared with the dense formulas and with three bare matrix products.
 
 Run: python benchmarks/loss.py [--batch 4096 1024 256] [--loss softmax bce asl soft_margin two_way] [--precision fp32 bf16] [--repeats 3]
 
-One step is logits, loss and the gradients of features, weight and bias, on the CPU. `dense` is each loss as its source writes it, on a
-B x V target; `products` are the three matrix products that a linear layer with a gradient cannot do without (bf16: of bf16 operands). The
-sides take turns in one process, the median counts. Memory is the high-water mark of a process of its own, beyond features, head, labels
-and what a step of two samples leaves there. Labels are drawn from Zipf's law (about 13 a caption, as in English captions). bf16 is
-autocast: float32 parameters.
+One step computes logits, loss and the gradients of features, weight and bias, on the CPU. `dense` is the reference formula
+of each loss, on a B x V target; `products` are the three matrix products that every linear layer with a gradient needs
+(bf16: with bf16 operands). The sides take turns in one process; medians. Memory is the high-water mark of a separate
+process, without features, head, labels and what a step of two samples allocates. Labels are drawn from Zipf's law (about
+13 per caption, as in English captions). bf16 means autocast: float32 parameters.
 """
 
 import argparse
@@ -143,7 +143,7 @@ def print_peak(side: str, name: str, precision: str, batch: int) -> None:
     weight.grad = bias.grad = None
     status = Path("/proc/self/status")
     before = int(status.read_text().split("VmRSS:")[1].split()[0])
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     step(side, name, precision, (features, weight, bias, label_ids, idf))()
     print((int(status.read_text().split("VmHWM:")[1].split()[0]) - before) / 1024)
 

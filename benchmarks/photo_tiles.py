@@ -1,9 +1,9 @@
-"""Photographs to measure loaders on: tiles of Debian's wallpapers, as img2dataset would store them.
+"""Photographs for loader benchmarks: tiles of Debian's wallpapers, stored as img2dataset does.
 
     apt-get download plasma-workspace-wallpapers -> WORK/unpacked -> WORK/<name>/shards/<nnnnnnnn>.tar
 
-Nothing is installed. The tiles are cut with a fixed seed, halved (256 and 500 pixels), so that they are as sharp as photographs on the
-web, and stored with the quality that img2dataset has by default.
+Nothing is installed. The tiles are cut with a fixed seed, shrunk to half size (256 and 500 pixels), so that they are as sharp
+as photographs on the web, and stored with img2dataset's default quality.
 """
 
 import io
@@ -51,7 +51,7 @@ def fetch_photos(work: Path) -> list[Path]:
 
 
 def cut_tiles(photos: list[Path], kind: Kind, count: int, seed: int = 0) -> list[bytes]:
-    """`count` JPEGs of a kind, their places and aspects drawn from `seed`."""
+    """`count` JPEGs of a kind, their positions and aspects drawn from `seed`."""
     rng = np.random.default_rng(seed)
     tiles = []
     for number in range(count):

@@ -1,11 +1,11 @@
-"""Both ways of resampling beside PIL's antialiased bicubic of the very same crop: photographs, noise, and a zone plate.
+"""Both modes of resampling, compared with PIL's antialiased bicubic of the same crop: photographs, noise, a zone plate.
 
     python benchmarks/resample.py [--work DIR] [--count 128] [--picture FILE]
 
-Photographs are tiles of Debian's wallpapers (benchmarks/photo_tiles.py), fetched into DIR on the first call; crops of 0.08 to 1.0 of the
-area. Told are the largest difference in levels of 8 bits, and how many values differ. Of the zone plate: what is left of rings that the
-output cannot hold, as a standard deviation, which would be 0 with an ideal filter; --picture writes them side by side: PIL, host, device,
-and OpenCV's INTER_AREA, which is FFCV's, and INTER_LINEAR.
+Photographs are tiles of Debian's wallpapers (benchmarks/photo_tiles.py), downloaded into DIR on the first call; crops of
+0.08 to 1.0 of the area. Prints the largest difference in 8-bit levels and the share of values that differ. For the zone
+plate it prints the aliasing: the standard deviation of rings that the output cannot represent, 0 for an ideal filter;
+--picture writes the results side by side: PIL, host, device, and OpenCV's INTER_AREA (as in FFCV) and INTER_LINEAR.
 """
 
 import argparse

@@ -1,15 +1,16 @@
-"""Large sets, many small betons, images left in their tars, and how well samples are mixed.
+"""Large data sets, many small betons, images in tars, and how well samples are mixed.
 
     python benchmarks/set.py [--work DIR] [--repeats 5] [--parts open order small mixing]
 
-    open     10 million samples in 100 betons (whose pages are holes: opening does not read them): seconds and memory, in a new process
+    open     10 million samples in 100 sparse betons (opening does not read pages): seconds and memory, in a new process
     order    1.28 billion samples: seconds until the first batch, and memory, in a new process
-    small    images/s of one beton, of the same samples in 16 betons, and of the same in their tars (`--no-images`), in turns, page cache
-             warm; pixels and labels are compared
-    mixing   batches of 1,024 out of a million samples in 100 shards, beside a true shuffle: shards in a batch, most samples of one shard,
-             correlation of sample and position, mean distance of two neighbours as a share of the set (a third, if they are independent)
+    small    images/s of one beton, of the same samples in 16 betons, and in their tars (`--no-images`), in turns, with a
+             warm page cache; pixels and labels are compared
+    mixing   batches of 1,024 from a million samples in 100 shards, compared with a true shuffle: shards per batch, most
+             samples of one shard, correlation of sample and position, mean distance of two neighbours as a share of the
+             set (a third if they are independent)
 
-Photographs (benchmarks/photo_tiles.py) and OUTs are made in DIR on the first call.
+Photographs (benchmarks/photo_tiles.py) and label datasets are made in DIR on the first call.
 """
 
 import argparse
@@ -54,7 +55,7 @@ print(f"{{seconds:.2f}} s, {{peak() - memory:.0f}} MiB beyond the {{memory:.0f}}
 
 
 def prepare(work: Path) -> dict[str, Path]:
-    """The same photographs as one beton, as 16, and as places in their tars."""
+    """The same photographs as one beton, as 16, and as an image index of their tars."""
     shards, outs = work / "set" / "shards", {name: work / "set" / name for name in ("one", "sixteen", "tars")}
     if not shards.is_dir():
         write_tars(shards, cut_tiles(fetch_photos(work), KINDS[0], IMAGES), ["a photograph of a place", "hills at dusk, seen from afar"])
@@ -68,7 +69,7 @@ def prepare(work: Path) -> dict[str, Path]:
 
 
 def large_set(out: Path, target: Path) -> Path:
-    """An OUT of 10 million samples, its manifest and betons' heads as if they were there."""
+    """A label dataset of 10 million samples: manifest and beton headers only."""
     manifest, layout = read_manifest(out), Layout(target)
     layout.betons.mkdir(parents=True, exist_ok=True)
     layout.idf_parquet.write_bytes(Layout(out).idf_parquet.read_bytes())
@@ -108,9 +109,9 @@ def compare_rates(outs: dict[str, Path], repeats: int) -> None:
         assert all(torch.equal(*pair) for name in sets for pair in zip(first[name], first["one"], strict=True))
     one = statistics.median(rates["one"])
     for name, values in rates.items():
-        told = ", ".join(f"{mine / its:.3f}" for mine, its in zip(values, rates["one"], strict=True))
+        ratios = ", ".join(f"{mine / its:.3f}" for mine, its in zip(values, rates["one"], strict=True))
         middle = statistics.median(values)
-        print(f"{name:<9} {len(sets[name].parts)} files: {middle:,.0f} images/s, {middle / one:.3f} ({told})")
+        print(f"{name:<9} {len(sets[name].parts)} files: {middle:,.0f} images/s, {middle / one:.3f} ({ratios})")
 
 
 def compare_mixing() -> None:

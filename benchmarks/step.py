@@ -1,13 +1,13 @@
-"""What the trainer itself costs: the loop beside a bare step, and all CPU work outside model and optimiser beside the paper's pipeline.
+"""Overhead of the trainer: the loop against bare steps, and its CPU work outside the model against the paper's pipeline.
 
-Run: python benchmarks/step.py loop     samples/s with preloaded batches, beside forward, backward, step and nothing else
-     python benchmarks/step.py cpu      CPU microseconds a sample, at images of 256 pixels and batches of 128
+Run: python benchmarks/step.py loop     samples/s with preloaded batches, against forward, backward and optimizer step only
+     python benchmarks/step.py cpu      CPU microseconds per sample, with images of 256 pixels and batches of 128
 
-`loop`: the same ViT (4 layers, width 192, patch 8 at 64 pixels), head of 49,408 classes, batch 64, fp32. `cpu`: the loop with loader and
-normalisation, around a model of one number, so that nearly all of its time is outside model and optimiser; the paper's pipeline restated
-with public libraries (webdataset, PIL, torchvision's RandomResizedCrop, open_clip's tokenizer, default collation; its dense targets are
-not counted). Both read the same 1,024 JPEGs of 256 x 256 pixels, made in code, from the page cache, on one thread. CPU time is the
-process's. The sides take turns; medians.
+`loop`: both sides use the same ViT (4 layers, width 192, patch 8 at 64 pixels), a head of 49,408 classes, batch 64, fp32.
+`cpu`: the loop with loader and normalisation around a model with one parameter, so that nearly all time is outside model
+and optimizer; the paper's pipeline is rebuilt from public libraries (webdataset, PIL, torchvision's RandomResizedCrop,
+open_clip's tokenizer, default collation; without its dense targets). Both read the same 1,024 JPEGs of 256 x 256 pixels,
+made in code, from the page cache, on one thread. CPU time is that of the process. The sides take turns; medians.
 """
 
 import argparse

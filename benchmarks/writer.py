@@ -1,16 +1,17 @@
-"""Writing betons, beside FFCV's own writer and beside `cp`, from the same tars.
+"""Speed of writing betons, compared with FFCV's writer and with `cp`, from the same tars.
 
-    python benchmarks/writer.py --tars FOLDER [--samples 100000] [--stock-samples 10000] [--repeats 3] [--workers 2] [--decode-check header]
+    python benchmarks/writer.py --tars FOLDER [--samples 100000] [--stock-samples 10000] [--repeats 3] [--workers 2]
+                                [--decode-check header]
 
-FOLDER holds tars of photographs (benchmarks/photo_tiles.py writes such); their samples are repeated under new keys until there are
-enough, 10,000 a tar as DataComp has them. The sides take turns, each after a `sync`, the page cache warm; the median counts.
+FOLDER contains tars of photographs (e.g. from benchmarks/photo_tiles.py); their samples are repeated under new keys up to
+--samples, 10,000 per tar as in DataComp. The sides take turns, each after a `sync`, with a warm page cache; medians.
 
-    ours       the whole command `preprocess build-labels` from start to exit, labels done before: it reads the tars, looks at every JPEG's
-               header and end mark (`--decode-check header`, the default; `full` decodes each once), hashes, and fsyncs
-    nothing    the same command again, all being done: what of it is not writing
+    ours       the whole command `preprocess build-labels` with labels already built: reads the tars, checks the header and
+               end marker of every JPEG (`--decode-check header`, the default; `full` decodes each), hashes, and fsyncs
+    nothing    the same command again with nothing left to do: the time that is not writing
     ffcv       ffcv.DatasetWriter with RGBImageField(write_mode="jpg"), which decodes and encodes; its own worker processes
-    cp         `cp` of the tars into a new folder; nothing is synced
-    cp+sync    the same until the bytes are on the disk, as ours are
+    cp         `cp` of the tars into a new folder, without sync
+    cp+sync    `cp` until the bytes are on the disk, like ours
 """
 
 import argparse
@@ -46,7 +47,7 @@ def repeat_samples(folder: Path, target: Path, count: int) -> None:
     for first in range(0, count, A_TAR):
         with tarfile.open(target / f"{first // A_TAR:08d}.tar", "w", bufsize=1 << 22) as tar:
             for number in range(first, min(first + A_TAR, count)):
-                caption = f"a photograph of a place, number {number % 997}".encode()
+                caption = f"a photograph, number {number % 997}".encode()
                 for suffix, data in (("jpg", images[number % len(images)]), ("txt", caption), ("json", b"{}")):
                     info = tarfile.TarInfo(f"{number:012d}.{suffix}")
                     info.size = len(data)
@@ -58,14 +59,14 @@ class TarImages:
 
     def __init__(self, path: Path, count: int) -> None:
         with tarfile.open(path) as tar:
-            places = [(member.offset_data, member.size) for member in tar if member.name.endswith(".jpg")]
-        self._path, self._places = path, places[:count]
+            offsets = [(member.offset_data, member.size) for member in tar if member.name.endswith(".jpg")]
+        self._path, self._offsets = path, offsets[:count]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, int]:
-        offset, size = self._places[number]
+        offset, size = self._offsets[number]
         with open(self._path, "rb") as file:
             file.seek(offset)
             with Image.open(io.BytesIO(file.read(size))) as image:

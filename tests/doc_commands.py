@@ -4,7 +4,7 @@
 ```bash run    is also run, in this process, in the folder that the pages' tests share
 ```yaml NAME   a configuration or a suite; NAME is a file that later commands read
 ```python run  is run there, too
-```sql         see test_readme.py and test_cookbook.py
+```sql         see test_cookbook.py
 ```text        is no command
 """
 
@@ -137,11 +137,11 @@ def check(words: list[str]) -> None:
 def inline_commands(page: Path) -> list[list[str]]:
     """Words of the inline code that begins with this project's commands or options; `|` stands for a choice of values.
 
-    The first column of a table with the heading `there` holds other programs' options, and is left out.
+    The first column of a table with the headings `from` and `to` holds other programs' options, and is skipped.
     """
     text, foreign, lines = _FENCE.sub("", page.read_text("utf8")).replace("\\|", "/"), False, []
     for line in text.splitlines():
-        foreign = line.startswith("|") and (foreign or line.startswith("| there |"))
+        foreign = line.startswith("|") and (foreign or line.startswith("| from | to |"))
         lines.append(line.split("|", 2)[-1] if foreign else line)
     codes = _INLINE.findall("\n".join(lines))
     return [shlex.split(code) for code in codes if code.split(" ")[0] in GROUPS or code.startswith("--")]
@@ -173,3 +173,9 @@ def api_row(name: str) -> str:
     summary = (inspect.getdoc(found) or "").partition("\n\n")[0].replace("\n", " ")
     called = ", ".join(parameter for parameter in inspect.signature(found).parameters if parameter != "self")
     return f"| `{name}` | {called or '-'} | {summary.replace('|', '&#124;')} |"
+
+
+if __name__ == "__main__":  # rewrite the table of docs/api.md from the code
+    page = ROOT / "docs" / "api.md"
+    lines = page.read_text("utf8").splitlines()
+    page.write_text("\n".join(api_row(line.split("`")[1]) if line.startswith("| `") else line for line in lines) + "\n", "utf8")

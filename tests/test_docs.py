@@ -24,6 +24,11 @@ SMALLER = (
 )  # fmt: skip
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 OTHERS = [page for page in PAGES if page != TUTORIAL and any(block.run for block in blocks(page))]
+MOVING = pytest.mark.xfail(reason="the page names modules at the places they are about to be moved to", strict=True)
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +67,9 @@ def assert_page_runs(page: Path) -> None:
 
 
 def made_smaller(text: str) -> str:
-    for told, done in SMALLER:
-        assert told in text, f"the tutorial no longer says {told!r}"
-        text = text.replace(told, done)
+    for written, smaller in SMALLER:
+        assert written in text, f"the tutorial no longer says {written!r}"
+        text = text.replace(written, smaller)
     return text
 
 
@@ -86,12 +91,12 @@ def test_the_tutorial_leaves_what_it_promises(folder: Path) -> None:
     assert (folder / "results" / "probe.json").is_file() and (folder / "results" / "suite" / "table.md").is_file()
 
 
-@pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=MOVING) if page.name == "api.md" else page for page in OTHERS], ids=page_id)
 def test_what_other_pages_run(folder: Path, page: Path) -> None:
     assert_page_runs(page)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_command_is_understood(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for block in blocks(page):
@@ -145,12 +150,15 @@ def test_a_wrong_word_in_a_sentence_would_be_seen(code: str, tmp_path: Path) -> 
         check_inline(words, page)
 
 
-def test_links_between_pages_lead_somewhere() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=MOVING) if page.name == "README.md" and page.parent == ROOT else page for page in PAGES], ids=page_id
+)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf8")):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@MOVING
 def test_the_api_page_is_the_code() -> None:
     table = [line for line in (ROOT / "docs" / "api.md").read_text("utf8").splitlines() if line.startswith("| `")]
     assert len(table) > 10
