@@ -1,7 +1,6 @@
 """Captions for the benchmarks: real web captions recombined into any number of rows, with a growing vocabulary.
 
 A row is the first half of one caption and the second half of another; one row in 20 ends in a new, made-up word.
-ASCII and non-ASCII captions are recombined separately, so that the share of non-ASCII captions does not change.
 """
 
 import io
