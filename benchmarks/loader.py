@@ -115,8 +115,7 @@ def open_clip(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
 
 def bare(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
     """libjpeg-turbo alone, called in a compiled loop: every image whole, at full size."""
-    from labels.native import njit
-    from train.jpeg import RGB, Decompressor, tj_decompress
+    from labels.native import RGB, Decompressor, njit, tj_decompress
 
     jpegs = [np.frombuffer(data, np.uint8) for data in jpegs_of(folder)]
     sizes = np.array([size_of(data) for data in jpegs])

@@ -1,4 +1,4 @@
-"""Compiled code: numba's cache for functions that are made of several files.
+"""What compiled code of both stages needs: numba's cache, libturbojpeg's decoder, SplitMix64.
 
 numba keeps the machine code of a function with `cache=True` until the function's *own* file changes, and knows nothing of the files whose
 functions and constants are compiled into it. `njit` of this module is numba's, with a cache locator for our packages that knows them:
@@ -6,16 +6,21 @@ functions and constants are compiled into it. `njit` of this module is numba's, 
     decode.py: @njit(cache=True)  ->  decode.py and the files that it imports, and those that they import  ->  stamp  ->  __pycache__
 """
 
+import ctypes
 import hashlib
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from ctypes.util import find_library
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
+import numpy as np
+from numba import types  # pyright: ignore[reportPrivateImportUsage]  (numba documents it there)
 from numba.core.caching import CacheImpl, _CacheLocator
 
 from labels.errors import UserError
@@ -120,3 +125,59 @@ if getattr(_config, "CACHE_LOCATOR_CLASSES", ""):
 
 njit = numba.njit  # noqa: TID251
 """numba's decorator. To import it from this module registers SourceLocator before the first function is compiled."""
+
+
+def splitmix64(value: Any) -> Any:
+    """SplitMix64's finaliser (Steele et al., 2014) of a uint64, or of each in a NumPy array."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""SplitMix64's step between the states of neighbouring draws: 2**64 over the golden ratio."""
+mix = njit(inline="always")(splitmix64)
+"""`splitmix64` for compiled code."""
+
+TURBOJPEG = ("libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib")
+RGB = 0  # TJPF_RGB
+
+# Bound by name, not by address, so that numba can cache the callers. No call holds the interpreter's lock.
+# int tjDecompressHeader3(handle, jpeg, bytes, int* width, int* height, int* subsampling, int* colour space)
+tj_header = types.ExternalFunction("tjDecompressHeader3", types.int32(*[types.uintp] * 7))
+# int tjDecompress2(handle, jpeg, bytes, pixels, width, pitch in bytes, height, pixel format, flags)
+tj_decompress = types.ExternalFunction("tjDecompress2", types.int32(*[types.uintp] * 4, *[types.int32] * 5))
+# int tjGetErrorCode(handle): 0 a warning, 1 fatal
+tj_error = types.ExternalFunction("tjGetErrorCode", types.int32(types.uintp))
+
+
+@cache
+def load_turbojpeg() -> ctypes.CDLL:
+    """Open libturbojpeg and make its symbols known to compiled code; must precede the first decode.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    for name in (*TURBOJPEG, find_library("turbojpeg")):
+        try:
+            library = ctypes.CDLL(name or "")
+            llvm.load_library_permanently(name)
+        except (OSError, RuntimeError, TypeError):
+            continue
+        library.tjInitDecompress.restype = ctypes.c_void_p
+        library.tjDestroy.argtypes = library.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
+        library.tjGetErrorStr2.restype = ctypes.c_char_p
+        return library
+    raise UserError("libturbojpeg is not installed", allowed=" or ".join(TURBOJPEG), mend="apt-get install libturbojpeg0")
+
+
+class Decompressor:
+    """One TurboJPEG handle; used by one thread at a time, freed with the object."""
+
+    def __init__(self) -> None:
+        self.library = load_turbojpeg()
+        self.handle: int = self.library.tjInitDecompress()
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self.library.tjDestroy(self.handle)

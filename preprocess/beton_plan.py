@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from labels.manifest import ShardPart
+from labels.native import GOLDEN, splitmix64
 from labels.settings import Build
 from preprocess.inputs.shards import Shard
 
@@ -105,13 +106,6 @@ def row_order(group: Group, settings: Build) -> list[np.ndarray]:
 
 
 def _mixed(index: np.ndarray, seed: int) -> np.ndarray:
-    """SplitMix64 (Steele et al. 2014) of the seed and each index: uint64 [N]; no library's generator, whose stream may change."""
-    with np.errstate(over="ignore"):
-        return _finished(_finished(np.array([seed % (1 << 64)], np.uint64)) + index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-
-
-def _finished(state: np.ndarray) -> np.ndarray:
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    """SplitMix64 of the seed and each index: uint64 [N]; no library's generator, whose stream may change."""
+    start = splitmix64(np.array([seed % (1 << 64)], np.uint64) + GOLDEN)
+    return splitmix64(start + index.astype(np.uint64) * GOLDEN + GOLDEN)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from shard_factory import encode, jpeg, pixels
 
+from labels import native
 from labels.errors import UserError
 from labels.settings import Build, ShorterSide
-from preprocess import decode_check
 from preprocess.images import BadImage, image_size, lying, prepare
 from preprocess.inputs.pictures import Pictures
 from preprocess.jpegs import jpeg_header, scan_jpegs
@@ -292,9 +292,10 @@ def test_a_full_check_finds_damage_that_the_header_does_not_tell() -> None:
 
 
 def test_a_full_check_without_its_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    decode_check.load_library.cache_clear()
-    monkeypatch.setattr(decode_check, "_NAMES", ("libnone.so",))
-    monkeypatch.setattr(decode_check, "find_library", lambda _: None)
+    def missing() -> None:
+        raise UserError("libturbojpeg is not installed")
+
+    monkeypatch.setattr(native, "load_turbojpeg", missing)
     with pytest.raises(UserError, match=r"libturbojpeg is not installed(.|\n)*apt-get install libturbojpeg0"):
         settled([jpeg()], decode_check="full")
 

@@ -13,6 +13,7 @@ from torchvision.transforms import functional
 
 from labels.config import load_pipeline
 from labels.errors import UserError
+from labels.native import Decompressor
 from labels.settings import Data
 from train import decode
 from train.batch import Batch
@@ -21,7 +22,6 @@ from train.canvas import resample_canvas
 from train.evals.features import decode as decode_for_evals
 from train.images import ImageInput, resamples
 from train.jitter import draw, jitter
-from train.jpeg import Decompressor
 from train.loader import Loader
 from train.pixels import BOX, Crops, decode_row, window_of
 from train.resample import vertical_first

@@ -24,12 +24,12 @@ from PIL import Image
 
 from labels import beton
 from labels.errors import UserError
+from labels.native import Decompressor
 from labels.settings import Data
 from train import decode
 from train.batch import Batch
 from train.betons import BetonSet
 from train.crops import flipped, random_crop
-from train.jpeg import Decompressor
 from train.loader import Loader
 from train.order import Order
 

@@ -54,7 +54,7 @@ def test_what_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
         pixels.decode(whole[: len(whole) // 2], 32)
     assert pixels.decode(jpeg(64, 64, "CMYK"), 32).shape == (32, 32, 3)
     pixels._turbojpeg.cache_clear()
-    monkeypatch.setattr("train.jpeg.load_turbojpeg", missing)
+    monkeypatch.setattr("labels.native.load_turbojpeg", missing)
     assert (pixels.decode(whole, 32) == by_pillow(whole, 32, None)).all()
     pixels._turbojpeg.cache_clear()
 

@@ -7,25 +7,18 @@ import math
 
 import numpy as np
 
-from labels.native import njit
+from labels.native import GOLDEN, mix, njit
 
 _U = np.uint64
 
 
 @njit(inline="always")
-def _mix(value: np.uint64) -> np.uint64:
-    value = (value ^ (value >> _U(30))) * _U(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> _U(27))) * _U(0x94D049BB133111EB)
-    return value ^ (value >> _U(31))
-
-
-@njit(inline="always")
 def uniform(seed: int, epoch: int, index: int, draw: int) -> float:
     """Draw number `draw` of a sample: float64 in [0, 1)."""
-    key = _mix(_U(seed) + _U(0x9E3779B97F4A7C15))
-    key = _mix(key ^ (_U(epoch) * _U(0xD1342543DE82EF95) + _U(1)))
-    key = _mix(key ^ (_U(index) * _U(0xA24BAED4963EE407) + _U(2)))
-    key = _mix(key + _U(draw) * _U(0x9E3779B97F4A7C15))
+    key = mix(_U(seed) + GOLDEN)
+    key = mix(key ^ (_U(epoch) * _U(0xD1342543DE82EF95) + _U(1)))
+    key = mix(key ^ (_U(index) * _U(0xA24BAED4963EE407) + _U(2)))
+    key = mix(key + _U(draw) * GOLDEN)
     return np.float64(key >> _U(11)) / 9007199254740992.0
 
 

@@ -17,13 +17,13 @@ from typing import Self
 
 import numpy as np
 
+from labels.native import Decompressor
 from labels.settings import Data
 from train import decode
 from train.ahead import Ahead
 from train.batch import Batch, Ring, Slot
 from train.betons import BetonSet
 from train.faults import count_bad
-from train.jpeg import Decompressor
 from train.order import Order
 from train.pixels import Crops
 from train.places import TABLE_BYTES

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from labels.native import njit
+from labels.native import GOLDEN, mix, njit
 
 _ROUNDS = 6
 _U = np.uint64
@@ -20,17 +20,9 @@ _BLOCKS, _WINDOW, _TURN, _PERIOD = 1, 2, 3, 4  # what a key is for
 
 
 @njit(inline="always")
-def _mix(value: np.uint64) -> np.uint64:
-    """SplitMix64's finaliser (Steele et al., 2014)."""
-    value = (value ^ (value >> _U(30))) * _U(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> _U(27))) * _U(0x94D049BB133111EB)
-    return value ^ (value >> _U(31))
-
-
-@njit(inline="always")
 def _key(seed: int, use: int, first: int, second: int) -> np.uint64:
-    key = _mix(_U(seed) * _U(0xD1342543DE82EF95) + _U(use))
-    return _mix(_mix(key ^ _U(first) * _U(0x9E3779B97F4A7C15)) + _U(second) * _U(0xA24BAED4963EE407))
+    key = mix(_U(seed) * _U(0xD1342543DE82EF95) + _U(use))
+    return mix(mix(key ^ _U(first) * GOLDEN) + _U(second) * _U(0xA24BAED4963EE407))
 
 
 @njit
@@ -47,8 +39,8 @@ def permute(value: int, count: int, key: np.uint64) -> int:
         left, right = result >> low_bits, result & low
         for number in range(0, _ROUNDS, 2):
             # Each half is changed by a function of the other alone, which can be undone: a bijection, for halves of unequal width too.
-            left ^= _mix(right + key + _U(number) * _U(0x9E3779B97F4A7C15)) & high
-            right ^= _mix(left + key + _U(number + 1) * _U(0x9E3779B97F4A7C15)) & low
+            left ^= mix(right + key + _U(number) * GOLDEN) & high
+            right ^= mix(left + key + _U(number + 1) * GOLDEN) & low
         result = (left << low_bits) | right
         if result < _U(count):
             return np.int64(result)  # pyright: ignore[reportReturnType]

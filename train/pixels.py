@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from labels.native import njit
+from labels.native import RGB, njit, tj_decompress, tj_error
 from train.crops import flipped, random_crop
-from train.jpeg import RGB, tj_decompress, tj_error
 from train.resample import address_of, aligned, margin_bytes, resize_crop, work_bytes
 from train.simd import copy_bytes
 

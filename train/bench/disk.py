@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from labels.errors import UserError
+from labels.native import Decompressor
 from labels.settings import Train
 from train.bench.stages import READ, run_stages
 from train.bench.verdict import Rate, as_json, judge
 from train.betons import BetonSet
 from train.data import loading_threads, make_loader
 from train.distributed import World
-from train.jpeg import Decompressor
 from train.pixels import Crops
 from train.places import NO_FILE, TABLE_BYTES, advise
 from train.threads import Threads

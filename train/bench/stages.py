@@ -8,12 +8,11 @@ import time
 
 import numpy as np
 
-from labels.native import njit
+from labels.native import Decompressor, njit
 from labels.settings import Train
 from train import decode
 from train.batch import Slot
 from train.betons import BetonSet
-from train.jpeg import Decompressor
 from train.loader import Loader
 from train.pixels import Crops, decompress, shrunk, window_of
 from train.places import OK, TABLE_BYTES, Tables, copy_labels, find, read_sample

@@ -68,7 +68,7 @@ def _plain_jpeg(encoded: bytes, side: int, crop: tuple[int, int, int] | None) ->
 
 @cache
 def _turbojpeg() -> bool:
-    from train.jpeg import load_turbojpeg
+    from labels.native import load_turbojpeg
 
     try:
         load_turbojpeg()

@@ -10,10 +10,9 @@ import threading
 
 import numpy as np
 
-from labels.native import njit
+from labels.native import Decompressor, njit, tj_error, tj_header
 from train.crops import flipped, random_crop
 from train.evals.pixels import CROP_RATIO, CROP_SCALE
-from train.jpeg import Decompressor, tj_error, tj_header
 from train.pixels import BOX, DONE, Crops, Window, decode_row, shrink_to_fill, shrunk
 
 _UNFIT = -2
