@@ -69,8 +69,8 @@ def report_command(out: Path, page: Path, pictures: int) -> None:
 
 @click.command("plan")
 @click.argument("data", nargs=-1, required=True)
-@click.option("--out", help="Where OUT is to be, for the free space there (default: paths.out).")
-@click.option("--samples", callback=_count, help="Foretell for so many samples of this kind (default: all of DATA), e.g. 1.28B.")
+@click.option("--out", help="The output folder, for the free space on its disk (default: paths.out).")
+@click.option("--samples", callback=_count, help="Estimate for this many samples like those of DATA, e.g. 1.28B (default: all of DATA).")
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes of the build (default: build.workers).")
 @click.option("--no-beton", is_flag=True, help="A build that stops after the IDF table.")
 @click.option("--price-per-hour", type=click.FloatRange(min=0), help="Of this machine.")
@@ -82,21 +82,20 @@ def plan_command(
     data: tuple[str, ...], out: str | None, samples: int | None, workers: int | None, no_beton: bool, price_per_hour: float | None,
     price_per_gib_month: float | None, as_json: bool, config: Path | None, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Measure two or three shards of DATA in a temporary folder, and foretell time, disk, memory and cost of the whole build."""
+    """Build two or three shards of DATA in a temporary folder, and estimate time, disk, memory and cost of the whole build."""
     from rich.console import Console
 
     from labels.config import load_pipeline
-    from preprocess.estimate import estimate
-    from preprocess.forecast import Prices, print_estimate
+    from preprocess.estimate import estimate, print_estimate
 
     settings = load_pipeline(config, [*overrides, *([f"build.workers={workers}"] if workers else [])])
     target = out_path(out or settings.paths.out)
     found = estimate(list(data), target, settings, samples=samples, betons=not no_beton)
-    prices = Prices(price_per_hour, price_per_gib_month)
+    described = found.describe(price_per_hour, price_per_gib_month)
     if as_json:
-        print(json.dumps(found.describe(prices), indent=1))
+        print(json.dumps(described, indent=1))
     else:
-        print_estimate(found, prices, Console(markup=False, emoji=False, highlight=False))
+        print_estimate(described, Console(markup=False, emoji=False, highlight=False))
 
 
 @click.command("doctor")

@@ -1,4 +1,4 @@
-"""`preprocess plan`: what it foretells in bytes is what a build then writes; the arithmetic of time; what it says of itself."""
+"""`preprocess plan`: its disk and rows are those of the build; the arithmetic of time; what it prints."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from shard_factory import build, preprocess, write_shards
 
 from labels.config import load_pipeline
 from labels.html import format_seconds
-from preprocess import estimate
-from preprocess.forecast import Forecast, forecast, makespan
+from labels.manifest import ShardPart
+from preprocess import estimate as module
+from preprocess.beton_plan import Member
+from preprocess.estimate import Estimate, Pass, Sample, choose_shards, elapsed, extrapolate, group_shards, measure
 from preprocess.inputs.shards import Shard
-from preprocess.measured import Built, Measured, Pass, Ran, Work, Written
-from preprocess.trial import choose_shards, foretold_groups
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_for_people_with_every_assumption(data: Path, tmp_path: Path) -> None:
     for told in (
         "about 1,200,000 label rows",
         "cost of the storage a month",
-        "1,200,000 samples lie in shards of the size",
+        "1,200,000 samples are in shards of the size",
         "build.duckdb_memory",
     ):
         assert told in " ".join(said.out.split()), told
@@ -64,94 +64,102 @@ def test_the_measured_are_middling_and_from_everywhere() -> None:
     assert len(choose_shards(shards[:1], 3)) == 1
 
 
-def ran(first: float, *again: float, began: float = 0.0, compiled: bool = False) -> Ran:
-    """A process whose tasks took so many seconds, each for 100 bytes."""
-    return Ran(began, 9.0, Work(first, 100), [Work(seconds, 100) for seconds in again], peak_bytes=1 << 20, compiled=compiled)
-
-
-def measured(shards: int, groups: int, **changed: Any) -> Measured:
+def measured(shards: int, **changed: Any) -> Sample:
     """Of shards of 100 bytes two were built, in two processes: labels take 2 s each, betons 4 s."""
-    built = Built(["0", "1"], source_bytes=200, rows=20, left_out=0, label_bytes=14, table_bytes=11)
-    written = Written(source_bytes=400, samples=40, left_out=0, bytes=360, head_bytes=0, files=2)
-    labels, betons = Pass([ran(2.5, 2.0), ran(3.0, 2.0)], open_s=0.5), Pass([ran(4.5, 4.0), ran(4.5, 4.0)], open_s=0.25)
-    sizes = [shards * 100 // groups] * groups
-    values = {"built": built, "written": written, "labels": labels, "betons": betons, "idf_s": 3.0, "summing_s": 0.1, "work_s": 0.0}
-    return Measured(**{"shards": [100] * shards, "groups": sizes, **values, **changed})
+    labels, betons = (Pass(2, seconds, spread=0.0, work_s=0.0, peak_bytes=1 << 20) for seconds in (0.02, 0.04))
+    values = {"rows": 20, "rejected": 0, "label_bytes": 14, "table_bytes": 11, "idf_s": 3.0, "idf_shard_s": 0.1, "start_s": 1.5}
+    passes = {"labels": labels, "betons": betons, "beton_bytes": 0.9}
+    return Sample(**{"shards": [100] * shards, "names": ["0", "1"], "source_bytes": 200, **values, **passes, **changed})
 
 
-def foretold(found: Measured, workers: int = 2, samples: int | None = None) -> Forecast:
-    return forecast(found, load_pipeline(), Path("out"), workers=workers, samples=samples, start_s=1.5)
+def estimated(sample: Sample, workers: int = 2, samples: int | None = None) -> Estimate:
+    return extrapolate(sample, load_pipeline(), workers=workers, samples=samples, free_bytes=None)
 
 
 def test_stages_add_up() -> None:
-    found = foretold(measured(4, 4))
-    # Two of four shards for each worker; the opening of the label pass is in the start, that of the betons is not.
-    assert found.seconds == pytest.approx({"start and end": 1.5, "labels": 0.75 + 4.0, "idf": 3.2, "betons": 0.25 + 0.5 + 8.0})
+    found = estimated(measured(4))
+    assert found.seconds == pytest.approx({"start and end": 1.5, "labels": 4.0, "idf": 3.2, "betons": 8.0})
     assert found.disk_bytes == {"labels": 28, "idf": 11, "betons": 360}
     assert (found.rows, found.spread, found.memory_bytes) == (40, 0.0, 3 * 2**20 + 2**30)
-    more = foretold(measured(4, 4), samples=400)
-    assert more.shards == 40 and more.seconds["betons"] == pytest.approx(0.75 + 80)
+    more = estimated(measured(4), samples=400)
+    assert more.shards == 40 and more.seconds["betons"] == pytest.approx(80)
+    assert more.disk_bytes == {"labels": 280, "idf": 11, "betons": 3600}
 
 
 def test_one_group_is_written_by_one_process() -> None:
-    assert foretold(measured(4, 1)).seconds["betons"] == pytest.approx(0.75 + 16.0)
+    assert estimated(measured(4, group_shards=4)).seconds["betons"] == pytest.approx(16.0)
 
 
 def test_a_build_without_betons() -> None:
-    found = foretold(measured(4, 4, betons=None, written=None), workers=1)
+    found = estimated(measured(4, betons=None), workers=1)
     assert list(found.seconds) == ["start and end", "labels", "idf"] and list(found.disk_bytes) == ["labels", "idf"]
-    assert found.seconds["labels"] == pytest.approx(0.75 + 8.0) and found.memory_bytes == 2**20 + 2**30
+    assert found.seconds["labels"] == pytest.approx(8.0) and found.memory_bytes == 2**20 + 2**30
 
 
 def test_speeds_that_differ() -> None:
-    uneven = Pass([ran(2.0, 1.0), ran(4.0, 3.0)], open_s=0.0)  # of 2 s a task, the one half, the other once and a half as long
-    assert (uneven.per_byte, uneven.warm_s, uneven.spread) == pytest.approx((0.02, 1.0, 0.5))
-    assert Pass([ran(1.0, 2.0)], open_s=0.0).warm_s == 0.0
-    found = foretold(measured(4, 4, labels=uneven))
+    def timed(function: object, tasks: list[Any], workers: int) -> Any:
+        return [([(first, 100), (again, 100)], 7, [again]) for first, again in ((2.0, 1.0), (4.0, 3.0))]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "run_tasks", timed)
+        uneven, markers = module._time_pass(len, [[], []])  # a task takes 2 s, the one half as long, the other one and a half times
+    assert uneven._replace(spread=0.0) == Pass(2, 0.02, spread=0.0, work_s=4.0, peak_bytes=7) and markers == [1.0, 3.0]
+    assert uneven.spread == pytest.approx(0.5)
+    found = estimated(measured(4, labels=uneven))
     labels, betons = found.seconds["labels"], found.seconds["betons"]
     assert found.spread == pytest.approx(0.5 * labels / (labels + betons))
 
 
 def test_small_shards_make_one_group_and_large_ones_many() -> None:
-    shards = [shard(number, 1000) for number in range(8)]
-    assert foretold_groups(shards, 1.0, load_pipeline()) == [8000]
-    assert foretold_groups(shards, 4.0, load_pipeline()) == [2000] * 4
-    assert foretold_groups(shards, 40.0, load_pipeline()) == [1000] * 8
+    def shards_in_a_group(rows: int, count: int = 8, size: int = 1000, **settings: Any) -> int:
+        part = ShardPart.model_construct(name="0", rows=rows)
+        return group_shards([Member(shard(0, size), part, 0, size)], count, load_pipeline().build.model_copy(update=settings))
+
+    assert [shards_in_a_group(rows) for rows in (1000, 4000, 40_000)] == [8, 2, 1]
+    assert shards_in_a_group(1000, size=2**31) == 2 and shards_in_a_group(1, count=10**6, size=0) == 10_000
+    assert shards_in_a_group(4000, count=100, shuffle_window=16) == 16 and shards_in_a_group(300, count=100, shuffle_window=16) == 32
 
 
-def test_a_rehearsal_that_compiled_is_done_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    cold, warm = measured(4, 4, labels=Pass([ran(9.0, 2.0, compiled=True)], 0.0), work_s=30.0), measured(4, 4, work_s=5.0)
-    for rounds, told in (
-        ([(cold, 50.0), (warm, 7.0)], "note: code was compiled first, which took 43.0 s"),
-        ([(warm, 7.0)], ""),
-        ([(cold, 50.0), (cold, 32.0)], ""),  # nothing is kept: every build compiles
-    ):
-        left = list(rounds)
-        monkeypatch.setattr(estimate, "_rehearsed", lambda *_, left=left: left.pop(0))
-        found = estimate.estimate([], Path("out"), load_pipeline(), samples=None, betons=True)
-        assert not left and found.seconds["start and end"] == 2.0
-        assert told in (said := capsys.readouterr().err) and bool(said) == bool(told)
+def test_code_is_compiled_before_the_measurement(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> None:
+    """What the first build of some shards compiles is kept, and is no part of an estimate."""
+    counts = []
+
+    class Pool:
+        def __init__(self, *_: object) -> None: ...
+        def __enter__(self) -> "Pool":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def submit(self, function: Any, sources: object, folder: object, settings: object, count: int, *_: object) -> "Pool":
+            counts.append(count)
+            return self
+
+        def result(self) -> Sample:
+            return measured(4, start_s=-5.0 if len(counts) == 2 else -1.0)
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(module.time, "perf_counter", iter((0.0, 50.0, 60.0, 67.0)).__next__)
+    settings = load_pipeline(overrides=["build.workers=1"])
+    found = module.estimate([str(data)], tmp_path, settings, samples=None, betons=True)
+    assert counts == [1, 3] and found.seconds["start and end"] == 2.0
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_processes_of_a_rehearsal_know_whether_they_compiled(data: Path, tmp_path: Path, workers: int) -> None:
-    """The first one here may compile, the second finds all code kept; each task of a pass is measured."""
-    settings = load_pipeline(overrides=[f"build.workers={workers}"])
-    for number in range(2):
-        found, seconds = estimate._rehearsed([str(data)], tmp_path / str(number), settings, workers, None, True)
-    assert not found.compiled and 0 < found.work_s < seconds
-    assert found.betons is not None and (len(found.labels.ran), len(found.betons.ran)) == (workers, 1)
-    assert len(found.labels.ran[0].again) == len(found.built.names) - 1 == (2 if workers == 1 else 1)
-    assert found.groups == [sum(found.shards)] == [work.bytes for work in found.betons.ran[0].again] and (found.labels.open_s > 0) == (
-        workers == 2
-    )
+def test_each_task_of_a_pass_is_measured(data: Path, tmp_path: Path, workers: int) -> None:
+    settings = load_pipeline(overrides=[f"build.workers={workers}", f"labels.ngrams={workers}"])  # pairs are not measured
+    found = measure([str(data)], tmp_path, settings, 2, None, True)
+    assert found.betons is not None and (found.labels.workers, found.betons.workers) == (workers, workers)
+    assert (found.rows, found.rejected, found.group_shards, len(found.names)) == (24, 0, 4, 2)
+    assert found.labels.work_s == pytest.approx(found.labels.seconds * found.source_bytes)
+    assert found.start_s < -found.labels.work_s and 0 < found.idf_shard_s < found.idf_s
 
 
-@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=40), st.integers(1, 8))
-def test_makespan_is_between_its_bounds(times: list[float], workers: int) -> None:
-    found = makespan(times, workers)
-    assert max(max(times), sum(times) / workers) - 1e-6 <= found <= sum(times) / workers + max(times) + 1e-6
+@given(st.integers(1, 10**6), st.integers(1, 40), st.integers(1, 8), st.integers(1, 10**6))
+def test_elapsed_is_between_its_bounds(total: int, tasks: int, workers: int, largest: int) -> None:
+    seconds = elapsed(0.5, total, tasks, workers, min(largest, total))
+    assert 0.5 * max(min(largest, total), total / workers) <= seconds * 1.000001
+    assert seconds <= 0.5 * max(min(largest, total), total / workers + total / tasks) * 1.000001
 
 
-def test_times_are_told_in_fitting_units() -> None:
+def test_times_are_printed_in_fitting_units() -> None:
     assert [format_seconds(value) for value in (7.84, 600, 36_000)] == ["7.8 s", "10.0 min", "10.0 h"]
