@@ -148,7 +148,7 @@ def inline_commands(page: Path) -> list[list[str]]:
 
 
 def check_inline(words: list[str], page: Path) -> None:
-    """Every option that is named exists: in the command that is named, else in any or in a script beside the page; `--set` is sound."""
+    """Every option that is named exists: in the command that is named, else in any or in a script next to the page; `--set` is sound."""
     tops = {name: click.Context(group) for name, group in GROUPS.items()}
     if words[0] not in GROUPS:
         named = [group.get_command(tops[name], one) for name, group in GROUPS.items() for one in group.list_commands(tops[name])]

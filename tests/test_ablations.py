@@ -70,12 +70,12 @@ def test_stopped_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             raise KeyboardInterrupt
         done(words)
 
-    def here(units: list[Any], jobs: int, tell: Any) -> None:
+    def in_this_process(units: list[Any], jobs: int, report: Any) -> None:
         for unit in units:
-            tell(unit, ablation_units.run_unit(unit))
+            report(unit, ablation_units.run_unit(unit))
 
     monkeypatch.setattr(ablation_units, "_train", train)
-    monkeypatch.setattr(ablations, "run_units", here)
+    monkeypatch.setattr(ablations, "run_units", in_this_process)
     assert ablations.run(grid, tmp_path / "data", work, 1) == 1
     assert calls == ["run", "probe", "fewshot", "run", "probe", "run", "probe", "fewshot", "run", "probe", "fewshot"]
     said = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""pipeline.yaml: its values are the defaults, every key has a comment, and every mistake is told."""
+"""pipeline.yaml: its values are the defaults, every key has a comment, and every mistake is reported."""
 
 import re
 from pathlib import Path
@@ -103,7 +103,7 @@ def test_forms_of_set(tmp_path: Path, override: str, expected: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("labels: {idf: smooth, idf: paper}", ["'idf' is given twice", "line 1"]),
         ("labels:\n  idf: smooth\nlabels:\n  idf: paper", ["'labels' is given twice", "line 3"]),
@@ -142,14 +142,14 @@ def test_forms_of_set(tmp_path: Path, override: str, expected: object) -> None:
         ("a: &a [*a]", ["is not readable as YAML"]),
     ],
 )
-def test_every_mistake_in_the_file_is_named(tmp_path: Path, text: str, told: list[str]) -> None:
+def test_every_mistake_in_the_file_is_named(tmp_path: Path, text: str, expected: list[str]) -> None:
     found = message(tmp_path, text)
-    assert all(part in found for part in told), found
+    assert all(part in found for part in expected), found
     assert "p.yaml" in found
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("labels.idf", "'labels.idf' is not of the form section.key=value"),
         ("=3", "'=3' is not of the form section.key=value"),
@@ -160,11 +160,11 @@ def test_every_mistake_in_the_file_is_named(tmp_path: Path, text: str, told: lis
         ("labels.idff=paper", "did you mean 'idf'?"),
     ],
 )
-def test_every_mistake_in_set_is_named(tmp_path: Path, override: str, told: str) -> None:
-    assert told in message(tmp_path, "labels: {idf: smooth}", override)
+def test_every_mistake_in_set_is_named(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in message(tmp_path, "labels: {idf: smooth}", override)
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     found = message(tmp_path, "labels: {context: many, idf: x}\nnew: 1")
     assert len(found.splitlines()) == 4
 
@@ -184,9 +184,9 @@ def test_a_dumped_configuration_can_be_given_back(tmp_path: Path) -> None:
 
 
 def test_the_command_tells_a_mistake_with_exit_code_2(tmp_path: Path) -> None:
-    said = preprocess("build-labels", tmp_path, "--out", tmp_path / "out", "--set", "build.wokers=2")
-    assert said.code == 2
-    assert said.err.startswith("error: the configuration") and "did you mean 'workers'?" in said.err and "Traceback" not in said.err
+    ran = preprocess("build-labels", tmp_path, "--out", tmp_path / "out", "--set", "build.wokers=2")
+    assert ran.code == 2
+    assert ran.err.startswith("error: the configuration") and "did you mean 'workers'?" in ran.err and "Traceback" not in ran.err
     assert preprocess("build-labels", tmp_path, "--workers", -1).err.startswith("error: the configuration")
     assert preprocess("build-labels").code == 2
 

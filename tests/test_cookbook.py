@@ -13,7 +13,7 @@ from shard_factory import preprocess
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "cookbook.md").read_text(encoding="utf8")
 RECIPES = re.findall(r"^## (.*?)\n.*?```sql\n(.*?)\n```\n\n\|(.*?)\|\n", PAGE, re.DOTALL | re.MULTILINE)
-# What they ask for is not in the small OUT.
+# The small label dataset of the test has no such rows.
 MAY_BE_EMPTY = {"What comes with a token", "Duplicates", "Word pairs", "One sample by its uid"}
 
 
@@ -25,9 +25,9 @@ def test_there_are_a_dozen_and_each_has_an_answer() -> None:
 
 @pytest.mark.parametrize(("title", "query", "header"), RECIPES, ids=[title for title, _, _ in RECIPES])
 def test_a_query_runs_and_gives_the_columns_of_its_answer(finished: Built, title: str, query: str, header: str) -> None:
-    said = preprocess("sql", finished.out, query, "--format", "csv")
-    assert said.code == 0, said.err
-    rows = list(csv.reader(io.StringIO(said.out)))
+    ran = preprocess("sql", finished.out, query, "--format", "csv")
+    assert ran.code == 0, ran.err
+    rows = list(csv.reader(io.StringIO(ran.out)))
     assert rows[0] == [name.strip() for name in header.split("|")]
     assert len(rows) > 1 or title in MAY_BE_EMPTY
 
@@ -48,9 +48,9 @@ def test_some_answers_by_hand(finished: Built) -> None:
         for old, new in changes:
             assert old in query
             query = query.replace(old, new)
-        said = preprocess("sql", finished.out, query, "--format", "csv")
-        assert said.code == 0, said.err
-        return list(csv.reader(io.StringIO(said.out)))[1:]
+        ran = preprocess("sql", finished.out, query, "--format", "csv")
+        assert ran.code == 0, ran.err
+        return list(csv.reader(io.StringIO(ran.out)))[1:]
 
     # 22 captions; number n ends in n % 17, and number 1 is "two dogs, a cat and the sea 1".
     assert answer("The corpus")[0][0] == "22"
@@ -62,6 +62,6 @@ def test_some_answers_by_hand(finished: Built) -> None:
     assert found == [["000000001", "32", "32", "two</w> dogs</w> ,</w> a</w> cat</w> and</w> the</w> sea</w> 1</w>"]]
     # "a red cat" and "two dogs, a cat and the sea": 8 captions with cat, 4 of them with red, which comes nowhere else.
     assert ["red</w>", "4", str(round(22 / 8, 1))] in answer("What comes with a token", ("flower", "cat"), (">= 5", ">= 4"))
-    # Of neighbouring whole words, "two dogs" stands in 4 captions, and each of its words only there: NPMI is 1.
+    # Of neighbouring whole words, "two dogs" occurs in 4 captions, and each of its words only there: NPMI is 1.
     pairs = answer("Word pairs", (">= 20", ">= 4"), ("LIMIT 8", "LIMIT 100"))
     assert ["two</w> dogs</w>", "4", "4.0"] in pairs

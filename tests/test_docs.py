@@ -80,8 +80,8 @@ def run(words: list[str]) -> None:
     group, arguments = own
     if any(parameter.name == "workers" for parameter in parse(group, arguments).command.params):
         arguments = [*arguments, "--workers", "1"]
-    said = CliRunner().invoke(GROUPS[group], arguments)
-    assert said.exit_code == 0, f"{' '.join(words)}: {said.output}{said.exception}"
+    ran = CliRunner().invoke(GROUPS[group], arguments)
+    assert ran.exit_code == 0, f"{' '.join(words)}: {ran.output}{ran.exception}"
 
 
 def test_the_tutorial_leaves_what_it_promises(folder: Path) -> None:

@@ -32,7 +32,7 @@ def test_a_recipe_is_the_papers_schedule(name: str) -> None:
     assert train.loss.name == "softmax" and train.loss.idf
 
 
-def test_every_recipe_is_told_with_command_and_result_and_every_line_is_commented() -> None:
+def test_every_recipe_has_its_command_and_result_and_every_line_a_comment() -> None:
     text = PIPELINE.read_text(encoding="utf8").partition("\nrecipes:\n")[2]
     parts = re.split(r"^  ([\w.-]+):\n", text, flags=re.MULTILINE)
     assert parts[1::2] == list(RECIPES) == list(PAPER)
@@ -52,7 +52,7 @@ def test_precedence_is_file_then_recipe_then_set(tmp_path: Path) -> None:
     assert (train.data.threads, train.data.flip) == (7, True), "what the recipe does not say stays the file's"
 
 
-def test_own_recipes_take_the_place_of_the_built_in_ones(tmp_path: Path) -> None:
+def test_own_recipes_replace_the_built_in_ones(tmp_path: Path) -> None:
     file = tmp_path / "p.yaml"
     file.write_text("recipes: {short: {samples: 3M}, wrong: {samplse: 3M}}")
     assert load_pipeline(file, recipe="short").train.samples == 3_000_000

@@ -20,7 +20,7 @@ from labels.settings import Pipeline, Section
 Metric = Literal["probe", "fewshot", "zeroshot"]
 # Raise this with any change to how a cell is made: earlier results then count as outdated.
 VERSION = 1
-# Beside the training, a cell costs about as much as so many samples of it.
+# Cost of a cell without its training, in samples of training.
 _EVALUATION_SAMPLES = 6000
 
 
@@ -32,7 +32,7 @@ class TrainedTokenizer(Section):
 
 
 class LabelSet(Section):
-    """What `build-labels` is told: keys of the section `labels`, and a tokenizer that is trained first."""
+    """Options of `build-labels`: keys of the section `labels`, and a tokenizer that is trained first."""
 
     set: Annotated[dict[str, Any], Field(default_factory=dict)]
     tokenizer: TrainedTokenizer | None = None
@@ -57,7 +57,7 @@ class Row(Section):
 
 
 class Table(Section):
-    """A table in the shape of the paper's: `setting` is ours, `published` the paper's. Differences are to the first row."""
+    """A table like one of the paper's; `setting` describes these runs, `published` the paper's."""
 
     title: str
     setting: str
@@ -66,7 +66,7 @@ class Table(Section):
 
 
 class Plot(Section):
-    """The probe's accuracy over the cells' value of a dotted key, a line for each list of cells."""
+    """Linear probe accuracy over the value of a dotted key, one line per list of cells."""
 
     file: str
     key: str
@@ -82,7 +82,7 @@ class EvaluationSet(Section):
 
 
 class Grid(Section):
-    """The whole file. The images are those of the first label set."""
+    """The whole file. All cells use the images of the first label set."""
 
     seeds: Annotated[list[int], Field(min_length=1)]
     settings: dict[str, Any]
@@ -95,7 +95,7 @@ class Grid(Section):
 
     @property
     def first_labels(self) -> str:
-        """The label set whose betons all are trained on."""
+        """The label set whose betons all cells are trained on."""
         return next(iter(self.labels))
 
 
@@ -103,26 +103,27 @@ def read_grid(file: Path) -> Grid:
     """Read and check the file of an ablation.
 
     Raises:
-        UserError: naming every key that is wrong, missing or unknown, or a cell or label set that is not there.
+        UserError: names every key that is wrong, missing or unknown, or a cell or label set that does not exist.
     """
     try:
         grid = Grid.model_validate(read_yaml(file))
     except ValidationError as error:
         faults = [f"  {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_url=False)]
         raise UserError(
-            "\n".join([f"{file} is no ablation:", *faults]), mend="mend these keys; examples/openclipart/ablations.yaml"
+            "\n".join([f"{file} is no ablation:", *faults]),
+            mend="correct these keys; for an example see examples/openclipart/ablations.yaml",
         ) from None
     named = [row.cell for table in grid.tables for row in table.rows]
     named += [cell for plot in grid.plots for cells in plot.lines.values() for cell in cells]
-    for kind, known, asked in (("cell", grid.cells, named), ("label set", grid.labels, [one.labels for one in grid.cells.values()])):
-        if unknown := [name for name in asked if name is not None and name not in known]:
+    for kind, known, names in (("cell", grid.cells, named), ("label set", grid.labels, [cell.labels for cell in grid.cells.values()])):
+        if unknown := [name for name in names if name is not None and name not in known]:
             raise UserError(f"{file} names the {kind} {unknown[0]!r}, which it does not have", allowed=", ".join(known))
     return grid
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One cell with one seed: the command lines of `train`, where they write, and what decides the result.
+    """One cell with one seed: the command lines of `train`, their output, and a fingerprint of everything that determines it.
 
     run: folder of the training. results: JSON of each evaluation. file: the result, written last. cost: for the ETA.
     """
@@ -139,7 +140,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """For messages."""
         return f"{self.cell}, seed {self.seed}"
 
 
@@ -151,10 +152,10 @@ class Planner:
         self.config = work / "settings.yaml"
 
     def units(self) -> list[Unit]:
-        """All of them, the first seed of all cells first."""
-        asked = {name: cell.seeds if cell.seeds is not None else self.grid.seeds for name, cell in self.grid.cells.items()}
-        seeds = dict.fromkeys(seed for some in (self.grid.seeds, *asked.values()) for seed in some)
-        return [self._unit(name, seed) for seed in seeds for name in asked if seed in asked[name]]
+        """All units; the first seed of all cells first."""
+        seeds_of = {name: cell.seeds if cell.seeds is not None else self.grid.seeds for name, cell in self.grid.cells.items()}
+        seeds = dict.fromkeys(seed for cell_seeds in (self.grid.seeds, *seeds_of.values()) for seed in cell_seeds)
+        return [self._unit(name, seed) for seed in seeds for name in seeds_of if seed in seeds_of[name]]
 
     def settings(self, name: str) -> Pipeline:
         """The resolved configuration of a cell, seed 0.

@@ -1,4 +1,4 @@
-"""What all cells of an ablation share, made once: settings, tokenizers, label sets, and the drawings with their classes, shrunk.
+"""Inputs that all cells of an ablation share: settings, tokenizers, label sets, and shrunk drawings with their classes.
 
 DATA/{train,test}/**/*.tar -> WORK/settings.yaml  untrained/config.yaml  tokenizers/<set>.json  labels/<set>/ (the first one with betons)
                               evaluation/{train,test}.parquet (image: PNG bytes, class: text)
@@ -29,7 +29,7 @@ _SCHEMA = pa.schema([("image", pa.binary()), ("class", pa.string())])
 
 
 def write_settings(grid: Grid, work: Path) -> None:
-    """settings.yaml, which all commands take, and the same in full for the untrained trunk.
+    """Write settings.yaml for all commands, and the full configuration for the untrained trunk.
 
     Raises:
         UserError: a key that is not allowed.
@@ -40,10 +40,10 @@ def write_settings(grid: Grid, work: Path) -> None:
 
 
 def make_labels(grid: Grid, name: str, data: Path, work: Path) -> None:
-    """A label set by `preprocess train-tokenizer` and `build-labels`, which skip what is done; no betons but for the first.
+    """Build a label set with `preprocess train-tokenizer` and `build-labels`, which are resumable; betons only for the first set.
 
     Raises:
-        UserError: a command failed; its own words stand above.
+        UserError: a command failed; its output is above.
     """
     labels, words = grid.labels[name], ["--config", str(work / "settings.yaml")]
     overrides = dict(labels.set)
@@ -63,13 +63,13 @@ def make_labels(grid: Grid, name: str, data: Path, work: Path) -> None:
 def _preprocess(*words: str) -> None:
     print(f"== preprocess {' '.join(words)}", flush=True)
     if subprocess.run([sys.executable, "-m", "preprocess", *words]).returncode:
-        raise UserError(f"`preprocess {words[0]}` failed", mend="see its words above")
+        raise UserError(f"`preprocess {words[0]}` failed", mend="see its output above")
 
 
 def make_evaluation_set(settings: EvaluationSet, data: Path, folder: Path) -> None:
-    """Both parts with their classes, each image shrunk to `settings.side` pixels along its shorter side; done already, it is left.
+    """Write both parts with their classes, each image shrunk to a shorter side of `settings.side` pixels; skipped if it exists.
 
-    Left out: classes with fewer than `settings.least` training drawings, and training drawings which at that size equal a test drawing.
+    Excluded: classes with fewer than `settings.least` training drawings, and training drawings that equal a test drawing at that size.
 
     Raises:
         UserError: no shards with classes in DATA/train or DATA/test.
@@ -80,12 +80,12 @@ def make_evaluation_set(settings: EvaluationSet, data: Path, folder: Path) -> No
     parts = {part: list(_drawings(data / part, settings.side)) for part in _PARTS}
     counts, tested = Counter(name for _, name in parts["train"]), {image for image, _ in parts["test"]}
     for part, drawings in parts.items():
-        kept = [(image, name) for image, name in drawings if counts[name] >= settings.least and (part == "test" or image not in tested)]
-        if not kept:
+        used = [(image, name) for image, name in drawings if counts[name] >= settings.least and (part == "test" or image not in tested)]
+        if not used:
             raise UserError(f"{data / part} has no shards with drawings of classes", mend="name the folder that make_shards.py wrote")
-        table = pa.table({"image": [image for image, _ in kept], "class": [name for _, name in kept]}, schema=_SCHEMA)
+        table = pa.table({"image": [image for image, _ in used], "class": [name for _, name in used]}, schema=_SCHEMA)
         write_whole(folder / f"{part}.parquet", lambda partial, table=table: pq.write_table(table, partial))
-        parts[part] = kept
+        parts[part] = used
     found: dict[str, Any] = {part: dict(sorted(Counter(name for _, name in drawings).items())) for part, drawings in parts.items()}
     write_json(marker, {"settings": settings.model_dump(), **found})
 

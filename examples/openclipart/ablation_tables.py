@@ -1,6 +1,6 @@
-"""Results of finished units -> WORK/results.json, tables.md and plots, whatever is there by then.
+"""Results of all finished units -> WORK/results.json, tables.md and plots.
 
-Every accuracy is a mean over seeds with their standard deviation (n - 1); a difference is that of the same seeds, with its standard error.
+Every accuracy is a mean over seeds with the standard deviation (n - 1); a difference is paired by seed, with its standard error.
 """
 
 import math
@@ -19,7 +19,7 @@ Values = dict[str, dict[str, dict[int, float]]]
 
 
 def gather(units: Sequence[Unit]) -> Values:
-    """What is finished of the units."""
+    """Accuracies of the finished units."""
     values: Values = {}
     for unit in units:
         result = finished(unit)
@@ -29,7 +29,7 @@ def gather(units: Sequence[Unit]) -> Values:
 
 
 def write_tables(grid: Grid, planner: Planner, units: Sequence[Unit]) -> None:
-    """results.json and tables.md of what is finished."""
+    """Write results.json and tables.md for the finished units."""
     values = gather(units)
     text = "\n\n".join(table_lines(table, values) for table in grid.tables)
     majority = next((value for metrics in values.values() for value in metrics.get("majority", {}).values()), math.nan)
@@ -47,12 +47,12 @@ def _seeds(values: dict[int, float]) -> dict[str, Any]:
 
 
 def table_lines(table: Table, values: Values) -> str:
-    """A table in Markdown; a cell that is not there yet has dashes."""
+    """A table in Markdown, with dashes for unfinished cells."""
     columns = [metric for metric in METRICS if any(metric in values.get(row.cell, {}) for row in table.rows)] or ["probe"]
     published = [metric for metric in METRICS if any(metric in row.published for row in table.rows)]
     heads = [
         *(METRICS[metric] for metric in columns),
-        "probe, to the first row",
+        "probe, difference to the first row",
         "seeds",
         *(f"paper: {METRICS[metric]}" for metric in published),
     ]
@@ -66,10 +66,10 @@ def table_lines(table: Table, values: Values) -> str:
     for row in table.rows:
         found = values.get(row.cell, {})
         probe = found.get("probe", {})
-        told = [_told(list(found.get(metric, {}).values())) for metric in columns]
-        told += ["" if row is table.rows[0] else difference(first, probe), str(len(probe))]
-        told += [f"{row.published[metric]:.1f}" if metric in row.published else "" for metric in published]
-        lines.append(f"| {row.name} | {' | '.join(told)} |")
+        columns_of_row = [_percent(list(found.get(metric, {}).values())) for metric in columns]
+        columns_of_row += ["" if row is table.rows[0] else difference(first, probe), str(len(probe))]
+        columns_of_row += [f"{row.published[metric]:.1f}" if metric in row.published else "" for metric in published]
+        lines.append(f"| {row.name} | {' | '.join(columns_of_row)} |")
     return "\n".join(lines)
 
 
@@ -83,11 +83,11 @@ def difference(first: dict[int, float], other: dict[int, float]) -> str:
 
 
 def _summary(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation, where there are values enough."""
+    """Mean and standard deviation, or None for too few values."""
     return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
 
 
-def _told(values: Sequence[float]) -> str:
+def _percent(values: Sequence[float]) -> str:
     mean, std = _summary(values)
     if mean is None:
         return "-"
@@ -95,8 +95,8 @@ def _told(values: Sequence[float]) -> str:
 
 
 def draw_plots(grid: Grid, planner: Planner, units: Sequence[Unit]) -> list[Path]:
-    """The plots of which something is finished: mean over seeds, bars of one standard deviation."""
-    import matplotlib as mpl  # half a second, and an extra of pyproject.toml
+    """Draw every plot that has finished cells: mean over seeds, bars of one standard deviation."""
+    import matplotlib as mpl  # takes half a second to import, and is an extra of pyproject.toml
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
@@ -112,7 +112,7 @@ def draw_plots(grid: Grid, planner: Planner, units: Sequence[Unit]) -> list[Path
             if points:
                 x, mean, std = zip(*points, strict=True)
                 ticks |= set(x)
-                axes.errorbar(x, [100 * one for one in mean], [100 * (one or 0) for one in std], marker="o", capsize=3, label=name)
+                axes.errorbar(x, [100 * value for value in mean], [100 * (value or 0) for value in std], marker="o", capsize=3, label=name)
         if not ticks:
             plt.close(figure)
             continue

@@ -1,9 +1,9 @@
-"""The paper's ablations on the demo's data: every cell of a file with every seed, tables with means and spreads, plots.
+"""The paper's ablations on the demo's data: every cell of a file with every seed, tables with means and standard deviations, plots.
 
 DATA/{train,test} -> WORK/labels, evaluation (ablation_inputs.py) -> WORK/cells/<cell>-seed<n>.json (ablation_units.py)
                   -> WORK/results.json, tables.md, *.png (ablation_tables.py)
 
-Run: make ablations, or python examples/openclipart/ablations.py --data demo/data --out demo/ablations. Killed, the same command goes on.
+Run: make ablations, or python examples/openclipart/ablations.py --data demo/data --out demo/ablations. Resumable.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from labels.errors import UserError
 _HERE = Path(__file__).parent
 
 
-class Told:
-    """A line after each unit, with the time that is left by the costs of the units."""
+class Reporter:
+    """Prints a line after each unit, with an ETA from the costs of the units."""
 
     def __init__(self, planner: Planner, units: Sequence[Unit], missing: Sequence[Unit]) -> None:
         self._planner, self._units = planner, units
@@ -44,31 +44,31 @@ class Told:
 
 
 def run(file: Path, data: Path, work: Path, jobs: int) -> int:
-    """Do what is missing; the exit status: 1 if something failed.
+    """Run all missing units. Returns the exit status: 1 if a unit failed.
 
     Raises:
-        UserError: what keeps all cells from being made.
+        UserError: an error that affects all cells.
     """
     grid = read_grid(file)
     write_settings(grid, work)
     planner = Planner(grid, work)
     units = planner.units()
     missing = [unit for unit in units if finished(unit) is None]
-    told = Told(planner, units, missing)
+    reporter = Reporter(planner, units, missing)
     if missing:
         make_evaluation_set(grid.evaluation, data, work / "evaluation")
-        missing = _labelled(planner, missing, data, told)
-        run_units(missing, jobs, told)
+        missing = _labelled(planner, missing, data, reporter)
+        run_units(missing, jobs, reporter)
     write_tables(grid, planner, units)
     plots = draw_plots(grid, planner, units)
     print(f"tables: {work / 'tables.md'}; plots: {', '.join(map(str, plots)) or 'none'}")
-    for name, fault in told.faults.items():
+    for name, fault in reporter.faults.items():
         print(f"failed: {name}: {fault}", file=sys.stderr)
-    return 1 if told.faults else 0
+    return 1 if reporter.faults else 0
 
 
-def _labelled(planner: Planner, missing: Sequence[Unit], data: Path, told: Told) -> list[Unit]:
-    """Makes the label sets of the missing units; returns those whose labels are there."""
+def _labelled(planner: Planner, missing: Sequence[Unit], data: Path, reporter: Reporter) -> list[Unit]:
+    """Makes the label sets of the missing units; returns the units whose labels exist."""
     grid, without = planner.grid, set[str]()
     needed = {unit.cell: grid.cells[unit.cell].labels or grid.first_labels for unit in missing}
     for name in dict.fromkeys([grid.first_labels, *needed.values()]):
@@ -78,14 +78,16 @@ def _labelled(planner: Planner, missing: Sequence[Unit], data: Path, told: Told)
             if name == grid.first_labels:
                 raise
             without.add(name)
-            told.faults[f"label set {name}"] = str(error)
+            reporter.faults[f"label set {name}"] = str(error)
     return [unit for unit in missing if needed[unit.cell] not in without]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="The paper's ablations on the demo's data. The same command again goes on.")
-    parser.add_argument("--grid", type=Path, default=_HERE / "ablations.yaml", help="cells, seeds, tables (default: ablations.yaml here)")
+    parser = argparse.ArgumentParser(description="The paper's ablations on the demo's data. Resumable: run the same command again.")
+    parser.add_argument(
+        "--grid", type=Path, default=_HERE / "ablations.yaml", help="cells, seeds, tables (default: ablations.yaml next to this file)"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and test/, as make_shards.py writes it")
     parser.add_argument("--out", type=Path, required=True, help="folder of results")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at once, a core each (default: cores)")

@@ -44,7 +44,7 @@ def texts(work: ElementTree.Element, path: str) -> list[str]:
 
 
 def parse_caption(svg: bytes) -> str:
-    """Reads the caption with a real XML parser; stops at the metadata, which mostly stands before the drawing."""
+    """Reads the caption with a real XML parser; stops at the metadata, which is usually before the drawing."""
     for _, element in ElementTree.iterparse(io.BytesIO(svg), events=("end",)):
         if element.tag.rpartition("}")[2] == "Work":
             # Only direct children: an Agent inside the Work has a title too.

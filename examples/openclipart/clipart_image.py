@@ -42,7 +42,7 @@ class Picture:
 def open_checked(path: Path) -> Image.Image:
     """Opens an image, reading only its header, and refuses it if decoding would take too much memory."""
     with warnings.catch_warnings():
-        # Pillow's own decompression-bomb guard stays on; what it only warns about is refused here as well.
+        # Pillow's own decompression-bomb guard stays on; what it only warns about is refused as well.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             image = Image.open(path, formats=["PNG"])

@@ -17,25 +17,25 @@ TREE_INSIDE_PACKAGE = Path("usr/share/openclipart")
 
 
 class PackageError(Exception):
-    """The packages cannot be had; the message says what to do about it."""
+    """The packages are not available; the message says what to do about it."""
 
 
 @dataclass(frozen=True)
 class ClipartTree:
-    """An unpacked archive: `root` holds `svg/` and `png/`; `packages` are the file names it came from."""
+    """An unpacked archive: `root` contains `svg/` and `png/`; `packages` are the package file names."""
 
     root: Path
     packages: tuple[str, ...]
 
 
 def require_tools(*tools: str) -> None:
-    """Fails with a mend when a Debian tool is not on the PATH."""
+    """Fails with a hint if a Debian tool is not on the PATH."""
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         raise PackageError(
             f"{' and '.join(missing)} not found: this script needs Debian or Ubuntu. Run it in a container of one "
             "of them, or unpack the openclipart-svg and openclipart-png packages yourself and pass the folder which "
-            "holds svg/ and png/ as --tree."
+            "contains svg/ and png/ as --tree."
         )
 
 

@@ -43,7 +43,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a pair: a sample or the reason to skip it, and whether the SVG's XML was broken."""
+    """The result for a pair: a sample or the reason to skip it, and whether the SVG's XML was broken."""
 
     sample: Sample | None
     skip: str

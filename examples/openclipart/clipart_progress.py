@@ -1,6 +1,6 @@
 """Maps a function over items in worker processes and shows how far it is, with the rate.
 
-On a terminal the line is rewritten in place; elsewhere (a log file) a plain line comes every few seconds.
+On a terminal the line is rewritten; in a log file a new line is written every few seconds.
 """
 
 import multiprocessing

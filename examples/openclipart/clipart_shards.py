@@ -86,7 +86,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def write_parquet(rows: list[dict[str, object]], schema: pa.Schema, path: Path) -> None:
-    """Writes rows; keys that the schema lacks are left out."""
+    """Writes rows; keys that the schema lacks are dropped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 

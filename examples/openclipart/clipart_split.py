@@ -3,7 +3,7 @@
     sample -> keys: variant key of the name ("cone3_bw_ganson" -> "cone_ganson"), hash of the JPEG, hash of the SVG
            -> groups of samples that share a key -> order by hash -> the first 10% are test
 
-The folder is left out of the key: the archive files one drawing under several folders.
+The folder is not part of the key: the archive files one drawing under several folders.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ def joined_groups(keys_of_items: Sequence[Iterable[str]]) -> list[list[int]]:
 
 
 def group_order(keys: Iterable[str]) -> str:
-    """A repeatable random place for a group; its smallest key names it, whatever the order of its members."""
+    """A repeatable random position for a group; its smallest key names it, whatever the order of its members."""
     return hashlib.sha256(min(keys).encode()).hexdigest()
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on real input, step by step as a user would type it. Finished steps are skipped when run again.
+# The demo, with the commands that a user would type. Finished steps are skipped when it runs again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=examples/openclipart
@@ -14,13 +14,14 @@ step "2/6 labels, IDF and betons: preprocess build-labels demo/data/train"
 preprocess build-labels demo/data/train --config "$config"
 preprocess verify demo/out
 
-step "3/6 the IDF table, asked with SQL"
+step "3/6 SQL on the IDF table"
 sql() { printf '%s\n' "$1"; preprocess sql demo/out "$1"; }
 sql "SELECT token, document_frequency, idf FROM tokens ORDER BY document_frequency DESC LIMIT 5"
-sql "SELECT token, document_frequency, idf FROM tokens WHERE token IN ('tree</w>', 'car</w>', 'penguin</w>') ORDER BY idf"
+sql "SELECT token, document_frequency, idf FROM tokens WHERE token IN ('tree</w>', 'car</w>', 'penguin</w>')
+ORDER BY idf"
 sql "SELECT len(label_ids) AS labels, count(*) AS captions FROM labels GROUP BY 1 ORDER BY 2 DESC LIMIT 5"
 
-# On CPUs torch's fused attention is slower than plain matrix products for so few tokens in bf16 (measured: 275 against 350 img/s).
+# On CPUs torch's fused attention in bf16 is slower than plain matrix products for few tokens (275 against 350 img/s).
 export TIMM_FUSED_ATTN=0
 
 step "4/6 pre-training by classification: train run --beton"

@@ -5,7 +5,7 @@
       -> caption (from the SVG) and JPEG (from the PNG)           clipart_caption, clipart_image, clipart_progress
       -> train or test side, shuffled                             clipart_split
       -> OUT/{train,test}/{shards,metadata}                       clipart_shards
-      -> OUT/openclipart.json (counts), written last: everything is there
+      -> OUT/openclipart.json (counts), written last, when the rest is complete
 
 Run: python examples/openclipart/make_shards.py --out demo/data
 """
@@ -40,7 +40,7 @@ class OutputError(Exception):
 
 
 def options_of(samples_per_shard: int) -> dict[str, object]:
-    """Everything that decides what is written; a marker with other options means: make it anew."""
+    """Everything that determines the output; a marker with other options means: make it again."""
     return {
         "version": VERSION,
         "samples_per_shard": samples_per_shard,
@@ -87,7 +87,7 @@ def prepare_part_folder(out: Path) -> Path:
 
 
 def publish(part: Path, out: Path) -> None:
-    """Moves the finished splits into place, the marker last; the part folder shows that the rest is ours till then."""
+    """Moves the finished splits into place, the marker last; until then the part folder marks the output as this script's."""
     (out / MARKER).unlink(missing_ok=True)
     for split in SPLITS:
         shutil.rmtree(out / split, ignore_errors=True)
@@ -104,7 +104,7 @@ def make_shards(tree: ClipartTree, out: Path, samples_per_shard: int, workers: i
         raise PackageError(f"{tree.root} holds no pairs of png/CLASS/NAME.png and svg/CLASS/NAME.svg.")
     part = prepare_part_folder(out)
     outcomes = list(map_with_progress("clip art", read_pair, pairs, workers))
-    # All finished JPEGs are held here (120 MB), since the sides depend on which of them are equal.
+    # All JPEGs are in memory (120 MB), because the split depends on which of them are equal.
     sides = split_samples([outcome.sample for outcome in outcomes if outcome.sample is not None])
     skipped = Counter(outcome.skip for outcome in outcomes if outcome.sample is None)
     marker: dict[str, object] = {
@@ -141,7 +141,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make image-text shards from Debian's public-domain clip art.")
     parser.add_argument("--out", type=Path, required=True, help="folder for train/, test/ and the marker")
     parser.add_argument("--cache", type=Path, help="folder for the packages (default: 'cache' next to --out)")
-    parser.add_argument("--tree", type=Path, help="unpacked archive (holds svg/ and png/), instead of the packages")
+    parser.add_argument("--tree", type=Path, help="unpacked archive (contains svg/ and png/), instead of the packages")
     parser.add_argument("--workers", type=worker_count, default=os.cpu_count() or 1, help="processes (default: cores)")
     parser.add_argument("--samples-per-shard", type=shard_size, default=1000, help="default: 1000")
     return parser.parse_args(arguments)

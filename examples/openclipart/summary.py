@@ -58,7 +58,7 @@ def plot_idf(out: Path, path: Path) -> None:
         rank for rank in range(len(order)) if tokens[rank].endswith("</w>") and tokens[rank][:-4].isascii() and tokens[rank][0].isalpha()
     ]
     wanted = np.geomspace(1, len(order), NAMED_TOKENS)
-    for number, rank in enumerate(sorted({min(words, key=lambda word: abs(np.log((word + 1) / at))) for at in wanted})):
+    for number, rank in enumerate(sorted({min(words, key=lambda word: abs(np.log((word + 1) / position))) for position in wanted})):
         above = number % 2 == 0
         axes.plot(rank + 1, idf[rank], "o", color=ACCENT, markersize=3)
         axes.annotate(
@@ -89,7 +89,7 @@ def print_probe(probe: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, meaning in (
-        ("out", "OUT of build-labels"),
+        ("out", "output folder of build-labels"),
         ("run", "folder of train run"),
         ("probe", "result of train probe"),
         ("plots", "folder of the plots"),
