@@ -186,11 +186,11 @@ def measure(sources: list[str], folder: Path, settings: Pipeline, count: int, sa
     with_rows, shard_bytes = members(chosen, parts, markers), sum(shard.bytes for shard in shards) / len(shards)
     usual = group_shards(with_rows, ceil(len(shards) * sample.factor(samples)), settings.build)
     repeated = min(usual, max(len(chosen), int(_GROUP_BYTES / shard_bytes)))
-    group_tasks = []
+    group_tasks, first = [], 0
     for worker in range(workers):
         order = [with_rows[(worker + place) % len(with_rows)] for place in range(repeated)]
-        group = plan_groups([order], settings.build)[0]
-        group = replace(group, first=worker * 2 * group.files)
+        group = replace(plan_groups([order], settings.build)[0], first=first)
+        first += group.files
         options = (layout.out, settings.build, build.image_options)
         task = GroupTask(group, build.label_limit, build.captions, *options, copy=True)
         group_tasks.append([(task, sum(member.shard.bytes for member in group.members))] * 2)
