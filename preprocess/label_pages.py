@@ -11,9 +11,7 @@ import numpy as np
 from numba import njit
 
 from labels.files import fingerprint_of_sources
-from labels.tokenizers.kernels.table import Scalar
-from labels.tokenizers.kernels.wordbits import bit_width, store
-from labels.tokenizers.kernels.wordjit import compiled, inlined
+from labels.tokenizers.kernels.table import Scalar, bit_width, compiled, inlined, store
 
 _BLOCK, _MINI = 128, 32
 _MINIS = _BLOCK // _MINI
@@ -184,5 +182,5 @@ def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., tupl
     return put_numbers, put_lists
 
 
-FILES = ("../labels/tokenizers/kernels/wordbits.py", "../labels/tokenizers/kernels/wordjit.py")
+FILES = ("../labels/tokenizers/kernels/table.py",)
 put_numbers, put_lists = _compiled_once(fingerprint_of_sources(__file__, FILES))

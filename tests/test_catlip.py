@@ -13,10 +13,9 @@ from test_clip_ids import NASTY
 from labels.errors import UserError
 from labels.settings import Labels
 from labels.sparse import unique_sorted
-from labels.tokenizers import wordnet
-from labels.tokenizers.kinds.catlip import CatlipTokenizer
+from labels.tokenizers.kinds import catlip
+from labels.tokenizers.kinds.catlip import CatlipTokenizer, Nouns, load_nouns
 from labels.tokenizers.tokenizer import make_tokenizer
-from labels.tokenizers.wordnet import Nouns, load_nouns
 
 # Lemma: its synsets, the first sense first; synset: offset and words.
 SYNSETS = {1740: "cat true_cat", 2000: "dog domestic_dog", 2100: "jersey T-shirt tee_shirt", 2200: "jersey", 2300: "goose", 2400: "man"}
@@ -161,7 +160,7 @@ def test_stop_words_and_the_fingerprint(tmp_path: Path) -> None:
 
 
 def test_where_wordnet_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wordnet, "_usual_folders", lambda: [tmp_path / "none", tmp_path / "there"])
+    monkeypatch.setattr(catlip, "_usual_folders", lambda: [tmp_path / "none", tmp_path / "there"])
     load_nouns.cache_clear()
     with pytest.raises(UserError, match="no WordNet") as caught:
         load_nouns("auto")
@@ -173,7 +172,7 @@ def test_where_wordnet_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_nltks_folders_are_among_the_usual(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NLTK_DATA", "/some/where:/else")
-    folders = [str(path) for path in wordnet._usual_folders()]
+    folders = [str(path) for path in catlip._usual_folders()]
     assert folders[:3] == ["/usr/share/wordnet", "/some/where/corpora/wordnet", "/else/corpora/wordnet"]
     assert str(Path.home() / "nltk_data/corpora/wordnet") in folders
 

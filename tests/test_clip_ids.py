@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
-from labels.tokenizers.clean import clip_clean
 from labels.tokenizers.kinds import clip
-from labels.tokenizers.kinds.clip import ClipTokenizer
+from labels.tokenizers.kinds.clip import ClipTokenizer, clip_clean
 
 LIMIT = 75
 MINE = ClipTokenizer()

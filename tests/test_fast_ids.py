@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 from test_clip_ids import NASTY
 
 from labels.sparse import unique_sorted
-from labels.tokenizers.clean import clip_clean
-from labels.tokenizers.fastclean import clean_piece
 from labels.tokenizers.kinds import clip
-from labels.tokenizers.kinds.clip import ClipTokenizer
+from labels.tokenizers.kinds.clip import ClipTokenizer, clean_piece, clip_clean
 
 LIMIT = 75
 NO_LIMIT = 10**9

@@ -10,10 +10,9 @@ from test_clip_ids import NASTY
 
 from labels.settings import Labels
 from labels.sparse import unique_sorted
-from labels.tokenizers.clean import clip_clean
 from labels.tokenizers.kinds import clip
-from labels.tokenizers.kinds.clip import ClipTokenizer
-from labels.tokenizers.stopwords import is_stop_word, remove_stop_words, stop_words
+from labels.tokenizers.kinds.clip import ClipTokenizer, clip_clean
+from labels.tokenizers.text import is_stop_word, remove_stop_words, stop_words
 from labels.tokenizers.tokenizer import make_tokenizer
 
 FAST = ClipTokenizer(without_stop_words=True)
@@ -24,7 +23,9 @@ NO_LIMIT = 10**6
 
 def expected(caption: str, limit: int) -> list[int]:
     """Word by word, by the tokenizer that keeps all."""
-    words = [word for word in clip._WORD.findall(clip_clean(caption)) if word not in stop_words() and word[1:] not in apostrophes(word)]
+    words = [
+        word for word in clip.word_pattern().findall(clip_clean(caption)) if word not in stop_words() and word[1:] not in apostrophes(word)
+    ]
     return [token for word in words for token in KEEP._engine.encode(word, add_special_tokens=False).ids][:limit]
 
 

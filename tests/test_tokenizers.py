@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -18,12 +19,9 @@ from tokenizers import Tokenizer as Engine
 from labels.errors import UserError
 from labels.settings import Labels
 from labels.sparse import unique_sorted
-from labels.tokenizers import sources
-from labels.tokenizers.kinds.subword import SubwordTokenizer
-from labels.tokenizers.piecewise import _MARKING, _WORDS
-from labels.tokenizers.sources import find_source, load_engine
-from labels.tokenizers.stopwords import remove_stop_words
-from labels.tokenizers.tokenizer import make_tokenizer
+from labels.tokenizers.kinds.subword import _MARKING, _WORDS, SubwordTokenizer
+from labels.tokenizers.text import remove_stop_words
+from labels.tokenizers.tokenizer import find_source, load_engine, make_tokenizer
 
 NO_LIMIT = 10**6
 MARK = "\u2581"
@@ -422,7 +420,9 @@ def _saved(folder: Path, name: str = "tokenizer.json", engine: Engine | None = N
 
 def test_a_file_a_folder_and_a_hub_name_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = _saved(tmp_path)
-    monkeypatch.setattr(sources.Engine, "from_pretrained", lambda name: Engine.from_file(str(file)) if name == "org/my-bert" else None)
+    monkeypatch.setattr(
+        tokenizers.Tokenizer, "from_pretrained", lambda name: Engine.from_file(str(file)) if name == "org/my-bert" else None
+    )
     made_from = [make_tokenizer(Labels(tokenizer=name)) for name in (str(file), str(tmp_path), "org/my-bert")]
     assert len({tokenizer.fingerprint for tokenizer in made_from}) == 1 and {tokenizer.path for tokenizer in made_from} == {"fast"}
     ids = [tokenizer.encode(["The cat"], 75)[0].tolist() for tokenizer in made_from]
@@ -471,7 +471,7 @@ def test_refusals_say_what_is_allowed(tmp_path: Path, monkeypatch: pytest.Monkey
     def unreachable(name: str) -> Engine:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(sources.Engine, "from_pretrained", unreachable)
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", unreachable)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "other.json").write_text('{"a": 1}')

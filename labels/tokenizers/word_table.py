@@ -1,21 +1,27 @@
-"""The compiled paths' common bookkeeping: Arrow strings in blocks, the table's growth, rows gathered.
+"""Captions to ids by a table of known words: what all compiled paths share, and the one for any tokenizer but CLIP's.
 
-    captions -> blocks -> encode -> missing pieces -> learn -> encode again
+    captions -> blocks -> encode (compiled) -> missing pieces -> learn: the tokenizer itself, once a piece -> into the table -> encode again
                               | slow captions -> the tokenizer's own slow path --v
-                              +----------------------------------------------> gather
+                              +----------------------------------------------> gather -> ids, offsets, label_ids, label_offsets
 
-Shapes: N captions, T token ids, T' label ids, R rows of a block, L ids a caption at most.
+The table stays in the process: captions repeat their words, so that hardly any piece is new after the first shard. It is bounded, and
+starts over when it is full, which changes no id. The kernels are imported at the first caption: numba takes longer than all else.
+
+Shapes: N captions, T token ids, T' label ids, R rows of a block, L ids a caption at most, M missing pieces.
 """
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from labels.tokenizers.kernels.label_sets import gather
-from labels.tokenizers.kernels.table import WAITING, Words, rehash
+if TYPE_CHECKING:
+    from labels.tokenizers.kernels.table import Words
 
 # An id stands for a byte or more of the caption, save where cleaning or normalising makes it longer; by at most this factor.
 MAX_GROWTH = 8
@@ -28,6 +34,8 @@ _MAX_MISSING = 1 << 16
 Captions = pa.StringArray | pa.LargeStringArray | pa.ChunkedArray | Sequence[str]
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Slow = Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
+# Pieces to the ids of each, or None for one whose captions have to be taken as a whole.
+Learn = Callable[[list[str]], list[list[int] | None]]
 
 
 class FastPath(ABC):
@@ -43,7 +51,7 @@ class FastPath(ABC):
         Args:
             slow: captions and limit to ids and offsets, for captions that must be taken as a whole.
             max_words: the bound of the table; when it is reached, the table starts over.
-            fixed_words: so many words always have room in it (those of `_start_table`).
+            fixed_words: this many words always have room in it (those of `_start_table`).
         """
         self.slow_captions = 0
         self.learnt_pieces = 0
@@ -90,6 +98,8 @@ class FastPath(ABC):
         return *_join([part[:2] for part in parts]), *_join([part[2:] for part in parts])
 
     def _block(self, captions: pa.Array, limit: int) -> Rows:
+        from labels.tokenizers.kernels.table import WAITING
+
         text, offsets = _buffers(captions)
         width = _width(offsets, limit)
         if self._rows.size < len(captions) * width:
@@ -124,6 +134,8 @@ class FastPath(ABC):
 
     def _make_room(self) -> None:
         """Once a word found no room: a larger table with the same words, or, at the bound, an empty one."""
+        from labels.tokenizers.kernels.table import rehash
+
         words = self._words
         if not words.fill[3]:
             return
@@ -139,6 +151,46 @@ class FastPath(ABC):
         larger.ids[: words.fill[2]] = words.ids[: words.fill[2]]
         larger.fill[:3] = words.fill[:3]
         self._words = larger
+
+
+class FastPieces(FastPath):
+    """Captions to ids by a table of pieces between spaces, the same ids as the slow path."""
+
+    def __init__(self, learn: Learn, slow: Slow, max_words: int, flags: int) -> None:
+        """
+        Args:
+            learn: pieces to their ids; a piece holds no space, save the first character of a JOINED one.
+            slow: captions and limit to ids and offsets.
+            max_words: the bound of the table; when it is reached, the table starts over.
+            flags: of `kernels.pieces`.
+        """
+        super().__init__(slow, max_words)
+        self._learn_pieces = learn
+        self._flags = flags
+
+    def _encode(self, text: np.ndarray, offsets: np.ndarray, pending: np.ndarray, rows: np.ndarray, counts: np.ndarray) -> int:
+        from labels.tokenizers.kernels.pieces import encode_pieces
+
+        return encode_pieces(self._words, text, offsets, pending, self._flags, rows, counts, self._missing)
+
+    def _learn(self, text: np.ndarray, missing: np.ndarray) -> None:
+        from labels.tokenizers.kernels.pieces import add_known
+        from labels.tokenizers.kernels.table import UNSAFE
+
+        data = text.data
+        pieces = list({bytes(data[begin:end]) for begin, end in missing.tolist()})
+        found = self._learn_pieces([piece.decode("utf8") for piece in pieces])
+        # The rows have no room for more ids than MAX_GROWTH a byte.
+        safe = [ids is not None and len(ids) <= MAX_GROWTH * len(piece) for piece, ids in zip(pieces, found, strict=True)]
+        kept = [ids if ids and good else [] for ids, good in zip(found, safe, strict=True)]
+        add_known(
+            self._words,
+            np.frombuffer(b"".join(pieces), dtype=np.uint8),
+            np.cumsum([len(piece) for piece in pieces], dtype=np.int64),
+            np.array([token for ids in kept for token in ids], dtype=np.int64),
+            np.cumsum([len(ids) for ids in kept], dtype=np.int64),
+            np.where(safe, 0, UNSAFE),
+        )
 
 
 def string_arrays(captions: Captions) -> list[pa.Array]:
@@ -157,6 +209,8 @@ def refuse_nulls(array: pa.Array) -> None:
 
 
 def _empty_table(slots: int) -> Words:
+    from labels.tokenizers.kernels.table import Words
+
     # A slot of four numbers must not lie across two cache lines of eight.
     room = np.zeros(slots * 4 + 8, dtype=np.uint64)
     first = -room.ctypes.data % 64 // 8
@@ -196,6 +250,8 @@ def _blocks(array: pa.Array, limit: int) -> list[pa.Array]:
 
 
 def _gather(rows: np.ndarray, counts: np.ndarray) -> Rows:
+    from labels.tokenizers.kernels.label_sets import gather
+
     total = int(counts.sum())
     ids, label_ids = np.empty(total, np.int32), np.empty(total, np.int32)
     offsets, label_offsets = np.zeros(len(counts) + 1, np.int64), np.zeros(len(counts) + 1, np.int64)

@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from labels.native import njit
-from labels.tokenizers.kernels.table import Scalar
-from labels.tokenizers.kernels.wordbits import load, prefetch
+from labels.tokenizers.kernels.table import Scalar, load, prefetch
 from preprocess.inputs.columns import offsets_and_bytes
 
 _START, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x9E3779B97F4A7C15)

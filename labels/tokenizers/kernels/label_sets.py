@@ -6,9 +6,7 @@ import numpy as np
 from numba import njit
 
 from labels.files import fingerprint_of_sources
-from labels.tokenizers.kernels.table import Scalar
-from labels.tokenizers.kernels.wordbits import equal_16, less_16, ones
-from labels.tokenizers.kernels.wordjit import compiled, inlined
+from labels.tokenizers.kernels.table import Scalar, compiled, equal_16, inlined, less_16, ones
 
 # Up to this many ids of a caption are put into order by counting the smaller ones.
 _RANKED = 128
@@ -128,5 +126,5 @@ def _compiled_once(sources: str) -> Callable[..., None]:
     return gather
 
 
-FILES = ("wordbits.py", "wordjit.py", "table.py")
+FILES = ("table.py",)
 gather = _compiled_once(fingerprint_of_sources(__file__, FILES))

@@ -9,9 +9,23 @@ import numpy as np
 from numba import njit
 
 from labels.files import fingerprint_of_sources
-from labels.tokenizers.kernels.table import SLOW, WAITING, Scalar, Words, append, find, insert, keys
-from labels.tokenizers.kernels.wordjit import compiled
-from labels.tokenizers.kernels.wordqueue import KEEP, PIECE, QUEUED_WORDS, enqueue, new_queue, resolve_known
+from labels.tokenizers.kernels.table import (
+    KEEP,
+    PIECE,
+    QUEUED_WORDS,
+    SLOW,
+    WAITING,
+    Scalar,
+    Words,
+    append,
+    compiled,
+    enqueue,
+    find,
+    insert,
+    keys,
+    new_queue,
+    resolve_known,
+)
 
 # Flags of a block. JOINED: a piece is looked up with the space before it, if there is one. STRICT: a caption with a space at its
 # beginning, its end or beside another is slow. RUNS: it is not, but the spaces too many are a piece: all at the end of a caption, all
@@ -132,5 +146,5 @@ def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None
     return encode_pieces, add_known
 
 
-FILES = ("pieces.py", "wordbits.py", "wordjit.py", "wordqueue.py", "table.py")
+FILES = ("pieces.py", "table.py")
 encode_pieces, add_known = _compiled_once(fingerprint_of_sources(__file__, FILES))

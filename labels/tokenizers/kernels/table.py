@@ -1,17 +1,31 @@
-"""The table of known words: open addressing over the words' own bytes, so that a look-up is exact and makes no object.
+"""The table of known words that all compiled paths look up, and what its kernels are made of: loads, bit counts, the queue of look-ups.
 
-Shapes: B bytes of text, S slots, R captions (rows), L ids a caption at most.
+    a word's bytes -> `keys`: two columns of 64 bits -> `home`: its first slot -> `enqueue`: fetched from memory, not yet read
+    -> `resolve_known`: the exact word, found by its own bytes -> its ids into the row; a word that is not there is reported
+
+The table is open addressing over the words' own bytes, so that a look-up is exact and makes no object. The words of several captions
+are queued before the first is resolved, so that the cache misses overlap.
+
+Shapes: B bytes of text, S slots, Q queued words, M missing pieces, R captions (rows), L ids a caption at most.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
-
-from labels.tokenizers.kernels.wordjit import compiled, inlined
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 # A NumPy or Python number: they are the same to the compiler, but not to a type checker.
 Scalar = Any
+
+# numba counts an atomic reference up and down for every array that a function is given, inlined or not: four fifths of the time of a
+# look-up that is a handful of instructions. These functions only borrow what their callers hold; they make and return no arrays.
+# The option is underscored, but numba's own way (numba/core/options.py) since the first of its runtime.
+_BORROWING: dict[str, Any] = {"nogil": True, "_nrt": False}
+compiled = njit(**_BORROWING)
+inlined = njit(forceinline=True, **_BORROWING)
 
 # In place of a number of ids: captions that wait for unknown pieces; captions, and pieces, that belong to the slow path.
 WAITING, SLOW = -1, -2
@@ -20,6 +34,136 @@ UNSAFE = 0xFFFF
 _C0, _C1, _C2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0xFF51AFD7ED558CCD)
 _BYTE, _HALF, _U16, _SHIFT = np.uint64(8), np.uint64(32), np.uint64(16), np.uint64(29)
 _LOW16, _LOW32, _ZERO = np.uint64(0xFFFF), np.uint64(0xFFFFFFFF), np.uint64(0)
+# Of a queued word: how its case is folded, or that it is a whole piece, which Python has to learn.
+KEEP, FOLD, PIECE = np.uint8(0), np.uint8(0x20), np.uint8(1)
+# Words of one caption that are queued at once.
+QUEUED_WORDS = 32
+# Numbers of a queued word: first and second column of its slot, begin, end, kind, home.
+_FIELDS = 6
+
+_ONES, _HIGH = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
+_CASE = np.uint64(0x2020202020202020)
+# Added to a byte below 0x80, these set its high bit from `a` on, and beyond `z`.
+_FROM_A, _BEYOND_Z = np.uint64(0x80 - ord("a")) * _ONES, np.uint64(0x80 - ord("z") - 1) * _ONES
+_EIGHT, _FULL, _THREE = np.uint64(8), np.uint64(64), np.uint64(3)
+
+
+@intrinsic
+def load(typingctx: Any, text: Any, at: Any) -> Any:
+    """text[at : at + 8] as one number, the first byte lowest; the caller has looked that they are there."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = cgutils.pointer_add(builder, array.data, arguments[1])
+        number = builder.load(builder.bitcast(place, ir.IntType(64).as_pointer()))
+        number.align = 1
+        return number
+
+    return types.uint64(text, types.int64), emit
+
+
+@intrinsic
+def store(typingctx: Any, out: Any, at: Any, value: Any) -> Any:
+    """Write a number to out[at : at + 8], the lowest byte first; the caller has looked that there is room."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = cgutils.pointer_add(builder, array.data, arguments[1])
+        builder.store(arguments[2], builder.bitcast(place, ir.IntType(64).as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64, types.uint64), emit
+
+
+@intrinsic
+def prefetch(typingctx: Any, array: Any, at: Any) -> Any:
+    """Have the cache line of array[at] fetched from memory while other work goes on; the caller has looked that it is there."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), emit
+
+
+@intrinsic
+def _trailing_zeros(typingctx: Any, value: Any) -> Any:
+    """Number of zero bits below the lowest that is set; 64 of 0."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.uint64(types.uint64), emit
+
+
+@intrinsic
+def bit_width(typingctx: Any, value: Any) -> Any:
+    """Number of bits up to the highest that is set; 0 of 0."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.sub(ir.Constant(ir.IntType(64), 64), builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0)))
+
+    return types.uint64(types.uint64), emit
+
+
+@intrinsic
+def ones(typingctx: Any, value: Any) -> Any:
+    """Number of bits that are set."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), emit
+
+
+def _comparing(relation: str) -> Any:
+    vector = ir.VectorType(ir.IntType(32), 16)
+
+    @intrinsic
+    def compare(typingctx: Any, numbers: Any, at: Any, number: Any) -> Any:
+        """A bit for each of int32 numbers[at : at + 16] that is equal to (less than) one, the first lowest; all 16 are read."""
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            array = context.make_array(signature.args[0])(context, builder, arguments[0])
+            place = builder.gep(array.data, [arguments[1]])
+            loaded = builder.load(builder.bitcast(place, vector.as_pointer()))
+            loaded.align = 4
+            nothing = ir.Constant(vector, ir.Undefined)
+            first = builder.insert_element(nothing, arguments[2], ir.Constant(ir.IntType(32), 0))
+            same = builder.shuffle_vector(first, nothing, ir.Constant(vector, [0] * 16))
+            found = builder.bitcast(builder.icmp_signed(relation, loaded, same), ir.IntType(16))
+            return builder.zext(found, ir.IntType(64))
+
+        return types.uint64(numbers, types.int64, types.int32), emit
+
+    return compare
+
+
+equal_16, less_16 = _comparing("=="), _comparing("<")
+
+
+@inlined
+def lowest_bytes(value: Scalar, count: Scalar) -> Scalar:
+    """The lowest 0 to 7 bytes of a number."""
+    return value & ((np.uint64(1) << (_EIGHT * np.uint64(count))) - np.uint64(1))
+
+
+@inlined
+def leading_letters(text: np.ndarray, at: Scalar) -> tuple[Scalar, Scalar]:
+    """How many of the eight bytes from `at` on, up to the first that is none, are ASCII letters; and these in lower case as one number.
+
+    Any byte from 0x80 on is no letter; what its carry does above it is behind the first that is none.
+    """
+    folded = load(text, np.int64(at)) | _CASE  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
+    letters = (folded + _FROM_A) & ~(folded + _BEYOND_Z) & _HIGH
+    bits = _trailing_zeros(letters ^ _HIGH) & ~(_EIGHT - np.uint64(1))
+    kept = folded if bits == _FULL else folded & ((np.uint64(1) << bits) - np.uint64(1))
+    return np.int64(bits >> _THREE), kept
 
 
 class Words(NamedTuple):
@@ -185,3 +329,76 @@ def rehash(old: np.ndarray, new: np.ndarray) -> None:
                 slot = (slot + 4) & mask
             for column in range(4):
                 new[slot + column] = old[source + column]
+
+
+@njit(nogil=True)
+def new_queue(captions: int) -> np.ndarray:
+    """Room for QUEUED_WORDS of each of some captions: uint64 [_FIELDS Q]."""
+    return np.empty(captions * QUEUED_WORDS * _FIELDS, np.uint64)
+
+
+@inlined
+def enqueue(
+    slots: np.ndarray, queue: np.ndarray, size: Scalar, begin: Scalar, end: Scalar, kind: Scalar, first: Scalar, second: Scalar
+) -> Scalar:
+    """Queue text[begin:end] behind `size` words, for which there has to be room; the new size."""
+    slot = home(slots, end - begin, first, second)
+    prefetch(slots, slot)  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
+    place = size * _FIELDS
+    queue[place] = first
+    queue[place + 1] = second
+    queue[place + 2] = np.uint64(begin)
+    queue[place + 3] = np.uint64(end)
+    queue[place + 4] = np.uint64(kind)
+    queue[place + 5] = np.uint64(slot)
+    return size + 1
+
+
+@inlined
+def queued(queue: np.ndarray, item: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar, Scalar, Scalar]:
+    """Begin, end, kind, first and second column, and home of a queued word."""
+    place = item * _FIELDS
+    begin, end, kind = np.int64(queue[place + 2]), np.int64(queue[place + 3]), np.uint8(queue[place + 4])
+    return begin, end, kind, queue[place], queue[place + 1], np.int64(queue[place + 5])
+
+
+@inlined
+def resolve_known(
+    slots: np.ndarray,
+    letters: np.ndarray,
+    listed: np.ndarray,
+    text: np.ndarray,
+    queue: np.ndarray,
+    item: Scalar,
+    last: Scalar,
+    rows: np.ndarray,
+    row: Scalar,
+    count: Scalar,
+    missing: np.ndarray,
+    missed: Scalar,
+) -> tuple[Scalar, Scalar, Scalar]:
+    """Append the ids of queue[item:last], words of one caption, to rows[row], up to the first word that is not in the table.
+
+    Pieces that are not in it are appended to missing int64 [M, 2] (begin, end). All of them are looked at, even past the limit, since one
+    unsafe piece may change how the whole caption is read.
+
+    Returns:
+        where it stopped (`last`, or an unknown word); the new number of ids, or SLOW; the new number of missing pieces.
+    """
+    while item < last:
+        begin, end, kind, first, second, slot = queued(queue, item)
+        if count < rows.shape[1] or kind == PIECE:
+            slot = find_from(slots, letters, text, begin, end, kind & FOLD, first, second, slot)
+            if slot >= 0:
+                count = copy_ids(slots, listed, slot, rows, row, count)
+                if count == SLOW:
+                    break
+            elif kind != PIECE:
+                break
+            elif missed == len(missing):
+                return item, SLOW, missed
+            else:
+                missing[missed, 0], missing[missed, 1] = begin, end
+                missed += 1
+        item += 1
+    return item, count, missed

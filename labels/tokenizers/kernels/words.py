@@ -1,29 +1,231 @@
-"""The compiled part of the fast path: UTF-8 bytes of captions to token ids, without a Python object for a caption.
+"""CLIP's fast path, compiled: UTF-8 bytes of captions to token ids, without a Python object for a caption.
 
     bytes -> plain ASCII?  -> words by CLIP's pattern, case folded -> table of known words -> ids
                     |                                 a new word -> byte-pair merges, once -> into the table
                     no     -> pieces between white space: plain ones as above, the others whole from the table;
-                              a piece that is not there is noted as missing, for `labels.tokenizers.fastwords` to clean and add
+                              a missing piece is reported, for `kinds.clip.FastWords` to clean, split into words and add
 
 Shapes: B bytes of text, R captions (rows) of a block, L ids a caption at most.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
 from labels.files import fingerprint_of_sources
-from labels.tokenizers.kernels.table import SLOW, UNSAFE, WAITING, Scalar, Words, find, find_from, insert, keys
-from labels.tokenizers.kernels.wordjit import compiled, inlined
-from labels.tokenizers.kernels.wordmerge import MAX_WORD_BYTES, Merges, merge
-from labels.tokenizers.kernels.wordqueue import KEEP, PIECE, QUEUED_WORDS, enqueue, new_queue, queued, resolve_known
-from labels.tokenizers.kernels.wordsplit import is_space, next_word, survey
+from labels.tokenizers.kernels.table import (
+    FOLD,
+    KEEP,
+    PIECE,
+    QUEUED_WORDS,
+    SLOW,
+    UNSAFE,
+    WAITING,
+    Scalar,
+    Words,
+    append,
+    compiled,
+    enqueue,
+    find,
+    find_from,
+    inlined,
+    insert,
+    keys,
+    leading_letters,
+    lowest_bytes,
+    new_queue,
+    queued,
+    resolve_known,
+)
 
+# ftfy cuts text into segments of a million characters, wherever that is.
+_MAX_CAPTION_BYTES = 1_000_000
+_CASE, _A, _LETTERS = np.uint32(0x20), np.uint32(ord("a")), np.uint32(26)
+# A longer word is left to the slow path: merging takes quadratic time, and such words hardly ever come twice.
+MAX_WORD_BYTES = 128
 # A longer piece makes its caption slow: it hardly ever comes twice.
 _MAX_PIECE_BYTES = 1024
 # Captions that are queued together.
 _GROUP = 8
+_MIX, _HALF, _SHIFT, _ZERO = np.uint64(0x9E3779B97F4A7C15), np.uint64(32), np.uint64(29), np.uint64(0)
+
+
+@inlined
+def is_letter(byte: Scalar) -> Scalar:
+    return np.uint8((byte | 0x20) - 97) < 26
+
+
+@inlined
+def is_digit(byte: Scalar) -> Scalar:
+    return np.uint8(byte - 48) < 10
+
+
+@inlined
+def is_space(byte: Scalar) -> Scalar:
+    """White space that ftfy keeps; other control characters it deletes."""
+    return byte == 0x20 or byte == 0x0A or byte == 0x0D or byte == 0x09 or byte == 0x0C
+
+
+@compiled
+def contraction(text: np.ndarray, begin: Scalar, end: Scalar) -> int:
+    """Length of 's 't 're 've 'm 'll 'd at `begin`, in any case; 0 if there is none."""
+    if text[begin] != 0x27 or begin + 1 == end:
+        return 0
+    first = text[begin + 1] | 0x20
+    if first == ord("s") or first == ord("t") or first == ord("m") or first == ord("d"):
+        return 2
+    if begin + 2 == end:
+        return 0
+    second = text[begin + 2] | 0x20
+    pair = ((first == ord("r") or first == ord("v")) and second == ord("e")) or (first == ord("l") and second == ord("l"))
+    return 3 if pair else 0
+
+
+@inlined
+def scan_letters(text: np.ndarray, begin: Scalar, end: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+    """Where the ASCII letters from `begin` on end, and the first two columns of a slot for them."""
+    if begin + 16 > len(text):
+        return _scan_each(text, begin, begin, end, _ZERO, _ZERO)
+    count, first = leading_letters(text, begin)
+    second = _ZERO
+    if count == 8:
+        more, second = leading_letters(text, begin + 8)
+        count += more
+    if begin + count > end:
+        # The next caption begins with letters.
+        if end - begin < 8:
+            return end, lowest_bytes(first, end - begin), _ZERO
+        return end, first, lowest_bytes(second, end - begin - 8)
+    if count == 16:
+        return _scan_each(text, begin, begin + 16, end, first, second)
+    return begin + count, first, second
+
+
+@compiled
+def _scan_each(text: np.ndarray, begin: Scalar, at: Scalar, end: Scalar, first: Scalar, second: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+    """The same byte by byte from `at` on: at the end of the text or the caption, and in long words."""
+    while at < end:
+        byte = np.uint32(text[at]) | _CASE
+        if np.uint32(byte - _A) >= _LETTERS:
+            break
+        first, second = append(first, second, at - begin, byte)
+        at += 1
+    return at, first, second
+
+
+@inlined
+def next_word(text: np.ndarray, at: Scalar, end: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """Where the word that begins at `at` ends, the bit to fold its case with, and its keys."""
+    stop, first, second = scan_letters(text, at, end)
+    if stop > at:
+        return stop, FOLD, first, second
+    stop, first = at + 1, np.uint64(text[at])
+    if is_digit(text[at]):
+        return stop, KEEP, first, second
+    short = contraction(text, at, end)
+    if short:
+        # Bit 0x20 of an apostrophe is set, so folding leaves it as it is.
+        first, second = keys(text, at, at + short, FOLD)
+        return at + short, FOLD, first, second
+    while stop < end and text[stop] > 0x20 and not is_letter(text[stop]) and not is_digit(text[stop]):
+        first, second = append(first, second, stop - at, text[stop])
+        stop += 1
+    return stop, KEEP, first, second
+
+
+@inlined
+def survey(text: np.ndarray, begin: Scalar, end: Scalar) -> int:
+    """0: plain ASCII; 1: to be taken piece by piece; SLOW: control characters, or entities beside a `<`."""
+    control, beyond, entity, tag = False, False, False, False
+    for i in range(begin, end):
+        byte = text[i]
+        control |= (byte < 0x20) & (byte != 0x0A) & (byte != 0x0D) & (byte != 0x09) & (byte != 0x0C)
+        control |= byte == 0x7F
+        beyond |= byte >= 0x80
+        entity |= byte == 0x26
+        tag |= byte == 0x3C
+    # With a `<` in sight ftfy takes the text for HTML and leaves its entities alone.
+    if control or (entity and tag) or end - begin > _MAX_CAPTION_BYTES:
+        return SLOW
+    return 1 if beyond or entity else 0
+
+
+class Merges(NamedTuple):
+    """Byte-pair merges.
+
+    Attributes:
+        inner: int32 [256], id of a byte inside a word.
+        last: int32 [256], id of a byte at the end of a word.
+        single: int32 [256], id of a byte that is a whole word; -1 for a word that is dropped.
+        pairs: uint64, open-addressing keys (left id + 1) << 32 | right id; 0 is an empty slot.
+        ranks: int64, beside `pairs`: rank << 32 | id of the merged symbol.
+        scratch: int64 [2, MAX_WORD_BYTES], symbols of a word and what each makes with the next.
+    """
+
+    inner: np.ndarray
+    last: np.ndarray
+    single: np.ndarray
+    pairs: np.ndarray
+    ranks: np.ndarray
+    scratch: np.ndarray
+
+
+@njit(nogil=True, cache=True)
+def add_pairs(merges: Merges, left: np.ndarray, right: np.ndarray, values: np.ndarray) -> None:
+    """Fill the table of merges from int64 [M] arrays: left id, right id, rank << 32 | merged id."""
+    mask = len(merges.pairs) - 1
+    for position in range(len(left)):
+        key = (np.uint64(left[position] + 1) << _HALF) | np.uint64(right[position])
+        slot = np.int64((key * _MIX) >> _SHIFT) & mask
+        while merges.pairs[slot] != _ZERO:
+            slot = (slot + 1) & mask
+        merges.pairs[slot] = key
+        merges.ranks[slot] = values[position]
+
+
+@compiled
+def _rank(merges: Merges, left: int, right: int) -> Scalar:
+    """rank << 32 | merged id, or a number above all of these."""
+    mask = len(merges.pairs) - 1
+    key = (np.uint64(left + 1) << _HALF) | np.uint64(right)
+    slot = np.int64((key * _MIX) >> _SHIFT) & mask
+    while merges.pairs[slot] != _ZERO:
+        if merges.pairs[slot] == key:
+            return merges.ranks[slot]
+        slot = (slot + 1) & mask
+    return np.int64(1) << 62
+
+
+@compiled
+def merge(merges: Merges, text: np.ndarray, begin: Scalar, end: Scalar, fold: Scalar) -> Scalar:
+    """Byte-pair encoding of text[begin:end] into merges.scratch[0]; the number of ids."""
+    count = end - begin
+    symbols, ranks = merges.scratch[0], merges.scratch[1]
+    for i in range(count):
+        symbols[i] = merges.inner[text[begin + i] | fold]
+    symbols[count - 1] = merges.last[text[end - 1] | fold]
+    for i in range(count - 1):
+        ranks[i] = _rank(merges, symbols[i], symbols[i + 1])
+    while count > 1:
+        best = 0
+        for i in range(1, count - 1):
+            if ranks[i] < ranks[best]:
+                best = i
+        if ranks[best] >> 62:
+            break
+        symbols[best] = ranks[best] & 0xFFFFFFFF
+        count -= 1
+        for i in range(best + 1, count):
+            symbols[i] = symbols[i + 1]
+        for i in range(best, count - 1):
+            ranks[i] = ranks[i + 1]
+        if best > 0:
+            ranks[best - 1] = _rank(merges, symbols[best - 1], symbols[best])
+        if best < count - 1:
+            ranks[best] = _rank(merges, symbols[best], symbols[best + 1])
+    return count
 
 
 @inlined
@@ -193,15 +395,15 @@ def _add_pieces(
             if length > MAX_WORD_BYTES or number + length >= UNSAFE:
                 number = UNSAFE
                 break
-            count = merge(merges, text, at, word_ends[word], np.uint8(0))
+            count = merge(merges, text, at, word_ends[word], KEEP)
             for i in range(count):
                 ids[number + i] = merges.scratch[0, i]
             number += count
             at = word_ends[word]
-        first, second = keys(text, begin, end, np.uint8(0))
-        slot = find(words.slots, words.letters, text, begin, end, np.uint8(0), first, second)
+        first, second = keys(text, begin, end, KEEP)
+        slot = find(words.slots, words.letters, text, begin, end, KEEP, first, second)
         if slot < 0:
-            insert(words, text, begin, end, np.uint8(0), -1 - slot, first, second, ids, number)
+            insert(words, text, begin, end, KEEP, -1 - slot, first, second, ids, number)
 
 
 def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None]]:
@@ -221,5 +423,5 @@ def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None
     return encode_block, add_pieces
 
 
-FILES = ("wordbits.py", "wordjit.py", "words.py", "wordmerge.py", "wordqueue.py", "wordsplit.py", "table.py")
+FILES = ("words.py", "table.py")
 encode_block, add_pieces = _compiled_once(fingerprint_of_sources(__file__, FILES))

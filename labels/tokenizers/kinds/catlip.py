@@ -2,39 +2,56 @@
 
     caption -> clip_clean (lower case) -> words -> lemma -> synset `lemma.n.01` -> its place in the vocabulary file
                pieces between spaces, each once, by a table of known pieces
+    WordNet: index.noun (lemma -> offsets of its senses), data.noun (offset -> words of the synset), noun.exc (irregular plurals)
+    -> word -> lemma, as NLTK's lemmatizer does it -> its first sense, if that is named `lemma.n.01`
 
-Neither the paper nor its code was at hand for how words are cut: here a word is a run of letters and digits.
+A synset is named by its first word; so the first sense of a lemma is `lemma.n.01` exactly if the lemma is its first word.
+The paper does not say how words are cut, and its code was not available: a word is a run of letters and digits.
 The vocabulary file is JSON: type `catlip`, wordnet (SHA-256 of the three noun files), min_count (captions), synsets (ascending).
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import ftfy
 import numpy as np
-import regex
 
 from labels.errors import UserError
 from labels.files import fingerprint, write_json
 from labels.settings import Labels
-from labels.tokenizers.clean import clip_clean
-from labels.tokenizers.fastclean import clean_piece
-from labels.tokenizers.sources import find_file, read_json
-from labels.tokenizers.stopwords import remove_stop_words, stop_words
-from labels.tokenizers.wordnet import Nouns, load_nouns
+from labels.tokenizers.kinds.clip import clean_piece, clip_clean
+from labels.tokenizers.text import remove_stop_words, stop_words
+from labels.tokenizers.tokenizer import find_file, read_json
+from labels.tokenizers.word_table import FastPieces
 
 if TYPE_CHECKING:
-    from labels.tokenizers.fastpieces import FastPieces
+    import regex
+
     from labels.tokenizers.word_table import Captions, Rows
 
 _TYPE = "catlip"
-_WORD = regex.compile(r"[\p{L}\p{N}]+")
 # Cleaning treats ASCII control characters otherwise than the space that parts pieces.
-_CONTROL = regex.compile(r"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MAX_KNOWN_PIECES = 1_000_000
+_FILES = ("index.noun", "data.noun", "noun.exc")
+_MEND = "apt-get install wordnet-base, or `python -m nltk.downloader wordnet` and unzip it; or set labels.wordnet to the folder"
+# A longer word is no noun: its endings would be taken off one by one, in quadratic time.
+_MAX_LETTERS = 100
+# Morphy's rules for nouns, in its order.
+_ENDINGS = (("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y"))
+
+
+@cache
+def _word() -> regex.Pattern[str]:
+    import regex
+
+    return regex.compile(r"[\p{L}\p{N}]+")
 
 
 def make(settings: Labels) -> CatlipTokenizer | None:
@@ -86,6 +103,9 @@ class CatlipTokenizer:
         Raises:
             UserError: WordNet is not there, or another one than the vocabulary was made with.
         """
+        import ftfy
+        import regex
+
         self.nouns = load_nouns(wordnet)
         if self.nouns.sha256 != vocabulary["wordnet"]:
             raise UserError(
@@ -116,7 +136,6 @@ class CatlipTokenizer:
     @cached_property
     def fast(self) -> FastPieces:
         """The compiled path; loaded at the first call."""
-        from labels.tokenizers.fastpieces import FastPieces
         from labels.tokenizers.kernels.pieces import MARKUP
 
         return FastPieces(self._learn, self.encode_slowly, self._max_known, MARKUP)
@@ -149,5 +168,102 @@ class CatlipTokenizer:
         """The ids of cleaned text."""
         if self._without_stop_words:
             text = remove_stop_words(text)
-        names = map(self.nouns.synset, _WORD.findall(text))
+        names = map(self.nouns.synset, _word().findall(text))
         return [self._ids[name] for name in names if name in self._ids]
+
+
+class Nouns:
+    """The nouns of one WordNet.
+
+    Attributes:
+        sha256: of the three files together.
+        synsets: names `lemma.n.01` of all synsets that a word can have for a label, ascending.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            UserError: the files in `folder` are not WordNet 3's.
+        """
+        index, data, exceptions = (_read(folder / name) for name in _FILES)
+        self.sha256 = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in (index, data, exceptions))).hexdigest()
+        try:
+            first_words = dict(map(_first_word, _lines(data)))
+            self._named = {lemma: first_words[offset] == lemma for lemma, offset in map(_first_sense, _lines(index))}
+            self._exceptions = {word: lemmas for word, *lemmas in map(str.split, _lines(exceptions))}
+        except (ValueError, IndexError, KeyError) as error:
+            raise UserError(f"labels.wordnet: the files in {folder} are not WordNet 3's: {error!r}", mend=_MEND) from None
+        self.synsets = sorted(f"{lemma}.n.01" for lemma, named in self._named.items() if named)
+
+    def lemma(self, word: str) -> str:
+        """The base form of a lower-case word as a noun, the word itself if there is none (NLTK's WordNetLemmatizer)."""
+        return min(self._morphy(word), key=len, default=word) if len(word) <= _MAX_LETTERS else word
+
+    def synset(self, word: str) -> str | None:
+        """The name of the synset that labels a lower-case word, None if it has no label."""
+        lemma = self.lemma(word)
+        return f"{lemma}.n.01" if self._named.get(lemma) else None
+
+    def _morphy(self, word: str) -> list[str]:
+        if word in self._exceptions:
+            return self._known([word, *self._exceptions[word]])
+        forms = _without_endings([word])
+        found = self._known([word, *forms])
+        while forms and not found:
+            forms = _without_endings(forms)
+            found = self._known(forms)
+        return found
+
+    def _known(self, forms: Iterable[str]) -> list[str]:
+        return [form for form in forms if form in self._named]
+
+
+@cache
+def load_nouns(setting: str) -> Nouns:
+    """The nouns of `labels.wordnet`: a folder, or `auto` for the usual places.
+
+    Raises:
+        UserError: WordNet is not there.
+    """
+    folders = _usual_folders() if setting == "auto" else [Path(setting).expanduser()]
+    for folder in folders:
+        if all((folder / name).is_file() for name in _FILES):
+            return Nouns(folder)
+    where = ", ".join(map(str, folders))
+    raise UserError(f"labels.wordnet: no WordNet ({', '.join(_FILES)}) in {where}", mend=_MEND)
+
+
+def _usual_folders() -> list[Path]:
+    roots = [*os.environ.get("NLTK_DATA", "").split(os.pathsep), "~/nltk_data", "/usr/share/nltk_data", "/usr/local/share/nltk_data"]
+    return [Path("/usr/share/wordnet"), *(Path(root).expanduser() / "corpora" / "wordnet" for root in roots if root)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"labels.wordnet: {path} cannot be read: {error}", mend=_MEND) from None
+
+
+def _lines(data: bytes) -> list[str]:
+    """The lines of a file, without the licence before them, whose lines begin with a space."""
+    return [line for line in data.decode("utf8").splitlines() if line and not line.startswith(" ")]
+
+
+def _first_sense(line: str) -> tuple[str, str]:
+    """A line of index.noun to its lemma and the offset of its first sense.
+
+    lemma pos synset_cnt p_cnt [pointer symbol]*p_cnt sense_cnt tagsense_cnt synset_offset*synset_cnt
+    """
+    fields = line.split()
+    return fields[0], fields[6 + int(fields[3])]
+
+
+def _first_word(line: str) -> tuple[str, str]:
+    """A line of data.noun to its offset and the first word of the synset: offset lex_filenum ss_type w_cnt word lex_id ..."""
+    offset, _, _, _, word, _ = line.split(" ", 5)
+    return offset, word.lower()
+
+
+def _without_endings(forms: Iterable[str]) -> list[str]:
+    return [form.removesuffix(old) + new for form in forms for old, new in _ENDINGS if form.endswith(old)]
