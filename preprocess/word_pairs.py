@@ -9,7 +9,8 @@ Shapes: V token classes, P pairs, N captions, T ids in all. Ids must lie in 0 ..
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from labels.native import njit
 
 # Up to this many a caption's pairs are sorted by insertion, which makes no copy.
 _INSERTED = 64

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 
-from labels.files import fingerprint_of_sources
+from labels.native import njit
 from labels.tokenizers.kernels.table import Scalar, compiled, equal_16, inlined, less_16, ones
 
 # Up to this many ids of a caption are put into order by counting the smaller ones.
@@ -95,36 +94,28 @@ def _ranked_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, out: np.ndar
     return _many_distinct(ids, begin, count, out, at)
 
 
-def _compiled_once(sources: str) -> Callable[..., None]:
-    """The entry point, kept as machine code in __pycache__ for later processes; why it encloses `sources`, labels/files.py says."""
+@njit(nogil=True, cache=True)
+def gather(
+    rows: np.ndarray, counts: np.ndarray, ids: np.ndarray, offsets: np.ndarray, label_ids: np.ndarray, label_offsets: np.ndarray
+) -> None:
+    """Close the gaps between rows int32 [R, L] of counts int64 [R] ids each, and make the label sets.
 
-    @njit(nogil=True, cache=True)
-    def gather(rows, counts, ids, offsets, label_ids, label_offsets):  # noqa: ANN202 - numba infers it
-        """Close the gaps between rows int32 [R, L] of counts int64 [R] ids each, and make the label sets.
-
-        Args:
-            ids: int32 [T], filled.
-            offsets: int64 [R + 1], filled from offsets[0] = 0 on.
-            label_ids: int32 [T], filled from its beginning.
-            label_offsets: int64 [R + 1], filled from label_offsets[0] = 0 on.
-        """
-        _ = sources
-        flat, width = rows.reshape(-1), rows.shape[1]
-        at, stop = 0, 0
-        for row in range(len(counts)):
-            count = counts[row]
-            for i in range(count):
-                ids[at + i] = rows[row, i]
-            at += count
-            if count > _RANKED or row * width + _RANKED > len(flat):  # the latter: the last rows
-                stop = _sorted_distinct(rows[row, :count], label_ids, stop)
-            else:
-                stop = _ranked_distinct(flat, row * width, count, label_ids, stop)
-            offsets[row + 1] = at
-            label_offsets[row + 1] = stop
-
-    return gather
-
-
-FILES = ("table.py",)
-gather = _compiled_once(fingerprint_of_sources(__file__, FILES))
+    Args:
+        ids: int32 [T], filled.
+        offsets: int64 [R + 1], filled from offsets[0] = 0 on.
+        label_ids: int32 [T], filled from its beginning.
+        label_offsets: int64 [R + 1], filled from label_offsets[0] = 0 on.
+    """
+    flat, width = rows.reshape(-1), rows.shape[1]
+    at, stop = 0, 0
+    for row in range(len(counts)):
+        count = counts[row]
+        for i in range(count):
+            ids[at + i] = rows[row, i]
+        at += count
+        if count > _RANKED or row * width + _RANKED > len(flat):  # the latter: the last rows
+            stop = _sorted_distinct(rows[row, :count], label_ids, stop)
+        else:
+            stop = _ranked_distinct(flat, row * width, count, label_ids, stop)
+        offsets[row + 1] = at
+        label_offsets[row + 1] = stop

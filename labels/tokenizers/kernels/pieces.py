@@ -3,12 +3,9 @@
 Shapes: B bytes of text, R captions (rows) of a block, L ids a caption at most, P pieces.
 """
 
-from collections.abc import Callable
-
 import numpy as np
-from numba import njit
 
-from labels.files import fingerprint_of_sources
+from labels.native import njit
 from labels.tokenizers.kernels.table import (
     KEEP,
     PIECE,
@@ -113,38 +110,37 @@ def _encode_caption(
     return (WAITING if missed > before else count), missed
 
 
-def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None]]:
-    """The entry points, kept as machine code in __pycache__ for later processes; why they enclose `sources`, labels/files.py says."""
-
-    @njit(nogil=True, cache=True)
-    def encode_pieces(words, text, offsets, pending, flags, out, counts, missing):  # noqa: ANN202 - numba infers it
-        """Encode the captions `pending` of a block into out int32 [R, L] and counts int64 [R]; the number of missing pieces."""
-        _ = sources
-        missed, queue = 0, new_queue(1)
-        for row in pending:
-            begin, end = offsets[row], offsets[row + 1]
-            if flags & MARKUP and _marked_up(text, begin, end):
-                counts[row] = SLOW
-            else:
-                counts[row], missed = _encode_caption(words, text, begin, end, flags, queue, out, row, missing, missed)
-        return missed
-
-    @njit(nogil=True, cache=True)
-    def add_known(words, text, ends, ids, id_ends, unsafe):  # noqa: ANN202
-        """Add P pieces: text uint8 [B] and ends int64 [P]; ids int64 and id_ends int64 [P]; unsafe int64 [P], 0 or UNSAFE."""
-        _ = sources
-        begin, first_id = 0, 0
-        for piece in range(len(ends)):
-            end, last_id = ends[piece], id_ends[piece]
-            first, second = keys(text, begin, end, KEEP)
-            slot = find(words.slots, words.letters, text, begin, end, KEEP, first, second)
-            if slot < 0:
-                number = max(last_id - first_id, unsafe[piece])
-                insert(words, text, begin, end, KEEP, -1 - slot, first, second, ids[first_id:last_id], number)
-            begin, first_id = end, last_id
-
-    return encode_pieces, add_known
+@njit(nogil=True, cache=True)
+def encode_pieces(
+    words: Words,
+    text: np.ndarray,
+    offsets: np.ndarray,
+    pending: np.ndarray,
+    flags: int,
+    out: np.ndarray,
+    counts: np.ndarray,
+    missing: np.ndarray,
+) -> int:
+    """Encode the captions `pending` of a block into out int32 [R, L] and counts int64 [R]; the number of missing pieces."""
+    missed, queue = 0, new_queue(1)
+    for row in pending:
+        begin, end = offsets[row], offsets[row + 1]
+        if flags & MARKUP and _marked_up(text, begin, end):
+            counts[row] = SLOW
+        else:
+            counts[row], missed = _encode_caption(words, text, begin, end, flags, queue, out, row, missing, missed)
+    return missed
 
 
-FILES = ("pieces.py", "table.py")
-encode_pieces, add_known = _compiled_once(fingerprint_of_sources(__file__, FILES))
+@njit(nogil=True, cache=True)
+def add_known(words: Words, text: np.ndarray, ends: np.ndarray, ids: np.ndarray, id_ends: np.ndarray, unsafe: np.ndarray) -> None:
+    """Add P pieces: text uint8 [B] and ends int64 [P]; ids int64 and id_ends int64 [P]; unsafe int64 [P], 0 or UNSAFE."""
+    begin, first_id = 0, 0
+    for piece in range(len(ends)):
+        end, last_id = ends[piece], id_ends[piece]
+        first, second = keys(text, begin, end, KEEP)
+        slot = find(words.slots, words.letters, text, begin, end, KEEP, first, second)
+        if slot < 0:
+            number = max(last_id - first_id, unsafe[piece])
+            insert(words, text, begin, end, KEEP, -1 - slot, first, second, ids[first_id:last_id], number)
+        begin, first_id = end, last_id

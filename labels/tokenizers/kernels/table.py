@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from labels.native import njit
 
 # A NumPy or Python number: they are the same to the compiler, but not to a type checker.
 Scalar = Any

@@ -8,13 +8,11 @@
 Shapes: B bytes of text, R captions (rows) of a block, L ids a caption at most.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from labels.files import fingerprint_of_sources
+from labels.native import njit
 from labels.tokenizers.kernels.table import (
     FOLD,
     KEEP,
@@ -406,22 +404,31 @@ def _add_pieces(
             insert(words, text, begin, end, KEEP, -1 - slot, first, second, ids, number)
 
 
-def _compiled_once(sources: str) -> tuple[Callable[..., int], Callable[..., None]]:
-    """The entry points, kept as machine code in __pycache__ for later processes; why they enclose `sources`, labels/files.py says."""
+@njit(nogil=True, cache=True)
+def encode_block(
+    words: Words,
+    merges: Merges,
+    text: np.ndarray,
+    offsets: np.ndarray,
+    pending: np.ndarray,
+    out: np.ndarray,
+    counts: np.ndarray,
+    missing: np.ndarray,
+) -> int:
+    """`_encode_block` with room for its queue; that and the next are the entry points, which may make arrays."""
+    queue, group = new_queue(_GROUP + 1), np.empty((3, _GROUP), np.int64)
+    return _encode_block(words, merges, text, offsets, pending, out, counts, missing, queue, group)
 
-    @njit(nogil=True, cache=True)
-    def encode_block(words, merges, text, offsets, rows, out, counts, missing):  # noqa: ANN202 - numba infers it
-        _ = sources
-        queue, group = new_queue(_GROUP + 1), np.empty((3, _GROUP), np.int64)
-        return _encode_block(words, merges, text, offsets, rows, out, counts, missing, queue, group)
 
-    @njit(nogil=True, cache=True)
-    def add_pieces(words, merges, text, pieces, first_word, word_ends, safe):  # noqa: ANN202
-        _ = sources
-        _add_pieces(words, merges, text, pieces, first_word, word_ends, safe, np.empty(UNSAFE, np.int64))
-
-    return encode_block, add_pieces
-
-
-FILES = ("words.py", "table.py")
-encode_block, add_pieces = _compiled_once(fingerprint_of_sources(__file__, FILES))
+@njit(nogil=True, cache=True)
+def add_pieces(
+    words: Words,
+    merges: Merges,
+    text: np.ndarray,
+    pieces: np.ndarray,
+    first_word: np.ndarray,
+    word_ends: np.ndarray,
+    safe: np.ndarray,
+) -> None:
+    """`_add_pieces` with room for the ids of a piece."""
+    _add_pieces(words, merges, text, pieces, first_word, word_ends, safe, np.empty(UNSAFE, np.int64))
