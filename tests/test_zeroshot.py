@@ -1,11 +1,13 @@
 """Zero-shot by token logits: the loss of the name as a caption, names by stage 1 itself, and names that do not match."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from beton_factory import build_out
 from safetensors.torch import load_file
 from test_eval_data import encoded, write_folders
@@ -19,7 +21,6 @@ from train.evals.data.sets import DataSet, load_pair
 from train.evals.encoders.encoder import EncoderSpec
 from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
-from train.evals.protocols import name_labels
 from train.evals.protocols.name_labels import label_texts
 from train.evals.protocols.token_logits import TokenLogits, class_scores, class_targets
 from train.evals.run_protocol import run_protocol
@@ -68,10 +69,16 @@ def _column(out: Path, name: str) -> list:
     return pq.read_table(Layout(out).idf_parquet)[name].to_pylist()
 
 
-def test_a_failing_stage_1_is_told(trained, monkeypatch) -> None:
-    monkeypatch.setattr(name_labels, "_OVERRIDES", ("labels.tokenizer=no-such-file.json",))
-    text = told(label_texts, ["x"], trained[0])
-    assert "texts cannot be labelled as in" in text and "no-such-file.json" in text
+def test_a_tokenizer_that_is_gone_or_another_is_refused(trained, tmp_path: Path) -> None:
+    built = shutil.copytree(trained[0], tmp_path / "out")
+    config = yaml.safe_load(Layout(built).config.read_text())
+    for key, value, message in (
+        ("tokenizer", "no-such-file.json", "texts cannot be labelled as in"),
+        ("stop_words", "remove", "texts are labelled with the tokenizer"),
+    ):
+        Layout(built).config.write_text(yaml.safe_dump(config | {"labels": config.get("labels", {}) | {key: value}}))
+        text = told(label_texts, ["x"], built)
+        assert message in text and (value in text or "label again" in text)
 
 
 @pytest.mark.parametrize("idf", [True, False])
