@@ -186,7 +186,7 @@ def idf_command(outs: tuple[Path, ...], shards: str | None, formula: Formula | N
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
 def sql_command(out: Path, query: str, form: str) -> None:
     """Ask OUT's tables (tokens, corpus, shards, labels) with SQL, read-only."""
-    from preprocess.query import run_query
+    from preprocess.inspect.sql import run_query
 
     run_query(out, query, form)  # type: ignore[arg-type]  # click has checked the choice
 

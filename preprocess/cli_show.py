@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from labels.errors import UserError
 from labels.files import write_whole
 from labels.layout import out_path
 from preprocess.cli_options import config_option, parse_out, set_option
@@ -29,28 +30,25 @@ def _count(_context: click.Context, _option: click.Parameter, value: str | None)
 @click.command("explain")
 @click.argument("out", callback=parse_out)
 @click.argument("sample", metavar="KEY|UID")
-@click.option("--shard", metavar="NAME", help="The shard to look in, where a key stands in several.")
-@click.option("--checkpoint", "run", type=click.Path(path_type=Path), metavar="RUN", help="Tell this run's likeliest tokens too.")
-@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="How many of them.")
-@click.option("--html", "page", type=_file, help="Write a page that opens without a network.")
-@click.option("--png", "card", type=_file, help="Write a picture.")
-def explain_command(out: Path, sample: str, shard: str | None, run: Path | None, top: int, page: Path | None, card: Path | None) -> None:
-    """Show one sample of OUT from caption to target: image, cleaned caption, tokens, frequencies, IDF, weights."""
-    from rich.console import Console
+@click.option("--shard", metavar="NAME", help="The shard to search, if several have the key.")
+@click.option("--checkpoint", "run", metavar="RUN", help="Add a run's predictions: `train explain` does it, with the same arguments.")
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Predictions, for --checkpoint.")
+@click.option("--html", type=_file, help="Write a page that opens without a network.")
+@click.option("--svg", type=_file, help="Write a vector picture.")
+@click.option("--png", type=_file, help="Write a picture, 1200 pixels wide.")
+def explain_command(
+    out: Path, sample: str, shard: str | None, run: str | None, top: int, html: Path | None, svg: Path | None, png: Path | None
+) -> None:
+    """Show one sample from caption to target: image, cleaned caption, tokens, frequencies, IDF, weights."""
+    from labels.explanation import show
+    from preprocess.inspect.explain import explain
 
-    from preprocess.show.card import draw_card
-    from preprocess.show.explain_page import explanation_page
-    from preprocess.show.explanation import explain
-    from preprocess.show.terminal import print_explanation
-
-    told = explain(out, sample, shard=shard, run=run, top=top)
-    print_explanation(told, Console(markup=False, emoji=False, highlight=False))
-    if page:
-        text = explanation_page(told)
-        write_whole(page, lambda partial: partial.write_text(text, encoding="utf8"))
-    if card:
-        data = draw_card(told)
-        write_whole(card, lambda partial: partial.write_bytes(data))
+    if run is not None:
+        raise UserError(
+            f"preprocess explain loads no model: --checkpoint {run}",
+            mend=f"run `train explain {out} {sample} --checkpoint {run} --top {top}` with the other options as they are",
+        )
+    show(explain(out, sample, shard=shard), html=html, svg=svg, png=png)
 
 
 @click.command("report")
@@ -58,9 +56,8 @@ def explain_command(out: Path, sample: str, shard: str | None, run: Path | None,
 @click.option("--out", "page", type=_file, required=True, metavar="FILE", help="The HTML file to write.")
 @click.option("--pictures", type=click.IntRange(min=0), default=24, show_default=True, help="Images in the gallery.")
 def report_command(out: Path, page: Path, pictures: int) -> None:
-    """Write one HTML file that shows what a build made of its data; it opens without a network."""
-    from preprocess.show.report_page import report_page
-    from preprocess.show.summary import summarise
+    """Write one HTML file about the data of a build; it opens without a network."""
+    from preprocess.inspect.report import report_page, summarise
 
     text = report_page(summarise(out, pictures))
     write_whole(page, lambda partial: partial.write_text(text, encoding="utf8"))

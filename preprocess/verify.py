@@ -15,8 +15,8 @@ from labels.idf import idf_weights
 from labels.layout import Layout
 from labels.manifest import Manifest, ShardPart, read_manifest
 from labels.schema import COUNTS, LABELS
+from preprocess.inspect.sql import open_tables
 from preprocess.plan import read_marker
-from preprocess.query import open_tables
 from preprocess.record import read_record
 from preprocess.verify_images import image_faults, lists_of, unchanged
 

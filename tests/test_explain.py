@@ -1,31 +1,39 @@
-"""`preprocess explain`: the numbers are the loss's own, captions come from the shard or are told as decoded, errors name the sample."""
+"""`preprocess explain`, `train explain`: weights are the loss's, captions come from the shard or say that they are decoded."""
 
 import io
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from conftest import Built
-from page_checks import check_page
+from page_checks import CHROMIUM, check_page, shown_in_chromium
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 from shard_factory import build, healthy, preprocess, rows, sample, write_tar
 
 from labels.config import dump_yaml, load_pipeline
+from labels.errors import UserError
+from labels.explanation import _blocks, describe, to_html, to_png, to_svg
 from labels.files import write_json
 from labels.idf import read_idf, target_weights
 from labels.manifest import read_manifest
 from labels.tokenizers.text import name_of, text_of
-from preprocess.show.explanation import explain
+from preprocess.inspect.explain import explain
 from train.checkpoint import State
+from train.cli import cli
 from train.evals.encoders.load import load_encoder
 from train.evals.pixels import decode
 from train.losses.positives import positives
 from train.model import build_head, build_trunk
+from train.predict import explain_with_predictions, read_images
 from train.weights import load_exactly, read_weights
 
 
@@ -50,7 +58,7 @@ def test_caption_and_cleaned_caption_differ_where_cleaning_did_something(finishe
     told = explain(finished.out, "000000002")
     assert told.caption.startswith("Ünïcode &amp;amp;")
     assert told.cleaned == 'ünïcode & "quotes" 2'
-    assert told.notes == []
+    assert told.notes == ()
 
 
 def test_without_the_shard_the_caption_is_decoded_and_says_so(tmp_path: Path) -> None:
@@ -59,24 +67,50 @@ def test_without_the_shard_the_caption_is_decoded_and_says_so(tmp_path: Path) ->
     tar.rename(tmp_path / "elsewhere.tar")
     told = explain(tmp_path / "out", "000000001")
     assert told.caption == "two dogs , a cat and the sea 1"
-    assert told.caption_from == "put together from the tokens: 0.tar is no longer where it was"
+    assert told.caption_from == "decoded from the tokens: 0.tar is no longer where it was"
     assert told.cleaned is None and told.image is not None
 
 
-def test_command_writes_page_and_picture(finished: Built, tmp_path: Path) -> None:
-    said = preprocess("explain", finished.out, "000000003", "--html", tmp_path / "x.html", "--png", tmp_path / "x.png")
+def test_command_writes_page_and_pictures(finished: Built, tmp_path: Path) -> None:
+    files = {kind: tmp_path / f"x.{kind}" for kind in ("html", "svg", "png")}
+    said = preprocess("explain", finished.out, "000000003", *(word for kind, file in files.items() for word in (f"--{kind}", file)))
     assert said.code == 0, said.err
     assert "犬と猫" in said.out and "t_c" in said.out
-    page = check_page((tmp_path / "x.html").read_text("utf8"))
+    page = check_page(files["html"].read_text("utf8"))
     assert "犬と猫" in page.text and page.images == 1
-    with Image.open(tmp_path / "x.png") as picture:
+    with Image.open(files["png"]) as picture:
         assert picture.format == "PNG" and picture.width == 1200
+    svg = files["svg"].read_text("utf8")
+    assert "犬と猫" in svg and "data:image/jpeg;base64," in svg and not re.search(r"url\((?!#)|@import|@font-face|href=.http", svg)
+    ElementTree.fromstring(svg)
+
+
+def test_captions_cannot_steer_the_terminal_or_the_page(tmp_path: Path) -> None:
+    caption = '[red]a\x1b[31m\x07\x9b2Jcat\u202e <script>alert(1)</script> "style="color: #1f5fa8'
+    write_tar(tmp_path / "data" / "0.tar", sample("7", caption))
+    build(tmp_path / "data", tmp_path / "out")
+    told = explain(tmp_path / "out", "7")
+    assert told.caption == caption
+    stream = io.StringIO()
+    Console(file=stream, force_terminal=True, width=200).print(describe(told))
+    printed = re.sub("\x1b\\[[0-9;]*m", "", stream.getvalue())
+    assert "[red]a␛[31m␇⟨009B⟩2Jcat⟨202E⟩ <script>" in printed and "\x1b" not in printed and "\x1b[31m" not in stream.getvalue()
+    page = check_page(to_html(told))
+    assert "[red]a␛[31m␇" in page.text and '"style="color: #1f5fa8' in re.sub(r"\s+", " ", page.text)
+    ElementTree.fromstring(to_svg(told))
+    assert to_png(told).startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_chromium_shows_the_page_without_a_complaint(finished: Built, tmp_path: Path) -> None:
+    (tmp_path / "x.html").write_text(to_html(explain(finished.out, "000000003")), "utf8")
+    assert "CONSOLE" not in shown_in_chromium(tmp_path / "x.html", tmp_path / "shown")
 
 
 def test_a_quarantined_sample_says_why(finished: Built) -> None:
     said = preprocess("explain", finished.out, "000000100")
     assert said.code == 2
-    assert "has no label row '000000100': it was left out, caption is not UTF-8" in said.err
+    assert "has no label row '000000100': it was rejected, caption is not UTF-8" in said.err
     assert "no image: not an image" in preprocess("explain", finished.out, "000000101").out
 
 
@@ -86,7 +120,7 @@ def test_a_key_in_two_shards_asks_which(tmp_path: Path) -> None:
     build(tmp_path / "data", tmp_path / "out")
     said = preprocess("explain", tmp_path / "out", "7")
     assert said.code == 2
-    assert "'7' stands in 2 shards" in said.err and "--shard NAME" in said.err
+    assert "'7' is in 2 shards" in said.err and "--shard NAME" in said.err
     assert explain(tmp_path / "out", "7", shard="b").caption == "a b cat"
     assert "allowed: a, b" in preprocess("explain", tmp_path / "out", "7", "--shard", "c").err
 
@@ -127,8 +161,12 @@ def run(finished: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def train(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
 def test_a_runs_likeliest_tokens(finished: Built, run: Path, tmp_path: Path) -> None:
-    told = explain(finished.out, "000000003", run=run, top=5)
+    told = explain_with_predictions(finished.out, "000000003", run, top=5)
     file = run / "checkpoints" / told.checkpoint / "head.safetensors"
     encoder, head = load_encoder(f"run:{run}"), build_head(32, 49_408)
     load_exactly(head, read_weights(file), file)
@@ -138,31 +176,45 @@ def test_a_runs_likeliest_tokens(finished: Built, run: Path, tmp_path: Path) -> 
         expected = head(encoder((pixels - mean) / std)).softmax(dim=1)[0].topk(5)
     assert [guess.label.token_id for guess in told.guesses] == expected.indices.tolist()
     assert np.allclose([guess.probability for guess in told.guesses], expected.values.numpy(), rtol=1e-5)
+    assert told.labels == explain(finished.out, "000000003").labels
+    said = train("explain", finished.out, "000000003", "--checkpoint", run, "--top", 5, "--html", tmp_path / "x.html")
+    assert said.exit_code == 0, said.output
+    page = check_page((tmp_path / "x.html").read_text("utf8"))
+    for text in (said.output, page.text):
+        assert f"likeliest tokens by {told.checkpoint}" in text and told.guesses[4].label.name in text and "decoded from the tokens" in text
+    assert page.images == 1
+    (tmp_path / "x.jpg").write_bytes(told.image or b"")
+    answer = json.loads(train("predict", run, tmp_path / "x.jpg", "--top", 5).output)
+    assert [row["token_id"] for row in answer["images"][0]["tokens"]] == expected.indices.tolist()
+    assert answer["images"][0]["file"] == str(tmp_path / "x.jpg")
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("name: softmax", "name: bce"))
-    assert 0.2 < explain(finished.out, "000000003", run=run, top=1).guesses[0].probability < 1  # of this token alone
+    sigmoid = explain_with_predictions(finished.out, "000000003", run, top=1)
+    assert 0.2 < sigmoid.guesses[0].probability < 1  # of this token alone
     write_json(run / "data.json", {"tokenizer_fingerprint": "0123"})
-    said = preprocess("explain", finished.out, "000000003", "--checkpoint", run)
-    assert said.code == 2
-    assert "was trained on other classes: 49,408 of tokenizer 0123" in said.err and "give the OUT" in said.err
+    said = train("explain", finished.out, "000000003", "--checkpoint", run)
+    assert "was trained on other classes: 49,408 of tokenizer 0123" in str(said.exception) and "give the output folder" in str(
+        said.exception
+    )
 
 
-def test_a_run_without_checkpoint_is_told_in_trains_words(finished: Built, tmp_path: Path) -> None:
+def test_mistakes_of_predictions_are_reported(finished: Built, tmp_path: Path) -> None:
+    said = train("explain", finished.out, "000000003", "--checkpoint", tmp_path)
+    assert "has no finished checkpoint" in str(said.exception)
     said = preprocess("explain", finished.out, "000000003", "--checkpoint", tmp_path)
     assert said.code == 2
-    assert "has no finished checkpoint" in said.err
+    assert f"train explain {finished.out} 000000003 --checkpoint {tmp_path} --top 10" in said.err
+    with pytest.raises(UserError, match=r"gone\.jpg cannot be read"):
+        read_images([tmp_path / "gone.jpg"])
 
 
 def test_the_terminal_shows_the_picture_in_blocks(finished: Built) -> None:
-    from rich.console import Console
-
-    from preprocess.show.terminal import print_explanation
-
+    blocks = _blocks(explain(finished.out, "000000003").image or b"", 48)
     stream = io.StringIO()
-    print_explanation(explain(finished.out, "000000003"), Console(file=stream, force_terminal=True, color_system="truecolor", width=100))
+    Console(file=stream, force_terminal=True, color_system="truecolor", width=100).print(blocks)
     assert len(re.findall("▀", stream.getvalue())) == 40 * 20
 
 
 def test_explain_loads_no_torch() -> None:
-    code = "import preprocess.show.predictions, preprocess.cli, sys; sys.exit('torch' in sys.modules)"
+    code = "import preprocess.inspect.explain, labels.explanation, preprocess.cli, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

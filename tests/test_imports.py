@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ["torch", "torchvision", "timm", "ffcv", "tensorboard", "safetensors", "matplotlib", "open_clip"]
 # A package, and what it may not import.
 WALLS = {
-    "labels": ["preprocess", "train", "tests", "ray", "click", "rich", "PIL", "fsspec", *HEAVY],
+    "labels": ["preprocess", "train", "tests", "ray", "click", "fsspec", *HEAVY],
     "preprocess": ["train", "tests", *HEAVY],
     "train": ["preprocess", "tests", "tokenizers", "ftfy"],
 }

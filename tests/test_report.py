@@ -10,7 +10,7 @@ from page_checks import CHROMIUM, check_page, shown_in_chromium
 from shard_factory import preprocess, rows, write_shards
 
 from labels.html import Axis, Html, Series, html, line_chart, linear_ticks, log_ticks, table, tag
-from preprocess.show.summary import summarise
+from preprocess.inspect.report import summarise
 
 
 @pytest.fixture(scope="module")

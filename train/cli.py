@@ -10,7 +10,7 @@ import click
 from labels import __version__
 from labels.config import load_pipeline
 from labels.errors import UserError
-from labels.layout import local_out
+from labels.layout import local_out, out_path
 from labels.manifest import read_manifest
 from labels.settings import Pipeline
 from train import options
@@ -21,6 +21,7 @@ from train.export.command import export
 from train.llava.command import llava
 from train.report.command import report
 
+_FILE = click.Path(path_type=Path, dir_okay=False)
 CLIP_VOCABULARY = 49_408
 """Classes that are planned for where no OUT is given."""
 
@@ -129,10 +130,31 @@ def head_size(pipeline: Pipeline, beton: str | None) -> tuple[int, int, int | No
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="How many tokens of each image.")
 def predict_command(run: Path, images: tuple[Path, ...], top: int) -> None:
-    """The likeliest tokens of images by RUN's newest checkpoint, as JSON (`preprocess explain` gives them names)."""
-    from train.predict import predict_tokens
+    """Print the likeliest tokens of images by RUN's newest checkpoint, as JSON."""
+    from train.predict import predict_tokens, read_images
 
-    print(json.dumps(predict_tokens(run, images, top), indent=1))
+    print(json.dumps(predict_tokens(run, read_images(images), top), indent=1))
+
+
+@cli.command("explain")
+@click.argument("out")
+@click.argument("sample", metavar="KEY|UID")
+@click.option(
+    "--checkpoint", "run", type=click.Path(path_type=Path), metavar="RUN", required=True, help="A run, or one checkpoint's folder."
+)
+@click.option("--shard", metavar="NAME", help="The shard to search, if several have the key.")
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Predicted tokens to show.")
+@click.option("--html", type=_FILE, help="Write a page that opens without a network.")
+@click.option("--svg", type=_FILE, help="Write a vector picture.")
+@click.option("--png", type=_FILE, help="Write a picture, 1200 pixels wide.")
+def explain_command(
+    out: str, sample: str, run: Path, shard: str | None, top: int, html: Path | None, svg: Path | None, png: Path | None
+) -> None:
+    """Show one sample of a dataset with a run's predictions: image, tokens, labels, weights, likeliest tokens."""
+    from labels.explanation import show
+    from train.predict import explain_with_predictions
+
+    show(explain_with_predictions(out_path(out), sample, run, shard=shard, top=top), html=html, svg=svg, png=png)
 
 
 def main() -> None:

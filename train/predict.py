@@ -1,4 +1,4 @@
-"""`train predict`: the likeliest tokens of images by a run's checkpoint, as JSON.
+"""`train predict`: the likeliest tokens of images by a run's checkpoint, as JSON; `train explain`: of one sample of a dataset.
 
 B images, S image side, W trunk width, V vocabulary.
 """
@@ -14,7 +14,9 @@ from PIL import Image
 
 from labels.config import load_pipeline
 from labels.errors import UserError
+from labels.explanation import Explanation, explain_row, with_guesses
 from labels.kinds import LOSSES, says
+from labels.manifest import read_manifest
 from train.checkpoint import checkpoint_folders, read_state
 from train.evals.encoders.load import load_encoder
 from train.evals.encoders.runs import newest_checkpoint
@@ -25,20 +27,20 @@ from train.weights import load_exactly, read_weights
 
 
 @torch.inference_mode()
-def predict_tokens(run: Path, files: Sequence[Path], top: int) -> dict[str, Any]:
-    """The `top` likeliest tokens of each image, shorter side to S and cropped at the centre.
+def predict_tokens(run: Path, images: Sequence[tuple[str, bytes]], top: int) -> dict[str, Any]:
+    """The `top` likeliest tokens of each image; its shorter side is resized to S, its centre is cropped.
 
     Args:
-        run: RUN, of which the newest checkpoint is taken, or one checkpoint's folder.
-        files: images of any kind that Pillow reads.
+        run: the folder of a run, whose newest checkpoint is read, or of one checkpoint.
+        images: name and file content of each, in any format that Pillow reads.
         top: how many tokens, at most V.
 
     Returns:
         checkpoint, samples_seen, vocabulary, tokenizer_fingerprint; images: file, tokens (token_id, probability: softmax over V, or
-        sigmoid, as the run's loss has it).
+        sigmoid for a loss that treats each token alone).
 
     Raises:
-        UserError: no checkpoint, or a file that is no image.
+        UserError: no checkpoint, or a file that is not an image.
     """
     path = run.resolve()
     checkpoint = path if path in checkpoint_folders(path.parent.parent) else newest_checkpoint(path)
@@ -50,9 +52,9 @@ def predict_tokens(run: Path, files: Sequence[Path], top: int) -> dict[str, Any]
     head = build_head(encoder.width, vocabulary)
     load_exactly(head, read_weights(file), file)
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in encoder.images[1:])
-    pixels = torch.from_numpy(np.stack([_read(image, encoder.images.side) for image in files]))  # [B, S, S, 3]
+    pixels = torch.from_numpy(np.stack([_decode(name, data, encoder.images.side) for name, data in images]))  # [B, S, S, 3]
     logits = head.eval()(encoder((pixels.permute(0, 3, 1, 2).float().div(255) - mean) / std))  # [B, V]
-    # A loss that learns no distribution asks of each token alone whether it is there.
+    # losses without DISTRIBUTION predict each token alone
     loss = load_pipeline(checkpoint.parent.parent / "config.yaml").train.loss.name
     probabilities = logits.float().softmax(dim=1) if says(LOSSES, loss, "DISTRIBUTION") else logits.float().sigmoid()  # [B, V]
     best = probabilities.topk(min(top, vocabulary), dim=1)
@@ -66,13 +68,48 @@ def predict_tokens(run: Path, files: Sequence[Path], top: int) -> dict[str, Any]
         "samples_seen": state.samples_seen,
         "vocabulary": vocabulary,
         "tokenizer_fingerprint": data["tokenizer_fingerprint"],
-        "images": [{"file": str(image), "tokens": row} for image, row in zip(files, tokens, strict=True)],
+        "images": [{"file": name, "tokens": row} for (name, _), row in zip(images, tokens, strict=True)],
     }
 
 
-def _read(file: Path, side: int) -> np.ndarray:
+def read_images(files: Sequence[Path]) -> list[tuple[str, bytes]]:
+    """Name and content of each file."""
+    try:
+        return [(str(file), file.read_bytes()) for file in files]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}", allowed="image files that Pillow reads") from None
+
+
+def _decode(name: str, data: bytes, side: int) -> np.ndarray:
     """uint8 [S, S, 3]."""
     try:
-        return decode(file.read_bytes(), side)
+        return decode(data, side)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} is no image: {error}", allowed="image files that Pillow reads") from None
+        raise UserError(f"{name} is not an image: {error}", allowed="image files that Pillow reads") from None
+
+
+def explain_with_predictions(out: Path, name: str, run: Path, *, shard: str | None = None, top: int = 10) -> Explanation:
+    """One sample of an output folder with a run's `top` likeliest tokens.
+
+    Args:
+        out: the output folder whose labels the run was trained on.
+        name: the sample's key or uid.
+        run: as in `predict_tokens`.
+        shard: the shard to search, if several have the key.
+        top: how many tokens.
+
+    Raises:
+        UserError: no such sample, no checkpoint, or the run was trained on other classes.
+    """
+    explanation, tokenizer = explain_row(out, name, shard), read_manifest(out).tokenizer
+    if explanation.image is None:
+        return explanation
+    predicted = predict_tokens(run, [(name, explanation.image)], top)
+    if (predicted["vocabulary"], predicted["tokenizer_fingerprint"]) != (tokenizer.vocabulary, tokenizer.fingerprint):
+        raise UserError(
+            f"{run} was trained on other classes: {predicted['vocabulary']:,} of tokenizer {predicted['tokenizer_fingerprint']}, "
+            f"{out} has {tokenizer.vocabulary:,} of {tokenizer.fingerprint}",
+            mend="give the output folder whose labels the run was trained on",
+        )
+    tokens = [(row["token_id"], row["probability"]) for row in predicted["images"][0]["tokens"]]
+    return with_guesses(explanation, out, predicted["checkpoint"], tokens)

@@ -1,0 +1,220 @@
+"""Single samples of an output folder: found by key or uid, or spread over the dataset; their label rows, images and weights.
+
+key or uid -> labels/*.parquet -> Sample -> beton, or image index and tar -> JPEG bytes
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from PIL import Image
+
+from labels import beton
+from labels.errors import UserError
+from labels.files import is_remote, local_copy
+from labels.idf import target_weights
+from labels.layout import Layout
+from labels.manifest import BetonPart, Manifest, ShardPart
+from labels.places import Source, open_places, read_sources
+from labels.tokenizers.text import name_of, text_of
+
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One label row. `row`: number within its shard; `index`: within the dataset; `repeats`: further rows of the same sample."""
+
+    shard: ShardPart
+    row: int
+    key: str
+    uid: str | None
+    width: int | None
+    height: int | None
+    token_ids: list[int]
+    label_ids: list[int]
+    repeats: int = 0
+
+    @property
+    def index(self) -> int:
+        return self.shard.first_index + self.row
+
+
+def find_sample(out: Path, manifest: Manifest, name: str, shard: str | None = None) -> Sample:
+    """The sample with this key or uid.
+
+    Args:
+        out: a finished output folder.
+        manifest: its manifest.
+        name: key or uid.
+        shard: search only this shard.
+
+    Raises:
+        UserError: there is no such sample (the message says if it was quarantined), or several shards have one.
+    """
+    parts = {part.name: part for part in manifest.shards if shard in (None, part.name)}
+    if not parts:
+        names = [part.name for part in manifest.shards]
+        raise UserError(f"{out} has no shard {shard!r}", allowed=_first_names(names), mend="correct --shard")
+    layout = Layout(out)
+    try:
+        shards = _shards_with(layout, list(parts), name)
+        if len(shards) == 1:
+            with local_copy(layout.label_file(shards[0])) as file:
+                table = pq.read_table(file, columns=["key", "uid"])
+            rows = [row for row, names in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True)) if name in names]
+            return read_samples(layout, parts[shards[0]], rows[:1], repeats=len(rows) - 1)[0]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{layout.labels} cannot be read: {error}", mend=f"run `preprocess verify {out}`") from None
+    if not shards:
+        example = f'preprocess sql {out} "SELECT key, uid FROM labels LIMIT 5"'
+        raise UserError(_why_missing(layout, name, out), mend=f"list samples: {example}")
+    raise UserError(f"{name!r} is in {len(shards)} shards", allowed=_first_names(shards), mend="add --shard NAME, or give a uid")
+
+
+def _shards_with(layout: Layout, shards: list[str], name: str) -> list[str]:
+    """The shards that have this key or uid, sorted; the label files are read in parallel."""
+    files = [layout.label_file(shard) for shard in shards]
+    if is_remote(layout.out):
+        dataset = ds.dataset([file.path for file in files], format="parquet", filesystem=layout.out.fs)  # type: ignore[attr-defined]  # a UPath
+    else:
+        dataset = ds.dataset([str(file) for file in files], format="parquet")
+    matches = (ds.field("key") == name) | (ds.field("uid") == name)
+    hits = dataset.to_table(columns=["__filename"], filter=matches)
+    return sorted({Path(file).stem for file in hits["__filename"].to_pylist()})
+
+
+def read_samples(layout: Layout, shard: ShardPart, rows: Sequence[int], repeats: int = 0) -> list[Sample]:
+    """The label rows of one shard with these numbers, ascending."""
+    with local_copy(layout.label_file(shard.name)) as file:
+        table = pq.read_table(file).take(list(rows))
+    return [Sample(shard=shard, row=row, repeats=repeats, **values) for row, values in zip(rows, table.to_pylist(), strict=True)]
+
+
+def spread_samples(layout: Layout, manifest: Manifest, count: int) -> list[Sample]:
+    """`count` samples (all, if there are fewer) at even distances through the dataset, read shard by shard."""
+    count = min(count, manifest.captions)
+    indices = (2 * np.arange(count, dtype=np.int64) + 1) * manifest.captions // (2 * max(count, 1))
+    firsts = np.array([part.first_index for part in manifest.shards])
+    shard_numbers = np.searchsorted(firsts, indices, side="right") - 1
+    samples: list[Sample] = []
+    for number in np.unique(shard_numbers):
+        shard = manifest.shards[int(number)]
+        samples += read_samples(layout, shard, (indices[shard_numbers == number] - shard.first_index).tolist())
+    return samples
+
+
+def read_image(layout: Layout, manifest: Manifest, sample: Sample) -> bytes | None:
+    """The sample's JPEG bytes from its beton, or from its tar if the dataset has image indices; None if neither has it."""
+    for part in manifest.betons:
+        if sample.shard.name in part.shards:
+            with local_copy(layout.beton_file(part.number)) as file:
+                data = _from_beton(file, part, sample.index)
+            if data is not None:
+                return data
+    for part in manifest.places:
+        if sample.shard.name in part.shards:
+            with local_copy(layout.place_file(part.number)) as file:
+                places = open_places(file)
+                places = places[places["index"] == sample.index]
+            if len(places):
+                return _from_tar(read_sources(layout)[sample.shard.name], int(places[0]["offset"]), int(places[0]["bytes"]))
+    return None
+
+
+def _from_tar(source: Source, offset: int, size: int) -> bytes | None:
+    """A member's bytes; None if the tar is missing or has another length."""
+    tar = Path(source.path)
+    if not tar.is_file() or tar.stat().st_size != source.bytes:
+        return None
+    with tar.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _from_beton(file: Path, part: BetonPart, index: int) -> bytes | None:
+    data = np.memmap(file, np.uint8, mode="r")
+    header = data[: beton.HEADER.itemsize].view(beton.HEADER)[0]
+    metadata = data[beton.METADATA_OFFSET : beton.METADATA_OFFSET + part.samples * beton.METADATA.itemsize].view(beton.METADATA)
+    positions = np.flatnonzero(metadata["index"] == index)
+    if not len(positions):
+        return None
+    # the allocation table has two rows for each sample: image, labels
+    row_at = int(header["alloc_table_ptr"]) + 2 * int(positions[0]) * beton.ALLOCATION.itemsize
+    row = data[row_at : row_at + beton.ALLOCATION.itemsize].view(beton.ALLOCATION)[0]
+    return bytes(data[int(row["ptr"]) : int(row["ptr"] + row["size"])])
+
+
+def thumbnail(data: bytes, side: int) -> bytes | None:
+    """The image as a JPEG of at most `side` pixels a side; None if it cannot be decoded."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.draft("RGB", (side, side))
+            small = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=82, optimize=True)
+    return buffer.getvalue()
+
+
+def quarantined(layout: Layout, key: str, shard: str | None = None) -> list[tuple[str, str, str, str]]:
+    """Shard, stage, reason and detail of the rejected samples with this key."""
+    with local_copy(layout.quarantine) as file:
+        rows = pq.read_table(file, filters=[("key", "==", key)]).to_pylist()
+    return [(row["shard"], row["stage"], row["reason"], row["detail"]) for row in rows if shard in (None, row["shard"])]
+
+
+def _why_missing(layout: Layout, name: str, out: Path) -> str:
+    rejected = [f"{reason} ({detail}), in shard {shard}" for shard, stage, reason, detail in quarantined(layout, name) if stage == "labels"]
+    why = f": it was rejected, {'; '.join(rejected[:_NAMES_SHOWN])}" if rejected else " as key or uid"
+    return f"{out} has no label row {name!r}{why}"
+
+
+def _first_names(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
+
+
+@dataclass(frozen=True)
+class Label:
+    """One label of a caption. `weight`: t_c, its share of the loss's target; `idf`: w_c; `document_frequency`: in captions."""
+
+    token_id: int
+    name: str
+    document_frequency: int
+    idf: float
+    weight: float
+
+
+class Vocabulary:
+    """The table of idf.parquet, by token id."""
+
+    def __init__(self, layout: Layout, manifest: Manifest) -> None:
+        with local_copy(layout.idf_parquet) as file:
+            table = pq.read_table(file)
+        self._tokens = table["token"]
+        self.frequency: np.ndarray = table["document_frequency"].to_numpy()
+        self.idf: np.ndarray = table["idf"].to_numpy()
+        self._tokenizer = manifest.tokenizer.name
+
+    def name(self, token_id: int) -> str:
+        return name_of(self._tokens[token_id].as_py(), self._tokenizer)
+
+    def text(self, token_ids: list[int]) -> str:
+        """The text of a row of token ids."""
+        return text_of([self._tokens[token_id].as_py() for token_id in token_ids], self._tokenizer)
+
+    def labels(self, label_ids: list[int]) -> list[Label]:
+        """The labels of one caption, largest weight first."""
+        weights = target_weights(self.idf[label_ids]).tolist() if label_ids else []
+        pairs = sorted(zip(weights, label_ids, strict=True), key=lambda pair: (-pair[0], pair[1]))
+        return [self.label(token_id, weight) for weight, token_id in pairs]
+
+    def label(self, token_id: int, weight: float) -> Label:
+        return Label(token_id, self.name(token_id), int(self.frequency[token_id]), float(self.idf[token_id]), weight)

@@ -1,0 +1,1 @@
+"""Commands that look into a finished output folder: `preprocess sql`, `explain`, `report`."""
