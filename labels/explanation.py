@@ -29,17 +29,18 @@ from labels.manifest import read_manifest
 from labels.samples import Label, Sample, Vocabulary, find_sample, quarantined, read_image, thumbnail
 
 DECODED = "decoded from the tokens"
-_COLUMNS, _NARROW_COLUMNS = 96, 42  # of pages and pictures; of a page on a phone
+_COLUMNS, _NARROW_COLUMNS = 96, 45  # of pages and pictures; of a page on a phone
 _PICTURE_COLUMNS, _PICTURE_LINES = 48, 20
 _THUMBNAIL_SIDE = 640
 _BAR_COLUMNS = 20
 
 # Control characters, and characters that break lines, reorder text or are not allowed in XML.
 _INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
-_WHITE, _INK, _MUTED, _BLUE = (253, 253, 252), (28, 29, 31), "#8c8d8d", (31, 95, 168)
-_ANSI = [_INK, (179, 38, 30), (44, 122, 63), (138, 90, 0), _BLUE, (122, 62, 157), (0, 116, 124), (93, 97, 103)]
+_WHITE, _INK, _GREY, _BLUE = (253, 253, 252), (28, 29, 31), (93, 97, 103), (31, 95, 168)
+_MUTED = "#8c8d8d"  # what rich makes of `dim`
+_ANSI = [_INK, (179, 38, 30), (44, 122, 63), (138, 90, 0), _BLUE, (122, 62, 157), (0, 116, 124), _GREY]
 _THEME = TerminalTheme(_WHITE, _INK, _ANSI)
-# rich's colours as those of page.css, which follow the reader's light or dark setting; _MUTED is rich's `dim`
+# rich's colours -> those of page.css, which follow the reader's light or dark setting
 _PAGE_COLOURS = {"#1f5fa8": "var(--accent)", _MUTED: "var(--muted)", "#8a5a00": "var(--ink)"}
 _CELL_WIDTH, _LINE_HEIGHT, _MARGIN = 12, 26, 24  # of the PNG, in pixels
 _FONTS = ("DejaVuSansMono.ttf", "NotoSansMono-Regular.ttf", "LiberationMono-Regular.ttf", "Menlo.ttc", "consola.ttf")
@@ -184,10 +185,10 @@ def _text(text: str, style: str = "") -> Text:
     return Text(visible(text), style, overflow="fold")
 
 
-def _table(title: str, columns: tuple[str, str], rows: Sequence[tuple[str, Label, str, str, float]]) -> Table:
+def _table(title: str, columns: tuple[str, str], rows: Sequence[tuple[str, Label, str, str, float]]) -> Group:
     """`rows`: name, label, a cell for each of `columns`, and the value of the bar."""
-    table = Table(title=_text(title, "dim"), title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("token", overflow="fold", min_width=8)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("token", overflow="fold", min_width=12)
     for name in ("id", "captions", *columns):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", max_width=_BAR_COLUMNS)
@@ -195,7 +196,7 @@ def _table(title: str, columns: tuple[str, str], rows: Sequence[tuple[str, Label
     for name, label, *cells, value in rows:
         bar = Bar(largest, 0, value, color="blue")
         table.add_row(_text(name), str(label.token_id), f"{label.document_frequency:,}", *map(str, cells), bar)
-    return table
+    return Group(_text(title, "dim"), table)
 
 
 def _blocks(data: bytes, columns: int) -> RenderableType:
@@ -275,7 +276,7 @@ def to_png(explanation: Explanation) -> bytes:
                     draw.rectangle((x, y + 6, x + eighths * _CELL_WIDTH // 8, y + _LINE_HEIGHT - 8), _BLUE)
                 elif not word.isspace():
                     weight = {"stroke_width": 0.4, "stroke_fill": _INK} if style and style.bold else {}
-                    draw.text((x, y), word, _MUTED if style and style.dim else _INK, font=font, **weight)
+                    draw.text((x, y), word, _GREY if style and style.dim else _INK, font=font, **weight)
                 x += cell_len(word) * _CELL_WIDTH
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
@@ -288,7 +289,7 @@ def _picture_for(explanation: Explanation, line_height: int) -> tuple[bytes | No
     if data is None:
         return None, ""
     with Image.open(io.BytesIO(data)) as image:
-        return data, Text("\n" * -(-image.height // line_height))
+        return data, Text("\n" * (-(-image.height // line_height) - 1))
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
