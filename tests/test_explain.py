@@ -205,7 +205,7 @@ def test_mistakes_of_predictions_are_reported(finished: Built, tmp_path: Path) -
     assert said.code == 2
     assert f"train explain {finished.out} 000000003 --checkpoint {tmp_path} --top 10" in said.err
     with pytest.raises(UserError, match=r"gone\.jpg cannot be read"):
-        read_images([tmp_path / "gone.jpg"])
+        list(read_images([tmp_path / "gone.jpg"]))
 
 
 def test_the_terminal_shows_the_picture_in_blocks(finished: Built) -> None:

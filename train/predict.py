@@ -4,7 +4,7 @@ B images, S image side, W trunk width, V vocabulary.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from train.weights import load_exactly, read_weights
 
 
 @torch.inference_mode()
-def predict_tokens(run: Path, images: Sequence[tuple[str, bytes]], top: int) -> dict[str, Any]:
+def predict_tokens(run: Path, images: Iterable[tuple[str, bytes]], top: int) -> dict[str, Any]:
     """The `top` likeliest tokens of each image; its shorter side is resized to S, its centre is cropped.
 
     Args:
@@ -52,7 +52,8 @@ def predict_tokens(run: Path, images: Sequence[tuple[str, bytes]], top: int) -> 
     head = build_head(encoder.width, vocabulary)
     load_exactly(head, read_weights(file), file)
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in encoder.images[1:])
-    pixels = torch.from_numpy(np.stack([_decode(name, data, encoder.images.side) for name, data in images]))  # [B, S, S, 3]
+    names, decoded = zip(*((name, _decode(name, data, encoder.images.side)) for name, data in images), strict=True)
+    pixels = torch.from_numpy(np.stack(decoded))  # [B, S, S, 3]
     logits = head.eval()(encoder((pixels.permute(0, 3, 1, 2).float().div(255) - mean) / std))  # [B, V]
     # losses without DISTRIBUTION predict each token alone
     loss = load_pipeline(checkpoint.parent.parent / "config.yaml").train.loss.name
@@ -68,16 +69,17 @@ def predict_tokens(run: Path, images: Sequence[tuple[str, bytes]], top: int) -> 
         "samples_seen": state.samples_seen,
         "vocabulary": vocabulary,
         "tokenizer_fingerprint": data["tokenizer_fingerprint"],
-        "images": [{"file": name, "tokens": row} for (name, _), row in zip(images, tokens, strict=True)],
+        "images": [{"file": name, "tokens": row} for name, row in zip(names, tokens, strict=True)],
     }
 
 
-def read_images(files: Sequence[Path]) -> list[tuple[str, bytes]]:
+def read_images(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     """Name and content of each file."""
-    try:
-        return [(str(file), file.read_bytes()) for file in files]
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}", allowed="image files that Pillow reads") from None
+    for file in files:
+        try:
+            yield str(file), file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}", allowed="image files that Pillow reads") from None
 
 
 def _decode(name: str, data: bytes, side: int) -> np.ndarray:
