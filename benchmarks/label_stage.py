@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +57,23 @@ def tree_memory(pid: int) -> int:
 
 def steps(data: Path, out: Path) -> dict[str, float]:
     """Seconds of processor time of each step of one shard, in this process, after one shard has warmed it up."""
+    import pyarrow as pa
+
+    from labels.layout import Layout
     from labels.settings import Labels
     from labels.tokenizers import word_table as fastpath
     from labels.tokenizers.tokenizer import make_tokenizer
     from preprocess.counts import ShardCounts
     from preprocess.inputs.captions import parse_caption_key
     from preprocess.inputs.rows import read_rows
-    from preprocess.inputs.shards import find_shards
-    from preprocess.label_file import LabelFile
+    from preprocess.inputs.shards import Shard, find_shards
+    from preprocess.label_job import label_table, write_labels
 
     shards = find_shards([str(data)]).shards[:2]
     tokenizer = make_tokenizer(Labels())
     choices = parse_caption_key(["auto"])
-    spent = {"read": 0.0, "clean": 0.0, "split and look up": 0.0, "label sets": 0.0, "write": 0.0, "count": 0.0}
-    inner = {"clean": 0.0, "label sets": 0.0}
+    spent = {"read": 0.0, "clean": 0.0, "split and look up": 0.0, "label sets": 0.0, "write": 0.0}
+    inner = {"clean": 0.0, "label sets": 0.0, "count": 0.0}
 
     def clocked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
@@ -86,27 +89,27 @@ def steps(data: Path, out: Path) -> dict[str, float]:
     fast._learn = clocked("clean", fast._learn)
     fast._slow = clocked("clean", fast._slow)
     fastpath.gather = clocked("label sets", fastpath.gather)
+    ShardCounts.add = clocked("count", ShardCounts.add)
+    ShardCounts.write = clocked("count", ShardCounts.write)
     for shard in shards:
         spent = dict.fromkeys(spent, 0.0)
         inner.update(dict.fromkeys(inner, 0.0))
-        path, counts = out / "steps.parquet", ShardCounts()
-        with LabelFile(path) as file:
-            mark = [time.process_time()]
+        mark = [time.process_time()]
 
-            def spend(name: str, spent: dict[str, float] = spent, mark: list[float] = mark) -> None:
-                mark.append(time.process_time())
-                spent[name] += mark[-1] - mark[-2]
+        def spend(name: str, spent: dict[str, float] = spent, mark: list[float] = mark) -> None:
+            mark.append(time.process_time())
+            spent[name] += mark[-1] - mark[-2]
 
+        def batches(shard: Shard = shard, spend: Callable[[str], None] = spend) -> Iterator[pa.Table]:
             for batch in read_rows(shard, choices):
                 spend("read")
                 rows = tokenizer.encode_rows(batch.table["caption"], LIMIT)
                 spend("split and look up")
-                file.write(batch.table, *rows)
+                yield label_table(batch.table, *rows)
                 spend("write")
-                counts.add(rows[2])
-                spend("count")
+
+        write_labels(Layout(out / "steps"), "steps", batches())
         spend("write")
-        counts.write(out / "steps-count.parquet")
-        spend("count")
-    spent["split and look up"] -= sum(inner.values())
+    spent["split and look up"] -= inner["clean"] + inner["label sets"]
+    spent["write"] -= inner["count"]
     return spent | inner

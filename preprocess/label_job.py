@@ -4,22 +4,45 @@ shard -> rows of captions, in batches -> ids -> labels/<shard>.parquet -> counts
             left out: reason and detail ------------------------------------------------------------^
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions when it is imported)
+
+import hashlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labels.files import whole_file, write_json
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from labels.files import sha256_file, whole_file, write_json
 from labels.layout import Layout
+from labels.schema import LABELS
 from labels.settings import Labels
 from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.counts import ShardCounts
 from preprocess.inputs.captions import Choice
+from preprocess.inputs.columns import offsets_and_bytes
 from preprocess.inputs.rows import read_rows
 from preprocess.inputs.shards import Shard
 from preprocess.inputs.subset import open_subset, select
 from preprocess.inputs.tars import Fault
-from preprocess.label_file import LabelFile
+
+# Measured on web captions (docs/experiments.md): the fastest that is no larger. Packed differences of ids are too dense to
+# compress; dictionaries and statistics take time and save nothing. All of it is read by DuckDB 1.1 and Spark's fast reader.
+_KEYS, _SIZES = ("key", "uid"), ("width", "height")
+_IDS = ("token_ids.list.element", "label_ids.list.element")
+_PARQUET: dict[str, Any] = {
+    "compression": dict.fromkeys((*_KEYS, *_SIZES), "zstd") | dict.fromkeys(_IDS, "none"),
+    "column_encoding": dict.fromkeys(_KEYS, "DELTA_LENGTH_BYTE_ARRAY") | dict.fromkeys(_IDS, "DELTA_BINARY_PACKED"),
+    "use_dictionary": False,
+    "write_statistics": False,
+}
+"""Of pyarrow's ParquetWriter, for label files."""
 
 
 @dataclass(frozen=True)
@@ -46,31 +69,85 @@ def label_shard(task: LabelTask) -> dict[str, Any]:
     subset = open_subset(layout.subset) if task.subset else None
     faults: list[Fault] = []
     outside = 0
-    counts = ShardCounts()
-    path = layout.label_file(task.shard.name)
-    with whole_file(path) as partial:
-        with LabelFile(partial) as file:
-            for batch in read_rows(task.shard, task.captions):
-                faults += batch.faults
-                if subset is not None:
-                    batch, left_out = select(batch, subset)
-                    outside += left_out
-                rows = tokenizer.encode_rows(batch.table["caption"], task.settings.context)
-                file.write(batch.table, *rows)
-                counts.add(rows[2])
-        count_bytes = counts.write(layout.count_file(task.shard.name))
+
+    def batches() -> Iterator[pa.Table]:
+        nonlocal outside
+        for batch in read_rows(task.shard, task.captions):
+            faults.extend(batch.faults)
+            if subset is not None:
+                batch, left_out = select(batch, subset)
+                outside += left_out
+            ids = tokenizer.encode_rows(batch.table["caption"], task.settings.context)
+            yield label_table(batch.table, *ids)
+
+    written = write_labels(layout, task.shard.name, batches())
     marker = {
         "options": task.options,
         "source": task.shard.source,
         "shard": task.shard.name,
-        "rows": file.rows,
-        "tokens": file.tokens,
+        **written,
         "outside_subset": outside,
-        "sha256": file.sha256,
-        "count_bytes": count_bytes,
-        "keys_sha256": file.keys_sha256,
         "reasons": dict(sorted(Counter(fault.reason for fault in faults).items())),
     }
     # The faults stay in the file: a billion samples may have more of them than the main process has memory.
     write_json(marker_path, {**marker, "faults": [[fault.key, fault.reason, fault.detail] for fault in faults]})
     return marker
+
+
+def label_table(rows: pa.Table, ids: np.ndarray, offsets: np.ndarray, label_ids: np.ndarray, label_offsets: np.ndarray) -> pa.Table:
+    """N rows of schema LABELS; nothing is copied but the offsets.
+
+    Args:
+        rows: columns key, uid, width, height.
+        ids: int32 [T]; offsets: int64 [N + 1], from 0 to T.
+        label_ids: int32 [T'], a row's ascending and distinct; label_offsets: int64 [N + 1], from 0 to T'.
+
+    Raises:
+        ValueError: ids and offsets do not fit each other or the rows.
+    """
+    columns = [rows[name].cast(LABELS.field(name).type) for name in (*_KEYS, *_SIZES)]
+    for name, flat, ends in (("token_ids", ids, offsets), ("label_ids", label_ids, label_offsets)):
+        fit = len(ends) == len(rows) + 1 and (ends[0], ends[-1]) == (0, len(flat)) and (ends[1:] >= ends[:-1]).all()
+        if flat.dtype != np.int32 or not fit:
+            raise ValueError(
+                f"{name}: {len(flat)} ids of {flat.dtype} and {len(ends)} offsets from {ends[:1]} to {ends[-1:]} for {len(rows)} rows"
+            )
+        list_type = LABELS.field(name).type
+        columns.append(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(flat), type=list_type))
+    return pa.Table.from_arrays(columns, schema=LABELS)
+
+
+def write_labels(layout: Layout, shard: str, batches: Iterable[pa.Table]) -> dict[str, Any]:
+    """Write labels/<shard>.parquet, a row group for each batch, and counts/<shard>.parquet.
+
+    Returns:
+        What the marker says of them: rows, tokens, count_bytes, SHA-256 of the label file and of the keys in row order,
+        each followed by a line feed: two builds with the same `keys_sha256` have the same rows.
+
+    Raises:
+        ValueError: a key is null, or a batch has another schema than LABELS.
+    """
+    rows = tokens = 0
+    keys, counts = hashlib.sha256(), ShardCounts()
+    with whole_file(layout.label_file(shard)) as partial:
+        with pq.ParquetWriter(partial, LABELS, **_PARQUET) as writer:
+            for batch in batches:
+                if not len(batch):
+                    continue
+                writer.write_table(batch)
+                # Joined in Arrow: a Python string for every key would cost more than its labels.
+                for lines in pc.binary_join_element_wise(batch["key"], "", "\n").chunks:
+                    offsets, text = offsets_and_bytes(lines)
+                    keys.update(text[offsets[0] : offsets[-1]].data)
+                counts.add(pc.list_flatten(batch["label_ids"]).to_numpy())
+                rows += len(batch)
+                tokens += pc.sum(pc.list_value_length(batch["token_ids"])).as_py()
+        sha256 = sha256_file(partial)
+        count_bytes = counts.write(layout.count_file(shard))
+    return {
+        "rows": rows,
+        "tokens": tokens,
+        "sha256": sha256,
+        "count_bytes": count_bytes,
+        "keys_sha256": keys.hexdigest(),
+    }

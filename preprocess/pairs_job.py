@@ -3,6 +3,7 @@
 labels/<shard>.parquet (token_ids) + pairs.parquet -> label_ids with pair classes -> the same file, its counts and its marker
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from labels.files import local_copy, whole_file, write_json
+from labels.files import local_copy, write_json
 from labels.layout import Layout
 from labels.settings import Labels
 from labels.tokenizers.tokenizer import make_tokenizer
-from preprocess.counts import ShardCounts
-from preprocess.label_file import LabelFile
+from preprocess.label_job import label_table, write_labels
 from preprocess.ngrams import append_rows, pair_labels, read_pairs
 from preprocess.plan import read_marker
 
@@ -43,17 +43,16 @@ def add_pairs(task: PairsTask) -> dict[str, Any]:
     tokenizer = make_tokenizer(task.settings)
     vocabulary = len(tokenizer.tokens)
     pairs = read_pairs(layout.pairs, vocabulary)
-    counts = ShardCounts()
-    with local_copy(path) as source, whole_file(path) as partial:
-        with LabelFile(partial) as file:
-            for batch in pq.ParquetFile(source, pre_buffer=False).iter_batches(_ROWS_AT_ONCE):
-                ids, offsets = _flat(batch["token_ids"])
-                singles = _tokens_only(*_flat(batch["label_ids"]), vocabulary)
-                both = append_rows(*singles, *pair_labels(ids, offsets, pairs, vocabulary, *tokenizer.whole_words))
-                file.write(pa.Table.from_batches([batch]), ids, offsets, *both)
-                counts.add(both[0])
-        count_bytes = counts.write(layout.count_file(task.shard))
-        marker.update(pairs=task.pairs, count_bytes=count_bytes, sha256=file.sha256)
+
+    def batches(source: Path) -> Iterator[pa.Table]:
+        for batch in pq.ParquetFile(source, pre_buffer=False).iter_batches(_ROWS_AT_ONCE):
+            ids, offsets = _flat(batch["token_ids"])
+            singles = _tokens_only(*_flat(batch["label_ids"]), vocabulary)
+            both = append_rows(*singles, *pair_labels(ids, offsets, pairs, vocabulary, *tokenizer.whole_words))
+            yield label_table(pa.Table.from_batches([batch]), ids, offsets, *both)
+
+    with local_copy(path) as source:
+        marker.update(write_labels(layout, task.shard, batches(source)), pairs=task.pairs)
     write_json(marker_path, marker)
     return {key: value for key, value in marker.items() if key != "faults"}
 

@@ -65,19 +65,6 @@ def load(typingctx: Any, text: Any, at: Any) -> Any:
 
 
 @intrinsic
-def store(typingctx: Any, out: Any, at: Any, value: Any) -> Any:
-    """Write a number to out[at : at + 8], the lowest byte first; the caller has looked that there is room."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        place = cgutils.pointer_add(builder, array.data, arguments[1])
-        builder.store(arguments[2], builder.bitcast(place, ir.IntType(64).as_pointer())).align = 1
-        return context.get_dummy_value()
-
-    return types.void(out, types.int64, types.uint64), emit
-
-
-@intrinsic
 def prefetch(typingctx: Any, array: Any, at: Any) -> Any:
     """Have the cache line of array[at] fetched from memory while other work goes on; the caller has looked that it is there."""
 
@@ -99,16 +86,6 @@ def _trailing_zeros(typingctx: Any, value: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.uint64(types.uint64), emit
-
-
-@intrinsic
-def bit_width(typingctx: Any, value: Any) -> Any:
-    """Number of bits up to the highest that is set; 0 of 0."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.sub(ir.Constant(ir.IntType(64), 64), builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0)))
 
     return types.uint64(types.uint64), emit
 
