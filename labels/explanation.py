@@ -144,12 +144,12 @@ def visible(text: str) -> str:
 
 
 def describe(explanation: Explanation, image: RenderableType = "") -> Group:
-    """The one description. `image`: drawn below the first line."""
+    """The one description. `image`: drawn above the text."""
     sample = explanation.sample
     size = f", {sample.width} x {sample.height} pixels" if sample.width and sample.height else ""
     uid = f", uid {sample.uid}" if sample.uid else ""
     title = f"{sample.key}{uid}: shard {sample.shard.name}, row {sample.index:,} of {explanation.captions:,}{size}"
-    parts: list[RenderableType] = [_text(title, "bold"), *([image] if image else [])]
+    parts: list[RenderableType] = [*([image] if image else []), _text(title, "bold")]
     facts = Table.grid(padding=(0, 2, 0, 0))
     facts.add_row(_text("caption", "dim"), _text(explanation.caption or "(empty)"))
     facts.add_row("", _text(f"({explanation.caption_from})", "dim"))
@@ -252,7 +252,7 @@ def to_svg(explanation: Explanation) -> str:
     if data:
         with Image.open(io.BytesIO(data)) as image:
             size = f'width="{image.width}" height="{image.height}"'
-        element = f'<image x="0" y="26" {size} href="data:image/jpeg;base64,{base64.b64encode(data).decode()}"/>'
+        element = f'<image x="0" y="2" {size} href="data:image/jpeg;base64,{base64.b64encode(data).decode()}"/>'
         svg = svg.replace('-clip-terminal)">', f'-clip-terminal)">{element}', 1)  # no text holds a quotation mark: rich escapes it
     return svg
 
@@ -265,7 +265,7 @@ def to_png(explanation: Explanation) -> bytes:
     image = Image.new("RGB", (_COLUMNS * _CELL_WIDTH + 2 * _MARGIN, len(text_lines) * _LINE_HEIGHT + 2 * _MARGIN), _WHITE)
     if data:
         with Image.open(io.BytesIO(data)) as small:
-            image.paste(small, (_MARGIN, _MARGIN + _LINE_HEIGHT))
+            image.paste(small, (_MARGIN, _MARGIN))
     draw, font = ImageDraw.Draw(image), _font()
     for row, line in enumerate(text_lines):
         x, y = _MARGIN, _MARGIN + row * _LINE_HEIGHT
@@ -284,12 +284,12 @@ def to_png(explanation: Explanation) -> bytes:
 
 
 def _picture_for(explanation: Explanation, line_height: int) -> tuple[bytes | None, RenderableType]:
-    """The thumbnail for a picture, and the empty lines below which it fits."""
+    """The thumbnail of a picture, and empty lines of its height plus one."""
     data = thumbnail(explanation.image, _PICTURE_LINES * line_height) if explanation.image else None
     if data is None:
         return None, ""
     with Image.open(io.BytesIO(data)) as image:
-        return data, Text("\n" * (-(-image.height // line_height) - 1))
+        return data, Text("\n" * -(-image.height // line_height))
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
