@@ -37,6 +37,14 @@ def test_the_walls_stand(package: str) -> None:
         assert not forbidden, f"{module.relative_to(ROOT)} imports {', '.join(sorted(forbidden))}"
 
 
+@pytest.mark.parametrize("package", ["labels", "train"])
+def test_a_training_node_needs_no_package_for_text(package: str) -> None:
+    for module in (ROOT / package).rglob("*.py"):
+        head = [node for node in ast.parse(module.read_text(encoding="utf8")).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {name for node in head for name in imported(ast.unparse(node))}
+        assert not names & {"duckdb", "ftfy", "tokenizers", "regex"}, module
+
+
 def test_a_breach_would_be_seen() -> None:
     source = "import numpy\ndef f():\n    from train.loop import x\n    import torch.nn as nn\nfrom . import y\n"
     assert imported(source) == {"numpy", "train", "torch", "."}
@@ -54,6 +62,10 @@ def test_tests_are_flat() -> None:
         (
             "import labels.beton, labels.config, labels.idf, labels.manifest, labels.schema, labels.sparse",
             [*HEAVY, "train", "preprocess"],
+        ),
+        (
+            "import labels.subset, labels.tokenizers.kinds.clip, labels.tokenizers.kinds.subword, labels.tokenizers.kinds.catlip",
+            [*HEAVY, "duckdb", "fsspec", "ftfy", "regex", "tokenizers"],
         ),
     ],
 )

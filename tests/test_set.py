@@ -171,7 +171,7 @@ def all_labels(folder: Path) -> list[list[int]]:
         ("false", "selects no sample"),
         ("colour = 3", "train.data.subset 'colour = 3' cannot be used: .*colour"),
         ("true) ; DROP TABLE firsts; SELECT (true", "cannot be used"),
-        ("nowhere.npy", "train.data.subset 'nowhere.npy' cannot be used"),
+        ("nowhere.npy", "train.data.subset: nowhere.npy does not exist"),
         ("row >= 35", "leaves no sample of a --beton"),
     ],
 )

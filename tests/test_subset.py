@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from labels import subset as subset_module
 from labels.errors import UserError
-from preprocess.inputs import subset as subset_module
+from labels.subset import UIDS, count_in, parse_uids
 from preprocess.inputs.rowbatch import ROWS, RowBatch
 from preprocess.inputs.subset import open_subset, resolve_subset, select
 from preprocess.inputs.tars import Fault
-from preprocess.inputs.uids import UIDS, count_in, parse_uids
 
 UID = [f"{number:032x}" for number in (0, 1, 2**64 - 1, 2**64, 2**64 + 1, 2**127, 2**128 - 2, 2**128 - 1)]
 SCORES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
@@ -104,7 +104,7 @@ def test_repeated_uids_stay_repeated(tmp_path: Path) -> None:
 
 def test_more_than_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts, sorted or not, across the borders of the parts."""
-    monkeypatch.setattr(subset_module, "_ROWS_AT_ONCE", 1000)
+    monkeypatch.setattr(subset_module, "ROWS_AT_ONCE", 1000)
     uids = np.random.default_rng(0).integers(0, 2**64, (10_500, 2), np.uint64)
     uids[5000:5010, 0] = 7
     array = np.sort(uids.view(UIDS).reshape(-1))
@@ -184,7 +184,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert "no.npy does not exist" in refused(f"{tmp_path}/no.npy", tmp_path)
     assert "--subset: " in (told := refused(f"{tmp_path}/no.parquet", tmp_path)) and "does not exist" in told
     told = refused("score > 1", tmp_path)
-    assert "there are no metadata/*.parquet in or beside" in told and "give --metadata FOLDER" in told
+    assert "there are no metadata/*.parquet in or next to" in told and "give --metadata FOLDER" in told
 
 
 def test_a_parquet_without_good_uids_is_refused(tmp_path: Path) -> None:

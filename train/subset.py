@@ -5,10 +5,12 @@
 A uid that is there twice repeats its sample; a sample without a uid is in no file of uids.
 """
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import duckdb
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pyarrow as pa
 
@@ -17,15 +19,19 @@ from labels.errors import UserError
 from labels.files import fingerprint, is_remote, sha256_file
 from labels.layout import Layout
 from labels.places import PLACE
+from labels.subset import ROWS_AT_ONCE, UIDS, count_in, in_parts, is_sorted, map_uids, one_line, parse_uids, quoted, where
 from train.betons import BetonSet
 from train.outs import Opened
+
+if TYPE_CHECKING:
+    import duckdb
 
 _ALLOWED = (
     "an .npy of dtype u8,u8 as DataComp's, a .parquet with a column uid, or one SQL condition on key, uid, width, height, token_ids, "
     "label_ids and the columns of train.data.metadata"
 )
 _MOST_REPEATS = 2**16 - 1
-_ROWS_AT_ONCE = 1 << 17
+_OPTION = "train.data.subset"
 
 
 def find_part(betons: BetonSet, subset: str, metadata: str | None) -> tuple[np.ndarray, str]:
@@ -40,7 +46,7 @@ def find_part(betons: BetonSet, subset: str, metadata: str | None) -> tuple[np.n
         UserError: it is none of the three, cannot be read, or selects nothing.
     """
     if betons.staging:
-        raise UserError("train.data.subset needs the betons on this machine", mend="copy the OUT to a local folder")
+        raise UserError("train.data.subset needs the betons on this machine", mend="copy the output folder to this machine")
     found = []
     for one in betons.opened:
         counts = _counts(one, subset, metadata)
@@ -57,7 +63,7 @@ def find_part(betons: BetonSet, subset: str, metadata: str | None) -> tuple[np.n
 
 
 def _indices(betons: BetonSet, number: int) -> np.ndarray:
-    """Positions of the label rows of one file of samples, among the rows of its OUT: int64 [samples]."""
+    """Positions of the label rows of one file of samples, among the rows of its output folder: int64 [samples]."""
     samples, path = betons.parts[number].samples, betons.paths[number]
     if betons.tables.allocations[number]:
         return np.fromfile(path, beton.METADATA, samples, offset=beton.METADATA_OFFSET)["index"]
@@ -65,59 +71,58 @@ def _indices(betons: BetonSet, number: int) -> np.ndarray:
 
 
 def _counts(one: Opened, subset: str, metadata: str | None) -> np.ndarray:
-    """How often each label row of an OUT is in the subset: uint16 [rows]."""
+    """How often each label row of an output folder is in the subset: uint16 [rows]."""
+    import duckdb
+
     counts = np.zeros(sum(part.rows for part in one.manifest.shards), np.uint16)
-    files = [str(Layout(one.source.out).label_file(part.name)) for part in one.manifest.shards if part.rows]
+    shards = [part for part in one.manifest.shards if part.rows]
+    files = [str(Layout(one.source.out).label_file(part.name)) for part in shards]
     if is_remote(one.source.out) or not files:
         return counts
     with duckdb.connect(config={"python_enable_replacements": False}) as con:
-        con.register("firsts", _first_rows(one))
+        con.register("firsts", pa.table({"name": files, "first_row": [part.first_index for part in shards]}))
         try:
-            query, values = _query(con, subset, metadata)
-            reader = con.sql(query, params=[files, *values]).to_arrow_reader(_ROWS_AT_ONCE)
-            for batch in reader:
-                rows, repeats = (column.to_numpy(zero_copy_only=False) for column in batch.columns)
+            for rows, repeats in _repeats(con, files, subset, metadata):
                 if repeats.max(initial=0) > _MOST_REPEATS:
                     raise UserError(f"the subset {subset} repeats a uid {repeats.max()} times", allowed=f"{_MOST_REPEATS} times")
-                counts[rows.astype(np.int64)] = repeats
+                counts[rows] = repeats
         except (duckdb.Error, OSError, ValueError) as error:
-            told = " ".join(str(error).split())
-            raise UserError(f"train.data.subset {subset!r} cannot be used: {told}", allowed=_ALLOWED) from None
+            raise UserError(f"{_OPTION} {subset!r} cannot be used: {one_line(error)}", allowed=_ALLOWED) from None
     return counts
 
 
-def _first_rows(one: Opened) -> pa.Table:
-    shards = [part for part in one.manifest.shards if part.rows]
-    files = [str(Layout(one.source.out).label_file(part.name)) for part in shards]
-    return pa.table({"name": files, "first_row": [part.first_index for part in shards]})
-
-
-def _query(con: duckdb.DuckDBPyConnection, subset: str, metadata: str | None) -> tuple[str, list[Any]]:
-    """SQL whose first parameter is the list of label files: (row, repeats)."""
+def _repeats(
+    con: duckdb.DuckDBPyConnection, files: list[str], subset: str, metadata: str | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Label rows, int64 [N], and how often each is in the subset, int64 [N], in batches."""
+    names = ", ".join(map(quoted, files))
     rows = (
         "SELECT first_row + file_row_number AS row, labels.* EXCLUDE (filename, file_row_number) "
-        "FROM read_parquet(?, filename = true, file_row_number = true) labels JOIN firsts ON filename = name"
+        f"FROM read_parquet([{names}], filename = true, file_row_number = true) labels JOIN firsts ON filename = name"
     )
     if subset.endswith(".npy"):
-        array = np.load(subset, mmap_mode="r", allow_pickle=False)
-        if [array.dtype[name].str[1:] for name in array.dtype.names or ()] != ["u8", "u8"]:
-            raise ValueError(f"it holds {array.dtype}")
-        first, last = array.dtype.fields
-        high, low = np.ascontiguousarray(array[first]), np.ascontiguousarray(array[last])
-        con.register("uids", pa.table({"high": high, "low": low}))
-        numbers = [f"TRY_CAST('0x' || substr(uid, {at}, 16) AS UBIGINT)" for at in (1, 17)]
-        wanted = "SELECT high, low, count(*) AS repeats FROM uids GROUP BY ALL"
-        return f"SELECT row, repeats FROM ({rows}) JOIN ({wanted}) ON high = {numbers[0]} AND low = {numbers[1]} AND length(uid) = 32", []
+        with map_uids(subset, _OPTION) as array:
+            ascending, uids = is_sorted(array), np.concatenate([np.empty(0, UIDS), *in_parts(array)])
+        uids = uids if ascending else uids[np.lexsort((uids["f1"], uids["f0"]))]
+        for batch in con.sql(f"SELECT row, uid FROM ({rows})").to_arrow_reader(ROWS_AT_ONCE):
+            wanted, places = parse_uids(batch.column(1).cast(pa.string()))
+            yield batch.column(0).to_numpy()[places].astype(np.int64), count_in(wanted, uids)
+        return
     if subset.endswith(".parquet"):
-        wanted = "SELECT uid, count(*) AS repeats FROM read_parquet(?) GROUP BY uid"
-        return f"SELECT row, repeats FROM ({rows}) JOIN ({wanted}) USING (uid)", [subset]
-    if len(con.extract_statements(f"SELECT 1 WHERE ({subset})")) != 1:
-        raise ValueError("it is not one condition")
+        wanted = f"SELECT uid, count(*) AS repeats FROM read_parquet({quoted(subset)}) GROUP BY uid"
+        table = con.sql(f"SELECT row, repeats FROM ({rows}) JOIN ({wanted}) USING (uid)")
+    else:
+        table = where(_with_metadata(con, rows, metadata), subset, _OPTION, _ALLOWED).project("row, 1 AS repeats")
+    for batch in table.to_arrow_reader(ROWS_AT_ONCE):
+        yield batch.column(0).to_numpy().astype(np.int64), batch.column(1).to_numpy()
+
+
+def _with_metadata(con: duckdb.DuckDBPyConnection, rows: str, metadata: str | None) -> duckdb.DuckDBPyRelation:
+    """The label rows, and of `train.data.metadata` the columns that they do not have."""
     if metadata is None:
-        return f"SELECT row, 1 AS repeats FROM ({rows}) WHERE ({subset})", []
-    pattern = f"{metadata.rstrip('/')}/*.parquet" if Path(metadata).is_dir() else metadata
-    columns = con.execute("SELECT * FROM read_parquet(?) LIMIT 0", [pattern]).description or []
+        return con.sql(rows)
+    pattern = quoted(f"{metadata.rstrip('/')}/*.parquet" if Path(metadata).is_dir() else metadata)
     own = {"uid", "key", "width", "height", "token_ids", "label_ids", "row"}
-    more = ", ".join(f'"{column[0]}"' for column in columns if column[0] not in own)
-    joined = f"({rows}) LEFT JOIN (SELECT DISTINCT ON (uid) uid{', ' + more if more else ''} FROM read_parquet(?)) USING (uid)"
-    return f"SELECT row, 1 AS repeats FROM {joined} WHERE ({subset})", [pattern]
+    more = [f'"{name}"' for name in con.sql(f"FROM read_parquet({pattern})").columns if name not in own]
+    scores = f"SELECT DISTINCT ON (uid) {', '.join(['uid', *more])} FROM read_parquet({pattern})"
+    return con.sql(f"SELECT * FROM ({rows}) LEFT JOIN ({scores}) USING (uid)")
