@@ -1,6 +1,6 @@
 """`train.data.subset`: which samples to train on, by uid or by an SQL condition on the label rows.
 
-.npy of DataComp | .parquet with `uid` | condition -> DuckDB over OUT/labels/*.parquet -> rows -> their samples in the betons
+.npy of DataComp | .parquet with `uid` | condition -> DuckDB over labels/*.parquet -> rows -> their samples in the betons
 
 A uid that is there twice repeats its sample; a sample without a uid is in no file of uids.
 """

@@ -90,7 +90,7 @@ class FastPath(ABC):
         try:
             arrays = string_arrays(captions)
         except UnicodeEncodeError:
-            # Lone surrogates have no UTF-8; the slow path replaces them, so they take it, with those beside them.
+            # Lone surrogates have no UTF-8; the slow path replaces them, so they take it, with the others of the call.
             return self._all_slow([str(caption) for caption in captions], limit)
         parts = [self._block(block, limit) for array in arrays for block in _blocks(array, limit)]
         if len(parts) == 1:

@@ -25,7 +25,7 @@ from labels.tokenizers.kernels.table import (
 )
 
 # Flags of a block. JOINED: a piece is looked up with the space before it, if there is one. STRICT: a caption with a space at its
-# beginning, its end or beside another is slow. RUNS: it is not, but the spaces too many are a piece: all at the end of a caption, all
+# beginning, its end or next to another is slow. RUNS: it is not, but the spaces too many are a piece: all at the end of a caption, all
 # but the last one elsewhere. MARKUP: a caption with both `&` and `<`, or longer than ftfy takes at once, is slow.
 JOINED, STRICT, RUNS, MARKUP = 1, 2, 4, 8
 # A longer piece makes its caption slow: it hardly ever comes twice.

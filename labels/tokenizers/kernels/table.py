@@ -152,7 +152,7 @@ class Words(NamedTuple):
         slots: uint64 [4 S], S a power of two, in fours: bytes 0-7; bytes 8-15 (of more than 16: hash of all from 8 on); length,
             number of ids (16 bits each) and place in `letters` (32 bits); up to two ids, or where they begin in `ids`.
             Length 0 is an empty slot.
-        letters: uint8, the bytes of words of more than 16, so that two words with one hash are told apart.
+        letters: uint8, the bytes of words of more than 16, so that two words with one hash differ.
         ids: int32, the ids of words of more than two.
         fill: int64 [4]: words, bytes of `letters`, items of `ids` in use; and 1 if a word found no room.
     """

@@ -135,7 +135,7 @@ def next_word(text: np.ndarray, at: Scalar, end: Scalar) -> tuple[Scalar, Scalar
 
 @inlined
 def survey(text: np.ndarray, begin: Scalar, end: Scalar) -> int:
-    """0: plain ASCII; 1: to be taken piece by piece; SLOW: control characters, or entities beside a `<`."""
+    """0: plain ASCII; 1: to be taken piece by piece; SLOW: control characters, or entities next to a `<`."""
     control, beyond, entity, tag = False, False, False, False
     for i in range(begin, end):
         byte = text[i]
@@ -158,7 +158,7 @@ class Merges(NamedTuple):
         last: int32 [256], id of a byte at the end of a word.
         single: int32 [256], id of a byte that is a whole word; -1 for a word that is dropped.
         pairs: uint64, open-addressing keys (left id + 1) << 32 | right id; 0 is an empty slot.
-        ranks: int64, beside `pairs`: rank << 32 | id of the merged symbol.
+        ranks: int64, one for each of `pairs`: rank << 32 | id of the merged symbol.
         scratch: int64 [2, MAX_WORD_BYTES], symbols of a word and what each makes with the next.
     """
 

@@ -75,7 +75,7 @@ def read_vocabulary(file: Path) -> dict[str, Any] | None:
     synsets = value.get("synsets")
     sound = isinstance(synsets, list) and all(isinstance(name, str) for name in synsets) and synsets == sorted(set(synsets))
     if not sound or not synsets or not isinstance(value.get("wordnet"), str):
-        raise UserError(f"labels.tokenizer: {file} is a damaged CatLIP vocabulary", mend="make it anew with train-tokenizer --kind catlip")
+        raise UserError(f"labels.tokenizer: {file} is a damaged CatLIP vocabulary", mend="make it again with train-tokenizer --kind catlip")
     return value
 
 
@@ -111,7 +111,7 @@ class CatlipTokenizer:
             raise UserError(
                 f"labels.tokenizer: the CatLIP vocabulary was made with WordNet {vocabulary['wordnet'][:12]}, "
                 f"labels.wordnet is {self.nouns.sha256[:12]}",
-                mend="set labels.wordnet to that WordNet, or make the vocabulary anew with train-tokenizer --kind catlip",
+                mend="set labels.wordnet to that WordNet, or make the vocabulary again with train-tokenizer --kind catlip",
             )
         self.tokens: list[str] = vocabulary["synsets"]
         self.excluded = np.empty(0, dtype=np.int32)

@@ -7,7 +7,7 @@
 `piece_rule` says whether a tokenizer gives a caption the ids of its pieces between single spaces, one after another.
 A tokenizer normalises the caption, cuts it into words, and encodes each word alone. Its ids are those of the pieces if
 - the normaliser works on characters, or on neighbours that no space parts; `Rule.allows` sees it do so for every piece, and
-- the cutting parts the text at every space, whatever stands beside it. Three kinds do, and nothing else is trusted:
+- the cutting parts the text at every space, whatever stands next to it. Three kinds do, and nothing else is trusted:
   DROPPING  white space is removed first, then each word is taken alone (BERT, Whitespace, CLIP's pattern): any piece, any space.
   MARKING   a word begins with the space before it (ByteLevel, GPT's patterns, Metaspace): no white space but spaces. Those too
             many in a row are a piece of their own, unless the normaliser is after them. If the first word is given a space
