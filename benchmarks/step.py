@@ -32,10 +32,10 @@ from PIL import Image
 from labels.config import load_pipeline
 from labels.settings import Train
 from train.distributed import World
-from train.loop import Budget, Learner, run_loop
+from train.loop import Budget, TrainState, run_loop
 from train.metrics import Metrics, Speed
 from train.optim import make_optimizer
-from train.run import make_learner
+from train.run import make_train_state
 from train.synthetic import synthetic_batches, synthetic_inputs
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -45,12 +45,12 @@ IMAGES, SIDE, BATCH, CAPTION_WORDS = 1024, 256, 128, 12
 EPOCHS = 4  # of a turn of ours, so that its memory is used again, as in a run
 
 
-def looped(learner: Learner, settings: Train, batches: Iterator[Any], inputs: Callable[[Any], Any], steps: int) -> None:
+def looped(train_state: TrainState, settings: Train, batches: Iterator[Any], inputs: Callable[[Any], Any], steps: int) -> None:
     """`steps` steps of the one loop, metrics and all, without checkpoints."""
     with tempfile.TemporaryDirectory() as run:
         metrics = Metrics(Path(run), ALONE, settings, steps=steps, first_step=0, skipped=(0, 0), speed=Speed(1, None), trackers=[])
         budget = Budget(steps, 1, 0)
-        run_loop(batches, inputs, learner, settings, budget, ALONE, metrics, save=lambda _: None, stopping=lambda: False)
+        run_loop(batches, inputs, train_state, settings, budget, ALONE, metrics, save=lambda _: None, stopping=lambda: False)
         metrics.close()
 
 
@@ -58,18 +58,18 @@ def compare_loop(rounds: int, steps: int) -> None:
     trunk = "{trunk: vit_tiny_patch16_224, trunk_args: {patch_size: 8, depth: 4, embed_dim: 192, num_heads: 3}, image_size: 64}"
     keys = [f"train.model={trunk}", "train.batch_size=64", "train.samples=1M", "train.log.every_seconds=10"]
     settings = load_pipeline(None, [*keys, "train.runtime.precision=fp32"]).train
-    learner = make_learner(settings, torch.ones(49_408), ALONE)
+    train_state = make_train_state(settings, torch.ones(49_408), ALONE)
     batch = next(synthetic_batches(settings, 49_408, 75, ALONE, 1))
 
     def bare() -> None:
         for _ in range(steps):
-            learner.optimizer.zero_grad(set_to_none=True)
-            learner.model(batch.images, batch.label_ids).backward()
-            learner.optimizer.step()
+            train_state.optimizer.zero_grad(set_to_none=True)
+            train_state.model(batch.images, batch.label_ids).backward()
+            train_state.optimizer.step()
 
     def ours() -> None:
-        looped(learner, settings, iter([batch] * steps), synthetic_inputs, steps)
-        learner.optimizer.found_inf = learner.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        looped(train_state, settings, iter([batch] * steps), synthetic_inputs, steps)
+        train_state.optimizer.found_inf = train_state.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     times: dict[str, list[float]] = {"bare": [], "loop": []}
     for turn in range(rounds + 1):
@@ -125,13 +125,13 @@ def our_side(tar: Path, folder: Path) -> Callable[[], None]:
     keys = [f"train.batch_size={BATCH}", "train.optimizer.warmup_samples=0", "train.runtime.precision=fp32", "train.data.prefetch=100MiB"]
     settings, betons = load_pipeline(None, keys).train, BetonSet(folder / "out")
     model = OneNumber()
-    learner = Learner(model, model, make_optimizer(model, settings.optimizer))
+    train_state = TrainState(model, model, make_optimizer(model, settings.optimizer))
     steps, size = EPOCHS * IMAGES // BATCH, settings.model.image_size
     inputs = ImageInput(settings.data, ALONE.device, image_size=size, seed=0)
 
     def run() -> None:
         with Loader(betons, settings.data, image_size=size, batch_size=BATCH, seed=0, first_step=0, last_step=steps, threads=1) as loader:
-            looped(learner, settings, iter(loader), inputs, steps)
+            looped(train_state, settings, iter(loader), inputs, steps)
 
     return run
 

@@ -10,9 +10,9 @@ from labels.config import load_pipeline
 from labels.settings import Train
 from train.checkpoint import Tensors, snapshot
 from train.distributed import World
-from train.loop import Budget, Learner, run_loop
+from train.loop import Budget, TrainState, run_loop
 from train.metrics import Metrics, Speed
-from train.run import make_learner
+from train.run import make_train_state
 
 VOCABULARY, STEPS, BATCH = 31, 6, 16  # a vocabulary that ranks cannot share evenly
 
@@ -32,7 +32,7 @@ def settings(*overrides: str) -> Train:
     return load_pipeline(None, [f"train.{key}" for key in keys]).train
 
 
-def batches(here: World, spoil: dict[int, float] | None = None) -> list[Made]:
+def batches(world: World, spoil: dict[int, float] | None = None) -> list[Made]:
     """This rank's share of every batch; `spoil` puts a number into an image of a step."""
     made = []
     for step in range(STEPS):
@@ -42,22 +42,22 @@ def batches(here: World, spoil: dict[int, float] | None = None) -> list[Made]:
         ids[::3, 3:] = -1
         if spoil and step in spoil:
             images[-1, 0, 0, 0] = spoil[step]
-        share = slice(here.rank * BATCH // here.size, (here.rank + 1) * BATCH // here.size)
+        share = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
         made.append(Made(images[share], torch.from_numpy(ids)[share]))
     return made
 
 
-def train_here(run: Path, train: Train, here: World, spoil: dict[int, float] | None = None) -> tuple[Learner, Tensors]:
+def train_here(run: Path, train: Train, world: World, spoil: dict[int, float] | None = None) -> tuple[TrainState, Tensors]:
     """Train on `batches`; the metrics stand in `run`."""
     run.mkdir(parents=True, exist_ok=True)
-    learner = make_learner(train, torch.linspace(0.5, 3.0, VOCABULARY), here)
-    metrics = Metrics(run, here, train, steps=STEPS, first_step=0, skipped=(0, 0), speed=Speed(1, 1e3), trackers=[])
+    train_state = make_train_state(train, torch.linspace(0.5, 3.0, VOCABULARY), world)
+    metrics = Metrics(run, world, train, steps=STEPS, first_step=0, skipped=(0, 0), speed=Speed(1, 1e3), trackers=[])
     budget = Budget(STEPS, 2, 0)
     try:
         run_loop(
-            batches(here, spoil), lambda batch: (batch.images, batch.label_ids), learner, train, budget, here, metrics,
+            batches(world, spoil), lambda batch: (batch.images, batch.label_ids), train_state, train, budget, world, metrics,
             save=lambda _: None, stopping=lambda: False,
         )  # fmt: skip
     finally:
         metrics.close()
-    return learner, snapshot(learner, here.is_first)
+    return train_state, snapshot(train_state, world.is_first)

@@ -149,7 +149,7 @@ def test_ranks_share_a_batch(tmp_path: Path) -> None:
     assert all(one[-1] == tokenizer.eos_token_id for one in pairs.ids)
     features = np.arange(6, dtype=np.float32).reshape(2, 3)
     worlds = [World(rank, size, torch.device("cpu")) for rank, size in ((0, 1), (0, 2), (1, 2))]
-    whole, *halves = [next(pair_batches(features, pairs, 4, 0, here, 0, 1)) for here in worlds]
+    whole, *halves = [next(pair_batches(features, pairs, 4, 0, world, 0, 1)) for world in worlds]
     assert torch.equal(whole.features, torch.cat([half.features for half in halves]))
     assert all(row in features for row in whole.features.numpy())
 

@@ -17,7 +17,7 @@ from labels.errors import UserError
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
 from train.distributed import World
 from train.model import build_trunk
-from train.run import make_learner, train_run
+from train.run import make_train_state, train_run
 
 ALONE = World(0, 1, torch.device("cpu"))
 STATE = State(samples_seen=96, number=1, labels="l", idf="i", betons="b", options="o", vocabulary=VOCABULARY)
@@ -58,19 +58,19 @@ def refused(out: Path, run: Path, config: Path, *overrides: str) -> str:
 
 def test_all_of_a_learner_comes_back(tmp_path: Path) -> None:
     chosen = settings("runtime.precision=fp16", "optimizer.ema_decay=0.9")
-    learner, tensors = train_here(tmp_path, chosen, ALONE)
-    assert learner.scale is not None
+    train_state, tensors = train_here(tmp_path, chosen, ALONE)
+    assert train_state.scale is not None
     with CheckpointWriter(tmp_path, keep=1, keep_every=0) as writer:
-        writer.save(tensors, STATE.model_copy(update={"loss_scale": learner.scale.state()}))
+        writer.save(tensors, STATE.model_copy(update={"loss_scale": train_state.scale.state()}))
     folder = checkpoint_folders(tmp_path)[-1]
     assert sorted(path.stem for path in folder.iterdir()) == ["head", "head_ema", "optimizer", "state", "trunk", "trunk_ema"]
-    fresh = make_learner(chosen, torch.ones(VOCABULARY), ALONE)
+    fresh = make_train_state(chosen, torch.ones(VOCABULARY), ALONE)
     load_checkpoint(folder, fresh, read_state(folder))
     again = snapshot(fresh, True)
     for file, named in tensors.items():
         for name, tensor in named.items():
             assert torch.equal(tensor, again[file][name]), (file, name)
-    assert fresh.scale is not None and fresh.scale.state() == learner.scale.state()
+    assert fresh.scale is not None and fresh.scale.state() == train_state.scale.state()
 
 
 def test_trunk_keys_are_timms_own(finished: Path) -> None:
@@ -82,10 +82,10 @@ def test_trunk_keys_are_timms_own(finished: Path) -> None:
 
 
 def test_a_snapshot_does_not_change_with_the_weights(tmp_path: Path) -> None:
-    learner, tensors = train_here(tmp_path, settings(), ALONE)
+    train_state, tensors = train_here(tmp_path, settings(), ALONE)
     before = tensors["trunk"]["cls_token"].clone()
     with torch.no_grad():
-        learner.model.trunk.cls_token.add_(1.0)  # type: ignore[union-attr, operator]
+        train_state.model.trunk.cls_token.add_(1.0)  # type: ignore[union-attr, operator]
     assert torch.equal(tensors["trunk"]["cls_token"], before)
 
 

@@ -25,11 +25,11 @@ from labels.rows import rows_folder
 from labels.settings import Runtime, TextTower, Train
 from train.betons import BetonSet
 from train.checkpoint import checkpoint_folders, snapshot
-from train.contrastive.method import make_learner, train_clip
+from train.contrastive.method import make_two_tower_state, train_clip
 from train.contrastive.model import Contrastive, build_text_tower
 from train.contrastive.tokens import Specials, framed, is_pair, specials_of
 from train.data import Chosen
-from train.distributed import World, world
+from train.distributed import World, distributed_world
 from train.evals.encoders.load import load_encoder
 from train.loop import Budget, run_loop
 from train.losses.contrastive import contrastive_loss
@@ -149,13 +149,13 @@ class _Made:
         self.images, self.texts = images, texts
 
 
-def _trained(run: Path, train: Train, here: World, *, locked: bool = False) -> dict[str, torch.Tensor]:
+def _trained(run: Path, train: Train, world: World, *, locked: bool = False) -> dict[str, torch.Tensor]:
     specials = Specials(29, 30, 31)
     torch.manual_seed(0)
     trunk = build_trunk(train.model)
     model = Contrastive(trunk, 24, build_text_tower(TOWER, specials.vocabulary), specials, locked=locked)
-    learner = make_learner(model, train, here)
-    share = slice(here.rank * BATCH // here.size, (here.rank + 1) * BATCH // here.size)
+    train_state = make_two_tower_state(model, train, world)
+    share = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
     made = []
     for step in range(4):
         dice = np.random.default_rng(step)
@@ -164,13 +164,13 @@ def _trained(run: Path, train: Train, here: World, *, locked: bool = False) -> d
         texts[3] = 0  # no pair
         made.append(_Made(images[share], texts[share]))
     run.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics(run, here, train, steps=4, first_step=0, skipped=(0, 0), speed=Speed(1, 1e3), trackers=[])
+    metrics = Metrics(run, world, train, steps=4, first_step=0, skipped=(0, 0), speed=Speed(1, 1e3), trackers=[])
     run_loop(
-        made, lambda batch: (batch.images, batch.texts), learner, train, Budget(4, 1, 0), here, metrics, lambda _: metrics.flush(),
+        made, lambda batch: (batch.images, batch.texts), train_state, train, Budget(4, 1, 0), world, metrics, lambda _: metrics.flush(),
         lambda: False,
     )  # fmt: skip
     metrics.close()
-    tensors = snapshot(learner, here.is_first)
+    tensors = snapshot(train_state, world.is_first)
     return {f"{file}.{key}": tensor for file, named in tensors.items() for key, tensor in named.items()}
 
 
@@ -178,9 +178,9 @@ CASES = {f"{way}-{locked}": (way, locked) for way in ("ddp", "fsdp") for locked 
 
 
 def _as_rank(rank: int, folder: Path) -> None:
-    with world(Runtime(device="cpu", threads=1)) as here:
+    with distributed_world(Runtime(device="cpu", threads=1)) as world:
         for name, (way, locked) in CASES.items():
-            tensors = _trained(folder / name, settings(f"runtime.parallel={way}"), here, locked=locked)
+            tensors = _trained(folder / name, settings(f"runtime.parallel={way}"), world, locked=locked)
             if rank == 0:
                 save_file(tensors, folder / name / "all.safetensors")
 
@@ -259,11 +259,11 @@ def test_the_scale_is_never_above_100() -> None:
     """After a step of what the run trains with, from where the step alone would lead above it."""
     model = Contrastive(torch.nn.Flatten(), 12, build_text_tower(TOWER, 31), Specials(29, 30, 31), locked=True)
     assert model.joint.log_scale.item() == pytest.approx(np.log(1 / 0.07))
-    learner = make_learner(model, settings(), ALONE)
+    train_state = make_two_tower_state(model, settings(), ALONE)
     model.joint.log_scale.data.fill_(np.log(100))
     model.joint.log_scale.grad = torch.tensor([-1.0])
-    learner.optimizer.param_groups[-1]["lr"] = 0.5
-    learner.optimizer.step()
+    train_state.optimizer.param_groups[-1]["lr"] = 0.5
+    train_state.optimizer.step()
     assert model.joint.log_scale.exp().item() == pytest.approx(100)
 
 

@@ -11,7 +11,7 @@ from trainer_factory import losses
 
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint
 from train.distributed import World
-from train.run import make_learner
+from train.run import make_train_state
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -25,8 +25,8 @@ def test_a_compiled_trunk_trains_as_an_uncompiled_one(tmp_path: Path, monkeypatc
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     compiled = settings("model.compile=true", "model.trunk_args={patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}")
     eager = compiled.model_copy(update={"model": compiled.model.model_copy(update={"compile": False})})
-    learner, tensors = train_here(tmp_path / "compiled", compiled, ALONE)
-    assert learner.model.trunk._compiled_call_impl is not None  # type: ignore[union-attr]
+    train_state, tensors = train_here(tmp_path / "compiled", compiled, ALONE)
+    assert train_state.model.trunk._compiled_call_impl is not None  # type: ignore[union-attr]
     _, others = train_here(tmp_path / "eager", eager, ALONE)
     for (step, loss, lr), (other_step, other, other_lr) in zip(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), strict=True):
         assert (step, lr) == (other_step, other_lr) and math.isclose(loss, other, rel_tol=1e-5)
@@ -35,6 +35,6 @@ def test_a_compiled_trunk_trains_as_an_uncompiled_one(tmp_path: Path, monkeypatc
     state = State(samples_seen=96, number=1, labels="", idf="", betons="", options="", vocabulary=31)
     with CheckpointWriter(tmp_path, 1, 0) as writer:
         writer.save(tensors, state)
-    resumed = make_learner(eager, torch.ones(31), ALONE)
+    resumed = make_train_state(eager, torch.ones(31), ALONE)
     load_checkpoint(checkpoint_folders(tmp_path)[-1], resumed, state)
-    assert all(torch.equal(tensor, learner.model.state_dict()[name]) for name, tensor in resumed.model.state_dict().items())
+    assert all(torch.equal(tensor, train_state.model.state_dict()[name]) for name, tensor in resumed.model.state_dict().items())

@@ -208,8 +208,8 @@ def test_without_mixing_labels_are_smoothed_alone() -> None:
 
 
 def test_every_image_once_an_epoch_and_ranks_share_batches(data: DataSet) -> None:
-    def numbers(here: World, first: int = 0) -> np.ndarray:
-        made = [one.numbers.copy() for one in cropped_batches(data.train, 8, 6, 3, 2, here, first, 6)]
+    def numbers(world: World, first: int = 0) -> np.ndarray:
+        made = [one.numbers.copy() for one in cropped_batches(data.train, 8, 6, 3, 2, world, first, 6)]
         return np.stack(made)
 
     alone = numbers(HERE)

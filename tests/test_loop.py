@@ -13,7 +13,7 @@ from train.distributed import World
 from train.loop import micro_batches
 from train.optim import learning_rate, make_optimizer
 from train.precision import LossScale
-from train.run import make_learner
+from train.run import make_train_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,8 +26,8 @@ def close(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, to
 
 def test_the_loop_is_the_naive_loop(tmp_path: Path) -> None:
     train = settings()
-    learner, found = train_here(tmp_path, train, ALONE)
-    naive = make_learner(train, torch.linspace(0.5, 3.0, VOCABULARY), ALONE).model
+    train_state, found = train_here(tmp_path, train, ALONE)
+    naive = make_train_state(train, torch.linspace(0.5, 3.0, VOCABULARY), ALONE).model
     decayed = [parameter for parameter in naive.parameters() if parameter.squeeze().ndim > 1]
     others = [parameter for parameter in naive.parameters() if parameter.squeeze().ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -44,8 +44,8 @@ def test_the_loop_is_the_naive_loop(tmp_path: Path) -> None:
         told = [line for line in lines(tmp_path) if "loss" in line][step]
         assert math.isclose(told["loss"], loss.item(), rel_tol=1e-6)
         assert math.isclose(told["grad_norm"], norm, rel_tol=1e-5)
-    assert close({"all": naive.state_dict()}, {"all": learner.model.state_dict()}, 1e-6)
-    assert found["trunk"].keys() == learner.model.trunk.state_dict().keys()  # type: ignore[union-attr, operator]
+    assert close({"all": naive.state_dict()}, {"all": train_state.model.state_dict()}, 1e-6)
+    assert found["trunk"].keys() == train_state.model.trunk.state_dict().keys()  # type: ignore[union-attr, operator]
 
 
 @pytest.mark.parametrize("parts", [2, 4, 16])
@@ -63,13 +63,13 @@ def test_a_batch_in_parts_gives_the_same_steps(tmp_path: Path, parts: int) -> No
 def test_a_step_that_is_not_finite_changes_no_weight(tmp_path: Path, number: float) -> None:
     train = settings("optimizer.ema_decay=0.9")
     # Steps 2 and 3 are spoilt: the run has to be the one that never saw them but moved on in its schedule.
-    learner, found = train_here(tmp_path, train, ALONE, spoil={2: number, 3: number})
+    train_state, found = train_here(tmp_path, train, ALONE, spoil={2: number, 3: number})
     told = [line for line in lines(tmp_path) if "loss" in line]
     assert [bool(line.get("skipped")) for line in told] == [False, False, True, True, False, False]
     assert all((line["loss"] is None or math.isfinite(line["loss"])) for line in told)
     assert lines(tmp_path)[-1]["skipped_steps"] == 2
     assert {value.item() for name, value in found["optimizer"].items() if name.startswith("step.")} == {4.0}
-    naive = make_learner(train, torch.linspace(0.5, 3.0, VOCABULARY), ALONE)
+    naive = make_train_state(train, torch.linspace(0.5, 3.0, VOCABULARY), ALONE)
     for step, batch in enumerate(batches(ALONE)):
         if step in (2, 3):
             continue
@@ -79,8 +79,8 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path: Path, number: flo
             group["lr"] = learning_rate(step, STEPS, 2, 1e-3)
         naive.optimizer.step()
         naive.ema.update(step, torch.zeros(()))  # type: ignore[union-attr]
-    assert close({"all": naive.model.state_dict()}, {"all": learner.model.state_dict()}, 1e-6)
-    assert close({"all": naive.ema.average}, {"all": learner.ema.average}, 1e-6)  # type: ignore[union-attr]
+    assert close({"all": naive.model.state_dict()}, {"all": train_state.model.state_dict()}, 1e-6)
+    assert close({"all": naive.ema.average}, {"all": train_state.ema.average}, 1e-6)  # type: ignore[union-attr]
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
@@ -92,8 +92,8 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
 
 def test_clipping_shortens_the_gradient_to_the_norm(tmp_path: Path) -> None:
     train = settings("optimizer.clip_norm=0.05")
-    learner, _ = train_here(tmp_path, train, ALONE)
-    naive = make_learner(train, torch.linspace(0.5, 3.0, VOCABULARY), ALONE)
+    train_state, _ = train_here(tmp_path, train, ALONE)
+    naive = make_train_state(train, torch.linspace(0.5, 3.0, VOCABULARY), ALONE)
     for step, batch in enumerate(batches(ALONE)):
         naive.optimizer.zero_grad()
         naive.model(batch.images, batch.label_ids).backward()
@@ -103,24 +103,24 @@ def test_clipping_shortens_the_gradient_to_the_norm(tmp_path: Path) -> None:
         for group in naive.optimizer.param_groups:
             group["lr"] = learning_rate(step, STEPS, 2, 1e-3)
         naive.optimizer.step()
-    assert close({"all": naive.model.state_dict()}, {"all": learner.model.state_dict()}, 2e-5)
+    assert close({"all": naive.model.state_dict()}, {"all": train_state.model.state_dict()}, 2e-5)
     _, free = train_here(tmp_path / "free", settings("optimizer.clip_norm=1e6"), ALONE)
     _, plain = train_here(tmp_path / "plain", settings(), ALONE)
     assert close(free, plain, 1e-7), "a gradient shorter than that is left alone"
 
 
 def test_fp16_is_scaled_and_close_to_fp32(tmp_path: Path) -> None:
-    learner, found = train_here(tmp_path / "half", settings("runtime.precision=fp16"), ALONE)
+    train_state, found = train_here(tmp_path / "half", settings("runtime.precision=fp16"), ALONE)
     train_here(tmp_path / "full", settings(), ALONE)
-    assert learner.scale is not None and learner.scale.state() == [2.0**16, float(STEPS)]
+    assert train_state.scale is not None and train_state.scale.state() == [2.0**16, float(STEPS)]
     for half, full in zip(lines(tmp_path / "half"), lines(tmp_path / "full"), strict=True):
         if "loss" in half:
             assert math.isclose(half["loss"], full["loss"], rel_tol=1e-2)
             assert math.isclose(half["grad_norm"], full["grad_norm"], rel_tol=0.1), "told without the scale"
     assert all(tensor.dtype == torch.float32 for tensor in found["trunk"].values())
     # An overflow: the scale is halved, the step left out.
-    learner, _ = train_here(tmp_path / "spoilt", settings("runtime.precision=fp16"), ALONE, spoil={1: math.inf})
-    assert learner.scale is not None and learner.scale.state() == [2.0**15, float(STEPS - 2)]
+    train_state, _ = train_here(tmp_path / "spoilt", settings("runtime.precision=fp16"), ALONE, spoil={1: math.inf})
+    assert train_state.scale is not None and train_state.scale.state() == [2.0**15, float(STEPS - 2)]
 
 
 def test_the_loss_scale_grows_again_and_goes_on_from_a_checkpoint() -> None:
@@ -138,7 +138,7 @@ def test_the_loss_scale_grows_again_and_goes_on_from_a_checkpoint() -> None:
 
 def test_the_average_follows_the_weights(tmp_path: Path) -> None:
     _, found = train_here(tmp_path, settings("optimizer.ema_decay=0.5"), ALONE)
-    naive = make_learner(settings(), torch.linspace(0.5, 3.0, VOCABULARY), ALONE)
+    naive = make_train_state(settings(), torch.linspace(0.5, 3.0, VOCABULARY), ALONE)
     average = {name: tensor.clone() for name, tensor in naive.model.state_dict().items()}
     for step, batch in enumerate(batches(ALONE)):
         naive.optimizer.zero_grad()

@@ -12,7 +12,7 @@ from trainer_factory import lines
 from trainer_process import assert_ranks_succeed
 
 from labels.settings import Loss, Runtime
-from train.distributed import World, world
+from train.distributed import World, distributed_world
 from train.parallel import spread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,17 +32,17 @@ RUNS = [(way, name) for way in WAYS for name in CASES if way != "fsdp-split" or 
 
 def run_cases(rank: int, folder: Path) -> None:
     """In a process of its own: all cases one after the other; the first rank writes down the weights."""
-    with world(Runtime(device="cpu", threads=1)) as here:
-        assert here.rank == rank
+    with distributed_world(Runtime(device="cpu", threads=1)) as world:
+        assert world.rank == rank
         for way, name in RUNS:
             run = folder / way / name
-            _, tensors = train_here(run, settings(*CASES[name], *WAYS[way]), here)
-            if here.is_first:
+            _, tensors = train_here(run, settings(*CASES[name], *WAYS[way]), world)
+            if world.is_first:
                 save_file(
                     {f"{file}.{key}": tensor for file, named in tensors.items() for key, tensor in named.items()},
                     run / "all.safetensors",
                 )
-            assert bool(tensors) == here.is_first
+            assert bool(tensors) == world.is_first
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +73,10 @@ def test_two_ranks_are_one(runs: Path, way: str, name: str) -> None:
 
 
 def broken_on_one_rank(rank: int, folder: Path) -> None:
-    with world(Runtime(device="cpu", threads=1)) as here:
+    with distributed_world(Runtime(device="cpu", threads=1)) as world:
         for way, keys in WAYS.items():
-            _, tensors = train_here(folder / way, settings(*keys), here, spoil={2: math.inf})
-            if here.is_first:
+            _, tensors = train_here(folder / way, settings(*keys), world, spoil={2: math.inf})
+            if world.is_first:
                 assert {tensor.item() for name, tensor in tensors["optimizer"].items() if name.startswith("step.")} == {5.0}
                 assert all(tensor.isfinite().all() for named in tensors.values() for tensor in named.values())
 
@@ -91,35 +91,35 @@ def look_at_parts(rank: int) -> None:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    from train.run import make_learner
+    from train.run import make_train_state
 
-    with world(Runtime(device="cpu", threads=1)) as here:
-        learner = make_learner(settings("runtime.parallel=fsdp", "optimizer.ema_decay=0.9"), torch.ones(31), here)
-        assert all(isinstance(parameter, DTensor) for parameter in learner.model.parameters())
-        assert all(isinstance(block, FSDPModule) for block in learner.model.trunk.blocks)  # type: ignore[union-attr]
-        head, moments = learner.model.head[1].weight, learner.optimizer.state[learner.model.head[1].weight]  # type: ignore[index]
-        for tensor in (head, moments["exp_avg"], learner.ema.average["head.1.weight"]):  # type: ignore[union-attr]
+    with distributed_world(Runtime(device="cpu", threads=1)) as world:
+        train_state = make_train_state(settings("runtime.parallel=fsdp", "optimizer.ema_decay=0.9"), torch.ones(31), world)
+        assert all(isinstance(parameter, DTensor) for parameter in train_state.model.parameters())
+        assert all(isinstance(block, FSDPModule) for block in train_state.model.trunk.blocks)  # type: ignore[union-attr]
+        head, moments = train_state.model.head[1].weight, train_state.optimizer.state[train_state.model.head[1].weight]  # type: ignore[index]
+        for tensor in (head, moments["exp_avg"], train_state.ema.average["head.1.weight"]):  # type: ignore[union-attr]
             assert isinstance(tensor, DTensor) and tensor.to_local().shape == ((16, 24) if rank == 0 else (15, 24))
 
 
 def look_at_a_split_head(rank: int) -> None:
     from torch.distributed.tensor import DTensor
 
-    from train.run import make_learner
+    from train.run import make_train_state
 
-    with world(Runtime(device="cpu", threads=1)) as here:
-        learner = make_learner(settings("loss.split_vocabulary=true", "optimizer.ema_decay=0.9"), torch.ones(31), here)
-        split = {name for name, parameter in learner.model.named_parameters() if isinstance(parameter, DTensor)}
+    with distributed_world(Runtime(device="cpu", threads=1)) as world:
+        train_state = make_train_state(settings("loss.split_vocabulary=true", "optimizer.ema_decay=0.9"), torch.ones(31), world)
+        split = {name for name, parameter in train_state.model.named_parameters() if isinstance(parameter, DTensor)}
         assert split == {"head.1.weight", "head.1.bias"}
-        linear = learner.model.head[1]  # type: ignore[index]
-        moments, average = learner.optimizer.state[linear.weight], learner.ema.average["head.1.weight"]  # type: ignore[union-attr]
+        linear = train_state.model.head[1]  # type: ignore[index]
+        moments, average = train_state.optimizer.state[linear.weight], train_state.ema.average["head.1.weight"]  # type: ignore[union-attr]
         for tensor in (linear.weight, moments["exp_avg"], average):
             assert isinstance(tensor, DTensor) and tensor.to_local().shape == ((16, 24) if rank == 0 else (15, 24))
         sent = []
-        learner.called.register_comm_hook(None, lambda _, bucket: _note(sent, bucket))  # type: ignore[operator]
+        train_state.ddp_model.register_comm_hook(None, lambda _, bucket: _note(sent, bucket))  # type: ignore[operator]
         images, label_ids = torch.zeros(2, 3, 16, 16), torch.tensor([[3, 30], [1, -1]])
-        learner.called(images, label_ids).backward()
-        trunk = sum(parameter.numel() for name, parameter in learner.model.named_parameters() if name not in split)
+        train_state.ddp_model(images, label_ids).backward()
+        trunk = sum(parameter.numel() for name, parameter in train_state.model.named_parameters() if name not in split)
         assert sum(sent) == trunk, "DDP sends the gradients of all but the split layer"
         assert linear.weight.grad.to_local().shape == linear.weight.to_local().shape
 

@@ -370,8 +370,8 @@ class _Alone(World):
 
 
 def test_a_stop_while_arrays_are_made_keeps_what_is_done(folder: Path, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = _Alone(0, 1, torch.device("cpu"))
-    assert not make_rows_once(folder / "out", short, here, lambda: True)
+    world = _Alone(0, 1, torch.device("cpu"))
+    assert not make_rows_once(folder / "out", short, world, lambda: True)
     assert len(list(rows_folder(short).iterdir())) == 1
     assert len(make_all(folder / "out", short)) == 3
     # A node's first rank finds nothing to do where the disk is shared, and makes what its own disk lacks.

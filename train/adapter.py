@@ -16,7 +16,7 @@ from labels.files import make_folder
 from labels.settings import Optimizer, Train
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
 from train.distributed import World
-from train.loop import Budget, Inputs, Learner, run_loop
+from train.loop import Budget, Inputs, TrainState, run_loop
 from train.metrics import Metrics, Speed
 from train.optim import make_optimizer
 from train.parallel import spread
@@ -30,7 +30,7 @@ MakeOptimizer = Callable[[nn.Module, Optimizer], torch.optim.Optimizer]
 
 
 def train_adapter(
-    model: nn.Module, batches: Batches, inputs: Inputs, settings: Train, run: Path, identity: str, here: World,
+    model: nn.Module, batches: Batches, inputs: Inputs, settings: Train, run: Path, identity: str, world: World,
     stopping: Callable[[], bool], make: MakeOptimizer = make_optimizer,
 ) -> bool:  # fmt: skip
     """Train `model`, or go on with what `run` holds of it; afterwards it has the weights of the newest checkpoint.
@@ -49,19 +49,19 @@ def train_adapter(
     Raises:
         UserError: `run` was begun with something else, or the batch cannot be shared evenly.
     """
-    _check_shares(settings, here)
-    scaled = autocast_dtype(settings.runtime.precision, here.device) == torch.float16
-    called = spread(model, settings.runtime.parallel, here)
-    learner = Learner(model, called, make(model, settings.optimizer), scale=LossScale(here.device) if scaled else None)
-    state = _resumed(run, identity, learner)
+    _check_shares(settings, world)
+    scaled = autocast_dtype(settings.runtime.precision, world.device) == torch.float16
+    ddp_model = spread(model, settings.runtime.parallel, world)
+    train_state = TrainState(model, ddp_model, make(model, settings.optimizer), scale=LossScale(world.device) if scaled else None)
+    state = _resumed(run, identity, train_state)
     warmup, steps = round(settings.optimizer.warmup_samples / settings.batch_size), settings.samples // settings.batch_size
     budget = Budget(steps, warmup, state.samples_seen // settings.batch_size)
     if budget.first_step >= budget.steps:
         return True
     make_folder(run)
     metrics = Metrics(
-        run, here, settings, steps=steps, first_step=budget.first_step, skipped=(state.skipped_steps, state.skipped_in_a_row),
-        speed=Speed(0, None), trackers=make_trackers(run, settings.log, budget.first_step, settings.model_dump()) if here.is_first else [],
+        run, world, settings, steps=steps, first_step=budget.first_step, skipped=(state.skipped_steps, state.skipped_in_a_row),
+        speed=Speed(0, None), trackers=make_trackers(run, settings.log, budget.first_step, settings.model_dump()) if world.is_first else [],
     )  # fmt: skip
     with CheckpointWriter(run, settings.checkpoint.keep, settings.checkpoint.keep_every) as writer:
 
@@ -70,14 +70,14 @@ def train_adapter(
             if metrics.skipped_in_a_row and finished < steps:
                 return  # these weights may be what made the numbers infinite: the checkpoint before is worth more
             now = {"samples_seen": finished * settings.batch_size, "number": state.number + 1, "skipped_steps": metrics.skipped}
-            scale = learner.scale.state() if learner.scale else None
+            scale = train_state.scale.state() if train_state.scale else None
             state = state.model_copy(update={**now, "skipped_in_a_row": metrics.skipped_in_a_row, "loss_scale": scale})
-            tensors = snapshot(learner, here.is_first)
-            if here.is_first:
+            tensors = snapshot(train_state, world.is_first)
+            if world.is_first:
                 writer.save(tensors, state)
 
         try:
-            return run_loop(batches(budget.first_step, steps), inputs, learner, settings, budget, here, metrics, save, stopping)
+            return run_loop(batches(budget.first_step, steps), inputs, train_state, settings, budget, world, metrics, save, stopping)
         finally:
             metrics.close()
 
@@ -95,7 +95,7 @@ def rows_of_steps(count: int, size: int, seed: int, first_step: int, steps: int)
         yield rows
 
 
-def _resumed(run: Path, identity: str, learner: Learner) -> State:
+def _resumed(run: Path, identity: str, train_state: TrainState) -> State:
     folders = checkpoint_folders(run)
     if not folders:
         return State(samples_seen=0, number=0, labels="", idf="", betons="", options=identity, vocabulary=0)
@@ -105,15 +105,15 @@ def _resumed(run: Path, identity: str, learner: Learner) -> State:
             f"{run} was begun with other data, weights or settings: fingerprint {state.options}, now {identity}",
             mend="give what it was begun with, or another --out",
         )
-    load_checkpoint(folders[-1], learner, state)
+    load_checkpoint(folders[-1], train_state, state)
     return state
 
 
-def _check_shares(settings: Train, here: World) -> None:
-    parts = here.size * settings.runtime.accumulation
+def _check_shares(settings: Train, world: World) -> None:
+    parts = world.size * settings.runtime.accumulation
     if settings.batch_size % parts:
         raise UserError(
-            f"the batch size is {settings.batch_size}, the number of ranks {here.size}, train.runtime.accumulation "
+            f"the batch size is {settings.batch_size}, the number of ranks {world.size}, train.runtime.accumulation "
             f"{settings.runtime.accumulation}",
             allowed=f"a multiple of {parts}",
         )

@@ -12,7 +12,7 @@ from train.optim import by_decay
 from train.precision import autocast_dtype
 
 
-def announce(run: Path, settings: Train, costs: Costs, model: Any, data: str, budget: Budget, here: World) -> None:
+def announce(run: Path, settings: Train, costs: Costs, model: Any, data: str, budget: Budget, world: World) -> None:
     """Print model, data, budget, weight-decay exemptions and messages.
 
     Args:
@@ -22,9 +22,9 @@ def announce(run: Path, settings: Train, costs: Costs, model: Any, data: str, bu
         model: as it is trained.
         data: what it is trained on, in words.
         budget: steps.
-        here: this process among all.
+        world: this process among all.
     """
-    samples, dtype = budget.steps * settings.batch_size, autocast_dtype(settings.runtime.precision, here.device)
+    samples, dtype = budget.steps * settings.batch_size, autocast_dtype(settings.runtime.precision, world.device)
     decayed, exempt = by_decay(model)
     exempt_numbers = sum(parameter.numel() for parameter in exempt.values())
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in exempt}))
@@ -32,13 +32,13 @@ def announce(run: Path, settings: Train, costs: Costs, model: Any, data: str, bu
     resumed = f"; resumed at step {budget.first_step}" if budget.first_step else ""
     lines = [
         f"{run}: {settings.model.trunk}, {trunk} + {costs.head_name} {costs.head / 1e6:.1f}M parameters, "
-        f"{costs.flops / 1e9:.1f} GFLOP a sample, {here.size} x {here.device.type} in {str(dtype or 'fp32').removeprefix('torch.')}; "
+        f"{costs.flops / 1e9:.1f} GFLOP a sample, {world.size} x {world.device.type} in {str(dtype or 'fp32').removeprefix('torch.')}; "
         f"{data}, budget {samples:,} samples = {budget.steps} steps{resumed}",
         f"weight decay {settings.optimizer.weight_decay:g} on {len(decayed)} tensors, none on {len(exempt)} single vectors "
         f"({exempt_numbers:,} numbers: {kinds})",
     ]
-    if here.size > 1:
-        lines.append(messages(costs, settings, here.size, here.device))
+    if world.size > 1:
+        lines.append(messages(costs, settings, world.size, world.device))
     print("\n".join(lines), flush=True)
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from labels.errors import UserError
 from labels.files import TEMPORARY_SUFFIX, fsync_directory, plain_disk_faults
 from labels.settings import Section
-from train.loop import Learner
+from train.loop import TrainState
 from train.parallel import whole
 from train.weights import copy_exactly, load_exactly, read_weights
 
@@ -114,11 +114,11 @@ class CheckpointWriter:
                 shutil.rmtree(old)
 
 
-def snapshot(learner: Learner, on_this_rank: bool) -> Tensors:
+def snapshot(train_state: TrainState, on_this_rank: bool) -> Tensors:
     """Copies in host memory of all that a checkpoint holds; all ranks call it together.
 
     Args:
-        learner: after a step.
+        train_state: after a step.
         on_this_rank: whether this rank keeps what is gathered.
     """
     tensors: Tensors = {}
@@ -128,11 +128,11 @@ def snapshot(learner: Learner, on_this_rank: bool) -> Tensors:
         if on_this_rank:
             tensors.setdefault(file, {})[name] = gathered.cpu().contiguous() if gathered.is_cuda else gathered.clone().contiguous()
 
-    for file, state in (("{}", learner.model.state_dict()), ("{}_ema", learner.ema.average if learner.ema else {})):
+    for file, state in (("{}", train_state.model.state_dict()), ("{}_ema", train_state.ema.average if train_state.ema else {})):
         for name, tensor in state.items():
             child, _, rest = name.partition(".")
             keep(file.format(child), rest, tensor)
-    for name, tensor in _moments(learner).items():
+    for name, tensor in _moments(train_state).items():
         keep("optimizer", name, tensor)
     return tensors
 
@@ -156,27 +156,29 @@ def read_state(folder: Path) -> State:
     return state
 
 
-def load_checkpoint(folder: Path, learner: Learner, state: State) -> None:
-    """Put a checkpoint's weights, moments, averages and scale into `learner`, in place; each rank keeps its part.
+def load_checkpoint(folder: Path, train_state: TrainState, state: State) -> None:
+    """Put a checkpoint's weights, moments, averages and scale into `train_state`, in place; each rank keeps its part.
 
     Raises:
         UserError: a file is damaged, or of another model.
     """
-    for name, child in learner.model.named_children():
+    for name, child in train_state.model.named_children():
         if child.state_dict():
             path = folder / f"{name}.safetensors"
             load_exactly(child, read_weights(path), path)
-    if learner.ema:
-        parts = {name: folder / f"{name}_ema.safetensors" for name, child in learner.model.named_children() if child.state_dict()}
+    if train_state.ema:
+        parts = {name: folder / f"{name}_ema.safetensors" for name, child in train_state.model.named_children() if child.state_dict()}
         averages = {f"{name}.{key}": tensor for name, path in parts.items() for key, tensor in read_weights(path).items()}
-        copy_exactly(learner.ema.average, averages, folder / "*_ema.safetensors")
+        copy_exactly(train_state.ema.average, averages, folder / "*_ema.safetensors")
     path = folder / "optimizer.safetensors"
-    copy_exactly(_moments(learner), read_weights(path), path)
-    if learner.scale and state.loss_scale:
-        learner.scale.load(state.loss_scale)
+    copy_exactly(_moments(train_state), read_weights(path), path)
+    if train_state.scale and state.loss_scale:
+        train_state.scale.load(state.loss_scale)
 
 
-def _moments(learner: Learner) -> dict[str, torch.Tensor]:
+def _moments(train_state: TrainState) -> dict[str, torch.Tensor]:
     """The optimiser's tensors by their names in a checkpoint; train/optim.py has made them for every trained parameter."""
-    named = {name: learner.optimizer.state[parameter] for name, parameter in learner.model.named_parameters() if parameter.requires_grad}
+    named = {
+        name: train_state.optimizer.state[parameter] for name, parameter in train_state.model.named_parameters() if parameter.requires_grad
+    }
     return {f"{moment}.{name}": state[moment] for name, state in named.items() for moment in _MOMENTS}

@@ -33,13 +33,13 @@ class Chosen:
     idf: Path | None = None
 
 
-def open_data(chosen: Chosen, settings: Data, here: World, stopping: Callable[[], bool], column: Column = "label_ids") -> BetonSet | None:
+def open_data(chosen: Chosen, settings: Data, world: World, stopping: Callable[[], bool], column: Column = "label_ids") -> BetonSet | None:
     """Open the set on every rank; None if somebody asked to stop while label arrays were made.
 
     Args:
         chosen: what the user named.
         settings: `train.data`.
-        here: this process among all.
+        world: this process among all.
         stopping: asked now and then.
         column: what rows are of.
 
@@ -53,13 +53,13 @@ def open_data(chosen: Chosen, settings: Data, here: World, stopping: Callable[[]
         # Betons hold their own label sets; images that stay in their tars, and captions in their order, have arrays.
         in_arrays = column == "token_ids" or read_manifest(source.out).places
         labels = source.labels or (source.out if in_arrays else None)
-        if labels and not make_rows_once(source.out, labels, here, stopping, column):
+        if labels and not make_rows_once(source.out, labels, world, stopping, column):
             return None
     cache = Cache(Path(settings.cache).expanduser(), settings.cache_size)
     betons = BetonSet(mixture, idf=chosen.idf, cache=cache, column=column)
     _check_window(betons, settings)
     if settings.verify:
-        betons.check_bytes(range(here.rank, len(betons.parts), here.size))
+        betons.check_bytes(range(world.rank, len(betons.parts), world.size))
     if settings.subset:
         betons.restrict(*find_part(betons, settings.subset, settings.metadata))
     return betons
@@ -74,13 +74,13 @@ def _check_local(labels: Path) -> None:
         )
 
 
-def make_loader(betons: BetonSet, settings: Train, first_step: int, last_step: int, here: World) -> Loader:
+def make_loader(betons: BetonSet, settings: Train, first_step: int, last_step: int, world: World) -> Loader:
     """The loader of one rank for the steps [first_step, last_step)."""
     return Loader(
         betons, settings.data, image_size=settings.model.image_size, batch_size=settings.batch_size, seed=settings.runtime.seed,
-        first_step=first_step, last_step=last_step, rank=here.rank, world=here.size,
-        threads=loading_threads(settings.data), pinned=here.device.type == "cuda",
-        device=resamples(settings.data, here.device),
+        first_step=first_step, last_step=last_step, rank=world.rank, world=world.size,
+        threads=loading_threads(settings.data), pinned=world.device.type == "cuda",
+        device=resamples(settings.data, world.device),
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class World:
 
 
 @contextmanager
-def world(runtime: Runtime) -> Iterator[World]:
+def distributed_world(runtime: Runtime) -> Iterator[World]:
     """Join the process group that torchrun's variables describe; without them, a world of one. Inside another `world`, that one.
 
     Raises:
@@ -64,8 +64,8 @@ def world(runtime: Runtime) -> Iterator[World]:
         torch.cuda.set_device(device)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
-    with _tf32(on_gpu), _group(device) as here:
-        yield here
+    with _tf32(on_gpu), _group(device) as world:
+        yield world
 
 
 @contextmanager

@@ -33,19 +33,19 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Learner:
+class TrainState:
     """What is trained, and all that a checkpoint keeps of it.
 
     Attributes:
         model: the module itself; the names of its children and parameters are the checkpoint's.
-        called: `model` as train/parallel.py spreads it over the ranks: images and targets -> the mean loss of this rank's samples.
+        ddp_model: `model` as train/parallel.py spreads it over the ranks: images and targets -> the mean loss of this rank's samples.
         optimizer: fused, over the parameters of `model`.
         scale: with fp16 only.
         ema: if asked for.
     """
 
     model: nn.Module
-    called: nn.Module
+    ddp_model: nn.Module
     optimizer: torch.optim.Optimizer
     scale: LossScale | None = None
     ema: Ema | None = None
@@ -54,7 +54,7 @@ class Learner:
 def run_loop(
     batches: Iterable[Any],
     inputs: Inputs,
-    learner: Learner,
+    train_state: TrainState,
     settings: Train,
     budget: Budget,
     world: World,
@@ -67,7 +67,7 @@ def run_loop(
     Args:
         batches: dataclasses of tensors [B, ...] with a count `bad`; one a step, beginning with step `budget.first_step`.
         inputs: makes the model's two arguments from a batch or a part of it.
-        learner: what is trained.
+        train_state: what is trained.
         settings: the `train` section.
         budget: steps.
         world: this process among all.
@@ -79,19 +79,19 @@ def run_loop(
         True if the budget was spent, False if it was stopped.
     """
     due = _Due(settings, budget, world)
-    learner.model.train()
+    train_state.model.train()
     waiting_since = time.monotonic()
     for step, batch in enumerate(batches, start=budget.first_step):
         waited = time.monotonic() - waiting_since
 
         # -- forward and backward. Randomness inside the model depends on (seed, step, rank) alone
         _seed(settings.runtime.seed * 1_000_003 + step * world.size + world.rank, world.device)
-        loss = _gradients(batch, inputs, learner, settings, world.device)
+        loss = _gradients(batch, inputs, train_state, settings, world.device)
 
         # -- one step of the optimiser. Whether all numbers are finite is decided on the device: nothing waits for it
         lr = learning_rate(step, budget.steps, budget.warmup_steps, settings.optimizer.lr)
-        loss, norm = loss_and_gradient_norm(loss, learner.model.parameters(), world)
-        norm, skipped = _update(learner, step, lr, loss, norm, settings.optimizer.clip_norm)
+        loss, norm = loss_and_gradient_norm(loss, train_state.model.parameters(), world)
+        norm, skipped = _update(train_state, step, lr, loss, norm, settings.optimizer.clip_norm)
 
         # -- what was seen
         metrics.record(loss, norm, skipped, lr, waited, batch.bad)
@@ -114,17 +114,17 @@ def _seed(number: int, device: torch.device) -> None:
         torch.cuda.manual_seed(number)
 
 
-def _gradients(batch: Any, inputs: Inputs, learner: Learner, settings: Train, device: torch.device) -> torch.Tensor:
+def _gradients(batch: Any, inputs: Inputs, train_state: TrainState, settings: Train, device: torch.device) -> torch.Tensor:
     """Add up the gradients of a batch, part by part; returns its mean loss on this rank, left on the device."""
     parts, dtype = settings.runtime.accumulation, autocast_dtype(settings.runtime.precision, device)
     total = torch.zeros((), device=device)
-    learner.optimizer.zero_grad(set_to_none=True)
+    train_state.optimizer.zero_grad(set_to_none=True)
     for number, part in enumerate(micro_batches(batch, parts), start=1):
         images, targets = inputs(part)
-        with gradients_exchanged(learner.called, number == parts):
+        with gradients_exchanged(train_state.ddp_model, number == parts):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                loss = learner.called(images, targets) / parts
-            (loss if learner.scale is None else loss * learner.scale.value).backward()
+                loss = train_state.ddp_model(images, targets) / parts
+            (loss if train_state.scale is None else loss * train_state.scale.value).backward()
         total += loss.detach()
     return total
 
@@ -143,27 +143,27 @@ def micro_batches(batch: Any, parts: int) -> Iterator[Any]:
 
 
 def _update(
-    learner: Learner, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor, clip: float | None
+    train_state: TrainState, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor, clip: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Change the weights, unless loss or gradient is not finite; returns the gradient's true norm and 1.0 where it was skipped."""
     divisor = None
-    if learner.scale is not None:
-        norm, divisor = norm / learner.scale.value, learner.scale.value
+    if train_state.scale is not None:
+        norm, divisor = norm / train_state.scale.value, train_state.scale.value
     if clip is not None:
         divisor = (norm / clip).clamp(min=1.0).float() * (1.0 if divisor is None else divisor)
     skipped = 1.0 - (loss.isfinite() & norm.isfinite()).float()
-    for group in learner.optimizer.param_groups:
+    for group in train_state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)  # less in a trunk's first layers, where it is fine-tuned
     # The two attributes through which fused optimisers serve GradScaler: gradients are divided by the one, the other skips the step. On a
     # CPU there is nothing to wait for, and the step without a test is faster.
     ask = loss.device.type != "cpu"
-    learner.optimizer.grad_scale, learner.optimizer.found_inf = divisor, skipped if ask else None  # type: ignore[attr-defined]
+    train_state.optimizer.grad_scale, train_state.optimizer.found_inf = divisor, skipped if ask else None  # type: ignore[attr-defined]
     if ask or not skipped:
-        learner.optimizer.step()
-    if learner.scale is not None:
-        learner.scale.update(skipped)
-    if learner.ema is not None:
-        learner.ema.update(step, skipped)
+        train_state.optimizer.step()
+    if train_state.scale is not None:
+        train_state.scale.update(skipped)
+    if train_state.ema is not None:
+        train_state.ema.update(step, skipped)
     return norm, skipped
 
 

@@ -10,7 +10,7 @@ from train.betons import BetonSet
 from train.costs import Costs
 from train.distributed import World
 from train.images import ImageInput
-from train.loop import Inputs, Learner
+from train.loop import Inputs, TrainState
 
 SUPERCLASS = "superclass"
 
@@ -23,7 +23,7 @@ class Method:
         name: as state.json and data.json keep it.
         command: of `train`, for messages.
         column: what the loader's rows are of.
-        learner: model, optimiser and the rest, for the settings and the set, on a rank.
+        build: model, optimiser and the rest, for the settings and the set, on a rank.
         costs: of that model.
         inputs: makes the model's arguments from a batch, by way of the images'.
         kept: what beside the section `train` has to stay the same from the first to the last step; JSON values.
@@ -33,7 +33,7 @@ class Method:
     name: str
     command: str
     column: Column
-    learner: Callable[[Train, BetonSet, World], Learner]
+    build: Callable[[Train, BetonSet, World], TrainState]
     costs: Callable[[Train, BetonSet], Costs]
     inputs: Callable[[ImageInput, BetonSet], Inputs] = lambda images, _: images
     kept: dict[str, Any] = field(default_factory=dict)

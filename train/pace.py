@@ -1,6 +1,6 @@
 """`train plan --measure`: how fast this machine trains, from some warmed steps of the run that is planned. Nothing is kept.
 
-OUT -> open_data, make_learner, make_loader -> the one loop for some seconds -> Pace
+OUT -> open_data, make_train_state, make_loader -> the one loop for some seconds -> Pace
 """
 
 import sys
@@ -14,10 +14,10 @@ from labels.settings import Train
 from train.bench.step import LoopRate, loop_rate, never_ending
 from train.checkpoint import snapshot
 from train.data import Chosen, make_loader, open_data
-from train.distributed import World, world
+from train.distributed import World, distributed_world
 from train.images import ImageInput
 from train.metrics import peak_memory_gib
-from train.run import check_shares, make_learner
+from train.run import check_shares, make_train_state
 
 _ENDLESS = 1 << 40
 
@@ -58,21 +58,21 @@ def measure_pace(chosen: Chosen, settings: Train, devices: int, seconds: float, 
     """
     check_shares(settings, devices)
     settings = never_ending(settings.model_copy(update={"batch_size": settings.batch_size // devices}))
-    with redirect_stdout(sys.stderr), world(settings.runtime) as here:
-        return _measure(chosen, settings, here, seconds, begun)
+    with redirect_stdout(sys.stderr), distributed_world(settings.runtime) as world:
+        return _measure(chosen, settings, world, seconds, begun)
 
 
-def _measure(chosen: Chosen, settings: Train, here: World, seconds: float, begun: float) -> Pace:
-    betons = open_data(chosen, settings.data, here, lambda: False)
+def _measure(chosen: Chosen, settings: Train, world: World, seconds: float, begun: float) -> Pace:
+    betons = open_data(chosen, settings.data, world, lambda: False)
     assert betons is not None  # nobody asks to stop
-    learner = make_learner(settings, torch.from_numpy(betons.idf), here)
-    with make_loader(betons, settings, 0, _ENDLESS, here) as loader:
-        inputs = ImageInput(settings.data, here.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
-        found = loop_rate(loader, inputs, learner, settings, here, seconds)
+    train_state = make_train_state(settings, torch.from_numpy(betons.idf), world)
+    with make_loader(betons, settings, 0, _ENDLESS, world) as loader:
+        inputs = ImageInput(settings.data, world.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
+        found = loop_rate(loader, inputs, train_state, settings, world, seconds)
     start_s = beside_steps(time.perf_counter() - begun, found)
     before = time.perf_counter()
-    snapshot(learner, on_this_rank=True)
-    return Pace(found.samples_per_s, start_s, time.perf_counter() - before, peak_memory_gib(here.device))
+    snapshot(train_state, on_this_rank=True)
+    return Pace(found.samples_per_s, start_s, time.perf_counter() - before, peak_memory_gib(world.device))
 
 
 def beside_steps(seconds: float, found: LoopRate) -> float:

@@ -70,13 +70,13 @@ def step_command(**arguments: Any) -> None:
 def _run(measure: Bench, arguments: dict[str, Any]) -> None:
     from train.bench.verdict import device_rates
     from train.data import open_data
-    from train.distributed import World, world
+    from train.distributed import World, distributed_world
 
     pipeline = load_pipeline(arguments["config"], arguments["overrides"], arguments["recipe"])
     settings = pipeline.train
     chosen = options.chosen(pipeline, arguments["betons"], arguments["labels"], arguments["idf"], "train bench")
-    with redirect_stdout(sys.stderr), world(settings.runtime) as here:  # what is said on the way is no result
-        alone = World(0, 1, here.device)
+    with redirect_stdout(sys.stderr), distributed_world(settings.runtime) as world:  # what is said on the way is no result
+        alone = World(0, 1, world.device)
         betons = open_data(chosen, settings.data, alone, lambda: False)
         assert betons is not None  # nobody asks to stop
         rates = {"rates": device_rates(settings, betons.vocabulary, arguments["rates"])} if "rates" in arguments else {}

@@ -24,13 +24,13 @@ _SINGLE = 64  # samples a task, where they are drawn one by one
 _SCRATCH_BYTES = 1 << 26
 
 
-def bench_disk(betons: BetonSet, settings: Train, here: World, seconds: float, rates: list[Rate]) -> tuple[dict[str, Any], list[str]]:
+def bench_disk(betons: BetonSet, settings: Train, world: World, seconds: float, rates: list[Rate]) -> tuple[dict[str, Any], list[str]]:
     """Read for some seconds in each of three ways, the first two after the files have left the page cache.
 
     Args:
         betons: the open set, on this machine.
         settings: `train`.
-        here: this process.
+        world: this process.
         seconds: of each way.
         rates: device rates to judge.
 
@@ -42,7 +42,7 @@ def bench_disk(betons: BetonSet, settings: Train, here: World, seconds: float, r
     """
     if betons.staging:
         raise UserError("train bench disk needs the betons on this machine", mend="copy the OUT to a local folder")
-    loader = make_loader(betons, settings, 0, 1, here)
+    loader = make_loader(betons, settings, 0, 1, world)
     order, threads = loader.order, loading_threads(settings.data)
     most = min(betons.samples, _MOST_SAMPLES)
     blocks = [np.arange(first, first + count) for first, count in order.ahead(0, most, first=True)]

@@ -16,20 +16,20 @@ _SAMPLES = 512
 _PARTS = ("labels", "read", "decode", "resize")
 
 
-def bench_loader(betons: BetonSet, settings: Train, here: World, seconds: float, rates: list[Rate]) -> tuple[dict[str, Any], list[str]]:
+def bench_loader(betons: BetonSet, settings: Train, world: World, seconds: float, rates: list[Rate]) -> tuple[dict[str, Any], list[str]]:
     """Take batches as fast as they come for some seconds, then time the stages of a sample one by one.
 
     Args:
         betons: the open set.
         settings: `train`.
-        here: this process, whose device says who resamples.
+        world: this process, whose device says who resamples.
         seconds: of taking batches, after a warm-up.
         rates: device rates to judge.
 
     Returns:
         all figures, for JSON, and lines for people.
     """
-    loader = make_loader(betons, settings, 0, _STEPS, here)
+    loader = make_loader(betons, settings, 0, _STEPS, world)
     with loader:
         images, wall_s, cpu_s = _take(loader, seconds)
     stages = time_stages(betons, settings, loader, min(_SAMPLES, settings.batch_size, betons.samples))

@@ -14,9 +14,9 @@ from train.costs import model_costs, peak_flops
 from train.data import make_loader
 from train.distributed import World
 from train.images import ImageInput
-from train.loop import Budget, Inputs, Learner, run_loop
+from train.loop import Budget, Inputs, TrainState, run_loop
 from train.metrics import Metrics, Speed
-from train.run import make_learner
+from train.run import make_train_state
 from train.synthetic import synthetic_batches, synthetic_inputs
 
 _STEPS = _NEVER = 1 << 40
@@ -24,39 +24,39 @@ _LEAST_WARM_UP_STEPS = 2
 _MOST_WAIT = 0.03
 
 
-def bench_step(betons: BetonSet, settings: Train, here: World, seconds: float) -> tuple[dict[str, Any], list[str]]:
+def bench_step(betons: BetonSet, settings: Train, world: World, seconds: float) -> tuple[dict[str, Any], list[str]]:
     """Train for some seconds on each kind of batches; nothing is kept.
 
     Args:
         betons: the open set.
         settings: `train`.
-        here: this process.
+        world: this process.
         seconds: of each; the first half warms up.
 
     Returns:
         all figures, for JSON, and lines for people.
     """
     settings = never_ending(settings)
-    learner = make_learner(settings, torch.from_numpy(betons.idf), here)
-    made = synthetic_batches(settings, betons.vocabulary, betons.label_limit, here, _STEPS)
-    alone, _, _ = loop_rate(made, synthetic_inputs, learner, settings, here, seconds)
-    with make_loader(betons, settings, 0, _STEPS, here) as loader:
-        inputs = ImageInput(settings.data, here.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
-        fed, wait, _ = loop_rate(loader, inputs, learner, settings, here, seconds)
-    speed = Speed(model_costs(settings.model, betons.vocabulary).flops, peak_flops(settings, here.device))
+    train_state = make_train_state(settings, torch.from_numpy(betons.idf), world)
+    made = synthetic_batches(settings, betons.vocabulary, betons.label_limit, world, _STEPS)
+    alone, _, _ = loop_rate(made, synthetic_inputs, train_state, settings, world, seconds)
+    with make_loader(betons, settings, 0, _STEPS, world) as loader:
+        inputs = ImageInput(settings.data, world.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
+        fed, wait, _ = loop_rate(loader, inputs, train_state, settings, world, seconds)
+    speed = Speed(model_costs(settings.model, betons.vocabulary).flops, peak_flops(settings, world.device))
     limit = "loader" if wait > _MOST_WAIT else "model"
     found = {
-        "synthetic_samples_per_s": alone, "loader_samples_per_s": fed, "ratio": fed / alone, "data_wait": wait, "device": str(here.device),
+        "synthetic_samples_per_s": alone, "loader_samples_per_s": fed, "ratio": fed / alone, "data_wait": wait, "device": str(world.device),
         "mfu": speed.utilisation(alone), "limit": limit,
     }  # fmt: skip
     used = "" if found["mfu"] is None else f", MFU {found['mfu']:.1%}"
     verdict = "the model; the loader keeps up"
     if limit == "loader":
-        verdict = f"the loader; {here.device} could take {alone:,.1f} samples/s, and `train bench loader` says what costs most"
-    if here.device.type == "cpu":
+        verdict = f"the loader; {world.device} could take {alone:,.1f} samples/s, and `train bench loader` says what costs most"
+    if world.device.type == "cpu":
         verdict += " (model and loader share the cores here)"
     lines = [
-        f"synthetic    {alone:,.1f} samples/s on {here.device}, batches of {settings.batch_size}{used}",
+        f"synthetic    {alone:,.1f} samples/s on {world.device}, batches of {settings.batch_size}{used}",
         f"loader       {fed:,.1f} samples/s, {fed / alone:.3f} of that; data wait {wait:.1%}",
         f"verdict      what limits is {verdict}",
     ]
@@ -77,15 +77,15 @@ def never_ending(settings: Train) -> Train:
     return settings.model_copy(update=quiet)
 
 
-def loop_rate(batches: Iterable[Any], inputs: Inputs, learner: Learner, settings: Train, here: World, seconds: float) -> LoopRate:
+def loop_rate(batches: Iterable[Any], inputs: Inputs, train_state: TrainState, settings: Train, world: World, seconds: float) -> LoopRate:
     """Run the one loop, metrics and all, for `seconds`, of which the first half warms up. `settings`: see `never_ending`."""
-    clock = Clock(here, seconds)
+    clock = Clock(world, seconds)
     with tempfile.TemporaryDirectory() as run:
-        metrics = Metrics(Path(run), here, settings, steps=_STEPS, first_step=0, skipped=(0, 0), speed=Speed(1, None), trackers=[])
+        metrics = Metrics(Path(run), world, settings, steps=_STEPS, first_step=0, skipped=(0, 0), speed=Speed(1, None), trackers=[])
         budget = Budget(_STEPS, 1, 0)
         try:
             stopping = lambda: False  # noqa: E731
-            run_loop(clock.until(batches), inputs, learner, settings, budget, here, metrics, save=lambda _: None, stopping=stopping)
+            run_loop(clock.until(batches), inputs, train_state, settings, budget, world, metrics, save=lambda _: None, stopping=stopping)
         finally:
             metrics.close()
     spent = clock.end - clock.begun
@@ -104,8 +104,8 @@ class Clock:
         steps: of the second, which lasted from `begun` to `end`; `waited`: seconds of it.
     """
 
-    def __init__(self, here: World, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._here, self._half, self._clock = here, seconds / 2, now
+    def __init__(self, world: World, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._world, self._half, self._clock = world, seconds / 2, now
         self.warm_up_steps, self.steps, self.begun, self.end, self.waited = 0, 0, 0.0, 0.0, 0.0
 
     def until(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -126,6 +126,6 @@ class Clock:
 
     def _finished(self) -> float:
         """The time when the device has done all that it was given."""
-        if self._here.device.type == "cuda":
-            torch.cuda.synchronize(self._here.device)
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)
         return self._clock()

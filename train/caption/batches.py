@@ -40,9 +40,11 @@ def tokenized(captions: Sequence[Sequence[str]], tokenizer: Any, max_tokens: int
     return Pairs(image, [[*one[: max_tokens - 1], tokenizer.eos_token_id] for one in ids])
 
 
-def pair_batches(features: np.ndarray, pairs: Pairs, size: int, seed: int, here: World, first_step: int, steps: int) -> Iterator[PairBatch]:
+def pair_batches(
+    features: np.ndarray, pairs: Pairs, size: int, seed: int, world: World, first_step: int, steps: int
+) -> Iterator[PairBatch]:
     """This rank's share of every batch from `first_step` on; the order is a function of (seed, epoch)."""
-    share = slice(here.rank * size // here.size, (here.rank + 1) * size // here.size)
+    share = slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
     for rows in rows_of_steps(len(pairs.ids), size, seed, first_step, steps):
         mine = rows[share]
         ids = [pairs.ids[row] for row in mine]

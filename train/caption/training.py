@@ -60,7 +60,7 @@ def make_captioner(width: int, language: LanguageModel, settings: Caption, seed:
 
 
 def train_captioner(
-    captioner: Captioner, features: np.ndarray, pairs: Pairs, settings: Train, work: Work, here: World, stopping: Callable[[], bool]
+    captioner: Captioner, features: np.ndarray, pairs: Pairs, settings: Train, work: Work, world: World, stopping: Callable[[], bool]
 ) -> bool:
     """Train, or go on; see train_adapter.
 
@@ -68,15 +68,15 @@ def train_captioner(
         captioner: moved to the device.
         features: float32 [N, W], of the images that `pairs` count.
     """
-    captioner.place(here.device)
+    captioner.place(world.device)
 
     def inputs(batch: PairBatch) -> tuple[Tensor, Tensor]:
-        return batch.features.to(here.device), batch.ids.to(here.device)
+        return batch.features.to(world.device), batch.ids.to(world.device)
 
     def batches(first_step: int, steps: int) -> Iterator[PairBatch]:
-        return pair_batches(features, pairs, settings.batch_size, settings.runtime.seed, here, first_step, steps)
+        return pair_batches(features, pairs, settings.batch_size, settings.runtime.seed, world, first_step, steps)
 
-    return train_adapter(captioner, batches, inputs, settings, work.folder, work.identity, here, stopping)
+    return train_adapter(captioner, batches, inputs, settings, work.folder, work.identity, world, stopping)
 
 
 def captions_of(

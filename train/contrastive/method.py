@@ -18,11 +18,11 @@ from train.evals.encoders.encoder import Encoder, EncoderSpec
 from train.evals.encoders.load import load_encoder
 from train.evals.encoders.runs import trained_model
 from train.evals.encoders.text import foreign_encoder
-from train.loop import Learner
+from train.loop import TrainState
 from train.method import Method
 from train.model import build_trunk, set_up_trunk
 from train.parallel import spread
-from train.run import as_learner, train_run
+from train.run import as_train_state, train_run
 
 CLIP, LIT = "clip", "lit"
 
@@ -36,19 +36,19 @@ def train_clip(chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
     check_whole_batches(pipeline.train, "train clip")
     tower = pipeline.text_tower
 
-    def learner(settings: Train, betons: BetonSet, here: World) -> Learner:
+    def build(settings: Train, betons: BetonSet, world: World) -> TrainState:
         torch.manual_seed(settings.runtime.seed)
         trunk: Any = build_trunk(settings.model)  # first, so that it begins as that of `train run`
-        made = Contrastive(trunk, int(trunk.num_features), *_text(tower, betons), locked=False).to(here.device)
+        made = Contrastive(trunk, int(trunk.num_features), *_text(tower, betons), locked=False).to(world.device)
         set_up_trunk(trunk, settings.model)
-        return make_learner(made, settings, here)
+        return make_two_tower_state(made, settings, world)
 
     def costs(settings: Train, betons: BetonSet) -> Costs:
         with torch.device("meta"):
             trunk = trunk_costs(build_trunk(settings.model), settings.model.image_size)
             return tower_costs(trunk, _text(tower, betons)[0], tower)
 
-    return train_run(chosen, run, pipeline, method=_method(CLIP, tower, learner, costs, {}))
+    return train_run(chosen, run, pipeline, method=_method(CLIP, tower, build, costs, {}))
 
 
 def train_lit(asked: EncoderSpec, chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
@@ -64,18 +64,18 @@ def train_lit(asked: EncoderSpec, chosen: Chosen, run: Path, pipeline: Pipeline)
     encoder, tower = load_encoder(asked), pipeline.text_tower
     pipeline, trunk = _as_encoder(pipeline, encoder), trunk_costs(encoder.net, encoder.images.side)
 
-    def learner(settings: Train, betons: BetonSet, here: World) -> Learner:
+    def build(settings: Train, betons: BetonSet, world: World) -> TrainState:
         torch.manual_seed(settings.runtime.seed)
-        made = Contrastive(encoder.net, encoder.width, *_text(tower, betons), locked=True).to(here.device)
+        made = Contrastive(encoder.net, encoder.width, *_text(tower, betons), locked=True).to(world.device)
         if settings.model.compile:
             encoder.net.compile()
-        return make_learner(made, settings, here)
+        return make_two_tower_state(made, settings, world)
 
     def costs(settings: Train, betons: BetonSet) -> Costs:
         with torch.device("meta"):
             return tower_costs(trunk, _text(tower, betons)[0], tower, locked=True)
 
-    return train_run(chosen, run, pipeline, method=_method(LIT, tower, learner, costs, {"encoder": _told(encoder)}))
+    return train_run(chosen, run, pipeline, method=_method(LIT, tower, build, costs, {"encoder": _told(encoder)}))
 
 
 def check_whole_batches(settings: Train, command: str) -> None:
@@ -89,7 +89,7 @@ def check_whole_batches(settings: Train, command: str) -> None:
         )
 
 
-def _method(name: str, tower: TextTower, learner: Any, costs: Any, facts: dict[str, Any]) -> Method:
+def _method(name: str, tower: TextTower, build: Any, costs: Any, facts: dict[str, Any]) -> Method:
     kept = {"text_tower": tower.model_dump()}
     if "encoder" in facts:
         kept["encoder"] = facts["encoder"]["fingerprint"]
@@ -97,7 +97,7 @@ def _method(name: str, tower: TextTower, learner: Any, costs: Any, facts: dict[s
         name,
         f"train {name}",
         "token_ids",
-        learner,
+        build,
         costs,
         inputs=lambda images, betons: TextInput(images, specials_of(betons.labels.tokenizer), tower.context),
         kept=kept,
@@ -110,12 +110,12 @@ def _text(tower: TextTower, betons: BetonSet) -> tuple[nn.Module, Specials]:
     return build_text_tower(tower, specials.vocabulary), specials
 
 
-def make_learner(model: Contrastive, settings: Train, here: World) -> Learner:
+def make_two_tower_state(model: Contrastive, settings: Train, world: World) -> TrainState:
     """Both towers with what trains them; no scale above 100 after any step."""
     model.text.set_grad_checkpointing(settings.model.grad_checkpointing)  # type: ignore[operator]
-    learner = as_learner(model, spread(model, settings.runtime.parallel, here), settings, here)
-    learner.optimizer.register_step_post_hook(lambda *_: model.joint.clamp())
-    return learner
+    train_state = as_train_state(model, spread(model, settings.runtime.parallel, world), settings, world)
+    train_state.optimizer.register_step_post_hook(lambda *_: model.joint.clamp())
+    return train_state
 
 
 def _as_encoder(pipeline: Pipeline, encoder: Encoder) -> Pipeline:

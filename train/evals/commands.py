@@ -150,13 +150,13 @@ def _first_rank_speaks() -> Iterator[bool]:
     the first one writes, and are silent. What was asked to stop leaves with the exit code that says so."""
     from labels.files import own_partials
     from labels.settings import Runtime
-    from train.distributed import world
+    from train.distributed import distributed_world
     from train.signals import STOPPED_EXIT_CODE, Stopped
 
     many, first = int(os.environ.get("WORLD_SIZE", 1)) > 1, int(os.environ.get("RANK", 0)) == 0
     aside = nullcontext() if first else own_partials()
     try:
-        with world(Runtime()) if many else nullcontext(), aside, nullcontext() if first else redirect_stdout(io.StringIO()):
+        with distributed_world(Runtime()) if many else nullcontext(), aside, nullcontext() if first else redirect_stdout(io.StringIO()):
             yield first
     except Stopped as stopped:
         print(f"{stopped} was stopped; what --cache or --out keeps of it, the same command goes on with")

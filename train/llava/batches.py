@@ -59,10 +59,10 @@ class Reader(NamedTuple):
 
 
 def talk_batches(
-    records: Sequence[Record], read: Reader, size: int, seed: int, here: World, first_step: int, steps: int
+    records: Sequence[Record], read: Reader, size: int, seed: int, world: World, first_step: int, steps: int
 ) -> Iterator[TalkBatch]:
     """This rank's share of every batch from `first_step` on; the order is a function of (seed, epoch)."""
-    share = slice(here.rank * size // here.size, (here.rank + 1) * size // here.size)
+    share = slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
     with Threads(read.threads or len(os.sched_getaffinity(0)), "llava") as pool:
         waiting = None
         for rows in rows_of_steps(len(records), size, seed, first_step, steps):

@@ -15,7 +15,7 @@ from labels.errors import UserError
 from labels.files import fingerprint, whole_folder, write_json
 from labels.settings import Llava, Optimizer, Pipeline, Train
 from train.adapter import train_adapter
-from train.distributed import World, world
+from train.distributed import World, distributed_world
 from train.evals.encoders.encoder import EncoderSpec
 from train.export.replace import check_replaceable, share_like
 from train.language_model import check_folder, load_language_model
@@ -54,18 +54,18 @@ def train_llava(asked: EncoderSpec, language: Path, data: str, images: Path | No
     check_folder(language)
     records = load_records(data, images)
     settings, folder = _trainer_settings(pipeline.train, pipeline.llava), out.with_name(f"{out.name}.work")
-    with world(settings.runtime) as here, stop_signals() as stopping:
-        dtype = autocast_dtype(settings.runtime.precision, here.device) if here.device.type == "cuda" else None
-        tower = tower_folder(asked, folder if here.size == 1 else folder / f"rank-{here.rank}")
+    with distributed_world(settings.runtime) as world, stop_signals() as stopping:
+        dtype = autocast_dtype(settings.runtime.precision, world.device) if world.device.type == "cuda" else None
+        tower = tower_folder(asked, folder if world.size == 1 else folder / f"rank-{world.rank}")
         held = load_language_model(language, dtype or torch.float32)
         weights = weights_fingerprint(held.model)  # before the image's token joins its embedding
         parts = assemble(tower, held, pipeline.llava, settings.runtime.seed)
-        projecting = Projecting(parts.model.to(here.device))
+        projecting = Projecting(parts.model.to(world.device))
         facts = {"language_model_weights": weights, **_facts(asked, language, data, records, parts, pipeline.llava, settings)}
         identity = fingerprint(facts)
-        if not _train(projecting, parts, records, pipeline.llava, settings, folder / identity, identity, here, stopping):
+        if not _train(projecting, parts, records, pipeline.llava, settings, folder / identity, identity, world, stopping):
             return False
-        if here.is_first:
+        if world.is_first:
             write_llava(parts, facts, out)
             print(f"{out}: loaded back by transformers, the same logits. The paper's ten benchmarks ({', '.join(TASKS)}):\n{command(out)}")
     return True
@@ -110,7 +110,7 @@ def write_llava(parts: Assembled, facts: dict[str, Any], out: Path) -> None:
 
 
 def _train(
-    projecting: Projecting, parts: Assembled, records: list[Record], llava: Llava, settings: Train, run: Path, identity: str, here: World,
+    projecting: Projecting, parts: Assembled, records: list[Record], llava: Llava, settings: Train, run: Path, identity: str, world: World,
     stopping: Callable[[], bool],
 ) -> bool:  # fmt: skip
     tokenizer, config = parts.processor.tokenizer, parts.model.config
@@ -121,16 +121,16 @@ def _train(
         return conversation_ids(turns, tokenizer, config.image_token_id, config.image_seq_length, most)
 
     read = Reader(parts.form, tokens, tokenizer.pad_token_id, settings.data.threads)
-    mean, std = (torch.tensor(values, device=here.device).view(1, 3, 1, 1) for values in parts.form[1:])
+    mean, std = (torch.tensor(values, device=world.device).view(1, 3, 1, 1) for values in parts.form[1:])
 
     def inputs(batch: TalkBatch) -> tuple[Tensor, Tensor]:
-        pixels = batch.images.to(here.device).permute(0, 3, 1, 2).float().div(255)
-        return (pixels - mean) / std, batch.talk.to(here.device)
+        pixels = batch.images.to(world.device).permute(0, 3, 1, 2).float().div(255)
+        return (pixels - mean) / std, batch.talk.to(world.device)
 
     def batches(first_step: int, steps: int) -> Iterator[TalkBatch]:
-        return talk_batches(records, read, settings.batch_size, settings.runtime.seed, here, first_step, steps)
+        return talk_batches(records, read, settings.batch_size, settings.runtime.seed, world, first_step, steps)
 
-    return train_adapter(projecting, batches, inputs, settings, run, identity, here, stopping)
+    return train_adapter(projecting, batches, inputs, settings, run, identity, world, stopping)
 
 
 def _trainer_settings(train: Train, llava: Llava) -> Train:

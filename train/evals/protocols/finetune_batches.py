@@ -34,7 +34,7 @@ class LabelledBatch:
 
 
 def cropped_batches(
-    data: LabelledImages, side: int, size: int, seed: int, threads: int, here: World, first_step: int, steps: int
+    data: LabelledImages, side: int, size: int, seed: int, threads: int, world: World, first_step: int, steps: int
 ) -> Iterator[LabelledBatch]:
     """This rank's share of every batch from `first_step` on: random resized crops and flips, all a function of (seed, epoch, row).
 
@@ -44,7 +44,7 @@ def cropped_batches(
     Raises:
         UserError: an image cannot be decoded.
     """
-    count, share = len(data), slice(here.rank * size // here.size, (here.rank + 1) * size // here.size)
+    count, share = len(data), slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
 
     def numbers() -> Iterator[np.ndarray]:
         for step, rows in enumerate(rows_of_steps(count, size, seed, first_step, steps), start=first_step):
@@ -55,7 +55,7 @@ def cropped_batches(
         epoch, row = divmod(number, count)
         return decode_crop(data.places[row].read(), side, seed, epoch, row)
 
-    for slot in decoded(numbers(), share.stop - share.start, side, picture, threads, here.device):
+    for slot in decoded(numbers(), share.stop - share.start, side, picture, threads, world.device):
         for number, reason in slot.bad:
             raise UserError(
                 f"the image {data.keys[number % count]} of {data.directory} cannot be decoded ({reason})",

@@ -14,7 +14,7 @@ from train.caption.cider import cider_d
 from train.caption.decoder import BUILT_IN, make_decoder
 from train.caption.ptb import ptb_tokens
 from train.caption.training import Work, captions_of, make_captioner, train_captioner, trainer_settings
-from train.distributed import World, world
+from train.distributed import World, distributed_world
 from train.evals.data.captions import CaptionSet
 from train.evals.encoders.encoder import Encoder
 from train.evals.features import Extractor
@@ -53,10 +53,10 @@ class Captioning:
     def scores(self, encoder: Encoder, data: CaptionSet, settings: Caption, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
         features, found = [extract(encoder, part) for part in (data.trained, data.test)], []
         runtime = Runtime(device=extract.device.type, precision=extract.precision)  # type: ignore[arg-type]
-        with work_folder(extract, self.name) as folder, world(runtime) as here, stop_signals() as stopping:
+        with work_folder(extract, self.name) as folder, distributed_world(runtime) as world, stop_signals() as stopping:
             for seed in seeds:
                 seeded = runtime.model_copy(update={"seed": seed})
-                found.append(_score(encoder, features, data, settings, extract, seeded, folder, here, stopping))
+                found.append(_score(encoder, features, data, settings, extract, seeded, folder, world, stopping))
         return found
 
 
@@ -65,7 +65,7 @@ EVALUATION = Captioning()
 
 def _score(
     encoder: Encoder, features: list[np.ndarray], data: CaptionSet, settings: Caption, extract: Extractor, runtime: Runtime, folder: Path,
-    here: World, stopping: Callable[[], bool],
+    world: World, stopping: Callable[[], bool],
 ) -> Score:  # fmt: skip
     """Train the mapper of one seed, caption the test part, compare."""
     language = _language(settings, [caption for one in data.trained.captions for caption in one], runtime.seed)
@@ -74,13 +74,13 @@ def _score(
     chosen, images = settings.model_dump(exclude={"seeds", "beams"}), [data.trained.fingerprint, data.trained.modified_ns]
     work = Work.of(folder, [encoder.describe(), images, chosen, runtime.seed, decoder, TRANSFORM, extract.precision])
     pairs = tokenized(data.trained.captions, language.tokenizer, settings.max_tokens)
-    if not train_captioner(captioner, features[0], pairs, trainer_settings(settings, runtime), work, here, stopping):
+    if not train_captioner(captioner, features[0], pairs, trainer_settings(settings, runtime), work, world, stopping):
         raise Stopped(f"captioning by {encoder.name}")
-    captions = captions_of(captioner, language, features[1], settings, runtime.precision, here.device)
+    captions = captions_of(captioner, language, features[1], settings, runtime.precision, world.device)
     references = [[ptb_tokens(text) for text in one] for one in data.test.captions]
     values = [_PERCENT * one for one in cider_d([ptb_tokens(caption) for caption in captions], references)]
     file = work.folder / f"{data.part}-{fingerprint([data.test.fingerprint, settings.beams])}.json"
-    if here.is_first:
+    if world.is_first:
         write_json(file, [{"image_id": key, "caption": caption} for key, caption in zip(data.test.keys, captions, strict=True)])
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     about = {"decoder_weights": decoder, "captions": str(file), "test_images_in_train": data.overlap}

@@ -16,7 +16,7 @@ from labels.errors import UserError
 from labels.files import fingerprint
 from labels.settings import Checkpoint, Finetune, Log, Optimizer, Pipeline, Runtime, Train
 from train.adapter import train_adapter
-from train.distributed import World, world
+from train.distributed import World, distributed_world
 from train.evals.data.sets import DataSet
 from train.evals.encoders.encoder import Encoder
 from train.evals.encoders.load import load_encoder
@@ -59,21 +59,21 @@ class FineTune:
     def _score(self, frozen: Encoder, data: DataSet, settings: Finetune, extract: Extractor, seed: int, folder: Path) -> Score:
         encoder = load_encoder(frozen.asked, seed=seed)  # its own weights, which training changes
         runtime = Runtime(device=extract.device.type, precision=extract.precision, accumulation=settings.accumulation, seed=seed)  # type: ignore[arg-type]
-        with world(runtime) as here, stop_signals() as stopping:
-            train = train_settings(settings, runtime, len(data.train), here)
-            model, drop_path = make_model(encoder, len(data.classes), settings.drop_path, seed, here)
+        with distributed_world(runtime) as world, stop_signals() as stopping:
+            train = train_settings(settings, runtime, len(data.train), world)
+            model, drop_path = make_model(encoder, len(data.classes), settings.drop_path, seed, world)
             images = [data.train.fingerprint, data.train.modified_ns]
             identity = fingerprint(
-                [encoder.describe(), images, settings.model_dump(exclude={"seeds"}), seed, here.size, TRANSFORM, extract.precision]
+                [encoder.describe(), images, settings.model_dump(exclude={"seeds"}), seed, world.size, TRANSFORM, extract.precision]
             )
-            mixing = Mixing(settings, len(data.classes), encoder.images, seed, here.device)
+            mixing = Mixing(settings, len(data.classes), encoder.images, seed, world.device)
 
             def batches(first_step: int, steps: int) -> Iterator[LabelledBatch]:
                 side, size = encoder.images.side, train.batch_size
-                return cropped_batches(data.train, side, size, seed, extract.threads, here, first_step, steps)
+                return cropped_batches(data.train, side, size, seed, extract.threads, world, first_step, steps)
 
             make = make_layer_decayed(settings.layer_decay)
-            if not train_adapter(model, batches, mixing, train, folder / identity, identity, here, stopping, make):
+            if not train_adapter(model, batches, mixing, train, folder / identity, identity, world, stopping, make):
                 raise Stopped(f"fine-tuning of {encoder.name}")
             metrics = accuracies(logits(model, encoder, data, extract), torch.from_numpy(data.test.targets))
         steps = train.samples // train.batch_size
@@ -101,9 +101,9 @@ def batch_size(samples: int, settings: Finetune, ranks: int) -> int:
     return size
 
 
-def train_settings(settings: Finetune, runtime: Runtime, samples: int, here: World) -> Train:
+def train_settings(settings: Finetune, runtime: Runtime, samples: int, world: World) -> Train:
     """The trainer's section for `epochs` over a training part of `samples`: the whole budget in whole batches."""
-    size = batch_size(samples, settings, here.size)
+    size = batch_size(samples, settings, world.size)
     lr = settings.base_lr * size / 256
     total = max(settings.epochs * samples // size, 1) * size
     warmup = min(settings.warmup_epochs * samples, total - 1)
@@ -116,13 +116,13 @@ def train_settings(settings: Finetune, runtime: Runtime, samples: int, here: Wor
     )  # fmt: skip
 
 
-def make_model(encoder: Encoder, classes: int, drop_path: float, seed: int, here: World) -> tuple[FineTuned, float]:
+def make_model(encoder: Encoder, classes: int, drop_path: float, seed: int, world: World) -> tuple[FineTuned, float]:
     """The encoder's net with a new head drawn from `seed`, on the device, all that is read to be trained; and the drop path it took."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FineTuned(encoder.net, encoder.width, classes)
     train_what_is_read(model, encoder.images.side)
-    return model.to(here.device), set_drop_path(model.trunk, drop_path)
+    return model.to(world.device), set_drop_path(model.trunk, drop_path)
 
 
 def logits(model: FineTuned, encoder: Encoder, data: DataSet, extract: Extractor) -> Tensor:
