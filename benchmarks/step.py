@@ -35,8 +35,8 @@ from train.distributed import World
 from train.loop import Budget, TrainState, run_loop
 from train.metrics import Metrics, Speed
 from train.optim import make_optimizer
-from train.run import make_train_state
 from train.synthetic import synthetic_batches, synthetic_inputs
+from train.trainer import make_train_state
 
 ALONE = World(0, 1, torch.device("cpu"))
 PAPER_US = 4392  # what the paper's pipeline needed in this measure, on another machine

@@ -13,7 +13,7 @@ from train.contrastive.method import train_clip, train_lit
 from train.data import Chosen
 from train.evals.data.sets import DataSet, load_pair
 from train.evals.encoders.encoder import EncoderSpec
-from train.run import train_run
+from train.trainer import train_run
 
 SHORT = ["train.samples=160", "text_tower={embed_dim: 8, width: 16, heads: 2, layers: 1, context: 8}", "train.optimizer.warmup_samples=0"]
 

@@ -12,7 +12,7 @@ from train.checkpoint import Tensors, snapshot
 from train.distributed import World
 from train.loop import Budget, TrainState, run_loop
 from train.metrics import Metrics, Speed
-from train.run import make_train_state
+from train.trainer import make_train_state
 
 VOCABULARY, STEPS, BATCH = 31, 6, 16  # a vocabulary that ranks cannot share evenly
 

@@ -17,7 +17,7 @@ from labels.errors import UserError
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
 from train.distributed import World
 from train.model import build_trunk
-from train.run import make_train_state, train_run
+from train.trainer import make_train_state, train_run
 
 ALONE = World(0, 1, torch.device("cpu"))
 STATE = State(samples_seen=96, number=1, labels="l", idf="i", betons="b", options="o", vocabulary=VOCABULARY)

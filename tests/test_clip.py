@@ -37,7 +37,7 @@ from train.metrics import Metrics, Speed
 from train.model import build_trunk
 from train.optim import by_decay
 from train.relabel import make_rows
-from train.run import train_run
+from train.trainer import train_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOWER = TextTower(embed_dim=8, width=16, heads=2, layers=1, context=8)

@@ -11,7 +11,7 @@ from trainer_factory import losses
 
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint
 from train.distributed import World
-from train.run import make_train_state
+from train.trainer import make_train_state
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

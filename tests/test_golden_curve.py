@@ -11,7 +11,7 @@ import pytest
 from trainer_factory import losses, small_out
 
 from labels.config import load_pipeline
-from train.run import train_run
+from train.trainer import train_run
 
 GOLDEN = Path(__file__).with_name("golden_curve.json")
 DEMO = Path(__file__).parents[1] / "examples" / "openclipart" / "demo.yaml"

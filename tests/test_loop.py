@@ -13,7 +13,7 @@ from train.distributed import World
 from train.loop import micro_batches
 from train.optim import learning_rate, make_optimizer
 from train.precision import LossScale
-from train.run import make_train_state
+from train.trainer import make_train_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -91,7 +91,7 @@ def look_at_parts(rank: int) -> None:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    from train.run import make_train_state
+    from train.trainer import make_train_state
 
     with distributed_world(Runtime(device="cpu", threads=1)) as world:
         train_state = make_train_state(settings("runtime.parallel=fsdp", "optimizer.ema_decay=0.9"), torch.ones(31), world)
@@ -105,7 +105,7 @@ def look_at_parts(rank: int) -> None:
 def look_at_a_split_head(rank: int) -> None:
     from torch.distributed.tensor import DTensor
 
-    from train.run import make_train_state
+    from train.trainer import make_train_state
 
     with distributed_world(Runtime(device="cpu", threads=1)) as world:
         train_state = make_train_state(settings("loss.split_vocabulary=true", "optimizer.ema_decay=0.9"), torch.ones(31), world)

@@ -17,7 +17,7 @@ from labels.settings import Data
 from train.betons import BetonSet
 from train.loader import Loader
 from train.relabel import make_rows
-from train.run import train_run
+from train.trainer import train_run
 
 TINY = [
     "train.samples=40", "train.batch_size=8", "train.model.trunk=vit_tiny_patch16_224", "train.model.image_size=16",

@@ -38,7 +38,7 @@ from train.loader import Loader
 from train.openfiles import allow_open_files
 from train.order import Order
 from train.relabel import make_rows, make_rows_once
-from train.run import train_run
+from train.trainer import train_run
 
 COUNTS = [13, 5, 17]
 SAMPLES = sum(COUNTS)

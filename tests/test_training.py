@@ -19,8 +19,8 @@ from labels.config import load_pipeline
 from labels.errors import UserError
 from train.checkpoint import checkpoint_folders
 from train.order import Order
-from train.run import train_run
 from train.signals import STOPPED_EXIT_CODE
+from train.trainer import train_run
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_steps_that_are_not_finite_end_the_run_and_leave_the_last_good_checkpoin
 
 
 def test_shares_that_do_not_come_out_even_are_refused(out: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import train.run
+    import train.trainer
     from train.distributed import World
 
     class Pretended:
@@ -219,7 +219,7 @@ def test_shares_that_do_not_come_out_even_are_refused(out: Path, config: Path, t
         def __exit__(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(train.run, "world", lambda _: Pretended())
+    monkeypatch.setattr(train.trainer, "world", lambda _: Pretended())
     text = refused(out, tmp_path / "run", config, "train.runtime.accumulation=2")
     assert "train.batch_size is 16, the number of ranks 3, train.runtime.accumulation 2" in text
     assert "a multiple of 6" in text

@@ -25,7 +25,7 @@ from train.evals.protocols.name_labels import label_texts
 from train.evals.protocols.token_logits import TokenLogits, class_scores, class_targets
 from train.evals.run_protocol import run_protocol
 from train.losses.head_loss import HeadLoss
-from train.run import train_run
+from train.trainer import train_run
 
 CONFIG = [
     "train.samples=32", "train.batch_size=16", "train.model.image_size=16", "train.optimizer.warmup_samples=0",

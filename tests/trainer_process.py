@@ -16,7 +16,7 @@ from typing import Any
 
 _server = multiprocessing.get_context("forkserver")
 _PATIENCE_S = 600
-_server.set_forkserver_preload(["train.run", "train.cli", "torch._dynamo"])
+_server.set_forkserver_preload(["train.trainer", "train.cli", "torch._dynamo"])
 
 
 def start(*arguments: object, said: Path, ranks: tuple[int, int, int] | None = None) -> ForkServerProcess:

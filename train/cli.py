@@ -53,8 +53,8 @@ def run_command(
     config: Path | None, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Pre-train by classification, or go on with an interrupted run: the same command again."""
-    from train.run import synthetic_run, train_run  # torch takes a second: not for --help
     from train.signals import STOPPED_EXIT_CODE
+    from train.trainer import synthetic_run, train_run  # torch takes a second: not for --help
 
     pipeline = load_pipeline(config, overrides, recipe)
     target = run or Path(pipeline.paths.run)

@@ -17,7 +17,7 @@ from train.data import Chosen, make_loader, open_data
 from train.distributed import World, distributed_world
 from train.images import ImageInput
 from train.metrics import peak_memory_gib
-from train.run import check_shares, make_train_state
+from train.trainer import check_shares, make_train_state
 
 _ENDLESS = 1 << 40
 

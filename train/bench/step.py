@@ -16,8 +16,8 @@ from train.distributed import World
 from train.images import ImageInput
 from train.loop import Budget, Inputs, TrainState, run_loop
 from train.metrics import Metrics, Speed
-from train.run import make_train_state
 from train.synthetic import synthetic_batches, synthetic_inputs
+from train.trainer import make_train_state
 
 _STEPS = _NEVER = 1 << 40
 _LEAST_WARM_UP_STEPS = 2

@@ -22,7 +22,7 @@ from train.loop import TrainState
 from train.method import Method
 from train.model import build_trunk, set_up_trunk
 from train.parallel import spread
-from train.run import as_train_state, train_run
+from train.trainer import as_train_state, train_run
 
 CLIP, LIT = "clip", "lit"
 
