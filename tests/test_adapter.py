@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from labels.errors import UserError
-from train.adapter import train_adapter
 from train.distributed import World
+from train.trainer import train_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HERE = World(0, 1, torch.device("cpu"))
@@ -44,7 +44,7 @@ def go(run: Path, stop_after: int | None = None, identity: str = "one") -> tuple
         left[0] -= 1
         return stop_after is not None and left[0] == 0
 
-    ended = train_adapter(
+    ended = train_model(
         model, batches, lambda batch: (batch.images, batch.label_ids), settings("optimizer.clip_norm=1.0"), run, identity, HERE, stopping
     )
     return ended, model

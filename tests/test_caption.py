@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.schema import PAD_ID
-from train.adapter import rows_of_steps
 from train.caption.batches import pair_batches, tokenized
 from train.caption.captioner import Captioner
 from train.caption.mapper import MlpMapper, TransformerMapper
 from train.cli import cli
 from train.distributed import World
+from train.feeder import rows_of_steps
 from train.language_model import load_language_model
 from train.report.results import is_of, read_results
 

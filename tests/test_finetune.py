@@ -32,7 +32,7 @@ from train.evals.protocols.finetune_batches import LabelledBatch, Mixing, croppe
 from train.evals.protocols.finetune_model import FineTuned, layers, make_layer_decayed, set_drop_path, train_what_is_read
 from train.evals.protocols.kinds import finetune
 from train.evals.protocols.kinds.finetune import FineTune, batch_size, train_settings
-from train.signals import Stopped
+from train.loop import Stopped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -248,16 +248,16 @@ def weights(cache: Path) -> dict[str, torch.Tensor]:
 def test_a_stopped_one_goes_on_to_the_same_weights(folder: Path, data: DataSet, tmp_path: Path, monkeypatch) -> None:
     encoder = load_encoder(f"run:{folder}/run")
     whole = FineTune().scores(encoder, data, QUICK, extractor(tmp_path / "whole"), [0])
-    real = finetune.train_adapter
+    real = finetune.train_model
 
     def stopped_after_five(*arguments: Any) -> bool:
         steps = iter(range(5))
         return real(*arguments[:7], lambda: next(steps, None) is None, *arguments[8:])
 
-    monkeypatch.setattr(finetune, "train_adapter", stopped_after_five)
+    monkeypatch.setattr(finetune, "train_model", stopped_after_five)
     with pytest.raises(Stopped):
         FineTune().scores(encoder, data, QUICK, extractor(tmp_path / "cut"), [0])
-    monkeypatch.setattr(finetune, "train_adapter", real)
+    monkeypatch.setattr(finetune, "train_model", real)
     assert FineTune().scores(encoder, data, QUICK, extractor(tmp_path / "cut"), [0]) == whole
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

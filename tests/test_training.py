@@ -18,8 +18,8 @@ from trainer_process import free_port, start, train
 from labels.config import load_pipeline
 from labels.errors import UserError
 from train.checkpoint import checkpoint_folders
+from train.loop import STOPPED_EXIT_CODE
 from train.order import Order
-from train.signals import STOPPED_EXIT_CODE
 from train.trainer import train_run
 
 
@@ -219,7 +219,7 @@ def test_shares_that_do_not_come_out_even_are_refused(out: Path, config: Path, t
         def __exit__(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(train.trainer, "world", lambda _: Pretended())
+    monkeypatch.setattr(train.trainer, "distributed_world", lambda _: Pretended())
     text = refused(out, tmp_path / "run", config, "train.runtime.accumulation=2")
     assert "train.batch_size is 16, the number of ranks 3, train.runtime.accumulation 2" in text
     assert "a multiple of 6" in text

@@ -53,7 +53,7 @@ def run_command(
     config: Path | None, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Pre-train by classification, or go on with an interrupted run: the same command again."""
-    from train.signals import STOPPED_EXIT_CODE
+    from train.loop import STOPPED_EXIT_CODE
     from train.trainer import synthetic_run, train_run  # torch takes a second: not for --help
 
     pipeline = load_pipeline(config, overrides, recipe)

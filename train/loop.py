@@ -1,8 +1,10 @@
 """The one training loop: read it from top to bottom. It knows batches, a model and a loss, not where they come from."""
 
 import dataclasses
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,31 @@ from train.precision import LossScale, autocast_dtype
 _ASK_EVERY_STEPS = 10
 Inputs = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
 """A batch -> what the model takes, on its device: images float [B, 3, S, S] and targets."""
+STOPPED_EXIT_CODE = 75
+"""A run that was asked to stop, saved and left: the same command resumes it (EX_TEMPFAIL of sysexits.h)."""
+# Schedulers send them before they take a machine away.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """Training within something larger was stopped by a signal, and has been saved: the same command resumes it."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether SIGTERM or SIGUSR1 has come; the old handlers are put back at the end."""
+    received = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal received
+        received = True
+
+    handlers = {number: signal.signal(number, note) for number in _STOP_SIGNALS}
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)

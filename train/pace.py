@@ -17,7 +17,7 @@ from train.data import Chosen, make_loader, open_data
 from train.distributed import World, distributed_world
 from train.images import ImageInput
 from train.metrics import peak_memory_gib
-from train.trainer import check_shares, make_train_state
+from train.trainer import check_batch_divides, make_train_state
 
 _ENDLESS = 1 << 40
 
@@ -56,7 +56,7 @@ def measure_pace(chosen: Chosen, settings: Train, devices: int, seconds: float, 
     Raises:
         UserError: as `train run`, for data that cannot be opened and a batch that cannot be shared out.
     """
-    check_shares(settings, devices)
+    check_batch_divides(settings, devices)
     settings = never_ending(settings.model_copy(update={"batch_size": settings.batch_size // devices}))
     with redirect_stdout(sys.stderr), distributed_world(settings.runtime) as world:
         return _measure(chosen, settings, world, seconds, begun)

@@ -21,8 +21,8 @@ from train.checkpoint import checkpoint_folders, read_state
 from train.evals.encoders.load import load_encoder
 from train.evals.encoders.runs import newest_checkpoint
 from train.evals.pixels import decode
-from train.method import SUPERCLASS
 from train.model import build_head
+from train.trainer import SUPERCLASS
 from train.weights import load_exactly, read_weights
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from labels.schema import PAD_ID
-from train.adapter import rows_of_steps
 from train.distributed import World
+from train.feeder import rows_of_steps
 
 
 class Pairs(NamedTuple):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from labels.files import fingerprint
 from labels.settings import Caption, Checkpoint, Log, Optimizer, Runtime, Train
-from train.adapter import train_adapter
 from train.caption.batches import PairBatch, Pairs, pair_batches
 from train.caption.captioner import Captioner
 from train.caption.decoder import BUILT_IN
@@ -21,6 +20,7 @@ from train.caption.mapper import MlpMapper, TransformerMapper
 from train.distributed import World
 from train.language_model import LanguageModel
 from train.precision import autocast_dtype
+from train.trainer import train_model
 
 _GENERATED_AT_ONCE = 64
 _SAVE_EVERY_MINUTES = 10.0
@@ -62,7 +62,7 @@ def make_captioner(width: int, language: LanguageModel, settings: Caption, seed:
 def train_captioner(
     captioner: Captioner, features: np.ndarray, pairs: Pairs, settings: Train, work: Work, world: World, stopping: Callable[[], bool]
 ) -> bool:
-    """Train, or go on; see train_adapter.
+    """Train, or go on; see train_model.
 
     Args:
         captioner: moved to the device.
@@ -76,7 +76,7 @@ def train_captioner(
     def batches(first_step: int, steps: int) -> Iterator[PairBatch]:
         return pair_batches(features, pairs, settings.batch_size, settings.runtime.seed, world, first_step, steps)
 
-    return train_adapter(captioner, batches, inputs, settings, work.folder, work.identity, world, stopping)
+    return train_model(captioner, batches, inputs, settings, work.folder, work.identity, world, stopping)
 
 
 def captions_of(

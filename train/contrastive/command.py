@@ -41,7 +41,7 @@ def lit(encoder: str, weights: str | None, **arguments: Any) -> None:
 
 
 def _run(name: str, arguments: dict[str, Any], train: Callable[..., bool]) -> None:
-    from train.signals import STOPPED_EXIT_CODE
+    from train.loop import STOPPED_EXIT_CODE
 
     pipeline = load_pipeline(arguments["config"], arguments["overrides"], arguments["recipe"])
     run = arguments["run"] or Path(pipeline.paths.run)

@@ -1,4 +1,4 @@
-"""`train clip` and `train lit` as methods of train/run.py: the same loader, loop, metrics and checkpoints as `train run`."""
+"""`train clip` and `train lit` as methods of train/trainer.py: the same loader, loop, metrics and checkpoints as `train run`."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ from train.evals.encoders.load import load_encoder
 from train.evals.encoders.runs import trained_model
 from train.evals.encoders.text import foreign_encoder
 from train.loop import TrainState
-from train.method import Method
 from train.model import build_trunk, set_up_trunk
 from train.parallel import spread
-from train.trainer import as_train_state, train_run
+from train.trainer import Method, as_train_state, train_run
 
 CLIP, LIT = "clip", "lit"
 

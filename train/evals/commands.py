@@ -151,7 +151,7 @@ def _first_rank_speaks() -> Iterator[bool]:
     from labels.files import own_partials
     from labels.settings import Runtime
     from train.distributed import distributed_world
-    from train.signals import STOPPED_EXIT_CODE, Stopped
+    from train.loop import STOPPED_EXIT_CODE, Stopped
 
     many, first = int(os.environ.get("WORLD_SIZE", 1)) > 1, int(os.environ.get("RANK", 0)) == 0
     aside = nullcontext() if first else own_partials()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from labels.errors import UserError
-from train.adapter import rows_of_steps
 from train.distributed import World
 from train.evals.encoders.encoder import ImageForm
 from train.evals.pixels import DECODE_FAULTS, decode
+from train.feeder import rows_of_steps
 from train.llava.prompt import IGNORED
 from train.llava.records import Record
 from train.threads import Threads

@@ -14,7 +14,6 @@ from torch import Tensor
 from labels.errors import UserError
 from labels.files import fingerprint, whole_folder, write_json
 from labels.settings import Llava, Optimizer, Pipeline, Train
-from train.adapter import train_adapter
 from train.distributed import World, distributed_world
 from train.evals.encoders.encoder import EncoderSpec
 from train.export.replace import check_replaceable, share_like
@@ -23,8 +22,9 @@ from train.llava.batches import Reader, TalkBatch, talk_batches
 from train.llava.model import Assembled, Projecting, assemble, tower_folder
 from train.llava.prompt import conversation_ids
 from train.llava.records import IMAGE, Record, load_records
+from train.loop import stop_signals
 from train.precision import autocast_dtype
-from train.signals import stop_signals
+from train.trainer import train_model
 from train.weights import weights_fingerprint
 
 MARK = "llava.json"
@@ -130,7 +130,7 @@ def _train(
     def batches(first_step: int, steps: int) -> Iterator[TalkBatch]:
         return talk_batches(records, read, settings.batch_size, settings.runtime.seed, world, first_step, steps)
 
-    return train_adapter(projecting, batches, inputs, settings, run, identity, world, stopping)
+    return train_model(projecting, batches, inputs, settings, run, identity, world, stopping)
 
 
 def _trainer_settings(train: Train, llava: Llava) -> Train:

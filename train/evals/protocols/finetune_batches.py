@@ -14,12 +14,12 @@ from torch import Tensor
 
 from labels.errors import UserError
 from labels.settings import Finetune
-from train.adapter import rows_of_steps
 from train.distributed import World
 from train.evals.data.images import LabelledImages
 from train.evals.decoded import Normaliser, decoded
 from train.evals.encoders.encoder import ImageForm
 from train.evals.pixels import decode_crop
+from train.feeder import rows_of_steps
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from timm.optim import param_groups_layer_decay  # type: ignore[reportPrivateImp
 from torch import Tensor, nn
 
 from labels.settings import Optimizer
-from train.adapter import MakeOptimizer
 from train.optim import adamw
 from train.parallel import repeated_blocks
+from train.trainer import MakeOptimizer
 
 _HEAD_STD = 2e-5
 _NOT_DECAYED = ("*pos_embed*", "*positional_embedding*", "*position_embedding*", "*cls_token*", "*class_embedding*", "*reg_token*")

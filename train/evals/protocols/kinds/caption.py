@@ -21,7 +21,7 @@ from train.evals.features import Extractor
 from train.evals.pixels import TRANSFORM
 from train.evals.protocols.protocol import Score, work_folder
 from train.language_model import LanguageModel, check_folder
-from train.signals import Stopped, stop_signals
+from train.loop import Stopped, stop_signals
 from train.weights import weights_fingerprint
 
 _PERCENT = 100

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from labels.errors import UserError
 from labels.files import fingerprint
 from labels.settings import Checkpoint, Finetune, Log, Optimizer, Pipeline, Runtime, Train
-from train.adapter import train_adapter
 from train.distributed import World, distributed_world
 from train.evals.data.sets import DataSet
 from train.evals.encoders.encoder import Encoder
@@ -25,7 +24,8 @@ from train.evals.pixels import TRANSFORM, decode
 from train.evals.protocols.finetune_batches import LabelledBatch, Mixing, cropped_batches, mixes
 from train.evals.protocols.finetune_model import FineTuned, make_layer_decayed, set_drop_path, train_what_is_read
 from train.evals.protocols.protocol import Score, accuracies, work_folder
-from train.signals import Stopped, stop_signals
+from train.loop import Stopped, stop_signals
+from train.trainer import train_model
 
 _SAVE_EVERY_MINUTES = 10.0
 
@@ -73,7 +73,7 @@ class FineTune:
                 return cropped_batches(data.train, side, size, seed, extract.threads, world, first_step, steps)
 
             make = make_layer_decayed(settings.layer_decay)
-            if not train_adapter(model, batches, mixing, train, folder / identity, identity, world, stopping, make):
+            if not train_model(model, batches, mixing, train, folder / identity, identity, world, stopping, make):
                 raise Stopped(f"fine-tuning of {encoder.name}")
             metrics = accuracies(logits(model, encoder, data, extract), torch.from_numpy(data.test.targets))
         steps = train.samples // train.batch_size
