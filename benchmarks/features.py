@@ -36,9 +36,8 @@ from PIL import Image
 from labels.config import load_pipeline
 from labels.settings import Data, Features, Model
 from train.evals.data.sets import DataSet, load_data
-from train.evals.decoded import decoded
 from train.evals.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
-from train.evals.features import Extractor
+from train.evals.features import Extractor, decoded_batches
 from train.evals.measure import on_device
 from train.evals.pixels import decode
 from train.model import build_trunk
@@ -97,7 +96,7 @@ def sides(folder: Path, model: Model) -> dict[str, Callable[[], int]]:
     def decoding() -> int:
         batches = (np.arange(start, min(start + BATCH, count)) for start in range(0, count, BATCH))
         picture = lambda row: decode(places[row].read(), model.image_size)  # noqa: E731
-        return sum(len(slot.images) for slot in decoded(batches, BATCH, model.image_size, picture, threads, extract.device))
+        return sum(len(batch.images) for batch in decoded_batches(batches, model.image_size, picture, threads, extract.device))
 
     def trunk() -> int:
         with torch.inference_mode(), torch.autocast(extract.device.type, torch.bfloat16, enabled=extract.precision == "bf16"):

@@ -71,7 +71,7 @@ def test_cached_features_are_taken_and_belong_to_one_encoder_and_data(tmp_path: 
     extract(load_encoder("pixels:5"), data.train)
     extract(load_encoder("pixels:4"), data.test)
     assert len(list(cache.iterdir())) == 3
-    monkeypatch.setattr(features, "decoded", lambda *_: pytest.fail("extracted again"))
+    monkeypatch.setattr(features, "decoded_batches", lambda *_: pytest.fail("extracted again"))
     assert np.array_equal(extractor(3, cache)(load_encoder("pixels:4"), data.train), first)
 
 

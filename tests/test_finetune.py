@@ -169,7 +169,7 @@ def test_what_nothing_reads_is_not_trained(tmp_path: Path, folder: Path) -> None
 
 def batch(numbers: list[int], classes: list[int]) -> LabelledBatch:
     images = torch.randint(0, 256, (len(numbers), 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return LabelledBatch(images, torch.tensor(classes), np.array(numbers), lambda: None)
+    return LabelledBatch(images, torch.tensor(classes), np.array(numbers))
 
 
 def test_mixing_is_a_function_of_seed_and_batch() -> None:

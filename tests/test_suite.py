@@ -113,7 +113,7 @@ def test_what_is_finished_is_not_measured_again(measured: tuple[Path, str], fold
     cell = sorted((out / "results").glob("*.json"))[3]
     content = json.loads(cell.read_text())
     cell.unlink()
-    monkeypatch.setattr(features, "decoded", lambda *_: pytest.fail("extracted again"))
+    monkeypatch.setattr(features, "decoded_batches", lambda *_: pytest.fail("extracted again"))
     calls = []
     real = suite.measure
 

@@ -24,6 +24,10 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def share(self, size: int) -> slice:
+        """This rank's part of `size` samples; the ranks' parts are as equal as they can be, and together all."""
+        return slice(self.rank * size // self.size, (self.rank + 1) * size // self.size)
+
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether any rank has it, so that all act alike; one message for all flags."""
         if self.size == 1:

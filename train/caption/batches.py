@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from labels.schema import PAD_ID
 from train.distributed import World
-from train.feeder import rows_of_steps
+from train.feeder import feed_batches, pinned, rows_of_steps
 
 
 class Pairs(NamedTuple):
@@ -44,11 +45,11 @@ def pair_batches(
     features: np.ndarray, pairs: Pairs, size: int, seed: int, world: World, first_step: int, steps: int
 ) -> Iterator[PairBatch]:
     """This rank's share of every batch from `first_step` on; the order is a function of (seed, epoch)."""
-    share = slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
-    for rows in rows_of_steps(len(pairs.ids), size, seed, first_step, steps):
-        mine = rows[share]
-        ids = [pairs.ids[row] for row in mine]
-        padded = torch.full((len(ids), max(map(len, ids))), PAD_ID)
-        for row, one in enumerate(ids):
-            padded[row, : len(one)] = torch.tensor(one)
-        yield PairBatch(torch.from_numpy(features[pairs.image[mine]]), padded)
+    share = world.share(size)
+
+    def collate(rows: np.ndarray, ids: list[Tensor]) -> PairBatch:
+        padded = pad_sequence(ids, batch_first=True, padding_value=PAD_ID)
+        return PairBatch(pinned(torch.from_numpy(features[pairs.image[rows]]), world.device), pinned(padded, world.device))
+
+    batches = (rows[share] for rows in rows_of_steps(len(pairs.ids), size, seed, first_step, steps))
+    return feed_batches(batches, lambda row: torch.tensor(pairs.ids[row]), collate, threads=1)

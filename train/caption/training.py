@@ -71,7 +71,7 @@ def train_captioner(
     captioner.place(world.device)
 
     def inputs(batch: PairBatch) -> tuple[Tensor, Tensor]:
-        return batch.features.to(world.device), batch.ids.to(world.device)
+        return batch.features.to(world.device, non_blocking=True), batch.ids.to(world.device, non_blocking=True)
 
     def batches(first_step: int, steps: int) -> Iterator[PairBatch]:
         return pair_batches(features, pairs, settings.batch_size, settings.runtime.seed, world, first_step, steps)

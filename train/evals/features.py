@@ -1,14 +1,15 @@
 """Features of a frozen encoder, extracted once for each encoder and data set, whatever protocols ask for them.
 
-    places -> decoded.py: bytes, pixels (pixels.py), uint8 batches -> device: normalise, encoder -> [N, W]
+    places -> threads (train/feeder.py): bytes, pixels (pixels.py), uint8 batches -> device: normalise, encoder -> [N, W]
 
 N samples, B batch, S image side, W feature width.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +19,60 @@ from labels.errors import UserError
 from labels.files import fingerprint, whole_file
 from labels.settings import Features
 from train.evals.data.images import Images
-from train.evals.decoded import Normaliser, decoded
-from train.evals.encoders.encoder import Encoder
-from train.evals.pixels import TRANSFORM, decode
+from train.evals.encoders.encoder import Encoder, ImageForm
+from train.evals.pixels import DECODE_FAULTS, TRANSFORM, decode
+from train.feeder import feed_batches, stack_pinned
 
 _BAD_SHOWN = 5
 Decode = Callable[[bytes, int, int], np.ndarray]
 """Encoded image, S, row of the data set -> uint8 [S, S, 3]."""
+
+
+class Normaliser:
+    """uint8 [B, S, S, 3] on the CPU -> float32 [B, 3, S, S] on the device, less mean, divided by deviation."""
+
+    def __init__(self, form: ImageForm, device: torch.device) -> None:
+        self._device = device
+        self._mean, self._std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in form[1:])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        pixels = images.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        return (pixels.float().div(255) - self._mean) / self._std
+
+
+class DecodedBatch(NamedTuple):
+    """images: uint8 [B, S, S, 3], on the CPU. numbers: int64 [B]. bad: numbers whose image cannot be decoded (black), with the reason."""
+
+    images: Tensor
+    numbers: np.ndarray
+    bad: list[tuple[int, str]]
+
+
+def decoded_batches(
+    batches: Iterable[np.ndarray], side: int, picture: Callable[[int], np.ndarray], threads: int, device: torch.device
+) -> Iterator[DecodedBatch]:
+    """Images decoded ahead by threads, in order.
+
+    Args:
+        batches: numbers of images, int64 [B].
+        side: S.
+        picture: a number -> uint8 [S, S, 3]; called in threads. What Pillow raises for it is noted in the batch.
+        device: where the batches go.
+    """
+
+    def sample(number: int) -> np.ndarray | str:
+        try:
+            return picture(number)
+        except DECODE_FAULTS as error:
+            return f"{type(error).__name__}: {error}"
+
+    def collate(numbers: np.ndarray, samples: list[np.ndarray | str]) -> DecodedBatch:
+        black = np.zeros((side, side, 3), np.uint8)
+        images = stack_pinned([black if isinstance(found, str) else found for found in samples], device)
+        bad = [(int(number), found) for number, found in zip(numbers, samples, strict=True) if isinstance(found, str)]
+        return DecodedBatch(images, numbers, bad)
+
+    return feed_batches(batches, sample, collate, threads)
 
 
 @dataclass(frozen=True)
@@ -74,13 +122,13 @@ class Extractor:
         side, size = encoder.images.side, min(self.settings.batch_size, max(len(rows), 1))
         batches = (rows[start : start + size] for start in range(0, len(rows), size))
         bad: list[str] = []
-        for slot in decoded(batches, size, side, lambda row: decoded_by(data.places[row].read(), side, row), self.threads, self.device):
-            bad += [f"{data.keys[row]} ({reason})" for row, reason in slot.bad]
+        picture = lambda row: decoded_by(data.places[row].read(), side, row)  # noqa: E731
+        for batch in decoded_batches(batches, side, picture, self.threads, self.device):
+            bad += [f"{data.keys[row]} ({reason})" for row, reason in batch.bad]
             if bad:
                 continue  # after the first bad image only the decoding goes on, to count the others
             with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                features = net(normalise(slot.images)).float()
-            slot.copied()
+                features = net(normalise(batch.images)).float()
             yield features
         if bad:
             rest = f" and {len(bad) - _BAD_SHOWN} more" if len(bad) > _BAD_SHOWN else ""

@@ -1,21 +1,22 @@
-"""Records -> batches: images decoded and conversations tokenized by threads, one batch ahead. B batch, T tokens, S image side."""
+"""Records -> batches: images decoded and conversations tokenized by threads, ahead of the device. B batch, T tokens, S image side."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from labels.errors import UserError
 from train.distributed import World
 from train.evals.encoders.encoder import ImageForm
 from train.evals.pixels import DECODE_FAULTS, decode
-from train.feeder import rows_of_steps
+from train.feeder import feed_batches, pinned, rows_of_steps, stack_pinned
 from train.llava.prompt import IGNORED
 from train.llava.records import Record
-from train.threads import Threads
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ class Reader(NamedTuple):
     pad: int
     threads: int
 
-    def __call__(self, record: Record) -> tuple[Tensor, Tensor]:
+    def __call__(self, record: Record) -> tuple[np.ndarray, Tensor]:
         """uint8 [S, S, 3] and int64 [T, 2].
 
         Raises:
             UserError: the image cannot be decoded, or nothing that is learnt is left of the conversation.
         """
         try:
-            image = torch.tensor(decode(record.place.read(), self.form.side))
+            image = decode(record.place.read(), self.form.side)
         except DECODE_FAULTS as error:
             raise UserError(
                 f"the image of the record {record.name}, {record.place.path}, cannot be decoded: {type(error).__name__}: {error}",
@@ -62,20 +63,16 @@ def talk_batches(
     records: Sequence[Record], read: Reader, size: int, seed: int, world: World, first_step: int, steps: int
 ) -> Iterator[TalkBatch]:
     """This rank's share of every batch from `first_step` on; the order is a function of (seed, epoch)."""
-    share = slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
-    with Threads(read.threads or len(os.sched_getaffinity(0)), "llava") as pool:
-        waiting = None
-        for rows in rows_of_steps(len(records), size, seed, first_step, steps):
-            coming = [pool.submit(read, records[row]) for row in rows[share]]
-            if waiting is not None:
-                yield _batch([future.result() for future in waiting], read.pad)
-            waiting = coming
-        if waiting is not None:
-            yield _batch([future.result() for future in waiting], read.pad)
+    share = world.share(size)
 
+    def collate(_: np.ndarray, samples: list[tuple[np.ndarray, Tensor]]) -> TalkBatch:
+        ids, labels = ([talk[:, column] for _, talk in samples] for column in (0, 1))
+        talk = torch.stack([pad_sequence(ids, True, read.pad), pad_sequence(labels, True, IGNORED)], dim=2)
+        return TalkBatch(stack_pinned([image for image, _ in samples], world.device), pinned(talk, world.device))
 
-def _batch(rows: list[tuple[Tensor, Tensor]], pad: int) -> TalkBatch:
-    talk = torch.tensor([pad, IGNORED]).repeat(len(rows), max(len(one) for _, one in rows), 1)
-    for row, (_, one) in enumerate(rows):
-        talk[row, : len(one)] = one
-    return TalkBatch(torch.stack([image for image, _ in rows]), talk)
+    return feed_batches(
+        (rows[share] for rows in rows_of_steps(len(records), size, seed, first_step, steps)),
+        lambda row: read(records[row]),
+        collate,
+        read.threads or len(os.sched_getaffinity(0)),
+    )

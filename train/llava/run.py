@@ -16,6 +16,7 @@ from labels.files import fingerprint, whole_folder, write_json
 from labels.settings import Llava, Optimizer, Pipeline, Train
 from train.distributed import World, distributed_world
 from train.evals.encoders.encoder import EncoderSpec
+from train.evals.features import Normaliser
 from train.export.replace import check_replaceable, share_like
 from train.language_model import check_folder, load_language_model
 from train.llava.batches import Reader, TalkBatch, talk_batches
@@ -121,11 +122,10 @@ def _train(
         return conversation_ids(turns, tokenizer, config.image_token_id, config.image_seq_length, most)
 
     read = Reader(parts.form, tokens, tokenizer.pad_token_id, settings.data.threads)
-    mean, std = (torch.tensor(values, device=world.device).view(1, 3, 1, 1) for values in parts.form[1:])
+    normalise = Normaliser(parts.form, world.device)
 
     def inputs(batch: TalkBatch) -> tuple[Tensor, Tensor]:
-        pixels = batch.images.to(world.device).permute(0, 3, 1, 2).float().div(255)
-        return (pixels - mean) / std, batch.talk.to(world.device)
+        return normalise(batch.images), batch.talk.to(world.device, non_blocking=True)
 
     def batches(first_step: int, steps: int) -> Iterator[TalkBatch]:
         return talk_batches(records, read, settings.batch_size, settings.runtime.seed, world, first_step, steps)

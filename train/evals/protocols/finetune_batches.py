@@ -3,7 +3,7 @@
 N images, B batch (of this rank), S image side, C classes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,20 +16,19 @@ from labels.errors import UserError
 from labels.settings import Finetune
 from train.distributed import World
 from train.evals.data.images import LabelledImages
-from train.evals.decoded import Normaliser, decoded
 from train.evals.encoders.encoder import ImageForm
+from train.evals.features import Normaliser, decoded_batches
 from train.evals.pixels import decode_crop
 from train.feeder import rows_of_steps
 
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """images: uint8 [B, S, S, 3]. classes: int64 [B]. numbers: int64 [B], epoch * N + row. bad: none ever. copied: see decoded.py."""
+    """images: uint8 [B, S, S, 3]. classes: int64 [B]. numbers: int64 [B], epoch * N + row. bad: none ever."""
 
     images: Tensor
     classes: Tensor
     numbers: np.ndarray
-    copied: Callable[[], None]
     bad: int = 0
 
 
@@ -44,7 +43,7 @@ def cropped_batches(
     Raises:
         UserError: an image cannot be decoded.
     """
-    count, share = len(data), slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
+    count, share = len(data), world.share(size)
 
     def numbers() -> Iterator[np.ndarray]:
         for step, rows in enumerate(rows_of_steps(count, size, seed, first_step, steps), start=first_step):
@@ -55,14 +54,14 @@ def cropped_batches(
         epoch, row = divmod(number, count)
         return decode_crop(data.places[row].read(), side, seed, epoch, row)
 
-    for slot in decoded(numbers(), share.stop - share.start, side, picture, threads, world.device):
-        for number, reason in slot.bad:
+    for batch in decoded_batches(numbers(), side, picture, threads, world.device):
+        for number, reason in batch.bad:
             raise UserError(
                 f"the image {data.keys[number % count]} of {data.directory} cannot be decoded ({reason})",
                 allowed="whole image files that Pillow reads",
                 mend="mend or remove it; `train probe` on the same data names all of them",
             )
-        yield LabelledBatch(slot.images, torch.from_numpy(data.targets[slot.numbers % count]), slot.numbers, slot.copied)
+        yield LabelledBatch(batch.images, torch.from_numpy(data.targets[batch.numbers % count]), batch.numbers)
 
 
 class Mixing:
@@ -79,7 +78,6 @@ class Mixing:
 
     def __call__(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
         images, classes = self._normalise(batch.images).contiguous(), batch.classes.to(self._device)
-        batch.copied()
         if not self._mixes:
             return images, mixup_target(classes, self._classes, smoothing=self._smoothing)
         with _numpy_seeded([self._seed, int(batch.numbers[0])]):
