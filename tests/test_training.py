@@ -103,7 +103,7 @@ def test_asked_to_stop_it_saves_and_leaves_with_its_own_code(out: Path, config: 
         os.kill(process.pid or 0, number)
         process.join(60)
         assert process.exitcode == STOPPED_EXIT_CODE, said.read_text()
-        assert "stopped and saved; the same command goes on with" in said.read_text()
+        assert "stopped and saved; the same command resumes" in said.read_text()
         stopped_at = int(checkpoint_folders(run)[-1].name.removeprefix("samples-"))
         assert seen < stopped_at < 1920
         assert f"resumed at step {seen // 16}\n" in said.read_text() or life == 0

@@ -7,8 +7,8 @@ RUN/checkpoints/samples-000000123456/
     optimizer.safetensors  first and second moments and step, by parameter name
     state.json             samples seen, counts, loss scale, and the fingerprints that must match on resume
 
-All tensors are whole, also of a model that FSDP splits: they are gathered one by one to the first rank's memory. So a run goes on with
-another number of ranks, or another way of spreading.
+All tensors are whole, also of a model that FSDP splits: they are gathered one by one to the first rank's memory. So a run can be
+resumed with another number of ranks, or the other kind of parallelism.
 """
 
 import json

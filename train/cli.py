@@ -52,7 +52,7 @@ def run_command(
     betons: tuple[str, ...], labels: tuple[str, ...], idf: Path | None, run: Path | None, synthetic: bool, recipe: str | None,
     config: Path | None, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Pre-train by classification, or go on with an interrupted run: the same command again."""
+    """Pre-train by classification, or resume an interrupted run: the same command again."""
     from train.loop import STOPPED_EXIT_CODE
     from train.trainer import synthetic_run, train_run  # torch takes a second: not for --help
 
@@ -65,7 +65,7 @@ def run_command(
         return
     chosen = options.chosen(pipeline, betons, labels, idf, "train run", ", or --synthetic")
     if not train_run(chosen, target, pipeline):
-        print(f"stopped and saved; the same command goes on with {target}")
+        print(f"stopped and saved; the same command resumes {target}")
         sys.exit(STOPPED_EXIT_CODE)
 
 

@@ -1,8 +1,8 @@
 """Training from top to bottom: data, resume point, model, costs, metrics, checkpoints, the loop, the end.
 
-    train run, clip, lit          OUT -> train_run -> Loader, ImageInput  ->\\
-    train finetune, caption, llava   model, batches -> train_model  ------->  Trainer -> run_loop -> RUN (metrics, checkpoints)
-    train run --synthetic         random images -> synthetic_run  -------->/
+    train run, clip, lit            OUT             -> train_run     -+
+    train run --synthetic           random images   -> synthetic_run -+-> Trainer -> run_loop -> RUN (metrics, checkpoints)
+    train finetune, caption, llava  model, batches  -> train_model   -+
 
 B batch (of all ranks), V vocabulary.
 """

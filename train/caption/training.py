@@ -35,7 +35,7 @@ class Work:
 
     @classmethod
     def of(cls, folder: Path, facts: object) -> "Work":
-        """A folder below `folder` named by the facts: what was begun with the same ones is gone on with, nothing else is met."""
+        """A folder below `folder` named by the facts: the same facts resume the same training."""
         identity = fingerprint(facts)
         return cls(folder / identity, identity)
 

@@ -47,5 +47,5 @@ def _run(name: str, arguments: dict[str, Any], train: Callable[..., bool]) -> No
     run = arguments["run"] or Path(pipeline.paths.run)
     chosen = options.chosen(pipeline, arguments["betons"], arguments["labels"], arguments["idf"], f"train {name}")
     if not train(chosen, run, pipeline):
-        print(f"stopped and saved; the same command goes on with {run}")
+        print(f"stopped and saved; the same command resumes {run}")
         sys.exit(STOPPED_EXIT_CODE)

@@ -74,7 +74,7 @@ def retrieval(**arguments: Any) -> None:
 @click.command("finetune")
 @_evaluation
 def finetune(**arguments: Any) -> None:
-    """Train the whole encoder on the labels (MAE's recipe); accuracy of the last epoch. The same command goes on with --cache or --out."""
+    """Train the whole encoder on the labels (MAE's recipe); accuracy of the last epoch. The same command resumes from --cache or --out."""
     _work_beside(arguments)
     _run("finetune", arguments, {})
 
@@ -85,7 +85,7 @@ def finetune(**arguments: Any) -> None:
 @click.option("--decoder", metavar="built-in|DIR", help="A folder of a causal language model (default: caption.decoder).")
 @_options(_OPTIONS[3:])
 def caption(decoder: str | None, **arguments: Any) -> None:
-    """Caption images: ClipCap's mapper from frozen features to a language model, CIDEr-D of its captions. The same command goes on with
+    """Caption images: ClipCap's mapper from frozen features to a language model, CIDEr-D of its captions. The same command resumes from
     --cache or --out."""
     _work_beside(arguments)
     _run("caption", arguments, {"caption.decoder": decoder})
@@ -159,7 +159,7 @@ def _first_rank_speaks() -> Iterator[bool]:
         with distributed_world(Runtime()) if many else nullcontext(), aside, nullcontext() if first else redirect_stdout(io.StringIO()):
             yield first
     except Stopped as stopped:
-        print(f"{stopped} was stopped; what --cache or --out keeps of it, the same command goes on with")
+        print(f"{stopped} was stopped; the same command resumes it from --cache or --out")
         sys.exit(STOPPED_EXIT_CODE)
 
 

@@ -34,5 +34,5 @@ def llava(
     from train.loop import STOPPED_EXIT_CODE
 
     if not train_llava(EncoderSpec(encoder, weights), language_model, data, images, load_pipeline(config, overrides), out):
-        print(f"stopped and saved; the same command goes on with {out.name}.work")
+        print(f"stopped and saved; the same command resumes {out.name}.work")
         sys.exit(STOPPED_EXIT_CODE)

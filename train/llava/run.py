@@ -38,7 +38,7 @@ TASKS = {
 
 
 def train_llava(asked: EncoderSpec, language: Path, data: str, images: Path | None, pipeline: Pipeline, out: Path) -> bool:
-    """Train a projector, or go on with it, and write the whole model into `out`.
+    """Train a projector, or resume its training, and write the whole model into `out`.
 
     Args:
         asked: the tower. language: folder of a causal language model.
