@@ -208,7 +208,7 @@ def tars(captions: list[str], rows: int, rounds: int, work: Path) -> dict[str, A
 def count(captions: list[str], rows: int, _rounds: int, work: Path) -> dict[str, Any]:
     """Peak memory at 2 million and at `rows` captions; document frequencies by DuckDB and by a bincount."""
     from labels.manifest import read_manifest
-    from preprocess.idf_command import sum_idf
+    from preprocess.counts import sum_idf
 
     peaks = {}
     for size in (2_000_000, rows):

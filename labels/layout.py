@@ -117,7 +117,7 @@ class Layout:
 
     @property
     def record(self) -> Path:
-        """The shards that OUT was made from; see preprocess/record.py."""
+        """The shards that OUT was made from; see preprocess/stage.py."""
         return self.markers / "inputs.json"
 
     def label_file(self, shard: str) -> Path:

@@ -1,9 +1,9 @@
-"""`preprocess append`: more shards for a finished OUT, without touching what is there.
+"""`preprocess append`: more shards for a finished output folder; what is there stays as it is.
 
-    new shards, their names behind all old ones -> done/inputs.json -> their label files, counts and betons
-                -> IDF summed anew from all counts -> quarantine, manifest
+new shards, their names after all old ones -> done/inputs.json -> the stages of a build, which skip the old shards
+           -> IDF summed again from all counts -> quarantine, manifest
 
-Until the IDF table has to change, the old manifest stands and OUT is what it was. Killed anywhere, `preprocess append OUT` finishes.
+Until the IDF table has to change, the old manifest stands. Killed at any moment, `preprocess append OUT` finishes it.
 """
 
 from dataclasses import replace
@@ -14,111 +14,109 @@ from labels.errors import UserError
 from labels.layout import Layout
 from labels.manifest import Manifest, read_manifest
 from labels.settings import Pipeline
-from preprocess.build import check_images, complete, make_build
-from preprocess.corpus import spill_folder
+from preprocess.beton_plan import image_folder
+from preprocess.build import check_images, chosen_uids, complete, make_build
 from preprocess.inputs.shards import Shard, find_shards
-from preprocess.inputs.subset import resolve_subset
 from preprocess.locks import only_writer
-from preprocess.plan import check_same_options, image_folder, remove_leftovers
-from preprocess.record import Record, read_record, write_record
+from preprocess.stage import BuildInputs, check_same_options, read_inputs, remove_leftovers, write_inputs
 
 
 def append_shards(out: Path, sources: list[str], overrides: list[str], *, prefix: str = "") -> Manifest:
-    """Add the shards of `sources` to OUT, or finish what an earlier append has begun.
+    """Add the shards of `sources` to a finished output folder, or finish what an earlier append has begun.
 
     Args:
-        out: a finished OUT; its own config.yaml is the configuration.
-        sources: as for `build_labels`; shards that OUT has already are skipped.
-        overrides: `section.key=value`; options that decide what is in OUT cannot differ.
+        out: the folder; its own config.yaml is the configuration.
+        sources: as for `build_labels`; shards that it has already are skipped.
+        overrides: `section.key=value`; options that decide what is in the folder cannot differ.
         prefix: put before the names of the new shards.
 
     Raises:
-        UserError: OUT is not finished or was begun with other options; a name that is taken or would come before an old one.
+        UserError: the folder is not finished or has other options; a name that is taken or would come before an old one.
     """
     layout = Layout(out)
-    _known(layout)  # before a lock file is made in what is no OUT
+    _known_inputs(layout)  # before a lock file is made in what is no output folder
     shards = find_shards(sources).shards if sources else []
     with only_writer(layout.lock):
-        record = _known(layout)
+        inputs = _known_inputs(layout)
         settings = load_pipeline(layout.config, overrides)
-        added = _new(record, [replace(shard, name=prefix + shard.name) for shard in shards])
-        check_images(added, record.images)
+        added = _new_shards(inputs, [replace(shard, name=prefix + shard.name) for shard in shards])
+        check_images(added, inputs.images)
         remove_leftovers(layout)
-        build = make_build(layout, settings, _same_subset(layout, settings, [shard.path for shard in record.shards]))
+        build = make_build(layout, settings, _same_subset(layout, settings, [shard.path for shard in inputs.shards]))
         check_same_options(build, alone=False)
         if added:
-            record = Record(record.images, [*record.batches, added])
-            write_record(layout, record)
-        return complete(build, record, _fresh(layout, record))
+            inputs = BuildInputs(inputs.images, [*inputs.batches, added])
+            write_inputs(layout, inputs)
+        return complete(build, inputs, _fresh_names(layout, inputs))
 
 
 def undo_append(out: Path) -> int:
-    """Give up an append that has not changed the manifest yet: remove what it wrote; the number of shards that are given up.
+    """Remove what an append has written that has not changed the manifest yet; return the number of its shards.
 
     Raises:
-        UserError: OUT is not finished: the append has come further, and can only be finished.
+        UserError: there is no manifest: the append has come further, and can only be finished.
     """
     layout = Layout(out)
-    _known(layout)
+    _known_inputs(layout)
     with only_writer(layout.lock):
-        manifest, record = read_manifest(out), _known(layout)
-        fresh = _fresh(layout, record)
+        manifest, inputs = read_manifest(out), _known_inputs(layout)
+        fresh = _fresh_names(layout, inputs)
         for name in fresh:
             for path in (layout.label_marker(name), layout.label_file(name), layout.count_file(name)):
                 path.unlink(missing_ok=True)
-        for number, path in image_folder(layout, copy=record.images == "betons").numbered():
+        for number, path in image_folder(layout, copy=inputs.images == "betons").numbered():
             if number >= len([*manifest.betons, *manifest.places]):
                 path.unlink(missing_ok=True)
         remove_leftovers(layout)
-        kept = [[shard for shard in batch if shard.name not in fresh] for batch in record.batches]
-        write_record(layout, replace(record, batches=[batch for batch in kept if batch]))
+        kept = [[shard for shard in batch if shard.name not in fresh] for batch in inputs.batches]
+        write_inputs(layout, replace(inputs, batches=[batch for batch in kept if batch]))
         return len(fresh)
 
 
-def _known(layout: Layout) -> Record:
-    """What OUT was made from; an append that was killed may have taken the manifest away."""
-    record = read_record(layout)
-    begun = record is not None and len(record.batches) > 1
-    if not begun:
-        read_manifest(layout.out)  # has the words for an OUT that is missing or not finished
-    if record is None:
+def _known_inputs(layout: Layout) -> BuildInputs:
+    """The shards of an output folder; an append that was killed may have removed its manifest."""
+    inputs = read_inputs(layout)
+    if inputs is None or len(inputs.batches) == 1:
+        read_manifest(layout.out)  # refuses a folder that is missing or not finished
+    if inputs is None:
         raise UserError(
             f"{layout.record} is missing or damaged: which shards {layout.out} was made from is not known",
             mend=f"run `preprocess build-labels DATA --out {layout.out}` once with its DATA, then append",
         )
-    return record
+    return inputs
 
 
-def _fresh(layout: Layout, record: Record) -> frozenset[str]:
-    """Names of the shards that the manifest does not speak of; none if there is no manifest to keep."""
+def _fresh_names(layout: Layout, inputs: BuildInputs) -> frozenset[str]:
+    """Names of the shards that the manifest does not list; none if there is no manifest to keep."""
     if not layout.manifest.is_file():
         return frozenset()
-    there = {part.name for part in read_manifest(layout.out).shards}
-    return frozenset(shard.name for shard in record.shards if shard.name not in there)
+    listed = {part.name for part in read_manifest(layout.out).shards}
+    return frozenset(shard.name for shard in inputs.shards if shard.name not in listed)
 
 
-def _new(record: Record, shards: list[Shard]) -> list[Shard]:
-    """Those of the shards that OUT has not; their names have to come after all that it has."""
-    paths, names = {shard.path: shard for shard in record.shards}, {shard.name: shard for shard in record.shards}
-    last = record.shards[-1].name
+def _new_shards(inputs: BuildInputs, shards: list[Shard]) -> list[Shard]:
+    """The shards that the output folder has not yet; their names have to come after all old ones."""
+    by_path, by_name = {shard.path: shard for shard in inputs.shards}, {shard.name: shard for shard in inputs.shards}
+    last = inputs.shards[-1].name
     added = []
     for shard in shards:
-        known = paths.get(shard.path)
+        known = by_path.get(shard.path)
         if known and known.source != shard.source:
             raise UserError(
-                f"{shard.path} has changed since it was built into this OUT as shard {known.name}",
-                mend="run build-labels with all DATA of this OUT, which makes its files anew; append only adds",
+                f"{shard.path} has changed since it was built into this output folder as shard {known.name}",
+                mend="run build-labels with all DATA of this output folder, which makes its files again; append only adds",
             )
         if known:
             continue
-        if taken := names.get(shard.name):
-            problem = f"{shard.path} would be shard {shard.name}, which this OUT has from {taken.path}"
+        if taken := by_name.get(shard.name):
+            problem = f"{shard.path} would be shard {shard.name}, which this output folder has from {taken.path}"
         elif f"{shard.name}.parquet" < f"{last}.parquet":
-            problem = f"{shard.path} would be shard {shard.name}, before {last}: the rows of this OUT would lose their positions"
+            problem = f"{shard.path} would be shard {shard.name}, before {last}: old rows would lose their positions"
         else:
             added.append(shard)
             continue
-        raise UserError(problem, allowed=f"names that come after {last}", mend=f"add `--prefix {_prefix_after(last, len(record.batches))}`")
+        prefix = _prefix_after(last, len(inputs.batches))
+        raise UserError(problem, allowed=f"names that come after {last}", mend=f"add `--prefix {prefix}`")
     return added
 
 
@@ -127,17 +125,14 @@ def _prefix_after(last: str, batches: int) -> str:
 
 
 def _same_subset(layout: Layout, settings: Pipeline, sources: list[str]) -> str | None:
-    """The fingerprint of the subset's uids, read again: what chose them must choose the same for the new shards.
+    """As `chosen_uids`, for an append: what chose the uids must choose the same ones, and for the new shards too.
 
-    An SQL condition chooses among the metadata that build-labels was given, so it serves only where `build.metadata` names all.
+    An SQL condition chooses among the metadata that build-labels was given, so it serves only where `build.metadata` names all of it.
     """
     subset = settings.build.subset
-    if subset is None:
-        return None
-    if not subset.endswith((".npy", ".parquet")) and settings.build.metadata is None:
+    if subset and not subset.endswith((".npy", ".parquet")) and settings.build.metadata is None:
         raise UserError(
-            f"the subset of {layout.out} is the condition {subset!r} on the metadata of its first DATA, which says nothing of other shards",
-            mend="build the new shards into an OUT of their own (`preprocess idf` sums the IDF tables of several)",
+            f"the subset of {layout.out} is the condition {subset!r} on the metadata of its first DATA, not on that of other shards",
+            mend="build the new shards into an output folder of their own (`preprocess idf` sums the IDF tables of several)",
         )
-    with spill_folder(layout) as spill:
-        return resolve_subset(subset, settings.build.metadata, sources, layout.subset, settings.build.duckdb_memory, spill)
+    return chosen_uids(sources, layout, settings)

@@ -8,7 +8,7 @@ shards + labels/<shard>.parquet -> places of all images (a spool holds the conve
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +17,20 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from labels.files import is_remote, local_copy, whole_file, write_json
+from labels.files import is_remote, local_copy, whole_file
 from labels.layout import Layout
+from labels.manifest import BetonPart
 from labels.places import PLACE
 from labels.settings import Build
 from labels.sparse import pad_rows
-from preprocess.beton_plan import Group, Member, row_order
+from preprocess.beton_plan import Group, Member, image_folder, row_order
 from preprocess.beton_writer import Samples, write_beton
 from preprocess.inputs.captions import Choice
 from preprocess.inputs.pictures import find_pictures
 from preprocess.inputs.tars import Fault
 from preprocess.settle import settle
 from preprocess.spool import Spool
+from preprocess.stage import GroupMarker, Stage, write_marker
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,39 @@ class GroupTask:
     copy: bool
 
     @property
-    def wanted(self) -> dict[str, Any]:
-        """What a marker must say for its betons to be this task's result."""
-        return {"options": self.options, **self.group.wanted}
+    def name(self) -> str:
+        return f"{self.group.first:05d}"
+
+    @property
+    def shards(self) -> list[str]:
+        return [member.part.name for member in self.group.members]
+
+    @property
+    def file_count(self) -> int:
+        return self.group.files
 
     @property
     def marker(self) -> Path:
         layout = Layout(self.out)
         return layout.beton_marker(self.group.first) if self.copy else layout.place_marker(self.group.first)
+
+    def file(self, number: int) -> Path:
+        """The beton or image index file of this number."""
+        layout = Layout(self.out)
+        return layout.beton_file(number) if self.copy else layout.place_file(number)
+
+    def is_done(self, marker: GroupMarker, sizes: Mapping[str, int]) -> bool:
+        wanted = {"options": self.options, **self.group.wanted}
+        if any(getattr(marker, key) != value for key, value in wanted.items()):
+            return False
+        paths = [(self.file(file.number), file.bytes) for file in marker.files]
+        return all(sizes.get(f"{path.parent.name}/{path.name}") == size for path, size in paths)
+
+
+def group_stage(layout: Layout, *, copy: bool) -> Stage[GroupTask, GroupMarker]:
+    """The last stage of a build: the betons of each group, or without `copy` its image index files."""
+    folder = image_folder(layout, copy=copy)
+    return Stage("betons" if copy else "image index", write_group, GroupMarker, folder.markers, [folder.files])
 
 
 @dataclass(frozen=True)
@@ -72,8 +99,8 @@ class _Rows:
     faults: dict[int, tuple[str, Fault]]
 
 
-def write_group(task: GroupTask) -> dict[str, Any]:
-    """Write the group's betons and its marker; return the marker less the list of faults."""
+def write_group(task: GroupTask) -> GroupMarker:
+    """Write the group's files and its marker; return the marker."""
     layout, group = Layout(task.out), task.group
     task.marker.unlink(missing_ok=True)  # an older marker must not vouch for the new files
     scratch = None
@@ -86,13 +113,15 @@ def write_group(task: GroupTask) -> dict[str, Any]:
         rows = _collect(task, spool, scratch)
         for number, order in enumerate(row_order(group, task.settings), start=group.first):
             kept = order[rows.good[order]]
-            path = layout.beton_file(number) if task.copy else layout.place_file(number)
-            with whole_file(path) as partial:
+            with whole_file(task.file(number)) as partial:
                 size, digest = _write_copies(partial, rows, kept) if task.copy else _write_places(partial, group, rows, kept)
-            files.append({"number": number, "bytes": size, "sha256": digest, **_told(group, rows, order, len(kept))})
-    marker = {**task.wanted, "files": files, "reasons": _reasons(fault for _, fault in rows.faults.values())}
+            shards = [group.members[member].part.name for member in np.unique(rows.member[order])]
+            rejected = _reasons(rows.faults[row][1] for row in order[~rows.good[order]].tolist())
+            files.append(BetonPart(number=number, shards=shards, samples=len(kept), bytes=size, sha256=digest, quarantined=rejected))
+    reasons = _reasons(fault for _, fault in rows.faults.values())
+    marker = GroupMarker(options=task.options, **group.wanted, files=files, reasons=reasons)
     faults = [[shard, fault.key, fault.reason, fault.detail] for _, (shard, fault) in sorted(rows.faults.items())]
-    write_json(task.marker, {**marker, "faults": faults})
+    write_marker(task.marker, marker, faults)
     return marker
 
 
@@ -111,7 +140,19 @@ def _collect(task: GroupTask, spool: Spool | None, scratch: Path | None) -> _Row
         index = np.arange(len(keys)) + member.part.first_index
         size = found.places[:, 1] - found.places[:, 0]
         own_file = np.where(found.spooled, len(task.group.members), at)
-        columns.append((np.full(len(keys), at), own_file, found.good, found.places[:, 0], size, found.width, found.height, index, labels))
+        columns.append(
+            (
+                np.full(len(keys), at),
+                own_file,
+                found.good,
+                found.places[:, 0],
+                size,
+                found.width,
+                found.height,
+                index,
+                labels,
+            )
+        )
         first += len(keys)
     if spool is not None:
         files.append(spool.view())
@@ -145,13 +186,6 @@ def _write_places(path: Path, group: Group, rows: _Rows, kept: np.ndarray) -> tu
     np.lib.format.write_array(buffer, places, version=(1, 0))
     path.write_bytes(buffer.getbuffer())
     return buffer.getbuffer().nbytes, hashlib.sha256(buffer.getbuffer()).hexdigest()
-
-
-def _told(group: Group, rows: _Rows, order: np.ndarray, samples: int) -> dict[str, Any]:
-    """What the manifest tells of a file beside its bytes."""
-    shards = [group.members[member].part.name for member in np.unique(rows.member[order])]
-    left_out = _reasons(rows.faults[row][1] for row in order[~rows.good[order]].tolist())
-    return {"shards": shards, "samples": samples, "quarantined": left_out}
 
 
 def _reasons(faults: Iterable[Fault]) -> dict[str, int]:

@@ -6,10 +6,12 @@ shards with rows -> windows of `shuffle_window` neighbours -> groups, the unit o
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from labels.layout import Layout
 from labels.manifest import ShardPart
 from labels.native import GOLDEN, splitmix64
 from labels.settings import Build
@@ -55,12 +57,34 @@ class Group:
         return {"first": self.first, "count": self.files, "shards": [member.wanted for member in self.members]}
 
 
+@dataclass(frozen=True)
+class ImageFolder:
+    """Where the image stage writes: betons, or with `--no-images` image index files."""
+
+    files: Path
+    suffix: str
+    markers: Path
+
+    def numbered(self) -> list[tuple[int, Path]]:
+        """Number and path of its files and markers, whole or not; files with other names are not a build's."""
+        paths = [*self.files.glob(f"*{self.suffix}"), *self.markers.glob("*.json")]
+        return [(int(path.stem), path) for path in paths if path.stem.isdecimal() and path.stem == f"{int(path.stem):05d}"]
+
+
+def image_folder(layout: Layout, *, copy: bool) -> ImageFolder:
+    """`copy`: of betons, else of image index files."""
+    if copy:
+        return ImageFolder(layout.betons, ".beton", layout.markers / "beton")
+    return ImageFolder(layout.places, ".npy", layout.markers / "places")
+
+
 def plan_groups(batches: Sequence[Sequence[Member]], settings: Build) -> list[Group]:
     """All groups in order. No group spans two `batches`: what `preprocess append` adds leaves earlier betons as they are."""
     groups: list[Group] = []
     for batch in batches:
         for windows in _gathered(
-            [list(batch[at : at + settings.shuffle_window]) for at in range(0, len(batch), settings.shuffle_window)], settings
+            [list(batch[at : at + settings.shuffle_window]) for at in range(0, len(batch), settings.shuffle_window)],
+            settings,
         ):
             rows, size = _totals(windows)
             files = max(-(-rows // settings.beton_samples), -(-size // _limit(settings)))

@@ -1,135 +1,272 @@
-"""`preprocess build-labels`: the passes over the shards and what stands between them.
+"""`preprocess build-labels`: a build from begin to end.
 
-    find shards -> check OUT -> pass 1: label_job, one a shard -> word pairs (if asked for) -> IDF of the summed counts
-                -> pass 2: beton_job, one a group of shards -> quarantine, manifest
+    find shards -> check the output folder
+    stage 1  labels   label_job, one task for each shard              labels/ counts/
+             pairs    with labels.ngrams = 2: word-pair classes       pairs.parquet, into labels/
+             idf      the summed counts of all shards                 idf.parquet idf.duckdb
+             betons   beton_job, one task for each group of shards    beton/, or places/ with --no-images
+    finalize          quarantine.parquet config.yaml manifest.json
 
-A shard whose marker says "made from this tar with these options" is skipped. The manifest comes last. The members of an array job
-(`--shard i/n`) do the passes for their shards side by side; a run without `--shard` does what needs all of them.
+Every stage skips what its markers say is done (stage.py). The manifest comes last. The members of an array job (`--shard i/n`) do
+labels and betons of their shards side by side; a run without `--shard` does what needs all of them.
 """
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from labels.config import dump_yaml
 from labels.errors import UserError
-from labels.files import own_partials
+from labels.files import fingerprint, is_remote, own_partials, sha256_file, write_whole
 from labels.layout import Layout
-from labels.manifest import Manifest, write_manifest
+from labels.manifest import Manifest, ShardPart, TokenizerPart, write_manifest
 from labels.places import Source, read_sources, write_sources
+from labels.schema import QUARANTINE
 from labels.settings import Pipeline
 from labels.tokenizers.tokenizer import make_tokenizer
-from preprocess.beton_plan import Group, plan_groups
-from preprocess.corpus import class_names, idf_is_done, pair_pass, spill_folder, write_idf
+from preprocess.beton_job import GroupTask, group_stage
+from preprocess.beton_plan import Group, Member, image_folder, plan_groups
+from preprocess.counts import sum_counts, write_idf_duckdb, write_idf_parquet
 from preprocess.engine import worker_count
 from preprocess.inputs.captions import parse_caption_key
 from preprocess.inputs.pictures import is_local_tar
 from preprocess.inputs.shards import Shard, find_shards
 from preprocess.inputs.subset import resolve_subset
 from preprocess.inputs.tableimages import has_images
+from preprocess.label_job import LabelTask, label_stage
 from preprocess.locks import one_of_many, only_writer
-from preprocess.outcome import check_usable, make_manifest, write_config, write_quarantine
-from preprocess.passes import beton_pass, label_pass, members, shard_parts
-from preprocess.plan import Build, Marker, check_out, check_same_options, image_folder, remove_build, remove_leftovers
-from preprocess.record import Images, Record, write_record
+from preprocess.ngrams import class_names, run_pair_stages
+from preprocess.stage import (
+    BuildContext,
+    BuildInputs,
+    CorpusMarker,
+    CorpusTask,
+    GroupMarker,
+    ImageOutput,
+    LabelMarker,
+    Stage,
+    check_same_options,
+    read_faults,
+    remove_build,
+    remove_leftovers,
+    run_stage,
+    spill_folder,
+    write_inputs,
+    write_marker,
+)
 
+_QUARANTINE_ROWS = 65_536
 Share = tuple[int, int]
 """i, n: every n-th shard from the i-th on, 0 <= i < n."""
 
 
 def build_labels(
-    sources: list[str], out: Path, settings: Pipeline, *, betons: bool, overwrite: bool, share: Share | None = None, no_images: bool = False
+    sources: list[str],
+    out: Path,
+    settings: Pipeline,
+    *,
+    betons: bool,
+    overwrite: bool,
+    share: Share | None = None,
+    no_images: bool = False,
 ) -> Manifest | None:
     """Run or resume a build; return its manifest, or None for an array job's share.
 
     Args:
         sources: folders, globs, tars, tables; local or URLs.
-        out: the OUT folder.
+        out: the output folder.
         settings: resolved configuration.
         betons: False stops after the IDF table.
-        overwrite: remove what an earlier build with other options left in OUT.
-        share: do only the passes, only for these shards; other shares may run at the same time.
-        no_images: write where the images lie (labels/places.py) in place of betons.
+        overwrite: remove what an earlier build with other options left in the output folder.
+        share: do only the stages of shards, only for these; other shares may run at the same time.
+        no_images: write an image index (labels/places.py) in place of betons.
 
     Raises:
-        UserError: bad input, other options in OUT, too many bad samples, nothing left.
+        UserError: bad input, an output folder of other options, too many bad samples, no sample left.
     """
-    check_out(out)
+    _check_out(out)
     found = find_shards(sources)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
-    shards = found.shards
-    images: Images = "none" if not betons else "places" if no_images else "betons"
-    check_images(shards, images)
+    inputs = BuildInputs("none" if not betons else "places" if no_images else "betons", [found.shards])
+    check_images(inputs.shards, inputs.images)
     layout = Layout(out)
     with _locked(layout, share):
         if share is None:
             remove_leftovers(layout)
             if overwrite:
                 remove_build(layout)
-        build = make_build(layout, settings, _subset(sources, layout, settings))
+        build = make_build(layout, settings, chosen_uids(sources, layout, settings))
         check_same_options(build, alone=share is None)
-        record = Record(images, [shards])
         if share is not None:
-            _do_share(build, record, share)
+            _run_share(build, inputs, share)
             return None
-        write_record(layout, record)
-        return complete(build, record)
+        write_inputs(layout, inputs)
+        return complete(build, inputs)
 
 
-def make_build(layout: Layout, settings: Pipeline, subset: str | None) -> Build:
+def make_build(layout: Layout, settings: Pipeline, subset: str | None) -> BuildContext:
     """`subset`: fingerprint of the chosen uids."""
     workers, captions = worker_count(settings.build.workers), parse_caption_key(settings.build.caption_key)
-    return Build(layout, settings, make_tokenizer(settings.labels), workers, captions, subset)
+    return BuildContext(layout, settings, make_tokenizer(settings.labels), workers, captions, subset)
 
 
-def complete(build: Build, record: Record, fresh: frozenset[str] = frozenset()) -> Manifest:
-    """Do what is not done yet, and write the manifest.
+def complete(build: BuildContext, inputs: BuildInputs, fresh: frozenset[str] = frozenset()) -> Manifest:
+    """Run what is missing of every stage, and finalize the build.
 
     Args:
-        build: under the lock of its OUT, its options checked.
-        record: all shards of OUT.
-        fresh: names of shards that are added to a finished OUT: its manifest stays until its IDF table has to change.
+        build: under the lock of its output folder, its options checked.
+        inputs: all shards of the output folder.
+        fresh: names of shards that are added to a finished output folder: its manifest stays until its IDF table has to change.
 
     Raises:
-        UserError: too many bad samples, or nothing left.
+        UserError: too many bad samples, or no sample left.
     """
-    layout, shards, images = build.layout, record.shards, record.images
-    labelled = label_pass(build, shards, shards, fresh)
+    shards, copy = inputs.shards, inputs.images == "betons"
+    labelled = _run_labels(build, shards, fresh=fresh)
     if build.settings.labels.ngrams > 1:
-        labelled = pair_pass(build, labelled, fresh, keep=len(record.batches) > 1)
+        labelled = run_pair_stages(build, labelled, fresh, keep=len(inputs.batches) > 1)
     parts = shard_parts(shards, labelled)
-    bad, outside = _reasons(labelled), sum(marker["outside_subset"] for marker in labelled)
-    check_usable(build, bad, sum(part.rows for part in parts), outside, parts)
+    rejected, outside = _reasons(labelled), sum(marker.outside_subset for marker in labelled)
+    _check_usable(build, rejected, sum(part.rows for part in parts), outside, parts)
     if not fresh:
         write_idf(build, parts, labelled)
-    written: list[Marker] = []
-    if images != "none":
-        groups = groups_of(build, record, labelled)
-        written = beton_pass(build, groups, groups, fresh, copy=images == "betons")
-        bad += _reasons(written)
-        check_usable(build, bad, sum(file["samples"] for marker in written for file in marker["files"]), outside, parts)
-    captions = write_idf(build, parts, labelled)
-    folder = image_folder(layout, copy=images == "betons")
-    write_quarantine(layout, parts, [folder.markers / f"{marker['first']:05d}.json" for marker in written])
-    write_config(build)
-    if images == "places":
-        _write_sources(layout, record)
-    remove_leftovers(layout)  # of nodes that were lost on the way
-    manifest = make_manifest(build, parts, captions, written, len(class_names(build)), copy=images == "betons")
-    write_manifest(layout, manifest)
-    return manifest
+    written: list[GroupMarker] = []
+    if inputs.images != "none":
+        written = _run_groups(build, groups_of(build, inputs, labelled), fresh=fresh, copy=copy)
+        rejected += _reasons(written)
+        _check_usable(build, rejected, sum(marker.samples for marker in written), outside, parts)
+    write_idf(build, parts, labelled)
+    return _finalize(build, inputs, parts, written, copy=copy)
 
 
-def groups_of(build: Build, record: Record, labelled: list[Marker]) -> list[Group]:
+def _run_labels(
+    build: BuildContext, shards: list[Shard], mine: list[Shard] | None = None, fresh: frozenset[str] = frozenset()
+) -> list[LabelMarker]:
+    """Label files for the shards that are `mine` (None: all); markers of the finished ones, in the shards' order."""
+    layout, names = build.layout, {shard.name for shard in shards}
+    # The position of a row is counted through labels/*.parquet: the file of a shard that is no longer given would shift it.
+    unknown = sorted(path.stem for path in layout.labels.glob("*.parquet") if path.stem not in names)
+    if unknown:
+        raise UserError(
+            f"{layout.labels} holds label files of {len(unknown)} shards that are not in the input, the first: {unknown[0]}",
+            mend="name all shards of this output folder (`preprocess append` remembers them), give another --out, or --overwrite; "
+            "files that no build has written have to be moved away",
+        )
+    settings, options = build.settings.labels, build.label_options
+    tasks = [LabelTask(shard, layout.out, settings, build.captions, build.subset is not None, options) for shard in shards]
+    chosen = None if mine is None else {shard.name for shard in mine}
+    return run_stage(build, label_stage(layout), tasks, mine=chosen, fresh=fresh)
+
+
+def _run_groups(
+    build: BuildContext,
+    groups: list[Group],
+    mine: list[Group] | None = None,
+    fresh: frozenset[str] = frozenset(),
+    *,
+    copy: bool,
+) -> list[GroupMarker]:
+    """Betons, or without `copy` image index files, for the groups that are `mine`; markers of the finished ones, in their order."""
+    layout, folder = build.layout, image_folder(build.layout, copy=copy)
+    settings, options = build.settings.build, build.image_options
+    tasks = [GroupTask(group, build.label_limit, build.captions, layout.out, settings, options, copy) for group in groups]
+    begins, count = {group.first for group in groups}, sum(group.files for group in groups)
+
+    def remove_outdated(stale: list[str]) -> None:
+        """Files beyond the last beton, and markers of other groups: the files that these name may be overwritten by other tasks."""
+        for name in stale:
+            (folder.markers / f"{name}.json").unlink(missing_ok=True)
+        for number, path in folder.numbered():
+            if number >= count or (path.suffix == ".json" and number not in begins):
+                path.unlink(missing_ok=True)
+
+    chosen = None if mine is None else {f"{group.first:05d}" for group in mine}
+    return run_stage(build, group_stage(layout, copy=copy), tasks, mine=chosen, fresh=fresh, prepare=remove_outdated)
+
+
+def write_idf(build: BuildContext, parts: list[ShardPart], labelled: list[LabelMarker]) -> None:
+    """idf.parquet and idf.duckdb, unless they are those of exactly these label files."""
+    _run_idf(build, parts, labelled, mine=None)
+
+
+def _run_idf(build: BuildContext, parts: list[ShardPart], labelled: list[LabelMarker], mine: Collection[str] | None) -> list[CorpusMarker]:
+    """As `run_stage`: with no name in `mine`, the marker if the table is done."""
+    layout, tokenizer, formula = build.layout, build.tokenizer, build.settings.labels.idf
+    of = {"formula": formula, "shards": fingerprint([part.model_dump() for part in parts])}
+
+    def sum_counts_to_table(task: CorpusTask) -> CorpusMarker:
+        path, names = layout.markers / "idf.json", class_names(build)
+        path.unlink(missing_ok=True)
+        with spill_folder(layout) as spill:
+            files = [layout.count_file(shard) for shard in task.shards]
+            frequency = sum_counts(files, len(names), build.settings.build.duckdb_memory, spill)
+        captions = sum(part.rows for part in parts)
+        write_idf_parquet(layout.idf_parquet, names, frequency, captions, formula)
+        write_idf_duckdb(
+            layout,
+            captions=captions,
+            tokens=None if any(marker.tokens is None for marker in labelled) else sum(marker.tokens or 0 for marker in labelled),
+            formula=formula,
+            tokenizer=tokenizer.name,
+            fingerprint=tokenizer.fingerprint,
+            shards=parts,
+        )
+        marker = CorpusMarker(of=dict(task.of), sha256=sha256_file(layout.idf_parquet))
+        write_marker(path, marker)
+        return marker
+
+    stage = Stage(None, sum_counts_to_table, CorpusMarker, layout.markers, [layout.out])
+    files = (layout.idf_parquet.name, layout.idf_duckdb.name)
+    return run_stage(build, stage, [CorpusTask("idf", of, [part.name for part in parts], files)], mine=mine)
+
+
+def shard_parts(shards: list[Shard], labelled: list[LabelMarker]) -> list[ShardPart]:
+    """The shards as the manifest lists them, with the position of each one's first row."""
+    parts, first = [], 0
+    for shard, marker in zip(shards, labelled, strict=True):
+        parts.append(
+            ShardPart(
+                name=shard.name,
+                source=Path(shard.path).name,
+                source_bytes=shard.bytes,
+                first_index=first,
+                rows=marker.rows,
+                labels_sha256=marker.sha256,
+                keys_sha256=marker.keys_sha256,
+                quarantined=marker.reasons,
+            )
+        )
+        first += marker.rows
+    return parts
+
+
+def groups_of(build: BuildContext, inputs: BuildInputs, labelled: list[LabelMarker]) -> list[Group]:
     """The groups of all shards, whose label markers are `labelled`."""
-    parts, batches, first = shard_parts(record.shards, labelled), [], 0
-    for batch in record.batches:
-        here = slice(first, first + len(batch))
-        batches.append(members(batch, parts[here], labelled[here], first))
+    parts, batches, first = shard_parts(inputs.shards, labelled), [], 0
+    for batch in inputs.batches:
+        of_batch = slice(first, first + len(batch))
+        batches.append(members(batch, parts[of_batch], labelled[of_batch], first))
         first += len(batch)
     return plan_groups(batches, build.settings.build)
+
+
+def members(shards: list[Shard], parts: list[ShardPart], labelled: list[LabelMarker], first: int = 0) -> list[Member]:
+    """The shards that have rows, for `plan_groups`; the bytes of a shard count as far as its rows are in the subset.
+
+    `first`: number of the first shard. A CSV says nothing of the bytes of its images.
+    """
+    with_rows = []
+    for number, (shard, part, marker) in enumerate(zip(shards, parts, labelled, strict=True), start=first):
+        size = 0 if shard.kind == "csv" else shard.bytes
+        if part.rows:
+            with_rows.append(Member(shard, part, number, size * part.rows // (part.rows + marker.outside_subset)))
+    return with_rows
 
 
 @contextmanager
@@ -138,20 +275,43 @@ def _locked(layout: Layout, share: Share | None) -> Iterator[None]:
         with only_writer(layout.lock):
             yield
         return
-    # What is every share's (subset.npy, options.json) may be written by several at the same moment.
+    # Several shares may write subset.npy and options.json at the same moment.
     with one_of_many(layout.lock, *share), own_partials():
         yield
 
 
-def _subset(sources: list[str], layout: Layout, settings: Pipeline) -> str | None:
-    """The chosen uids as OUT/subset.npy; the fingerprint of its content."""
-    if settings.build.subset is None:
-        return None
-    with spill_folder(layout) as spill:
-        return resolve_subset(settings.build.subset, settings.build.metadata, sources, layout.subset, settings.build.duckdb_memory, spill)
+def _run_share(build: BuildContext, inputs: BuildInputs, share: Share) -> None:
+    """The labels of a share; once a run without `--shard` has made the IDF table, its betons; then print what to do next."""
+    i, n = share
+    shards, images = inputs.shards, inputs.images
+    labelled = _run_labels(build, shards, shards[i::n])
+    command = "the same command without --shard"
+    if len(labelled) < len(shards):
+        print(f"labels of {len(labelled)} of {len(shards)} shards are done; when all shares have ended, run {command} and with --no-beton")
+        return
+    if not _run_idf(build, shard_parts(shards, labelled), labelled, mine=()):
+        print(f"labels of all {len(shards)} shards are done; now run {command} and with --no-beton, for the IDF table")
+    elif images != "none":
+        groups = groups_of(build, inputs, labelled)
+        written = _run_groups(build, groups, groups[i::n], copy=images == "betons")
+        last = f"; now run {command}, for the manifest" if len(written) == len(groups) else ""
+        done, total = sum(len(marker.files) for marker in written), sum(group.files for group in groups)
+        print(f"{done} of {total} {'betons' if images == 'betons' else 'image index files'} are done{last}")
 
 
-def check_images(shards: list[Shard], images: Images) -> None:
+def _check_out(out: Path) -> None:
+    """Refuse, before any work, an output folder that cannot be written or that DuckDB could not name."""
+    path = str(out) if is_remote(out) else str(out.resolve())
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file", allowed="a folder, there or not yet", mend="give another --out")
+    if patterns := sorted(set("*?[]") & set(path)):
+        raise UserError(
+            f"the path {path} holds {' '.join(patterns)}, which DuckDB takes for a pattern",
+            mend="give --out a path without it",
+        )
+
+
+def check_images(shards: list[Shard], images: ImageOutput) -> None:
     """Refuse, before any caption is read, shards whose images cannot be used as `images` says."""
     if images == "none":
         return
@@ -165,39 +325,134 @@ def check_images(shards: list[Shard], images: Images) -> None:
     elsewhere = next((shard for shard in shards if images == "places" and not is_local_tar(shard)), None)
     if elsewhere:
         raise UserError(
-            f"the images of {elsewhere.path} cannot be read where they lie",
+            f"the images of {elsewhere.path} cannot be read in place",
             allowed="with --no-images: uncompressed tars on local disks",
             mend="leave out --no-images, so that they are copied into betons",
         )
 
 
-def _write_sources(layout: Layout, record: Record) -> None:
-    """sources.json; a path that was edited since an earlier batch stays."""
-    known = read_sources(layout) if len(record.batches) > 1 and layout.place_sources.is_file() else {}
-    write_sources(layout, {shard.name: Source(shard.path, shard.bytes) for shard in record.shards} | known)
+def chosen_uids(sources: list[str], layout: Layout, settings: Pipeline) -> str | None:
+    """Write the chosen uids to subset.npy; return the fingerprint of its content."""
+    options = settings.build
+    if options.subset is None:
+        return None
+    with spill_folder(layout) as spill:
+        return resolve_subset(options.subset, options.metadata, sources, layout.subset, options.duckdb_memory, spill)
 
 
-def _reasons(markers: list[Marker]) -> Counter[str]:
+# The end of a build
+
+
+def _reasons(markers: Sequence[LabelMarker | GroupMarker]) -> Counter[str]:
     total = Counter[str]()
     for marker in markers:
-        total.update(marker["reasons"])
+        total.update(marker.reasons)
     return total
 
 
-def _do_share(build: Build, record: Record, share: Share) -> None:
-    """A share's labels; then its betons, if a run without `--shard` has made the IDF table since; else what to do next."""
-    i, n = share
-    shards, images = record.shards, record.images
-    labelled = label_pass(build, shards, shards[i::n])
-    command = "the same command without --shard"
-    if len(labelled) < len(shards):
-        print(f"labels of {len(labelled)} of {len(shards)} shards are done; when all shares have ended, run {command} and with --no-beton")
+def _check_usable(build: BuildContext, rejected: Counter[str], samples: int, outside: int, parts: list[ShardPart]) -> None:
+    """End the build if too few samples are left; quarantine.parquet then says why.
+
+    Args:
+        build: whose limit counts.
+        rejected: reason -> bad samples so far.
+        samples: how many are left.
+        outside: good samples outside of the subset; bad samples are counted whether or not they would be in it.
+        parts: the shards.
+
+    Raises:
+        UserError: no sample left, or more bad ones than `max_bad_fraction` of all.
+    """
+    bad, total = rejected.total(), rejected.total() + samples + outside
+    limit = build.settings.build.max_bad_fraction
+    if samples and bad <= limit * total:
         return
-    if not idf_is_done(build, shard_parts(shards, labelled)):
-        print(f"labels of all {len(shards)} shards are done; now run {command} and with --no-beton, for the IDF table")
-    elif images != "none":
-        groups = groups_of(build, record, labelled)
-        written = beton_pass(build, groups, groups[i::n], copy=images == "betons")
-        last = f"; now run {command}, for the manifest" if len(written) == len(groups) else ""
-        done, total = sum(len(marker["files"]) for marker in written), sum(group.files for group in groups)
-        print(f"{done} of {total} {images} are done{last}")
+    if not build.layout.manifest.is_file():  # a finished output folder keeps the table that its manifest names
+        _write_quarantine(build.layout, parts)
+    reasons = _reason_list(rejected)
+    if samples == 0:
+        others = f"; {outside} are outside of the subset" if build.subset else ""
+        raise UserError(
+            f"the input gave no usable sample: {reasons or 'its shards are empty'}{others}",
+            allowed="tars with an image (.jpg, .png, ...) and a caption (.txt, or `caption` in .json) for each key; tables with a caption",
+            mend=f"see {build.layout.quarantine}" if bad else None,
+        )
+    raise UserError(
+        f"{bad} of {total} samples are bad ({bad / total:.1%}): {reasons}",
+        allowed=f"build.max_bad_fraction = {limit:.1%}",
+        mend=f"see {build.layout.quarantine}; raise the limit with --set build.max_bad_fraction=...",
+    )
+
+
+def _reason_list(rejected: Counter[str]) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in rejected.most_common())
+
+
+def _finalize(build: BuildContext, inputs: BuildInputs, parts: list[ShardPart], written: list[GroupMarker], *, copy: bool) -> Manifest:
+    """quarantine.parquet, config.yaml, and last the manifest. `written`: markers of betons (`copy`) or image index files."""
+    layout, settings, tokenizer = build.layout, build.settings, build.tokenizer
+    folder = image_folder(layout, copy=copy)
+    _write_quarantine(layout, parts, [folder.markers / f"{marker.name}.json" for marker in written])
+    deciding = {"paths": True, "train": True, "probe": True, "build": {"workers", "engine"}}
+    dump_yaml(layout.config, settings, leave_out=deciding)
+    if inputs.images == "places":
+        # A path that was edited since an earlier batch stays.
+        known = read_sources(layout) if len(inputs.batches) > 1 and layout.place_sources.is_file() else {}
+        write_sources(layout, {shard.name: Source(shard.path, shard.bytes) for shard in inputs.shards} | known)
+    remove_leftovers(layout)  # of nodes that were lost on the way
+    files = [file for marker in written for file in marker.files]
+    manifest = Manifest(
+        fingerprint=fingerprint([build.label_options, [[part.name, part.rows, part.labels_sha256] for part in parts]]),
+        options=build.options,
+        label_limit=build.label_limit,
+        tokenizer=TokenizerPart(
+            name=tokenizer.name,
+            fingerprint=tokenizer.fingerprint,
+            path=tokenizer.path,
+            vocabulary=len(class_names(build)),
+            excluded=tokenizer.excluded.tolist(),
+        ),
+        captions=sum(part.rows for part in parts),
+        idf_formula=settings.labels.idf,
+        idf_sha256=sha256_file(layout.idf_parquet),
+        quarantine_sha256=sha256_file(layout.quarantine),
+        shards=parts,
+        betons=files if copy else [],
+        places=[] if copy else files,
+    )
+    write_manifest(layout, manifest)
+    return manifest
+
+
+def _write_quarantine(layout: Layout, parts: list[ShardPart], groups: Sequence[Path] = ()) -> None:
+    """quarantine.parquet from the markers of the shards and of groups, one marker in memory at a time."""
+    sources = [("labels", part.name, layout.label_marker(part.name)) for part in parts if part.quarantined]
+    sources += [("images", "", path) for path in groups]
+
+    def write(partial: Path) -> None:
+        with pq.ParquetWriter(partial, QUARANTINE, compression="zstd") as writer:
+            rows: list[dict[str, str]] = []
+            for stage, shard, path in sources:
+                for fault in read_faults(path):
+                    name, key, reason, detail = fault if stage == "images" else [shard, *fault]
+                    rows.append(dict(zip(QUARANTINE.names, (name, key, stage, reason, detail), strict=True)))
+                if len(rows) >= _QUARANTINE_ROWS:
+                    writer.write_table(pa.Table.from_pylist(rows, QUARANTINE))
+                    rows = []
+            writer.write_table(pa.Table.from_pylist(rows, QUARANTINE))
+
+    write_whole(layout.quarantine, write)
+
+
+def print_summary(manifest: Manifest, out: Path) -> None:
+    """What was built, in a few lines on standard output."""
+    rejected = Counter[str]()
+    for part in [*manifest.shards, *manifest.betons, *manifest.places]:
+        rejected.update(part.quarantined)
+    gib = sum(beton.bytes for beton in manifest.betons) / 2**30
+    print(f"{out}: {manifest.captions:,} label rows from {len(manifest.shards)} shards, vocabulary {manifest.tokenizer.vocabulary:,}")
+    if manifest.betons:
+        print(f"  {manifest.samples:,} samples in {len(manifest.betons)} betons, {gib:.2f} GiB")
+    if manifest.places:
+        print(f"  {manifest.samples:,} samples in the tars that {Layout(out).place_sources} names; keep the tars")
+    print(f"  quarantined: {rejected.total():,}" + (f" ({_reason_list(rejected)})" if rejected else ""))

@@ -81,8 +81,7 @@ def build_labels_command(
     if engine != "ray" and workers != 1:
         start_server()
     from labels.config import load_pipeline
-    from preprocess.build import build_labels
-    from preprocess.outcome import print_summary
+    from preprocess.build import build_labels, print_summary
 
     keys = caption_key.split(",") if caption_key else None
     flags = _as_overrides(workers=workers, engine=engine, caption_key=keys, subset=subset, decode_check=decode_check)
@@ -115,7 +114,7 @@ def append_command(
     Label rows and betons that are there stay as they are; the IDF table is summed anew.
     """
     from preprocess.append import append_shards, undo_append
-    from preprocess.outcome import print_summary
+    from preprocess.build import print_summary
 
     if undo:
         print(f"{out}: {undo_append(out)} shards given up")
@@ -175,7 +174,7 @@ def train_tokenizer_command(
 @click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The Parquet file to write.")
 def idf_command(outs: tuple[Path, ...], shards: str | None, formula: Formula | None, recount: bool, target: Path) -> None:
     """Sum the IDF table of some shards, or of several OUTs together, from the counts that are kept for every shard."""
-    from preprocess.idf_command import sum_idf
+    from preprocess.counts import sum_idf
 
     print(f"{target}: {sum_idf(list(outs), target, shards=shards, formula=formula, recount=recount)}")
 

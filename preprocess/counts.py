@@ -1,13 +1,18 @@
-"""Document frequencies by DuckDB, and the two files that hold them: idf.parquet, idf.duckdb.
+"""Document frequencies by DuckDB, and the tables that are made of them.
 
-label file -> count file, one a shard -> summed -> idf.parquet, idf.duckdb. The counts of a shard are kept, so that the table of a
-part of the shards, or of more of them, is summed in seconds.
+    label file -> counts/<shard>.parquet, while it is written
+    count files of all shards -> summed -> idf.parquet, idf.duckdb
+    count files of some shards, or of several output folders -> `preprocess idf` -> one Parquet file like idf.parquet
+
+Every caption is in one shard, so sums of counts are exact. The counts of a shard are kept: to sum them takes seconds.
 """
 
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
@@ -19,19 +24,24 @@ import pyarrow.parquet as pq
 from labels.choices import Formula
 from labels.errors import UserError
 from labels.files import is_remote, local_copy, whole_file, write_whole
-from labels.idf import idf_weights
+from labels.idf import idf_weights, read_idf
 from labels.layout import Layout
-from labels.manifest import ShardPart
+from labels.manifest import Manifest, ShardPart, read_manifest
 from labels.schema import COUNTS, TOKENS
+
+# The tokenizer's fingerprint apart, what decides which label a caption gets: counts that differ in one of these are of different things.
+_SAME_OPTIONS = ("context", "stop_words", "ngrams")
+
 
 # A storage version that the shells of several DuckDB releases open, not only the newest.
 _STORAGE_VERSION = "v1.2.0"
 _SHARD_MEMORY = "256MiB"
 _LABELS_AT_ONCE = 1 << 21
 _COUNTED_BITS = 16
-_COUNT_LABELS = (
-    "SELECT token_id, count(*) AS document_frequency FROM (SELECT unnest(label_ids) AS token_id FROM read_parquet($1)) GROUP BY token_id"
-)
+_COUNT_LABELS = """
+SELECT token_id, count(*) AS document_frequency FROM (SELECT unnest(label_ids) AS token_id FROM read_parquet($1))
+GROUP BY token_id
+"""
 
 
 class ShardCounts:
@@ -61,7 +71,8 @@ class ShardCounts:
         """The count file: token_id int32, document_frequency int64, of the tokens that occur, ascending.
 
         Returns:
-            bytes of the file, by which its marker knows it: it is made in no time, and so not worth an fsync.
+            bytes of the file. The marker holds them, so that a file cut by a power failure is seen: it is not synced to the disk,
+            since it is quickly made again.
         """
         self._count()
         query = "SELECT token_id, sum(document_frequency)::BIGINT AS document_frequency FROM counted GROUP BY token_id ORDER BY token_id"
@@ -73,7 +84,7 @@ class ShardCounts:
 
 @cache
 def _own_connection() -> duckdb.DuckDBPyConnection:
-    """One a process: to open one takes as long as to count ten thousand captions. The other workers have the other cores."""
+    """One connection for each process: to open one takes as long as to count ten thousand captions. One core for each worker."""
     # One bit more, for nulls.
     return duckdb.connect(config={"threads": 1, "memory_limit": _SHARD_MEMORY, "perfect_ht_threshold": _COUNTED_BITS + 1})
 
@@ -82,7 +93,7 @@ def sum_counts(files: Sequence[Path], vocabulary: int, memory: str, spill: Path)
     """Document frequency int64 [V] over the shards whose count files are given: exact, since each caption is in one shard.
 
     Args:
-        files: what `count_shard` wrote.
+        files: count files.
         vocabulary: V.
         memory: DuckDB's limit, e.g. `1GiB`.
         spill: a folder for what does not fit.
@@ -97,7 +108,7 @@ def sum_counts(files: Sequence[Path], vocabulary: int, memory: str, spill: Path)
 
 
 def document_frequencies(files: Sequence[Path], vocabulary: int, memory: str, spill: Path) -> np.ndarray:
-    """The same counted anew over label Parquet files; their label_ids hold each token once a caption."""
+    """The same, counted from scratch over label files: their label_ids hold each token once a caption."""
     if not files:
         return np.zeros(vocabulary, np.int64)
     return _frequencies(_COUNT_LABELS, files, vocabulary, memory, spill)
@@ -119,24 +130,37 @@ def _frequencies(query: str, files: Sequence[Path], vocabulary: int, memory: str
 
 def write_idf_parquet(path: Path, tokens: list[str], frequency: np.ndarray, captions: int, formula: Formula) -> None:
     """The table tokens(token_id, token, document_frequency, idf), one row a vocabulary entry."""
-    columns = [np.arange(len(tokens), dtype=np.int32), pa.array(tokens), frequency, idf_weights(frequency, captions, formula)]
+    columns = [
+        np.arange(len(tokens), dtype=np.int32),
+        pa.array(tokens),
+        frequency,
+        idf_weights(frequency, captions, formula),
+    ]
     table = pa.table(columns, schema=TOKENS)
     write_whole(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
 
 
 def write_idf_duckdb(
-    layout: Layout, *, captions: int, tokens: int | None, formula: Formula, tokenizer: str, fingerprint: str, shards: Iterable[ShardPart]
+    layout: Layout,
+    *,
+    captions: int,
+    tokens: int | None,
+    formula: Formula,
+    tokenizer: str,
+    fingerprint: str,
+    shards: Iterable[ShardPart],
 ) -> None:
     """idf.duckdb: tables tokens, corpus, shards, and the view labels over the Parquet files.
 
-    The view names the files relative to OUT, so that it survives moving OUT: `preprocess sql` sets the search path,
-    the DuckDB shell is started inside OUT. DuckDB puts random identifiers into its files; their content is the same. `tokens`: token ids in
-    all label files; None, of an OUT begun before its shards told them, reads them all.
+    The view names the files relative to the output folder, so that this can be moved: `preprocess sql` sets the search path, and the
+    DuckDB shell is started inside the folder. DuckDB puts random identifiers into its files; their content is the same each time.
+
+    `tokens`: token ids in all label files; None (markers of earlier versions do not say it) counts them.
     """
 
     def write(partial: Path) -> None:
         partial.unlink(missing_ok=True)
-        # The search path is a list split at commas, which OUT may hold: a link in a folder of our own stands for it.
+        # The search path is a list split at commas, which the path may hold: a link in a temporary folder replaces it.
         with tempfile.TemporaryDirectory() as folder, duckdb.connect() as con, local_copy(layout.idf_parquet) as idf:
             labels, everywhere = Path(folder) / layout.labels.name, layout.labels
             if is_remote(layout.out):
@@ -150,16 +174,15 @@ def write_idf_duckdb(
             con.execute("USE idf")
             con.execute("CREATE TABLE tokens AS SELECT * FROM read_parquet($1)", [str(idf.resolve())])
             con.execute("CREATE VIEW labels AS SELECT * FROM read_parquet('labels/*.parquet')")
-            found = tokens
-            if found is None:
+            if (token_count := tokens) is None:
                 query = "SELECT coalesce(sum(len(token_ids)), 0) FROM read_parquet($1)"
-                [(found,)] = con.execute(query, [f"{everywhere}/*.parquet"]).fetchall()
+                [(token_count,)] = con.execute(query, [f"{everywhere}/*.parquet"]).fetchall()
             con.execute(
                 "CREATE TABLE corpus AS SELECT $1::BIGINT AS captions, (SELECT sum(document_frequency) FROM tokens)::BIGINT AS labels,"
                 " $5::BIGINT AS tokens,"
                 " (SELECT count(*) FROM tokens) AS vocabulary,"
                 " $2 AS formula, $3 AS tokenizer, $4 AS tokenizer_fingerprint",
-                [captions, formula, tokenizer, fingerprint, found],
+                [captions, formula, tokenizer, fingerprint, token_count],
             )
             con.execute("CREATE TABLE shards (shard VARCHAR, rows BIGINT, quarantined BIGINT, reasons MAP(VARCHAR, BIGINT))")
             for shard in shards:
@@ -183,3 +206,135 @@ def _download_first(labels: Path, folder: Path) -> None:
 def quoted(path: Path) -> str:
     """A path as an SQL string literal."""
     return "'" + str(path).replace("'", "''") + "'"
+
+
+# preprocess idf
+
+
+@dataclass(frozen=True)
+class Summed:
+    """What a table was made of: captions of a number of shards, with the formula that was used."""
+
+    captions: int
+    shards: int
+    formula: Formula
+
+    def __str__(self) -> str:
+        return f"IDF ({self.formula}) of {self.captions:,} captions in {self.shards:,} {'shard' if self.shards == 1 else 'shards'}"
+
+
+def sum_idf(
+    outs: list[Path],
+    target: Path,
+    *,
+    shards: str | None = None,
+    formula: Formula | None = None,
+    recount: bool = False,
+    memory: str = "1GiB",
+) -> Summed:
+    """Write one IDF table of several output folders: token_id, token, document_frequency, idf, one row for each vocabulary entry.
+
+    Args:
+        outs: finished output folders of one tokenizer and one set of labels.
+        target: the Parquet file to write, outside of all of them.
+        shards: a pattern of shard names such as `0000[0-4]*`; None takes all.
+        formula: None takes the one that they were built with.
+        recount: count the label files from scratch instead of summing the shards' count files.
+        memory: DuckDB's limit.
+
+    Raises:
+        UserError: an output folder is not finished, given twice, or has other labels than the first; no shard fits; counts are missing.
+    """
+    _check_target(target, outs)
+    manifests = [read_manifest(out) for out in outs]
+    names = _common_tokens(outs, manifests)
+    formula = formula or _common_formula(outs, manifests)
+    chosen = [(out, part) for out, manifest in zip(outs, manifests, strict=True) for part in manifest.shards if _fits(part, shards)]
+    if not chosen:
+        known = [part.name for manifest in manifests for part in manifest.shards]
+        raise UserError(
+            f"no shard's name fits --shards {shards}",
+            allowed=f"patterns of {len(known)} names from {known[0]} to {known[-1]}",
+        )
+    files = [Layout(out).label_file(part.name) if recount else _count_file(out, part) for out, part in chosen]
+    count = document_frequencies if recount else sum_counts
+    captions = sum(part.rows for _, part in chosen)
+    mend = f"run `preprocess verify` on {_listed(outs)}"
+    try:
+        with tempfile.TemporaryDirectory() as spill:
+            frequency = count(files, len(names), memory, Path(spill))
+    except (duckdb.Error, IndexError) as error:
+        raise UserError(f"the shards' counts cannot be summed: {error}", mend=mend) from None
+    if frequency.max(initial=0) > captions:
+        raise UserError(f"the shards' counts hold a token {frequency.max()} times, in {captions} captions", mend=mend)
+    write_idf_parquet(target, names, frequency, captions, formula)
+    return Summed(captions, len(chosen), formula)
+
+
+def _check_target(target: Path, outs: list[Path]) -> None:
+    """Refuse, before any work, a file that cannot be written or that belongs to a build, and the same captions twice."""
+    paths = [out if is_remote(out) else out.resolve() for out in outs]
+    for path, out in zip(paths, outs, strict=True):
+        if paths.count(path) > 1:
+            raise UserError(f"{out} is given twice: its captions would count twice", mend="name every output folder once")
+        if not is_remote(path) and target.resolve().is_relative_to(path):
+            raise UserError(f"--out {target} lies in {out}, whose files only a build writes", mend="give a file elsewhere")
+    if target.suffix != ".parquet" or target.is_dir():
+        raise UserError(f"--out {target} is not the name of a Parquet file", allowed="a path that ends in .parquet")
+
+
+def _fits(part: ShardPart, pattern: str | None) -> bool:
+    return pattern is None or fnmatchcase(part.name, pattern)
+
+
+def _common_tokens(outs: list[Path], manifests: list[Manifest]) -> list[str]:
+    """The vocabulary, position = id, if it and the meaning of labels are the same in all output folders."""
+    names = _tokens(outs[0])
+    for out, manifest in zip(outs[1:], manifests[1:], strict=True):
+        for thing, first, other in _label_facts(manifests[0], manifest):
+            if first != other:
+                raise UserError(
+                    f"{outs[0]} and {out} differ in {thing}: {first} and {other}",
+                    allowed="output folders with the same labels",
+                    mend="build the labels of one of them again with the other's options",
+                )
+        if _tokens(out) != names:
+            raise UserError(
+                f"{outs[0]} and {out} have other classes: each chose its own word pairs (labels.ngrams)",
+                mend="build them into one output folder, or both with labels.ngrams=1",
+            )
+    return names
+
+
+def _label_facts(first: Manifest, other: Manifest) -> list[tuple[str, object, object]]:
+    facts: list[tuple[str, object, object]] = [("their tokenizer's fingerprint", first.tokenizer.fingerprint, other.tokenizer.fingerprint)]
+    options, others = first.options.get("labels", {}), other.options.get("labels", {})
+    return facts + [(f"labels.{key}", options.get(key), others.get(key)) for key in _SAME_OPTIONS]
+
+
+def _tokens(out: Path) -> list[str]:
+    path = Layout(out).idf_parquet
+    read_idf(path)  # says so if it is missing or damaged
+    with local_copy(path) as file:
+        return pq.read_table(file, columns=["token"])["token"].to_pylist()
+
+
+def _common_formula(outs: list[Path], manifests: list[Manifest]) -> Formula:
+    formulas = sorted({manifest.idf_formula for manifest in manifests})
+    if len(formulas) > 1:
+        raise UserError(
+            f"{_listed(outs)} were built with different IDF formulas: {', '.join(formulas)}",
+            mend="choose one with --formula",
+        )
+    return formulas[0]  # type: ignore[return-value]  # idf_weights refuses another
+
+
+def _count_file(out: Path, part: ShardPart) -> Path:
+    path = Layout(out).count_file(part.name)
+    if not path.is_file():
+        raise UserError(f"no counts of shard {part.name} at {path}", mend=f"run the build-labels command of {out} again")
+    return path
+
+
+def _listed(outs: list[Path]) -> str:
+    return ", ".join(map(str, outs))

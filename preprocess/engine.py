@@ -1,47 +1,58 @@
-"""Run one function over many shards, in worker processes here or on a Ray cluster; results in any order.
+"""Run one function over many tasks, in worker processes of this machine or on a Ray cluster; results in any order, and progress.
 
-A dead worker ends a local run with its reason; on Ray its task is given to another (ray_engine.py).
+A worker that dies ends a local run with the likely reason; on Ray its task is given to another worker (ray_engine.py).
 """
 
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Literal, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from labels.errors import UserError
 from preprocess.workers import worker_pool
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_PLAIN_LINE_S = 5.0
 Engine = Literal["local", "ray"]
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def worker_count(wanted: int) -> int:
-    """`wanted`, or for 0 the number of cores this process may use."""
-    return wanted or len(os.sched_getaffinity(0))
+def worker_count(requested: int) -> int:
+    """`requested`, or for 0 the number of cores this process may use."""
+    return requested or len(os.sched_getaffinity(0))
 
 
 def run_tasks(
-    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, engine: Engine = "local", shared: Path | None = None
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    workers: int,
+    engine: Engine = "local",
+    shared: Path | None = None,
 ) -> Iterator[Result]:
     """Yield `function(task)` for every task as each ends.
 
     Args:
-        function: importable by name; what it raises is raised here, after the running tasks were let go.
-        tasks: picklable; on Ray one may be run again after its node was lost, also while the lost one still runs.
-        workers: processes; 1 runs in this process. On a Ray cluster that is there already, its size counts instead.
+        function: importable by name; what it raises is raised again by this generator, after the waiting tasks were cancelled.
+        tasks: picklable; on Ray a task may run again after its node was lost, also while the lost one still runs.
+        workers: processes; 1 runs in this process. A Ray cluster that runs already is used with all its CPUs instead.
         engine: `local`: processes of this machine; `ray`: a Ray cluster.
-        shared: a file of OUT that every machine has to see as it is here; None if the tasks write to an object store.
+        shared: a file of the output folder that every machine has to see with the same content; None for an object store.
 
     Raises:
-        UserError: a worker process died, naming what usually kills one; a node of the cluster lacks something.
+        UserError: a worker process died, with what usually kills one; a node of the cluster lacks something.
     """
     if not tasks:
         return
     if engine == "ray":
-        from preprocess.ray_engine import run_on_ray  # an extra: only who asks for it needs it
+        from preprocess.ray_engine import run_on_ray  # LAZY: an extra
 
         yield from run_on_ray(function, tasks, workers, shared)
         return
@@ -63,9 +74,75 @@ def run_tasks(
                 yield from (future.result() for future in done)
         except BrokenProcessPool:
             raise UserError(
-                "a worker process died without a word; finished shards are kept",
+                "a worker process exited unexpectedly; finished shards are kept",
                 mend="look for the out-of-memory killer in `dmesg`, take fewer --workers, and run the same command again",
             ) from None
         finally:
             for future in running:
                 future.cancel()
+
+
+class Meter:
+    """Progress of one stage on standard error: a live bar on a terminal, elsewhere a plain line every few seconds.
+
+    Args:
+        stage: its name.
+        shards: how many shards, or betons, it has.
+        done: how many of them are finished already.
+    """
+
+    def __init__(self, stage: str, shards: int, done: int = 0) -> None:
+        self._stage, self._shards, self._done, self._skipped = stage, shards, done, done
+        self._samples = 0
+        self._start = self._last = time.monotonic()
+        self._bar = _live_bar() if sys.stderr.isatty() else None
+        if self._bar:
+            self._task = self._bar.add_task(stage, total=shards, completed=done, rate="")
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif kind is None:
+            self._line()
+
+    def advance(self, samples: int, shards: int = 1) -> None:
+        """Count more samples, and the shards that hold them."""
+        self._done += shards
+        self._samples += samples
+        if self._bar:
+            self._bar.update(self._task, advance=shards, rate=f"{self._rate():,.0f} samples/s")
+        elif time.monotonic() - self._last >= _PLAIN_LINE_S:
+            self._line()
+
+    def _rate(self) -> float:
+        return self._samples / max(time.monotonic() - self._start, 1e-9)
+
+    def _line(self) -> None:
+        self._last = time.monotonic()
+        worked = self._done - self._skipped
+        left = (self._shards - self._done) * (self._last - self._start) / worked if worked else 0.0
+        print(
+            f"{self._stage}: {self._done}/{self._shards} shards, {self._samples:,} samples, "
+            f"{self._rate():,.0f} samples/s, ETA {left:,.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _live_bar() -> "Progress":
+    from rich.console import Console  # LAZY: worker processes import this module and print nothing
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

@@ -31,13 +31,11 @@ from labels.layout import Layout
 from labels.settings import Build, Pipeline
 from preprocess.beton_job import GroupTask, write_group
 from preprocess.beton_plan import Member, plan_groups
-from preprocess.build import make_build
-from preprocess.corpus import write_idf
+from preprocess.build import make_build, members, shard_parts, write_idf
 from preprocess.counts import sum_counts
 from preprocess.engine import run_tasks, worker_count
 from preprocess.inputs.shards import Shard, find_shards
 from preprocess.label_job import LabelTask, label_shard
-from preprocess.passes import members, shard_parts
 from preprocess.workers import start_server
 
 _Tasks = list[tuple[Any, int]]
@@ -155,7 +153,7 @@ def measure(sources: list[str], folder: Path, settings: Pipeline, count: int, sa
         order = chosen[worker:] + chosen[:worker] if len(chosen) > 1 else chosen * 2
         label_tasks.append([(LabelTask(shard, folder / str(worker), *options), shard.bytes) for shard in order])
     labels, results = _time_pass(label_shard, label_tasks)
-    markers = [next(marker for marker in results if marker["shard"] == shard.name) for shard in chosen]
+    markers = [next(marker for marker in results if marker.shard == shard.name) for shard in chosen]
     parts = shard_parts(chosen, markers)
     if not sum(part.rows for part in parts):
         names = ", ".join(shard.name for shard in chosen)
@@ -196,7 +194,7 @@ def measure(sources: list[str], folder: Path, settings: Pipeline, count: int, sa
         group_tasks.append([(task, sum(member.shard.bytes for member in group.members))] * 2)
     written, markers = _time_pass(write_group, group_tasks)
     source_bytes = sum(size for [(_, size), _] in group_tasks)
-    without_image = sum(sum(marker["reasons"].values()) for marker in markers) / 2
+    without_image = sum(sum(marker.reasons.values()) for marker in markers) / 2
     return replace(
         sample,
         rejected=sample.rejected + round(without_image * sample.source_bytes / source_bytes),

@@ -9,7 +9,7 @@ shard -> rows of captions, in batches -> ids -> labels/<shard>.parquet -> counts
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from labels.files import sha256_file, whole_file, write_json
+from labels.files import sha256_file, whole_file
 from labels.layout import Layout
 from labels.schema import LABELS
 from labels.settings import Labels
@@ -31,6 +31,7 @@ from preprocess.inputs.rows import read_rows
 from preprocess.inputs.shards import Shard
 from preprocess.inputs.subset import open_subset, select
 from preprocess.inputs.tars import Fault
+from preprocess.stage import LabelMarker, Stage, write_marker
 
 # Measured on web captions (docs/experiments.md): the fastest that is no larger. Packed differences of ids are too dense to
 # compress; dictionaries and statistics take time and save nothing. All of it is read by DuckDB 1.1 and Spark's fast reader.
@@ -55,13 +56,29 @@ class LabelTask:
     captions: tuple[Choice, ...]
     subset: bool
     options: str
+    file_count: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.shard.name
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        return (self.shard.name,)
+
+    def is_done(self, marker: LabelMarker, sizes: Mapping[str, int]) -> bool:
+        file = f"{self.shard.name}.parquet"
+        same = (marker.options, marker.source) == (self.options, self.shard.source)
+        return same and f"labels/{file}" in sizes and sizes.get(f"counts/{file}") == marker.count_bytes
 
 
-def label_shard(task: LabelTask) -> dict[str, Any]:
-    """Write one label file, its counts and its marker; return the marker less the list of faults.
+def label_stage(layout: Layout) -> Stage[LabelTask, LabelMarker]:
+    """The first stage of a build: a label file for each shard."""
+    return Stage("labels", label_shard, LabelMarker, layout.markers / "labels", [layout.labels, layout.counts])
 
-    The marker is the JSON that says: these files are whole, made from this shard with these options.
-    """
+
+def label_shard(task: LabelTask) -> LabelMarker:
+    """Write one label file, its counts and its marker; return the marker."""
     layout = Layout(task.out)
     marker_path = layout.label_marker(task.shard.name)
     marker_path.unlink(missing_ok=True)  # an older marker must not vouch for the new files
@@ -81,16 +98,15 @@ def label_shard(task: LabelTask) -> dict[str, Any]:
             yield label_table(batch.table, *ids)
 
     written = write_labels(layout, task.shard.name, batches())
-    marker = {
-        "options": task.options,
-        "source": task.shard.source,
-        "shard": task.shard.name,
+    marker = LabelMarker(
+        options=task.options,
+        source=task.shard.source,
+        shard=task.shard.name,
         **written,
-        "outside_subset": outside,
-        "reasons": dict(sorted(Counter(fault.reason for fault in faults).items())),
-    }
-    # The faults stay in the file: a billion samples may have more of them than the main process has memory.
-    write_json(marker_path, {**marker, "faults": [[fault.key, fault.reason, fault.detail] for fault in faults]})
+        outside_subset=outside,
+        reasons=dict(sorted(Counter(fault.reason for fault in faults).items())),
+    )
+    write_marker(marker_path, marker, [[fault.key, fault.reason, fault.detail] for fault in faults])
     return marker
 
 

@@ -1,12 +1,15 @@
-"""N-gram labels: the corpus' most informative pairs of neighbouring words as extra classes, beside the single tokens.
+"""N-gram labels (`labels.ngrams` = 2): the most informative pairs of neighbouring words as extra classes, next to the single tokens.
 
-label files (token_ids) -> pairs of whole words, once a caption (compiled) -> counted and ranked by DuckDB -> pairs.parquet
-token_ids + pairs.parquet -> pair classes of each row -> appended to its label_ids
+    label files (token_ids) -> pairs of whole words, each once per caption (compiled) -> counted and ranked by DuckDB -> pairs.parquet
+    token_ids + pairs.parquet -> pair classes of each row -> appended to its label_ids: label file, count file and marker written again
+
+These are two stages of a build, between the labels and the IDF table.
 
 Shapes: V token classes, P pair classes (ids V .. V + P - 1, in rank order), N captions, T ids in all.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
@@ -15,8 +18,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from labels.errors import UserError
-from labels.files import local_copy, write_whole
+from labels.files import fingerprint, local_copy, sha256_file, write_whole
+from labels.layout import Layout
 from labels.schema import LABELS
+from labels.settings import Labels
+from labels.tokenizers.tokenizer import make_tokenizer
+from preprocess.label_job import label_table, write_labels
+from preprocess.stage import (
+    BuildContext,
+    CorpusMarker,
+    CorpusTask,
+    LabelMarker,
+    Stage,
+    read_faults,
+    read_marker,
+    run_stage,
+    spill_folder,
+    write_marker,
+)
 from preprocess.word_pairs import caption_pairs, count_words, known_pairs
 
 PAIRS = pa.schema(
@@ -28,28 +47,75 @@ PAIRS = pa.schema(
     ],
     metadata=LABELS.metadata,
 )
-"""One row a pair class, in rank order: the pair of row r is class V + r."""
+"""One row for each pair class, in rank order: the pair of row r is class V + r."""
 
 _STREAM = pa.schema([("pair", pa.int64())])
 _ROWS_AT_ONCE = 65_536
-_VERIFY = "run `preprocess verify` on this OUT"
+_VERIFY = "run `preprocess verify` on this output folder"
 
 # Counted before it is joined: the words' own counts are whole only when all pairs have been read.
 _COUNT = "CREATE TEMP TABLE counted AS SELECT pair, count(*) AS df FROM stream GROUP BY pair HAVING count(*) >= $least"
 _RANK = """
-WITH told AS (
+WITH scored AS (
     SELECT (pair >> 32)::INTEGER AS first, (pair & 4294967295)::INTEGER AS second, counted.df,
            (counted.df::DOUBLE * $captions::DOUBLE) / (a.df::DOUBLE * b.df::DOUBLE) AS lift,
            $captions::DOUBLE / counted.df::DOUBLE AS rarity
     FROM counted JOIN words a ON a.id = pair >> 32 JOIN words b ON b.id = pair & 4294967295
 )
 SELECT first, second, df AS document_frequency, df::DOUBLE * (ln(lift) / ln(rarity)) AS score
-FROM told WHERE lift > 1 ORDER BY score DESC, first, second LIMIT $classes
+FROM scored WHERE lift > 1 ORDER BY score DESC, first, second LIMIT $classes
 """
 
 
+def run_pair_stages(build: BuildContext, labelled: list[LabelMarker], fresh: frozenset[str], *, keep: bool) -> list[LabelMarker]:
+    """Choose the word pairs of all shards and put their classes into every label file; return the label markers then.
+
+    Args:
+        build: the build.
+        labelled: markers of all shards.
+        fresh: as for `run_stage`.
+        keep: pairs that were chosen before more shards were added serve these too.
+    """
+    layout, labels = build.layout, build.settings.labels
+    # What decides the token ids; the label files change when the pair classes are put in.
+    rows = [[marker.shard, marker.source, marker.options, marker.keys_sha256] for marker in labelled]
+    of = {"rows": fingerprint(rows), "classes": labels.ngram_classes, "min_count": labels.ngram_min_count}
+    shards = [marker.shard for marker in labelled]
+
+    def choose(task: CorpusTask) -> CorpusMarker:
+        path, memory = layout.markers / "pairs.json", build.settings.build.duckdb_memory
+        path.unlink(missing_ok=True)
+        with spill_folder(layout) as spill:
+            files = [layout.label_file(shard) for shard in task.shards]
+            limits = labels.ngram_classes, labels.ngram_min_count
+            pairs = choose_pairs(files, *build.tokenizer.whole_words, *limits, memory, spill)
+        write_pairs(layout.pairs, pairs)
+        marker = CorpusMarker(of=dict(task.of), sha256=sha256_file(layout.pairs))
+        write_marker(path, marker)
+        return marker
+
+    choosing = Stage(None, choose, CorpusMarker, layout.markers, [layout.out])
+    [chosen] = run_stage(build, choosing, [CorpusTask("pairs", of, shards, (layout.pairs.name,), keep)], fresh=fresh)
+    adding = Stage("word pairs", add_pairs, LabelMarker, layout.markers / "labels", [])
+    return run_stage(build, adding, [PairsTask(shard, layout.out, labels, chosen.sha256) for shard in shards], fresh=fresh)
+
+
+def class_names(build: BuildContext) -> list[str]:
+    """Names of all label classes, position = id: the tokens, and after them the word pairs."""
+    tokens = build.tokenizer.tokens
+    if build.settings.labels.ngrams == 1:
+        return tokens
+    return [*tokens, *pair_names(read_pairs(build.layout.pairs, len(tokens)), tokens)]
+
+
 def choose_pairs(
-    label_files: Sequence[Path], starts_word: np.ndarray, ends_word: np.ndarray, classes: int, min_count: int, memory: str, spill: Path
+    label_files: Sequence[Path],
+    starts_word: np.ndarray,
+    ends_word: np.ndarray,
+    classes: int,
+    min_count: int,
+    memory: str,
+    spill: Path,
 ) -> pa.Table:
     """The most informative pairs of neighbouring whole words of the corpus.
 
@@ -59,14 +125,14 @@ def choose_pairs(
 
         score = n(ab) * pmi / -log p(ab),
 
-    ties by (first, second). Pairs that come no more often than chance (pmi <= 0) say nothing and are left out. The result does not
-    depend on the number of threads, or on how the rows are cut into files.
+    ties by (first, second). Pairs that come no more often than chance (pmi <= 0) are no classes. The result does not depend on the
+    number of threads, or on how the rows are cut into files.
 
     Args:
         label_files: label Parquet; their token_ids are read.
         starts_word: bool [V], tokens that only begin a word.
         ends_word: bool [V], tokens that only end one.
-        classes: P, at most so many pairs.
+        classes: the largest number of pairs; P is what is found.
         min_count: the least n(ab).
         memory: DuckDB's limit, e.g. `1GiB`; counts that need more are spilled.
         spill: a folder for what does not fit; the caller removes it.
@@ -99,7 +165,7 @@ class _Corpus:
     Attributes:
         captions: N, so far.
         words: int64 [V], captions so far that hold the token as a whole word.
-        error: why the stream ended early; DuckDB would tell it as a traceback.
+        error: why the stream ended early; DuckDB would raise it as a traceback.
     """
 
     def __init__(self, files: Sequence[Path], starts_word: np.ndarray, ends_word: np.ndarray) -> None:
@@ -109,7 +175,7 @@ class _Corpus:
         self.error: UserError | None = None
 
     def pairs(self) -> Iterator[pa.RecordBatch]:
-        """Pairs as first << 32 | second, each once a caption."""
+        """Pairs as first << 32 | second, each once per caption."""
         for file in self._files:
             try:
                 with local_copy(file) as local:
@@ -132,7 +198,12 @@ class _Corpus:
 
 
 def pair_labels(
-    token_ids: np.ndarray, offsets: np.ndarray, pairs: pa.Table, vocabulary: int, starts_word: np.ndarray, ends_word: np.ndarray
+    token_ids: np.ndarray,
+    offsets: np.ndarray,
+    pairs: pa.Table,
+    vocabulary: int,
+    starts_word: np.ndarray,
+    ends_word: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The pair classes of every row, distinct and ascending.
 
@@ -155,7 +226,7 @@ def pair_labels(
 
 
 def append_rows(ids: np.ndarray, offsets: np.ndarray, more: np.ndarray, more_offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row by row, `more` behind `ids`: flat ids [T], [T'] with offsets [N + 1] each to ids int32 [T + T'], offsets int64 [N + 1]."""
+    """Row by row, `more` after `ids`: flat ids [T], [T'] with offsets [N + 1] each to ids int32 [T + T'], offsets int64 [N + 1]."""
     begins = offsets + more_offsets
     joined = np.empty(begins[-1], np.int32)
     joined[np.arange(len(ids)) + np.repeat(more_offsets[:-1], np.diff(offsets))] = ids
@@ -164,7 +235,7 @@ def append_rows(ids: np.ndarray, offsets: np.ndarray, more: np.ndarray, more_off
 
 
 def pair_names(pairs: pa.Table, tokens: Sequence[str]) -> list[str]:
-    """How the pair classes are called in the table `tokens`: the two tokens, joined by a space."""
+    """Names of the pair classes: the two tokens, joined by a space."""
     return [f"{tokens[a]} {tokens[b]}" for a, b in zip(pairs["first"].to_pylist(), pairs["second"].to_pylist(), strict=True)]
 
 
@@ -179,7 +250,7 @@ def read_pairs(path: Path, vocabulary: int) -> pa.Table:
     Raises:
         UserError: the file is missing, unreadable, no such table, or of another vocabulary than V.
     """
-    mend = "run `preprocess build-labels` for this OUT again"
+    mend = "run `preprocess build-labels` for this output folder again"
     if not path.is_file():
         raise UserError(f"no word pairs at {path}", mend=mend)
     try:
@@ -188,7 +259,11 @@ def read_pairs(path: Path, vocabulary: int) -> pa.Table:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable as Parquet: {error}", mend=mend) from None
     if not table.schema.equals(PAIRS):
-        raise UserError(f"{path} has the columns {table.schema.names}", allowed=f"{PAIRS.names}, of their types and never null", mend=mend)
+        raise UserError(
+            f"{path} has the columns {table.schema.names}",
+            allowed=f"{PAIRS.names}, of their types and never null",
+            mend=mend,
+        )
     for name in ("first", "second"):
         try:
             _check_ids(table[name].to_numpy(), vocabulary)
@@ -201,3 +276,62 @@ def _check_ids(ids: np.ndarray, vocabulary: int) -> None:
     """Compiled code checks no bounds."""
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
         raise ValueError(f"token ids from {ids.min()} to {ids.max()}, allowed: 0 to {vocabulary - 1}")
+
+
+@dataclass(frozen=True)
+class PairsTask:
+    """`pairs`: SHA-256 of pairs.parquet, written into the marker."""
+
+    shard: str
+    out: Path
+    settings: Labels
+    pairs: str
+    file_count: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.shard
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        return (self.shard,)
+
+    def is_done(self, marker: LabelMarker, sizes: Mapping[str, int]) -> bool:
+        return marker.pairs == self.pairs
+
+
+def add_pairs(task: PairsTask) -> LabelMarker:
+    """Write one label file again, with pair classes in place of those of an earlier choice; return its marker."""
+    layout = Layout(task.out)
+    path, marker_path = layout.label_file(task.shard), layout.label_marker(task.shard)
+    marker, faults = read_marker(marker_path, LabelMarker), read_faults(marker_path)
+    assert marker is not None  # the label stage has just written or checked it
+    marker_path.unlink()  # killed from here on, the shard is labelled again
+    tokenizer = make_tokenizer(task.settings)
+    vocabulary = len(tokenizer.tokens)
+    pairs = read_pairs(layout.pairs, vocabulary)
+
+    def batches(source: Path) -> Iterator[pa.Table]:
+        for batch in pq.ParquetFile(source, pre_buffer=False).iter_batches(_ROWS_AT_ONCE):
+            ids, offsets = _flat(batch["token_ids"])
+            singles = _tokens_only(*_flat(batch["label_ids"]), vocabulary)
+            both = append_rows(*singles, *pair_labels(ids, offsets, pairs, vocabulary, *tokenizer.whole_words))
+            yield label_table(pa.Table.from_batches([batch]), ids, offsets, *both)
+
+    with local_copy(path) as source:
+        written = write_labels(layout, task.shard, batches(source))
+    marker = marker.model_copy(update={**written, "pairs": task.pairs})
+    write_marker(marker_path, marker, faults)
+    return marker
+
+
+def _flat(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 [T] and offsets int64 [N + 1] from 0 on."""
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _tokens_only(ids: np.ndarray, offsets: np.ndarray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows without the pair classes of an earlier choice."""
+    keep = ids < vocabulary
+    return ids[keep], np.concatenate([[0], np.cumsum(keep)])[offsets].astype(np.int64)

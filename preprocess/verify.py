@@ -16,8 +16,7 @@ from labels.layout import Layout
 from labels.manifest import Manifest, ShardPart, read_manifest
 from labels.schema import COUNTS, LABELS
 from preprocess.inspect.sql import open_tables
-from preprocess.plan import read_marker
-from preprocess.record import read_record
+from preprocess.stage import CorpusMarker, read_inputs, read_marker
 from preprocess.verify_images import image_faults, lists_of, unchanged
 
 
@@ -27,8 +26,8 @@ def verify_build(out: Path) -> list[str]:
     frequency = np.zeros(manifest.tokenizer.vocabulary, np.int64)
     faults: list[str] = []
     by_name = {shard.name: shard for shard in manifest.shards}
-    record = read_record(layout)
-    begun = {shard.name for shard in record.shards} if record else set()
+    inputs = read_inputs(layout)
+    begun = {shard.name for shard in inputs.shards} if inputs else set()
     for path in sorted(layout.labels.glob("*.parquet")):
         if path.stem not in by_name and path.stem in begun:
             faults.append(f"{path}: of an append that has not finished; `preprocess append {out}` goes on, with --undo gives it up")
@@ -56,8 +55,8 @@ def verify_build(out: Path) -> list[str]:
 
 def mending_command(out: Path) -> str:
     """What makes anew that which `verify_build` has found faulty."""
-    record = read_record(Layout(out))
-    if record and len(record.batches) > 1:
+    inputs = read_inputs(Layout(out))
+    if inputs and len(inputs.batches) > 1:
         return f"run `preprocess append {out}`"
     return "run the build-labels command of this OUT again"
 
@@ -65,9 +64,9 @@ def mending_command(out: Path) -> str:
 def _chosen_faults(layout: Layout, manifest: Manifest) -> list[str]:
     """Faults of what the labels were made with: the word pairs, and the uids of the subset."""
     faults = []
-    marker = read_marker(layout.markers / "pairs.json")
+    marker = read_marker(layout.markers / "pairs.json", CorpusMarker)
     if manifest.options["labels"]["ngrams"] > 1:
-        with unchanged(layout.pairs, marker["sha256"] if marker else "") as (_, changed):
+        with unchanged(layout.pairs, marker.sha256 if marker else "") as (_, changed):
             if changed:
                 (layout.markers / "pairs.json").unlink(missing_ok=True)
             faults += changed

@@ -15,7 +15,7 @@ from labels.layout import Layout
 from labels.manifest import BetonPart, Manifest, ShardPart
 from labels.places import open_places, read_sources
 from labels.sparse import pad_rows
-from preprocess.plan import image_folder
+from preprocess.beton_plan import image_folder
 
 
 def image_faults(layout: Layout, manifest: Manifest, whole: set[str]) -> list[str]:

@@ -12,8 +12,7 @@ from labels.config import load_pipeline
 from labels.layout import Layout
 from preprocess.build import complete, make_build
 from preprocess.inputs.shards import find_shards
-from preprocess.plan import check_same_options
-from preprocess.record import Record, write_record
+from preprocess.stage import BuildInputs, check_same_options, write_inputs
 
 WORDS = ["red", "green", "blue", "cat", "dog", "house", "tree", "car", "boat", "sun", "moon", "star", "bird", "fish"]
 
@@ -52,7 +51,7 @@ def build_out(folder: Path, counts: list[int], *overrides: str) -> Path:
     out = folder / "out"
     build = make_build(Layout(out), load_pipeline(overrides=["build.workers=1", *overrides]), None)
     check_same_options(build, alone=True)
-    record = Record("betons", [[shard] for shard in shards])
-    write_record(build.layout, record)
-    assert [part.samples for part in complete(build, record).betons] == counts
+    inputs = BuildInputs("betons", [[shard] for shard in shards])
+    write_inputs(build.layout, inputs)
+    assert [part.samples for part in complete(build, inputs).betons] == counts
     return out

@@ -122,10 +122,10 @@ def test_undo_gives_up_what_has_not_finished(dataset: Built, out: Path, tmp_path
 def test_names_have_to_come_after_the_old_ones(dataset: Built, out: Path, tmp_path: Path) -> None:
     write_tar(tmp_path / "data" / "00000001.tar", healthy(3, 50))
     told = refused(out, tmp_path / "data")
-    assert "would be shard 00000001, which this OUT has from" in told and "add `--prefix more1-`" in told
+    assert "would be shard 00000001, which this output folder has from" in told and "add `--prefix more1-`" in told
     write_tar(tmp_path / "earlier" / "00000000_a.tar", healthy(3, 50))
     told = refused(out, tmp_path / "earlier")
-    assert "would be shard 00000000_a, before 00000001: the rows of this OUT would lose their positions" in told
+    assert "would be shard 00000000_a, before 00000001: old rows would lose their positions" in told
     assert "names that come after 00000001" in told
     append(out, tmp_path / "data", "--prefix", "more1-")
     assert [shard.name for shard in read_manifest(out).shards] == ["00000000", "00000001", "more1-00000001"]
@@ -147,7 +147,7 @@ def test_a_shard_that_changed_is_not_appended(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "data" / "0.tar", healthy(3))
     build(tmp_path / "data", tmp_path / "out")
     write_tar(tar, healthy(4))
-    assert "has changed since it was built into this OUT as shard 0" in refused(tmp_path / "out", tmp_path / "data")
+    assert "has changed since it was built into this output folder as shard 0" in refused(tmp_path / "out", tmp_path / "data")
 
 
 def test_word_pairs_stay_those_that_were_chosen(tmp_path: Path) -> None:

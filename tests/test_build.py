@@ -247,7 +247,7 @@ def test_an_old_marker_does_not_vouch_for_a_newer_file(tmp_path: Path, monkeypat
 
     write_tar(tar, healthy(2, 70))
     with monkeypatch.context() as patched:
-        patched.setattr(label_job, "write_json", stop)
+        patched.setattr(label_job, "write_marker", stop)
         assert preprocess("build-labels", data, "--out", tmp_path / "out", "--workers", 1).code != 0
     tar.write_bytes(original)
     os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))

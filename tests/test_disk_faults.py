@@ -23,7 +23,7 @@ from labels.errors import UserError
 from labels.files import TEMPORARY_SUFFIX, own_partials, plain_disk_faults, remove_partials, whole_file, write_json
 from labels.layout import Layout
 from preprocess.direct import DirectFile
-from preprocess.plan import remove_leftovers
+from preprocess.stage import remove_leftovers
 
 NUMBERS = np.random.default_rng(0).integers(0, 1 << 60, 200_000)
 

@@ -19,8 +19,7 @@ from labels.idf import idf_weights
 from labels.layout import Layout
 from labels.manifest import Manifest, ShardPart, TokenizerPart, write_manifest
 from labels.schema import COUNTS, LABELS, TOKENS
-from preprocess.counts import ShardCounts, write_idf_parquet
-from preprocess.idf_command import sum_idf
+from preprocess.counts import ShardCounts, sum_idf, write_idf_parquet
 
 Rows = list[list[int]]
 TOKENS_OF_ALL = ["a</w>", "cat</w>", "犬", "quote\"'", "never</w>", "<end>"]

@@ -121,7 +121,7 @@ def test_stopped_at_every_single_rename(finished: Built, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
 def test_a_worker_that_dies_ends_the_run_with_a_reason(how: str) -> None:
-    with pytest.raises(UserError, match="a worker process died without a word; finished shards are kept") as caught:
+    with pytest.raises(UserError, match="a worker process exited unexpectedly; finished shards are kept") as caught:
         list(run_tasks(end_without_a_word, ["fine", how, *["fine"] * 9], 2))
     assert "fewer --workers" in str(caught.value)
 

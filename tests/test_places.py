@@ -152,7 +152,7 @@ def test_places_can_be_appended(dataset: Built, tmp_path: Path) -> None:
 def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("path,caption\nimage.jpg,a cat\n")
     told = refused([tmp_path / "pairs.csv"], tmp_path / "out", "--no-images")
-    assert "cannot be read where they lie" in told and "uncompressed tars on local disks" in told and "leave out --no-images" in told
+    assert "cannot be read in place" in told and "uncompressed tars on local disks" in told and "leave out --no-images" in told
     write_tar(tmp_path / "data" / "0.tar", healthy(1))
     assert "--no-beton and --no-images are both given" in refused(tmp_path / "data", tmp_path / "out", "--no-images", "--no-beton")
 

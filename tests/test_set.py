@@ -20,7 +20,7 @@ from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.layout import Layout
 from labels.settings import Data
-from preprocess.idf_command import sum_idf
+from preprocess.counts import sum_idf
 from train.betons import BetonSet
 from train.data import Chosen, data_facts, make_loader, open_data
 from train.distributed import World

@@ -18,7 +18,7 @@ from labels.tokenizers.tokenizer import Tokenizer, make_tokenizer
 from preprocess.inputs.captions import parse_caption_key
 from preprocess.inputs.rows import read_rows
 from preprocess.inputs.shards import Shard, find_shards
-from preprocess.plan import read_summary
+from preprocess.stage import LabelMarker, read_marker
 
 
 def explain(out: Path, name: str, *, shard: str | None = None) -> Explanation:
@@ -72,15 +72,15 @@ def read_config(layout: Layout) -> Pipeline:
 
 def source_shard(layout: Layout, name: str) -> Shard | str:
     """The shard that a label file was made from, or why it is not available."""
-    marker = read_summary(layout.label_marker(name))
+    marker = read_marker(layout.label_marker(name), LabelMarker)
     if marker is None:
         return "the path of the shard is not known any more"
-    path = marker["source"]["path"]
+    path = str(marker.source["path"])
     try:
         shards = [replace(shard, name=name) for shard in find_shards([path]).shards]
     except (UserError, OSError):
         return f"{Path(path).name} is no longer where it was"
-    if len(shards) != 1 or shards[0].source != marker["source"]:
+    if len(shards) != 1 or shards[0].source != marker.source:
         return f"{Path(path).name} has changed since the build"
     return shards[0]
 

@@ -36,7 +36,7 @@ from labels.samples import Label, Sample, Vocabulary, read_image, spread_samples
 from preprocess.counts import quoted
 from preprocess.inspect.explain import source_captions
 from preprocess.inspect.sql import open_tables
-from preprocess.plan import file_sizes
+from preprocess.stage import file_sizes
 
 _EXAMPLES = 5
 _THUMBNAIL_SIDE = 320
