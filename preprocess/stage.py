@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -369,8 +369,13 @@ def file_sizes(folder: Path) -> dict[str, int]:
         return {name.rpartition("/")[2]: int(info["size"]) for name, info in listing.items()}
     if not folder.is_dir():
         return {}
+    sizes = {}
     with os.scandir(folder) as entries:
-        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        for entry in entries:
+            with suppress(FileNotFoundError):  # a temporary file of another member of an array job, renamed since
+                if entry.is_file():
+                    sizes[entry.name] = entry.stat().st_size
+    return sizes
 
 
 @contextmanager
