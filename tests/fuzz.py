@@ -171,7 +171,7 @@ def check(data: bytes, folder: Path, whole_job: bool) -> Counter[str]:
         layout = Layout(folder / "out")
         marker = label_shard(LabelTask(shard, layout.out, Labels(), CHOICES, False, "fuzz"))
         table = pq.read_table(layout.label_file("fuzz"))
-        assert marker["rows"] == len(table) == len(rows) and marker["reasons"] == dict(reasons)
+        assert marker.rows == len(table) == len(rows) and marker.reasons == dict(reasons)
         assert table["label_ids"].combine_chunks().flatten().to_pylist() == label_ids.tolist()
     return reasons + Counter(labelled=len(rows))
 
