@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from labels.errors import UserError
 from labels.files import write_whole
+from labels.kinds import EVALUATORS, names_in
 from labels.recipes import RECIPES
 from labels.settings import Pipeline, Section
 
@@ -68,7 +69,7 @@ def load_pipeline(file: Path | None = None, overrides: Iterable[str] = (), recip
 
 
 def own_section(pipeline: Pipeline, name: str, section: type[_Own]) -> _Own:
-    """The keys below `evaluators.NAME`, of an evaluator whose section stands in its own file.
+    """The section of an evaluator, whose keys are defined in the evaluator's own file.
 
     Raises:
         UserError: as load_pipeline.
@@ -76,12 +77,7 @@ def own_section(pipeline: Pipeline, name: str, section: type[_Own]) -> _Own:
     try:
         return section.model_validate(pipeline.evaluators.get(name, {}))
     except ValidationError as error:
-        raise UserError(_explain(error, "", section, ("evaluators", name))) from None
-
-
-def section_key(name: str) -> str:
-    """Where an evaluator's keys stand: its own section, or a part of `evaluators`."""
-    return name if name in Pipeline.model_fields else f"evaluators.{name}"
+        raise UserError(_explain(error, "", section, (name,))) from None
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -146,7 +142,7 @@ def _explain(error: ValidationError, source: str, model: type[Section], at: tupl
     """Every fault on a line of its own: key, value, what is allowed. `at`: where the model stands in the configuration."""
     lines = [f"the configuration {source}is not valid:"]
     for fault in error.errors(include_url=False):
-        key = ".".join(map(str, (*at, *fault["loc"]))) or "(whole file)"
+        key = ".".join(map(str, (*at, *fault["loc"]))).removeprefix("evaluators.") or "(whole file)"
         if fault["type"] == "extra_forbidden":
             names = _keys_at(model, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), names, n=1)
@@ -162,7 +158,8 @@ def _explain(error: ValidationError, source: str, model: type[Section], at: tupl
 def _keys_at(model: Any, location: tuple[int | str, ...]) -> list[str]:
     for name in location:
         model = model.model_fields[name].annotation
-    return list(model.model_fields)
+    names = list(model.model_fields)
+    return [name for name in names if name != "evaluators"] + names_in(EVALUATORS) if model is Pipeline else names
 
 
 def dump_yaml(path: Path, settings: BaseModel, leave_out: dict[str, Any] | None = None) -> None:

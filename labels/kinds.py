@@ -1,9 +1,11 @@
 """Kinds of a thing that are the files of one folder: losses, evaluators, families of tokenizers. A new file is a new kind.
 
-Their names, and the few words that are wanted before a kind is used, are read from the files: nothing is imported for them.
+Their names are known without an import: `labels` is below the packages that they are in, and `--help` must not wait for torch.
 """
 
-import re
+import ast
+import pkgutil
+import sys
 from pathlib import Path
 
 LOSSES = "train.losses.kinds"
@@ -13,24 +15,17 @@ _ROOT = Path(__file__).parent.parent
 
 
 def names_in(package: str) -> list[str]:
-    """The kinds of a package, in alphabetical order: its modules but for those that begin with `_`."""
-    return sorted(file.stem for file in _folder(package).glob("*.py") if not file.stem.startswith("_"))
+    """The kinds of a package, in alphabetical order: its modules but for those that begin with `_`. None of them is imported."""
+    return sorted(name for _, name, _ in pkgutil.iter_modules(_folders(package)) if not name.startswith("_"))
 
 
 def summary(package: str, name: str) -> str:
-    """The first paragraph of a kind's docstring."""
-    found = re.match(r'"""(.+?)(?:\n\n|""")', _text(package, name), re.DOTALL)
-    return found[1] if found else ""
+    """The first paragraph of a kind's docstring, without an import, which may take a second."""
+    finder = next(finder for finder, found, _ in pkgutil.iter_modules(_folders(package)) if found == name)
+    source = finder.find_spec(name, None).loader.get_source(name)  # type: ignore
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
 
 
-def says(package: str, name: str, constant: str) -> bool:
-    """Whether a kind's file has the line `constant = True`."""
-    return re.search(rf"^{constant} = True\b", _text(package, name), re.MULTILINE) is not None
-
-
-def _folder(package: str) -> Path:
-    return _ROOT / package.replace(".", "/")
-
-
-def _text(package: str, name: str) -> str:
-    return (_folder(package) / f"{name}.py").read_text(encoding="utf8")
+def _folders(package: str) -> list[str]:
+    imported = sys.modules.get(package)
+    return list(imported.__path__) if imported else [str(_ROOT / package.replace(".", "/"))]

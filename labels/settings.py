@@ -6,11 +6,11 @@ The comments beside the keys stand in pipeline.yaml; a test holds its values equ
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from labels.choices import Formula
-from labels.kinds import EVALUATORS, LOSSES, names_in, says
+from labels.kinds import EVALUATORS, LOSSES, names_in
 from labels.recipes import RECIPES
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
@@ -213,11 +213,6 @@ class Train(Section):
                 f"optimizer.warmup_samples is {self.optimizer.warmup_samples}, the whole run only {self.samples} samples; "
                 "allowed: less than train.samples"
             )
-        if self.runtime.accumulation > 1 and says(LOSSES, self.loss.name, "WHOLE_BATCH"):
-            raise ValueError(
-                f"loss.name is {self.loss.name}, which compares all samples of a batch, runtime.accumulation {self.runtime.accumulation}, "
-                "which never has them together; allowed: 1"
-            )
         if self.batch_size % self.runtime.accumulation:
             raise ValueError(
                 f"batch_size is {self.batch_size}, runtime.accumulation {self.runtime.accumulation}; allowed: a divisor of batch_size"
@@ -248,83 +243,13 @@ class Features(Section):
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-class MaeProbe(Section):
-    epochs: Positive = 90
-    batch_size: Positive = 16_384
-    base_lr: Annotated[float, Field(gt=0)] = 0.1
-    warmup_epochs: Annotated[int, Field(ge=0)] = 10
-    augment: bool = True
-
-    @model_validator(mode="after")
-    def _warmup(self) -> Self:
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, epochs {self.epochs}; allowed: less than epochs")
-        return self
-
-
-class Probe(Section):
-    recipe: Literal["lbfgs", "mae"] = "lbfgs"
-    weight_decay: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    seeds: Seeds = [0, 1, 2]
-    max_iterations: Positive = 200
-    mae: MaeProbe = MaeProbe()
-
-
-class Fewshot(Section):
-    shots: Annotated[list[Positive], Field(min_length=1)] = [10]
-    seeds: Seeds = [0, 1, 2]
-    l2: Annotated[float, Field(gt=0)] = 1024.0
-
-
-class Knn(Section):
-    k: Annotated[list[Positive], Field(min_length=1)] = [10, 20]
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    seeds: Seeds = [0, 1, 2]
-
-
-class Zeroshot(Section):
-    classnames: Annotated[str, Field(min_length=1)] = "auto"
-    templates: Annotated[str, Field(min_length=1)] = "none"
-    labels: str | None = None
-    seeds: Seeds = [0]
-
-
-class Finetune(Section):
-    epochs: Positive = 50
-    batch_size: Annotated[int, Field(ge=2)] = 1024
-    base_lr: Annotated[float, Field(gt=0)] = 1e-3
-    warmup_epochs: Annotated[int, Field(ge=0)] = 5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    mixup: Annotated[float, Field(ge=0)] = 0.8
-    cutmix: Annotated[float, Field(ge=0)] = 1.0
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
-    accumulation: Positive = 1
-    seeds: Seeds = [0]
-
-    @model_validator(mode="after")
-    def _warmup(self) -> Self:
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, epochs {self.epochs}; allowed: less than epochs")
-        return self
-
-
-def _within_budget(section: Any, samples: int, batch_size: int, optimizer: Any) -> Any:
+def within_budget(section: Any, samples: int, batch_size: int, optimizer: Any) -> Any:
     if not optimizer.warmup_samples < samples >= batch_size:
         raise ValueError(
             f"samples is {samples}, batch_size {batch_size}, optimizer.warmup_samples {optimizer.warmup_samples}; "
             "allowed: samples of one batch at least, and more than those of the warm-up"
         )
     return section
-
-
-class SmallDecoder(Section):
-    layers: Positive = 4
-    width: Positive = 256
-    vocabulary: Annotated[int, BeforeValidator(parse_count), Field(ge=257)] = 8_000
 
 
 class AdapterOptimizer(Section):
@@ -334,25 +259,6 @@ class AdapterOptimizer(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_samples: Count = 200_000
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-
-
-class Caption(Section):
-    decoder: Annotated[str, Field(min_length=1)] = "built-in"
-    train_decoder: bool = False
-    built_in: SmallDecoder = SmallDecoder()
-    mapper: Literal["transformer", "mlp"] = "transformer"
-    mapper_layers: Positive = 8
-    prefix: Positive = 40
-    max_tokens: Annotated[int, Field(ge=2)] = 40
-    beams: Positive = 5
-    samples: Count = 5_660_000
-    batch_size: Positive = 40
-    optimizer: AdapterOptimizer = AdapterOptimizer()
-    seeds: Seeds = [0]
-
-    @model_validator(mode="after")
-    def _budget(self) -> Self:
-        return _within_budget(self, self.samples, self.batch_size, self.optimizer)
 
 
 class LlavaOptimizer(AdapterOptimizer):
@@ -371,43 +277,33 @@ class Llava(Section):
 
     @model_validator(mode="after")
     def _budget(self) -> Self:
-        return _within_budget(self, self.samples, self.batch_size, self.optimizer)
-
-
-class Retrieval(Section):
-    k: Annotated[list[Positive], Field(min_length=1)] = [1, 5, 10]
-    labels: str | None = None
-    seeds: Seeds = [0]
+        return within_budget(self, self.samples, self.batch_size, self.optimizer)
 
 
 class Pipeline(Section):
-    """The whole file."""
+    """The whole file. `evaluators`: the sections of the evaluators, by name, as they were given."""
 
     paths: Paths = Paths()
     labels: Labels = Labels()
     build: Build = Build()
     train: Train = Train()
-    probe: Probe = Probe()
-    fewshot: Fewshot = Fewshot()
-    knn: Knn = Knn()
-    zeroshot: Zeroshot = Zeroshot()
-    retrieval: Retrieval = Retrieval()
     text_tower: TextTower = TextTower()
-    finetune: Finetune = Finetune()
-    caption: Caption = Caption()
     llava: Llava = Llava()
     features: Features = Features()
     evaluators: dict[str, dict[str, Any]] = {}
     recipes: dict[str, dict[str, Any]] = RECIPES
 
-    @field_validator("evaluators")
+    @model_validator(mode="before")
     @classmethod
-    def _without_section(cls, evaluators: dict[str, Any]) -> dict[str, Any]:
-        """What keys there are, their own files say: `labels.config.own_section`."""
-        for name in evaluators:
-            if name in cls.model_fields or name not in names_in(EVALUATORS):
-                names = [one for one in names_in(EVALUATORS) if one not in cls.model_fields]
-                raise ValueError(
-                    f"{name!r} has no keys here; allowed: {', '.join(names) or 'none, each evaluator has a section of its own'}"
-                )
-        return evaluators
+    def _evaluators_sections(cls, values: Any) -> Any:
+        """`probe: {...}` becomes `evaluators: {probe: {...}}`: its keys are known to the evaluator's file (`labels.config.own_section`)."""
+        names = names_in(EVALUATORS)
+        if not isinstance(values, dict) or not isinstance(values.get("evaluators", {}), dict):
+            return values
+        sections = dict(values.get("evaluators", {}))
+        if unknown := sorted(set(sections) - set(names)):
+            raise ValueError(f"evaluators: there is no evaluator {unknown[0]!r}; allowed: {', '.join(names)}")
+        for name in set(names) & set(values):
+            above = values[name] if values[name] is not None else {}
+            sections[name] = sections.get(name, {}) | above if isinstance(above, dict) else above
+        return {key: value for key, value in values.items() if key not in names} | {"evaluators": sections}

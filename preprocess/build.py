@@ -393,7 +393,7 @@ def _finalize(build: BuildContext, inputs: BuildInputs, parts: list[ShardPart], 
     layout, settings, tokenizer = build.layout, build.settings, build.tokenizer
     folder = image_folder(layout, copy=copy)
     _write_quarantine(layout, parts, [folder.markers / f"{marker.name}.json" for marker in written])
-    deciding = {"paths": True, "train": True, "probe": True, "build": {"workers", "engine"}}
+    deciding = {"paths": True, "train": True, "evaluators": True, "build": {"workers", "engine"}}
     dump_yaml(layout.config, settings, leave_out=deciding)
     if inputs.images == "places":
         # A path that was edited since an earlier batch stays.

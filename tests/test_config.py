@@ -11,7 +11,9 @@ from shard_factory import preprocess
 
 from labels.config import dump_yaml, load_pipeline
 from labels.errors import UserError
-from labels.settings import Pipeline
+from labels.settings import Pipeline, Train
+from train.evals.protocols.registry import load_protocol, protocol_names
+from train.losses.kinds import check_accumulation
 
 PIPELINE = Path(__file__).parents[1] / "pipeline.yaml"
 
@@ -47,7 +49,10 @@ def value_at(settings: Any, key: str) -> Any:
 
 
 def test_the_file_holds_the_defaults() -> None:
-    assert load_pipeline(PIPELINE) == Pipeline()
+    pipeline = load_pipeline(PIPELINE)
+    assert pipeline.model_copy(update={"evaluators": {}}) == Pipeline() and sorted(pipeline.evaluators) == protocol_names()
+    for evaluation in map(load_protocol, protocol_names()):
+        assert evaluation.settings(pipeline) == evaluation.settings(Pipeline())
 
 
 def test_the_file_names_every_key_and_comments_it() -> None:
@@ -63,7 +68,34 @@ def test_the_file_names_every_key_and_comments_it() -> None:
         if value:
             found.append(".".join(at))
             assert comment, f"{'.'.join(at)} has no comment"
-    assert [*found, "recipes"] == leaves(Pipeline), "the recipes are read by tests/test_recipes.py"
+    sections = {name: type(load_protocol(name).settings(Pipeline())) for name in protocol_names()}
+    for name, section in sections.items():
+        assert [key for key in found if key.startswith(f"{name}.")] == leaves(section, f"{name}.")
+    others = [key for key in found if key.partition(".")[0] not in sections]
+    assert [*others, "evaluators", "recipes"] == leaves(Pipeline), "the recipes are read by tests/test_recipes.py"
+
+
+def test_an_evaluator_names_the_mistakes_in_its_own_section(tmp_path: Path) -> None:
+    pipeline = load_pipeline(written(tmp_path, "knn: {kk: [1], temperature: 0.0}"))
+    with pytest.raises(UserError) as caught:
+        load_protocol("knn").settings(pipeline)
+    assert "knn.kk: unknown key; did you mean 'k'? allowed: k, temperature, seeds" in str(caught.value)
+    assert "knn.temperature: 0.0 is not allowed: Input should be greater than 0" in str(caught.value)
+
+
+def test_sections_of_evaluators_are_laid_over_each_other(tmp_path: Path) -> None:
+    """`evaluators.NAME` is the older place of them, and that of the configurations beside results."""
+    pipeline = load_pipeline(written(tmp_path, "evaluators: {knn: {k: [3], temperature: 0.5}}\nprobe:\n"), ["knn.k=[7]"])
+    assert pipeline.evaluators == {"knn": {"k": [7], "temperature": 0.5}, "probe": {}}
+    dump_yaml(tmp_path / "again.yaml", pipeline)
+    assert load_pipeline(tmp_path / "again.yaml") == pipeline
+
+
+def test_a_loss_of_whole_batches_refuses_accumulation() -> None:
+    settings = load_pipeline(PIPELINE, ["train.loss.name=two_way", "train.runtime.accumulation=2"]).train
+    with pytest.raises(UserError, match=r"loss.name is two_way(.|\n)*accumulation 2(.|\n)*allowed: 1"):
+        check_accumulation(settings)
+    check_accumulation(Train())
 
 
 def test_precedence_is_defaults_then_file_then_set(tmp_path: Path) -> None:
@@ -109,7 +141,7 @@ def test_forms_of_set(tmp_path: Path, override: str, expected: object) -> None:
         ("labels:\n  idf: smooth\nlabels:\n  idf: paper", ["'labels' is given twice", "line 3"]),
         ("labels: {idff: smooth}", ["labels.idff: unknown key", "did you mean 'idf'?", "allowed: tokenizer, context, idf"]),
         ("train: {model: {trnk: x}}", ["train.model.trnk: unknown key", "did you mean 'trunk'?"]),
-        ("lables: {}", ["lables: unknown key", "did you mean 'labels'?", "allowed: paths, labels, build, train, probe, fewshot"]),
+        ("lables: {}", ["lables: unknown key", "did you mean 'labels'?", "allowed: paths, labels, build, train, text_tower"]),
         ("zzz: 1", ["zzz: unknown key; allowed:"]),
         ("labels: {context: many}", ["labels.context: 'many' is not allowed", "valid integer"]),
         ("labels: {context: 7.5}", ["labels.context: 7.5 is not allowed"]),
@@ -127,11 +159,12 @@ def test_forms_of_set(tmp_path: Path, override: str, expected: object) -> None:
         ("train: {samples: 1000, batch_size: 100, optimizer: {warmup_samples: 1000}}", ["warmup_samples is 1000", "only 1000 samples"]),
         ("train: {samples: 10, batch_size: 20, optimizer: {warmup_samples: 0}}", ["samples is 10", "batch_size 20"]),
         ("train: {runtime: {accumulation: 3}}", ["batch_size is 1024", "runtime.accumulation 3", "a divisor of batch_size"]),
-        ("train: {loss: {name: two_way}, runtime: {accumulation: 2}}", ["loss.name is two_way", "accumulation 2", "allowed: 1"]),
         ("train: {loss: {name: sofmax}}", ["train.loss.name: 'sofmax' is not allowed: Input should be 'asl', 'bce', ", " or 'two_way'"]),
         ("train: {loss: {name: 3}}", ["train.loss.name: 3 is not allowed", "valid string"]),
-        ("evaluators: {knn: {k: [1]}}", ["evaluators: 'knn' has no keys here; allowed: none"]),
-        ("evaluators: {km: {k: [1]}}", ["evaluators: 'km' has no keys here; allowed: none"]),
+        ("knm: {k: [1]}", ["knm: unknown key", "did you mean 'knn'?"]),
+        ("evaluators: {km: {k: [1]}}", ["there is no evaluator 'km'; allowed: caption, "]),
+        ("evaluators: 3", ["evaluators: 3 is not allowed"]),
+        ("probe: 3", ["  probe: 3 is not allowed"]),
         ("train: {checkpoint: {every_samples: 0}}", ["train.checkpoint.every_samples: 0 is not allowed"]),
         ("train: {data: {crop_scale: [0.9, 0.5]}}", ["train.data: crop_scale is [0.9, 0.5]", "0 < low <= high <= 1"]),
         ("train: {data: {crop_ratio: [2.0, 1.0]}}", ["crop_ratio is [2.0, 1.0]"]),

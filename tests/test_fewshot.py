@@ -14,11 +14,11 @@ from PIL import Image
 from test_eval_data import encoded, write_folders
 
 from labels.errors import UserError
-from labels.settings import Features, Fewshot, Pipeline
+from labels.settings import Features, Pipeline
 from train.evals.data.sets import load_pair
 from train.evals.encoders.encoder import EncoderSpec
 from train.evals.features import Extractor
-from train.evals.protocols.kinds.fewshot import FewShot, draw_shots, fit_ridge
+from train.evals.protocols.kinds.fewshot import FewShot, Fewshot, draw_shots, fit_ridge
 from train.evals.run_protocol import run_protocol
 
 
@@ -73,7 +73,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def fewshot(folders: tuple[Path, Path], settings: Fewshot, out: Path | None = None) -> dict:
-    pipeline, extract = Pipeline(fewshot=settings), Extractor(torch.device("cpu"), Features())
+    pipeline, extract = Pipeline(evaluators={"fewshot": settings.model_dump()}), Extractor(torch.device("cpu"), Features())
     return run_protocol(FewShot(), [EncoderSpec("pixels:2")], lambda: load_pair(*folders), pipeline, extract, out)
 
 

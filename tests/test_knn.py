@@ -11,12 +11,12 @@ from test_encoders import write_run
 from test_eval_data import encoded, write_folders
 
 from labels.errors import UserError
-from labels.settings import Features, Knn, Pipeline
+from labels.settings import Features, Pipeline
 from train.evals.data.sets import load_pair
 from train.evals.encoders.encoder import EncoderSpec
 from train.evals.features import Extractor
 from train.evals.protocols.kinds import knn
-from train.evals.protocols.kinds.knn import NearestNeighbours, majority_votes, nearest, weighted_votes
+from train.evals.protocols.kinds.knn import Knn, NearestNeighbours, majority_votes, nearest, weighted_votes
 from train.evals.run_protocol import run_protocol
 
 
@@ -67,7 +67,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_results_of_the_command(folders: tuple[Path, Path], tmp_path: Path) -> None:
     write_run(tmp_path / "run")
-    pipeline, extract = Pipeline(knn=Knn(k=[3, 5])), Extractor(torch.device("cpu"), Features())
+    pipeline, extract = Pipeline(evaluators={"knn": Knn(k=[3, 5]).model_dump()}), Extractor(torch.device("cpu"), Features())
     asked = [EncoderSpec("pixels:2"), EncoderSpec(f"untrained:{tmp_path}/run")]
     result = run_protocol(NearestNeighbours(), asked, lambda: load_pair(*folders), pipeline, extract, tmp_path / "knn.json")
     rows = {(row["encoder"], row["variant"]): row for row in result["results"]}

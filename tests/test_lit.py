@@ -15,7 +15,7 @@ from timm import create_model
 from trainer_factory import losses, weights
 
 from labels.errors import UserError
-from labels.settings import Features, Pipeline, Zeroshot
+from labels.settings import Features, Pipeline
 from train.checkpoint import checkpoint_folders
 from train.cli import cli
 from train.contrastive.method import train_lit
@@ -24,6 +24,7 @@ from train.evals.encoders.encoder import EncoderSpec
 from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
 from train.evals.protocols.kinds.zeroshot import ZeroShot, class_embeddings
+from train.evals.protocols.token_logits import Zeroshot
 from train.evals.run_protocol import run_protocol
 from train.report.results import Line, matches
 from train.report.runs import read_runs
@@ -133,7 +134,7 @@ def test_classes_are_embedded_as_open_clip_does(data: DataSet, tmp_path: Path) -
     texts = [form.replace("{}", one) for one in names for form in forms.read_text().splitlines()]
     assert torch.allclose(class_embeddings(encoder.text().texts(texts, CPU), 3).T, wanted, atol=1e-6)
     extract = Extractor(CPU, Features())
-    pipeline = Pipeline(zeroshot=Zeroshot(templates=str(forms)))
+    pipeline = Pipeline(evaluators={"zeroshot": Zeroshot(templates=str(forms)).model_dump()})
     found = run_protocol(ZeroShot(), [EncoderSpec(f"open_clip:{name}", file)], lambda: data, pipeline, extract)["results"][1]
     guesses = (torch.from_numpy(extract(encoder, data.test)) @ wanted).argmax(1).numpy()
     assert found["variant"] == "zeroshot" and found["top1"] == pytest.approx((guesses == data.test.targets).mean())
@@ -172,7 +173,7 @@ def test_a_run_without_text_tower_is_told_as_such(runs: Runs, data: DataSet, mon
 def test_names_that_the_tokenizer_does_not_know_are_told(runs: Runs, data: DataSet, tmp_path: Path) -> None:
     """Else both would be one and the same text to the tower, and the figure chance without a word."""
     (tmp_path / "names.txt").write_text("red bird\nxylophone\nzeppelin\n")
-    pipeline = Pipeline(zeroshot=Zeroshot(classnames=str(tmp_path / "names.txt")))
+    pipeline = Pipeline(evaluators={"zeroshot": Zeroshot(classnames=str(tmp_path / "names.txt")).model_dump()})
     text = refused(
         run_protocol, ZeroShot(), [EncoderSpec(f"run:{runs.folder / 'lit'}")], lambda: data, pipeline, Extractor(CPU, Features())
     )
@@ -184,11 +185,11 @@ def test_another_tokenizer_is_refused(runs: Runs, data: DataSet, tmp_path: Path)
     from beton_factory import build_out
 
     other = build_out(tmp_path, [4])
-    pipeline = Pipeline(zeroshot=Zeroshot(labels=str(other)))
+    pipeline = Pipeline(evaluators={"zeroshot": Zeroshot(labels=str(other)).model_dump()})
     spec, extract = EncoderSpec(f"run:{runs.folder / 'lit'}"), Extractor(CPU, Features())
     text = refused(run_protocol, ZeroShot(), [spec], lambda: data, pipeline, extract)
     assert "was trained with the tokenizer" in text and "zeroshot.labels=OUT" in text
-    pipeline = Pipeline(zeroshot=Zeroshot(labels=str(tmp_path / "gone")))
+    pipeline = Pipeline(evaluators={"zeroshot": Zeroshot(labels=str(tmp_path / "gone")).model_dump()})
     assert "no manifest is there" in refused(run_protocol, ZeroShot(), [spec], lambda: data, pipeline, extract)
 
 

@@ -1,11 +1,10 @@
 """What CONTRIBUTING.md says of a loss, a family of tokenizers and an evaluator: one new file in the tree, and all commands know it.
 
-The three packages are copied, a file of each kind is put into the copy and nothing else is changed; the commands run from there.
+A folder with one new file is added to the `__path__` of each package of kinds, as if the file stood there; nothing else is changed.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,10 +135,17 @@ EVALUATION = Centroid()
 '''
 
 ADDED = {
-    "train/losses/kinds/brier.py": BRIER,
-    "labels/tokenizers/kinds/letters.py": LETTERS,
-    "train/evals/protocols/kinds/centroid.py": CENTROID,
+    "train.losses.kinds": ("brier.py", BRIER),
+    "labels.tokenizers.kinds": ("letters.py", LETTERS),
+    "train.evals.protocols.kinds": ("centroid.py", CENTROID),
 }
+EXTEND = f"""
+import importlib
+from pathlib import Path
+
+for package in {list(ADDED)}:
+    importlib.import_module(package).__path__.append(str(Path(__file__).parent / package))
+"""
 TRAIN = {
     "samples": 64, "batch_size": 16, "loss": {"name": "brier"}, "optimizer": {"warmup_samples": 16},
     "model": {"trunk": "vit_tiny_patch16_224", "trunk_args": {"depth": 1, "embed_dim": 24, "num_heads": 2}, "image_size": 32},
@@ -149,13 +155,13 @@ TRAIN = {
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The copy with the three files, and in it `data`, `labelled` and pipeline.yaml."""
+    """A folder with the three files, sitecustomize.py that adds them in every process, `data`, `labelled` and pipeline.yaml."""
     tree = tmp_path_factory.mktemp("one_file")
-    for package in ("labels", "preprocess", "train"):
-        shutil.copytree(ROOT / package, tree / package)  # with kept code, so that it is not compiled again
-    for name, text in ADDED.items():
-        assert not (tree / name).exists()
-        (tree / name).write_text(text)
+    for package, (name, text) in ADDED.items():
+        assert not ROOT.joinpath(*package.split("."), name).exists()
+        (tree / package).mkdir()
+        (tree / package / name).write_text(text)
+    (tree / "sitecustomize.py").write_text(EXTEND)
     write_tar(
         tree / "data" / "00000.tar", [member for number in range(16) for member in sample(f"{number:05d}", f"cab {'ef'[number % 2]}")]
     )
@@ -167,7 +173,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(tree: Path, *words: str, told: int = 0) -> str:
     """What a command says; its exit code is `told`."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "COLUMNS": "200"}
+    environment = {**os.environ, "PYTHONPATH": f"{tree}:{ROOT}", "COLUMNS": "200"}
     done = subprocess.run([sys.executable, *words], cwd=tree, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == told, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -194,7 +200,7 @@ def test_a_new_file_of_each_kind_is_known_to_all_commands(tree: Path) -> None:
     losses = [json.loads(line)["loss"] for line in (tree / "run" / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
-    measured = ["--data", "folders:labelled", "--encoder", "pixels:2", "--encoder", "run:run", "--set", "evaluators.centroid.power=1"]
+    measured = ["--data", "folders:labelled", "--encoder", "pixels:2", "--encoder", "run:run", "--set", "centroid.power=1"]
     printed = run(tree, "-m", "train", "centroid", *measured, "--out", "results/centroid.json")
     found = json.loads((tree / "results" / "centroid.json").read_text())
     assert found["protocol"] == "nearest mean, power 1" and found["settings"] == {"power": 1, "seeds": [0]} and "pixels:2" in printed
@@ -212,7 +218,7 @@ def test_a_new_file_of_each_kind_is_known_to_all_commands(tree: Path) -> None:
 
 
 def test_the_gradient_of_a_new_loss(tree: Path) -> None:
-    """In a process of the copy: loss and gradients are those of the formula."""
+    """Loss and gradients are those of the formula, in a process that knows the file."""
     script = """
 import torch
 from labels.settings import Loss
@@ -240,19 +246,20 @@ from train.cli import cli
 
 for words in (["--help"], ["centroid", "--help"]):
     print(CliRunner().invoke(cli, words).output)
-for overrides in (["train.loss.name=briar"], ["train.runtime.accumulation=2"], ["evaluators.knn.k=[1]"]):
+for overrides in (["train.loss.name=briar"], ["centriod.power=1"]):
     try:
         load_pipeline(None, overrides)
     except UserError as error:
         print(error)
-print([name for name in ("torch", "train.losses", "train.evals.protocols", "preprocess") if name in sys.modules])
+print([name for name in ("torch", "train.losses.kinds.brier", "train.evals.protocols.kinds.centroid", "preprocess") if name in sys.modules])
 """
     told = run(tree, "-c", script)
     assert "  centroid   The class whose mean is nearest.\n" in told and "second paragraph" not in told and told.endswith("[]\n")
     assert "train.loss.name: 'briar' is not allowed: Input should be 'asl', 'bce', 'brier', 'soft_margin', 'softmax' or 'two_way'" in told
-    assert "loss.name is brier, which compares all samples of a batch" in told
-    assert "evaluators: 'knn' has no keys here; allowed: centroid" in told
-    wrong = ["--data", "folders:labelled", "--encoder", "pixels:2", "--set", "evaluators.centroid.pwoer=1"]
-    assert "evaluators.centroid.pwoer: unknown key; did you mean 'power'? allowed: power, seeds" in run(
+    assert "centriod: unknown key; did you mean 'centroid'?" in told
+    partial = ["run", "--beton", "out", "--out", "partial", "--set", "train.runtime.accumulation=2"]
+    assert "loss.name is brier, which compares all samples of a batch" in run(tree, "-m", "train", *partial, told=2)
+    wrong = ["--data", "folders:labelled", "--encoder", "pixels:2", "--set", "centroid.pwoer=1"]
+    assert "centroid.pwoer: unknown key; did you mean 'power'? allowed: power, seeds" in run(
         tree, "-m", "train", "centroid", *wrong, told=2
     )

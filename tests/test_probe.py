@@ -16,7 +16,7 @@ from test_eval_data import encoded, write_folders
 
 from labels.config import load_pipeline
 from labels.errors import UserError
-from labels.settings import Features, MaeProbe, Pipeline, Probe
+from labels.settings import Features, Pipeline
 from train.evals.data.sets import load_pair
 from train.evals.encoders.encoder import EncoderSpec
 from train.evals.features import Extractor
@@ -24,9 +24,9 @@ from train.evals.pixels import decode_crop
 from train.evals.protocols import lbfgs_probe
 from train.evals.protocols import mae_probe as mae_module
 from train.evals.protocols.kinds.probe import LinearProbe
-from train.evals.protocols.lbfgs_probe import choose_weight_decay, linear_probe, majority, stratified_split
+from train.evals.protocols.lbfgs_probe import Probe, choose_weight_decay, linear_probe, majority, stratified_split
 from train.evals.protocols.logistic import Axes, fit, start_at_zero
-from train.evals.protocols.mae_probe import cached_epochs, learning_rate, mae_probe, make_optimizer
+from train.evals.protocols.mae_probe import MaeProbe, cached_epochs, learning_rate, mae_probe, make_optimizer
 from train.evals.protocols.protocol import top_k
 from train.evals.run_protocol import run_protocol
 
@@ -187,7 +187,7 @@ def write_colours(directory: Path, seed: int, per_class: int) -> Path:
 
 
 def run_probe(specs: list[str], train_dir: Path, test_dir: Path, probe: Probe, out: Path | None = None) -> dict[str, Any]:
-    pipeline = Pipeline(probe=probe)
+    pipeline = Pipeline(evaluators={"probe": probe.model_dump()})
     asked = [EncoderSpec(spec) for spec in specs]
     return run_protocol(LinearProbe(), asked, lambda: load_pair(train_dir, test_dir), pipeline, Extractor(CPU, Features()), out)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lit_factory import Runs, refused, three_classes
 from test_eval_data import encoded, write_tar
 
-from labels.settings import Features, Pipeline, Retrieval
+from labels.settings import Features, Pipeline
 from train.cli import cli
 from train.evals.data.captions import load_caption_set
 from train.evals.data.sets import DataSet
@@ -22,7 +22,7 @@ from train.evals.encoders.encoder import EncoderSpec
 from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
 from train.evals.protocols.kinds import retrieval
-from train.evals.protocols.kinds.retrieval import Recall, ranks, recalls
+from train.evals.protocols.kinds.retrieval import Recall, Retrieval, ranks, recalls
 from train.evals.run_protocol import run_protocol
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,7 +110,9 @@ def test_what_cannot_be_asked(runs: Runs, pairs: Path) -> None:
     extract = Extractor(CPU, Features())
 
     def ask(spec: EncoderSpec, settings: Retrieval) -> Any:
-        return run_protocol(Recall(), [spec], lambda: load_caption_set(f"pairs:{pairs}"), Pipeline(retrieval=settings), extract)
+        return run_protocol(
+            Recall(), [spec], lambda: load_caption_set(f"pairs:{pairs}"), Pipeline(evaluators={"retrieval": settings.model_dump()}), extract
+        )
 
     for spec in (EncoderSpec(f"run:{runs.folder / 'run'}"), EncoderSpec("pixels:4"), EncoderSpec(f"run:{runs.folder / 'lit'}", pool="cls")):
         text = refused(ask, spec, Retrieval(k=[1]))

@@ -15,14 +15,14 @@ from test_eval_data import encoded, write_folders
 from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.layout import Layout
-from labels.settings import Features, Loss, Pipeline, Zeroshot
+from labels.settings import Features, Loss, Pipeline
 from train.evals.classnames import class_names, templates
 from train.evals.data.sets import DataSet, load_pair
 from train.evals.encoders.encoder import EncoderSpec
 from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
 from train.evals.protocols.name_labels import label_texts
-from train.evals.protocols.token_logits import TokenLogits, class_scores, class_targets
+from train.evals.protocols.token_logits import TokenLogits, Zeroshot, class_scores, class_targets
 from train.evals.run_protocol import run_protocol
 from train.losses.head_loss import HeadLoss
 from train.trainer import train_run
@@ -108,7 +108,7 @@ def test_targets_are_the_mean_over_templates() -> None:
 
 
 def zeroshot(run: Path, data: DataSet, settings: Zeroshot, **asked) -> dict:
-    pipeline, extract = Pipeline(zeroshot=settings), Extractor(torch.device("cpu"), Features())
+    pipeline, extract = Pipeline(evaluators={"zeroshot": settings.model_dump()}), Extractor(torch.device("cpu"), Features())
     return run_protocol(TokenLogits(), [EncoderSpec(str(run), **asked)], lambda: data, pipeline, extract)
 
 

@@ -94,6 +94,7 @@ def plan_command(
     import torch
 
     from train.contrastive.method import check_whole_batches
+    from train.losses.kinds import check_accumulation
     from train.pace import measure_pace
     from train.plan import plan_lines
 
@@ -107,6 +108,7 @@ def plan_command(
     tower = None if method == "run" else pipeline.text_tower
     if tower:
         check_whole_batches(pipeline.train, f"train {method}")
+    check_accumulation(pipeline.train)
     pace = None
     if measure is not None and beton is not None:
         pace = measure_pace(options.chosen(pipeline, [beton], (), None, "train plan"), pipeline.train, devices, measure, begun)

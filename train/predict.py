@@ -15,12 +15,12 @@ from PIL import Image
 from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.explanation import Explanation, explain_row, with_guesses
-from labels.kinds import LOSSES, says
 from labels.manifest import read_manifest
 from train.checkpoint import checkpoint_folders, read_state
 from train.evals.encoders.load import load_encoder
 from train.evals.encoders.runs import newest_checkpoint
 from train.evals.pixels import decode
+from train.losses.kinds import kind
 from train.model import build_head
 from train.trainer import SUPERCLASS
 from train.weights import load_exactly, read_weights
@@ -57,7 +57,7 @@ def predict_tokens(run: Path, images: Iterable[tuple[str, bytes]], top: int) -> 
     logits = head.eval()(encoder((pixels.permute(0, 3, 1, 2).float().div(255) - mean) / std))  # [B, V]
     # losses without DISTRIBUTION predict each token alone
     loss = load_pipeline(checkpoint.parent.parent / "config.yaml").train.loss.name
-    probabilities = logits.float().softmax(dim=1) if says(LOSSES, loss, "DISTRIBUTION") else logits.float().sigmoid()  # [B, V]
+    probabilities = logits.float().softmax(dim=1) if getattr(kind(loss), "DISTRIBUTION", False) else logits.float().sigmoid()  # [B, V]
     best = probabilities.topk(min(top, vocabulary), dim=1)
     tokens = [
         [{"token_id": token, "probability": probability} for token, probability in zip(ids, values, strict=True)]

@@ -32,6 +32,7 @@ from train.ema import Ema
 from train.images import ImageInput
 from train.loop import Budget, Inputs, TrainState, run_loop, stop_signals
 from train.losses.head_loss import HeadLoss
+from train.losses.kinds import check_accumulation
 from train.metrics import Metrics, Speed
 from train.model import Classifier, build_trunk, set_up_trunk
 from train.optim import by_decay, make_optimizer
@@ -358,6 +359,7 @@ def as_train_state(
 
 def check_batch_divides(settings: Train, ranks: int, name: str = "train.batch_size") -> None:
     """Refuse a batch that cannot be shared evenly by the ranks, and by the parts that each takes one after another."""
+    check_accumulation(settings)
     parts = ranks * settings.runtime.accumulation
     if settings.batch_size % parts:
         raise UserError(

@@ -2,12 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BeforeValidator, Field
 
-from labels.settings import SmallDecoder
+from labels.settings import Positive, Section, parse_count
 from train.language_model import LanguageModel, load_language_model
 from train.pretrained import import_transformers
+
+
+class SmallDecoder(Section):
+    layers: Positive = 4
+    width: Positive = 256
+    vocabulary: Annotated[int, BeforeValidator(parse_count), Field(ge=257)] = 8_000
+
 
 BUILT_IN = "built-in"
 _HEAD_WIDTH = 64

@@ -6,21 +6,43 @@ features [N, W], captions -> Pairs -> loop (Captioner, AdamW) -> WORK (metrics, 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from labels.files import fingerprint
-from labels.settings import Caption, Checkpoint, Log, Optimizer, Runtime, Train
+from labels.settings import AdapterOptimizer, Checkpoint, Count, Log, Optimizer, Positive, Runtime, Section, Seeds, Train, within_budget
 from train.caption.batches import PairBatch, Pairs, pair_batches
 from train.caption.captioner import Captioner
-from train.caption.decoder import BUILT_IN
+from train.caption.decoder import BUILT_IN, SmallDecoder
 from train.caption.mapper import MlpMapper, TransformerMapper
 from train.distributed import World
 from train.language_model import LanguageModel
 from train.precision import autocast_dtype
 from train.trainer import train_model
+
+
+class Caption(Section):
+    decoder: Annotated[str, Field(min_length=1)] = "built-in"
+    train_decoder: bool = False
+    built_in: SmallDecoder = SmallDecoder()
+    mapper: Literal["transformer", "mlp"] = "transformer"
+    mapper_layers: Positive = 8
+    prefix: Positive = 40
+    max_tokens: Annotated[int, Field(ge=2)] = 40
+    beams: Positive = 5
+    samples: Count = 5_660_000
+    batch_size: Positive = 40
+    optimizer: AdapterOptimizer = AdapterOptimizer()
+    seeds: Seeds = [0]
+
+    @model_validator(mode="after")
+    def _budget(self) -> Self:
+        return within_budget(self, self.samples, self.batch_size, self.optimizer)
+
 
 _GENERATED_AT_ONCE = 64
 _SAVE_EVERY_MINUTES = 10.0

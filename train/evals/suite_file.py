@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from labels.config import load_pipeline, read_yaml, section_key
+from labels.config import load_pipeline, read_yaml
 from labels.errors import UserError
 from labels.settings import Pipeline, Section
 from train.evals.encoders.encoder import EncoderSpec
@@ -48,7 +48,7 @@ class ProtocolEntry(Section):
 
     def pipeline(self, config: Path | None, overrides: tuple[str, ...]) -> Pipeline:
         """The configuration with this entry's own keys laid over it."""
-        return load_pipeline(config, [*overrides, *_dotted(section_key(self.protocol), self.set)])
+        return load_pipeline(config, [*overrides, *_dotted(self.protocol, self.set)])
 
 
 def _entry(key: str) -> BeforeValidator:

@@ -6,20 +6,44 @@ N images, B batch (of this rank), S image side, C classes.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated, Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
 from labels.errors import UserError
-from labels.settings import Finetune
+from labels.settings import Positive, Section, Seeds
 from train.distributed import World
 from train.evals.data.images import LabelledImages
 from train.evals.encoders.encoder import ImageForm
 from train.evals.features import Normaliser, decoded_batches
 from train.evals.pixels import decode_crop
 from train.feeder import rows_of_steps
+
+
+class Finetune(Section):
+    epochs: Positive = 50
+    batch_size: Annotated[int, Field(ge=2)] = 1024
+    base_lr: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_epochs: Annotated[int, Field(ge=0)] = 5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    mixup: Annotated[float, Field(ge=0)] = 0.8
+    cutmix: Annotated[float, Field(ge=0)] = 1.0
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    accumulation: Positive = 1
+    seeds: Seeds = [0]
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, epochs {self.epochs}; allowed: less than epochs")
+        return self
 
 
 @dataclass(frozen=True)

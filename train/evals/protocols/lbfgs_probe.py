@@ -5,16 +5,28 @@ uses; a result names it as that. N samples, W feature width, C classes.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from labels.errors import UserError
-from labels.settings import Probe
+from labels.settings import Positive, Section, Seeds
 from train.evals.protocols.logistic import TOLERANCE, Axes, fit, start_at_zero
+from train.evals.protocols.mae_probe import MaeProbe
 from train.evals.protocols.protocol import accuracies, top_k
+
+
+class Probe(Section):
+    recipe: Literal["lbfgs", "mae"] = "lbfgs"
+    weight_decay: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seeds: Seeds = [0, 1, 2]
+    max_iterations: Positive = 200
+    mae: MaeProbe = MaeProbe()
+
 
 PROTOCOL = "L-BFGS logistic regression on cached features, stand-in for MAE's recipe"
 _FLOAT64_NUMBERS = 2**23  # training features up to this size are computed with in float64

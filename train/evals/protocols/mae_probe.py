@@ -7,20 +7,36 @@ The head of the last epoch is tested, once. N samples, B batch of the head, W fe
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from timm.optim.lars import Lars
 from torch import Tensor, nn
 from torch.nn import functional
 
-from labels.settings import MaeProbe
+from labels.settings import Positive, Section
 from train.evals.data.images import LabelledImages
 from train.evals.encoders.encoder import Encoder
 from train.evals.features import Extractor
 from train.evals.pixels import decode_crop
 from train.evals.protocols.protocol import accuracies
+
+
+class MaeProbe(Section):
+    epochs: Positive = 90
+    batch_size: Positive = 16_384
+    base_lr: Annotated[float, Field(gt=0)] = 0.1
+    warmup_epochs: Annotated[int, Field(ge=0)] = 10
+    augment: bool = True
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, epochs {self.epochs}; allowed: less than epochs")
+        return self
+
 
 _TEST_ROWS = 16_384
 Epoch = Callable[[int, np.ndarray], Iterable[Tensor]]

@@ -11,17 +11,19 @@ V vocabulary, C classes, W feature width.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from labels.config import load_pipeline
+from labels.config import load_pipeline, own_section
 from labels.errors import UserError
 from labels.idf import read_idf
 from labels.layout import Layout
-from labels.settings import Pipeline, Zeroshot
+from labels.settings import Pipeline, Section, Seeds
 from train.evals.classnames import class_names, templates, told
 from train.evals.data.images import shorten
 from train.evals.data.sets import DataSet
@@ -30,6 +32,14 @@ from train.evals.features import Extractor
 from train.evals.protocols.name_labels import label_texts
 from train.evals.protocols.protocol import Score, accuracies
 from train.weights import read_weights
+
+
+class Zeroshot(Section):
+    classnames: Annotated[str, Field(min_length=1)] = "auto"
+    templates: Annotated[str, Field(min_length=1)] = "none"
+    labels: str | None = None
+    seeds: Seeds = [0]
+
 
 VARIANT = "zero-shot by token logits"
 
@@ -66,7 +76,7 @@ class TokenLogits:
     name, takes = "zeroshot", "classes"
 
     def settings(self, pipeline: Pipeline) -> Zeroshot:
-        return pipeline.zeroshot
+        return own_section(pipeline, self.name, Zeroshot)
 
     def describe(self, settings: Zeroshot) -> str:
         names, forms = told(settings.classnames), told(settings.templates)

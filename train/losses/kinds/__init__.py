@@ -13,9 +13,24 @@ are then the ranks that hold the other classes of the same samples. `settings` i
 from importlib import import_module
 from types import ModuleType
 
+from labels.errors import UserError
 from labels.kinds import LOSSES
+from labels.settings import Train
 
 
 def kind(name: str) -> ModuleType:
     """The loss of that name, which the configuration has found to be there."""
     return import_module(f"{LOSSES}.{name}")
+
+
+def check_accumulation(settings: Train) -> None:
+    """Raises:
+    UserError: the loss compares all samples of a batch, of which gradient accumulation sees only a part at a time.
+    """
+    if settings.runtime.accumulation > 1 and getattr(kind(settings.loss.name), "WHOLE_BATCH", False):
+        raise UserError(
+            f"train.loss.name is {settings.loss.name}, which compares all samples of a batch, and train.runtime.accumulation "
+            f"{settings.runtime.accumulation} never has them together",
+            allowed="1",
+            mend="set train.runtime.accumulation=1",
+        )

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from labels.config import own_section
 from labels.files import fingerprint, write_json
-from labels.settings import Caption, Pipeline, Runtime
+from labels.settings import Pipeline, Runtime
 from train.caption.batches import tokenized
 from train.caption.cider import cider_d
 from train.caption.decoder import BUILT_IN, make_decoder
 from train.caption.ptb import ptb_tokens
-from train.caption.training import Work, captions_of, make_captioner, train_captioner, trainer_settings
+from train.caption.training import Caption, Work, captions_of, make_captioner, train_captioner, trainer_settings
 from train.distributed import World, distributed_world
 from train.evals.data.captions import CaptionSet
 from train.evals.encoders.encoder import Encoder
@@ -33,7 +34,7 @@ class Captioning:
     name, takes = "caption", "captions"
 
     def settings(self, pipeline: Pipeline) -> Caption:
-        return pipeline.caption
+        return own_section(pipeline, self.name, Caption)
 
     def describe(self, settings: Caption) -> str:
         trained = settings.train_decoder or settings.decoder == BUILT_IN

@@ -10,19 +10,28 @@ N shots in all, D = W + 1 feature width with the constant, C classes. All in flo
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from labels.config import own_section
 from labels.errors import UserError
-from labels.settings import Fewshot, Pipeline
+from labels.settings import Pipeline, Positive, Section, Seeds
 from train.evals.data.images import shorten
 from train.evals.data.sets import DataSet
 from train.evals.encoders.encoder import Encoder
 from train.evals.features import Extractor
 from train.evals.protocols.protocol import Score
+
+
+class Fewshot(Section):
+    shots: Annotated[list[Positive], Field(min_length=1)] = [10]
+    seeds: Seeds = [0, 1, 2]
+    l2: Annotated[float, Field(gt=0)] = 1024.0
+
 
 _BIAS_CONSTANT = 100.0
 _TEST_ROWS = 8192
@@ -74,7 +83,7 @@ class FewShot:
     name, takes = "fewshot", "classes"
 
     def settings(self, pipeline: Pipeline) -> Fewshot:
-        return pipeline.fewshot
+        return own_section(pipeline, self.name, Fewshot)
 
     def describe(self, settings: Fewshot) -> str:
         return f"ridge regression on whitened shots, l2 {settings.l2:g} (big_vision's fewshot_lsr)"

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from labels.config import own_section
 from labels.errors import UserError
 from labels.files import fingerprint
-from labels.settings import Checkpoint, Finetune, Log, Optimizer, Pipeline, Runtime, Train
+from labels.settings import Checkpoint, Log, Optimizer, Pipeline, Runtime, Train
 from train.distributed import World, distributed_world
 from train.evals.data.sets import DataSet
 from train.evals.encoders.encoder import Encoder
 from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
 from train.evals.pixels import TRANSFORM, decode
-from train.evals.protocols.finetune_batches import LabelledBatch, Mixing, cropped_batches, mixes
+from train.evals.protocols.finetune_batches import Finetune, LabelledBatch, Mixing, cropped_batches, mixes
 from train.evals.protocols.finetune_model import FineTuned, make_layer_decayed, set_drop_path, train_what_is_read
 from train.evals.protocols.protocol import Score, accuracies, work_folder
 from train.loop import Stopped, stop_signals
@@ -36,7 +37,7 @@ class FineTune:
     name, takes = "finetune", "classes"
 
     def settings(self, pipeline: Pipeline) -> Finetune:
-        return pipeline.finetune
+        return own_section(pipeline, self.name, Finetune)
 
     def describe(self, settings: Finetune) -> str:
         mixed = f"mixup {settings.mixup:g}, cutmix {settings.cutmix:g}" if mixes(settings) else "no mixing"

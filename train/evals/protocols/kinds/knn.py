@@ -8,17 +8,27 @@ N training samples, M test samples, W feature width, C classes.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from labels.config import own_section
 from labels.errors import UserError
-from labels.settings import Knn, Pipeline
+from labels.settings import Pipeline, Positive, Section, Seeds
 from train.evals.data.sets import DataSet
 from train.evals.encoders.encoder import Encoder
 from train.evals.features import Extractor
 from train.evals.protocols.protocol import Score, accuracies
+
+
+class Knn(Section):
+    k: Annotated[list[Positive], Field(min_length=1)] = [10, 20]
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    seeds: Seeds = [0, 1, 2]
+
 
 _CHUNK_COSINES = 2**26  # similarities held at once: 256 MiB
 
@@ -60,7 +70,7 @@ class NearestNeighbours:
     name, takes = "knn", "classes"
 
     def settings(self, pipeline: Pipeline) -> Knn:
-        return pipeline.knn
+        return own_section(pipeline, self.name, Knn)
 
     def describe(self, settings: Knn) -> str:
         return f"k nearest neighbours by cosine, weighted by exp(cosine / {settings.temperature:g}) (DINO's), and by majority"

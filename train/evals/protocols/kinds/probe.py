@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from labels.config import own_section
 from labels.errors import UserError
-from labels.settings import Pipeline, Probe
+from labels.settings import Pipeline
 from train.evals.data.sets import DataSet
 from train.evals.encoders.encoder import Encoder
 from train.evals.features import Extractor
-from train.evals.protocols.lbfgs_probe import PROTOCOL, linear_probe, stratified_split
+from train.evals.protocols.lbfgs_probe import PROTOCOL, Probe, linear_probe, stratified_split
 from train.evals.protocols.mae_probe import augmented_epochs, cached_epochs, mae_probe
 from train.evals.protocols.protocol import Score
 
@@ -19,7 +20,7 @@ class LinearProbe:
     name, takes = "probe", "classes"
 
     def settings(self, pipeline: Pipeline) -> Probe:
-        return pipeline.probe
+        return own_section(pipeline, self.name, Probe)
 
     def describe(self, settings: Probe) -> str:
         if settings.recipe == "lbfgs":

@@ -8,17 +8,27 @@ Of equal cosines the one with the smaller number comes first. Similarities are t
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from labels.config import own_section
 from labels.errors import UserError
-from labels.settings import Pipeline, Retrieval
+from labels.settings import Pipeline, Positive, Section, Seeds
 from train.evals.data.captions import CaptionSet
 from train.evals.encoders.encoder import Encoder
 from train.evals.features import Extractor
 from train.evals.protocols.protocol import Score
+
+
+class Retrieval(Section):
+    k: Annotated[list[Positive], Field(min_length=1)] = [1, 5, 10]
+    labels: str | None = None
+    seeds: Seeds = [0]
+
 
 _CHUNK_COSINES = 2**26  # similarities held at once: 256 MiB
 
@@ -59,7 +69,7 @@ class Recall:
     name, takes = "retrieval", "captions"
 
     def settings(self, pipeline: Pipeline) -> Retrieval:
-        return pipeline.retrieval
+        return own_section(pipeline, self.name, Retrieval)
 
     def describe(self, settings: Retrieval) -> str:
         return f"recall at {', '.join(map(str, settings.k))} by cosine, of captions by images and of images by captions"

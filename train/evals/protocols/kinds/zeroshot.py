@@ -13,14 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from labels.errors import UserError
-from labels.settings import Zeroshot
 from train.evals.classnames import class_names, templates, told
 from train.evals.data.images import shorten
 from train.evals.data.sets import DataSet
 from train.evals.encoders.encoder import Encoder
 from train.evals.features import Extractor
 from train.evals.protocols.protocol import Score, accuracies
-from train.evals.protocols.token_logits import TokenLogits
+from train.evals.protocols.token_logits import TokenLogits, Zeroshot
 
 
 def class_embeddings(texts: Tensor, templates: int) -> Tensor:
