@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -233,12 +233,3 @@ def fingerprint(value: Any) -> str:
     """SHA-256 of a JSON value in canonical form: 16 hex digits, equal for equal values."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def fingerprint_of_sources(file: str, names: Iterable[str]) -> str:
-    """Fingerprint of source files, named relative to the folder of `file`.
-
-    For compiled code that numba keeps in __pycache__. numba takes it for valid while the text of the function's *own* file is the same,
-    and knows nothing of the files it calls into. What a function encloses is part of the key, so entry points enclose this fingerprint.
-    """
-    return fingerprint([(Path(file).parent / name).read_text("utf8") for name in names])
