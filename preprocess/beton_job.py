@@ -27,7 +27,7 @@ from preprocess.beton_plan import Group, Member, image_folder, row_order
 from preprocess.beton_writer import Samples, write_beton
 from preprocess.inputs.captions import Choice
 from preprocess.inputs.pictures import find_pictures
-from preprocess.inputs.tars import Fault
+from preprocess.inputs.rowbatch import Fault
 from preprocess.settle import settle
 from preprocess.spool import Spool
 from preprocess.stage import GroupMarker, Stage, write_marker

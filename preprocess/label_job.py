@@ -27,10 +27,10 @@ from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.counts import ShardCounts
 from preprocess.inputs.captions import Choice
 from preprocess.inputs.columns import offsets_and_bytes
+from preprocess.inputs.rowbatch import Fault
 from preprocess.inputs.rows import read_rows
 from preprocess.inputs.shards import Shard
 from preprocess.inputs.subset import open_subset, select
-from preprocess.inputs.tars import Fault
 from preprocess.stage import LabelMarker, Stage, write_marker
 
 # Measured on web captions (docs/experiments.md): the fastest that is no larger. Packed differences of ids are too dense to

@@ -9,7 +9,7 @@ from labels.settings import Build
 from preprocess.decode_check import DecodeCheck
 from preprocess.images import BadImage, lying, prepare
 from preprocess.inputs.pictures import Pictures
-from preprocess.inputs.tars import Fault
+from preprocess.inputs.rowbatch import Fault
 from preprocess.jpegs import MAX_BYTES, scan_jpegs
 from preprocess.spool import Spool
 

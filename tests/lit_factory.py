@@ -9,10 +9,11 @@ from trainer_factory import small_config, small_out
 
 from labels.config import load_pipeline
 from labels.errors import UserError
-from train.contrastive.method import train_clip, train_lit
+from train.contrastive.method import train_clip
 from train.data import Chosen
 from train.evals.data.sets import DataSet, load_pair
 from train.evals.encoders.encoder import EncoderSpec
+from train.evals.lit import train_lit
 from train.trainer import train_run
 
 SHORT = ["train.samples=160", "text_tower={embed_dim: 8, width: 16, heads: 2, layers: 1, context: 8}", "train.optimizer.warmup_samples=0"]

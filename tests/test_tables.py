@@ -19,11 +19,10 @@ from shard_factory import jpeg
 from labels.errors import UserError
 from preprocess.inputs import tablefile
 from preprocess.inputs.captions import parse_caption_key
-from preprocess.inputs.rowbatch import ROWS
+from preprocess.inputs.rowbatch import ROWS, Fault
 from preprocess.inputs.shards import Shard, find_shards
 from preprocess.inputs.tableimages import has_images, table_images
 from preprocess.inputs.tables import read_table_rows
-from preprocess.inputs.tars import Fault
 
 Read = tuple[list[dict[str, Any]], list[tuple[str, str]]]
 

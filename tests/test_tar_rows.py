@@ -14,10 +14,10 @@ from shard_factory import Member, healthy, jpeg, sample, tar_bytes
 
 from preprocess.inputs import tarrows
 from preprocess.inputs.captions import parse_caption_key
+from preprocess.inputs.rowbatch import Fault
 from preprocess.inputs.shards import Shard
 from preprocess.inputs.tarindex import index_tar
 from preprocess.inputs.tarrows import local_index, read_tar_rows
-from preprocess.inputs.tars import Fault
 
 AUTO = parse_caption_key(["auto"])
 PLAIN_JSON = {"uid": "0" * 32, "width": 32, "height": 24, "caption": "from json"}

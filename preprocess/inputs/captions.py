@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from labels.errors import UserError
-from preprocess.inputs.tars import IMAGE_SUFFIXES
+from preprocess.inputs.rowbatch import IMAGE_SUFFIXES
 
 ColumnKind = Literal["parquet", "csv"]
 Kind = Literal["member", "json", ColumnKind]

@@ -16,13 +16,14 @@ import pyarrow.compute as pc
 
 from labels.errors import UserError
 from preprocess.inputs.captions import Choice
+from preprocess.inputs.rowbatch import IMAGE_SUFFIXES, Fault
 from preprocess.inputs.rows import read_rows, reads_side
 from preprocess.inputs.shards import Shard
 from preprocess.inputs.stretches import gather_strings
 from preprocess.inputs.tableimages import table_images
 from preprocess.inputs.tarindex import index_data
 from preprocess.inputs.tarrows import wanted_suffixes
-from preprocess.inputs.tars import IMAGE_SUFFIXES, REPEATED, Fault, Sample, walk
+from preprocess.inputs.tars import REPEATED, Sample, walk
 from preprocess.spool import Spool, map_path
 
 

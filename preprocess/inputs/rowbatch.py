@@ -5,7 +5,18 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from labels.schema import LABELS
-from preprocess.inputs.tars import Fault
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A sample, or the rest of a tar, that cannot be read. `key` is empty where no key is known."""
+
+    key: str
+    reason: str
+    detail: str
+
 
 ROWS = pa.schema([*(LABELS.field(name) for name in ("key", "uid", "width", "height")), pa.field("caption", pa.string(), nullable=False)])
 """One row a sample: key string, uid string?, width and height int32? in pixels, caption string."""

@@ -14,8 +14,8 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from labels.errors import UserError
+from preprocess.inputs.rowbatch import Fault
 from preprocess.inputs.shards import Shard
-from preprocess.inputs.tars import Fault
 
 _BLOCK_BYTES = 1 << 24  # of CSV, at once in memory; also the longest row that can be read
 _READ_BYTES = 1 << 20

@@ -22,10 +22,9 @@ from preprocess.inputs.columns import (
     success_rows,
 )
 from preprocess.inputs.repeats import Repeats
-from preprocess.inputs.rowbatch import ROWS, RowBatch
+from preprocess.inputs.rowbatch import ROWS, Fault, RowBatch
 from preprocess.inputs.shards import Shard
 from preprocess.inputs.tablefile import Table, TableDamaged, open_table
-from preprocess.inputs.tars import Fault
 
 _KEY_ROWS = 1 << 17
 _IDENTITY = (*KEY_COLUMNS, STATUS_COLUMN)

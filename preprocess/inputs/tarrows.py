@@ -20,11 +20,11 @@ import pyarrow.json
 
 from preprocess.images import image_size
 from preprocess.inputs.captions import Choice, join_captions
-from preprocess.inputs.rowbatch import ROWS, RowBatch
+from preprocess.inputs.rowbatch import IMAGE_SUFFIXES, ROWS, Fault, RowBatch
 from preprocess.inputs.shards import Shard
 from preprocess.inputs.stretches import gather_strings
 from preprocess.inputs.tarindex import TarIndex, index_tar
-from preprocess.inputs.tars import IMAGE_SUFFIXES, Fault, walk
+from preprocess.inputs.tars import walk
 
 _BATCH_ROWS = 32_768
 _HEAD_BYTES = 1 << 16

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+from preprocess.inputs.rowbatch import IMAGE_SUFFIXES, Fault
 
 _MAX_HEADER_BYTES = 1 << 24
 # Also what tarfile lets through from numbers and lengths that no writer writes.
@@ -18,15 +18,6 @@ _DAMAGED = (tarfile.TarError, EOFError, OSError, ValueError, ArithmeticError, Lo
 
 REPEATED = "repeated key"
 """The reason of a Fault that is one sample's; any other of `walk` ends the tar."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A sample, or the rest of a tar, that cannot be read. `key` is empty where no key is known."""
-
-    key: str
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ def clip(**arguments: Any) -> None:
 @_training
 def lit(encoder: str, weights: str | None, **arguments: Any) -> None:
     """Train a text tower for a frozen ENCODER (a run, run:RUN, timm:NAME, ...), so that `zeroshot` and `retrieval` can ask it."""
-    from train.contrastive.method import train_lit
     from train.evals.encoders.encoder import EncoderSpec
+    from train.evals.lit import train_lit
 
     _run("lit", arguments, lambda *rest: train_lit(EncoderSpec(encoder, weights), *rest))
 

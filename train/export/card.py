@@ -9,10 +9,11 @@ import yaml
 from labels import __version__
 from train.evals.encoders.encoder import Encoder
 from train.evals.pixels import TRANSFORM
+from train.evals.protocols.protocol import format_metric
 from train.export.check import TOLERANCE
 from train.export.formats import Format, Written
 from train.export.recipe import Training
-from train.report.results import Row, format_metric, readout_of
+from train.report.results import Row, readout_of
 
 _OPEN = "from PIL import Image\n\nfolder = {folder!r}\nimage = Image.open({image!r})\n\n"
 

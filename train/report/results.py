@@ -10,9 +10,9 @@ from typing import Any
 
 from labels.errors import UserError
 from labels.html import Html, details, join, paragraph, table, tag
+from train.evals.protocols.protocol import format_metric
 from train.report.runs import Run
 
-_SHARES = ("top", "r@", "recall", "accuracy")  # metrics in shares of 1, by the beginning of their names
 _COLUMN_NAMES = {"probe": "linear probe", "zeroshot": "zero-shot after LiT"}
 
 
@@ -82,18 +82,6 @@ def read_results(paths: Sequence[Path], *, may_be_none: bool = False) -> list[Ro
             for row in _rows(file, content, protocols):
                 rows.setdefault((row.data, row.encoder, row.variant, *row.metrics.items()), row)
     return list(rows.values())
-
-
-def format_metric(name: str, value: float | None) -> str:
-    """A metric's value for tables: shares of 1 in percent, other metrics unchanged."""
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f}" if is_share(name) else f"{value:.1f}"
-
-
-def is_share(name: str) -> bool:
-    """Whether a metric is a share of 1, shown in percent."""
-    return name.startswith(_SHARES)
 
 
 def _result(file: Path, *, named: bool) -> dict[str, Any] | None:

@@ -14,6 +14,20 @@ from labels.settings import Pipeline, Section
 from train.evals.encoders.encoder import Encoder
 from train.evals.features import Extractor
 
+_SHARES = ("top", "r@", "recall", "accuracy")  # metrics in shares of 1, by the beginning of their names
+
+
+def format_metric(name: str, value: float | None) -> str:
+    """A metric's value for tables: shares of 1 in percent, other metrics unchanged."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" if is_share(name) else f"{value:.1f}"
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric is a share of 1, shown in percent."""
+    return name.startswith(_SHARES)
+
 
 @dataclass(frozen=True)
 class Score:
