@@ -35,8 +35,8 @@ from PIL import Image
 
 from labels.config import load_pipeline
 from labels.settings import Data, Features, Model
+from train.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
 from train.evals.data.sets import DataSet, load_data
-from train.evals.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
 from train.evals.features import Extractor, decoded_batches
 from train.evals.measure import on_device
 from train.evals.pixels import decode
@@ -70,8 +70,8 @@ def write_shards(folder: Path) -> None:
 
 def loader_side(out: Path, model: Model, threads: int) -> Callable[[], int]:
     """One long run of the loader, of which each turn takes a part."""
-    from train.betons import BetonSet
-    from train.loader import Loader
+    from train.data.dataset import BetonSet
+    from train.data.loader import Loader
 
     betons = BetonSet(out)
     loader = Loader(

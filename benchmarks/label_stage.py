@@ -64,10 +64,10 @@ def steps(data: Path, out: Path) -> dict[str, float]:
     from labels.tokenizers import word_table as fastpath
     from labels.tokenizers.tokenizer import make_tokenizer
     from preprocess.counts import ShardCounts
-    from preprocess.inputs.captions import parse_caption_key
-    from preprocess.inputs.rows import read_rows
-    from preprocess.inputs.shards import Shard, find_shards
-    from preprocess.label_job import label_table, write_labels
+    from preprocess.readers.caption_key import parse_caption_key
+    from preprocess.readers.rows import read_rows
+    from preprocess.readers.shards import Shard, find_shards
+    from preprocess.shard import label_table, write_labels
 
     shards = find_shards([str(data)]).shards[:2]
     tokenizer = make_tokenizer(Labels())

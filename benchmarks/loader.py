@@ -55,8 +55,8 @@ def prepare(work: Path, name: str) -> Path:
 def ours(folder: Path, scale: float, epochs: int, device: bool) -> Callable[[], int]:
     """One long run of the loader, of which each turn takes a part, so that its memory is used again as in training."""
     from labels.settings import Data
-    from train.betons import BetonSet
-    from train.loader import Loader
+    from train.data.dataset import BetonSet
+    from train.data.loader import Loader
 
     betons = BetonSet(folder / "out")
     settings = Data(crop_scale=[scale, 1.0], prefetch=1)  # the fewest batches that the ring allows
@@ -184,8 +184,8 @@ def likeness(folder: Path, scale: float, count: int = 128) -> dict[str, float]:
     import cv2
     from PIL import Image
 
-    from train.crops import random_crop
-    from train.resample import margin_bytes, resize_crop, work_bytes
+    from train.data.crops import random_crop
+    from train.data.resize import margin_bytes, resize_crop, work_bytes
 
     found: dict[str, list[float]] = {"this, host": [], "stock FFCV": []}
     for number, jpeg in enumerate(jpegs_of(folder)[:count]):
@@ -205,8 +205,8 @@ def likeness(folder: Path, scale: float, count: int = 128) -> dict[str, float]:
 def label_cost(folder: Path) -> float:
     """Microseconds a sample of finding it, its index with it, and copying its label row, which was read with the image's bytes."""
     from labels.native import njit
-    from train.betons import BetonSet
-    from train.places import TABLE_BYTES, copy_labels, find
+    from train.data.dataset import BetonSet
+    from train.data.image_index import TABLE_BYTES, copy_labels, find
 
     betons = BetonSet(folder / "out")
     labels, scratch, limit = np.empty((betons.samples, betons.label_limit), np.int32), np.zeros(1 << 20, np.uint8), betons.label_limit
@@ -231,8 +231,8 @@ def python_calls(folder: Path) -> dict[int, float]:
     import threading
 
     from labels.settings import Data
-    from train.betons import BetonSet
-    from train.loader import Loader
+    from train.data.dataset import BetonSet
+    from train.data.loader import Loader
 
     betons, found = BetonSet(folder / "out"), {}
     for batch in (32, 32, 256):

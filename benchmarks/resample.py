@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 
 from train.canvas import resample_canvas
-from train.crops import random_crop
-from train.resample import margin_bytes, resize_crop, vertical_first, work_bytes
+from train.data.crops import random_crop
+from train.data.resize import margin_bytes, resize_crop, vertical_first, work_bytes
 
 SIDE = 224
 BICUBIC = Image.Resampling.BICUBIC

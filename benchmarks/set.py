@@ -33,9 +33,9 @@ from labels import beton
 from labels.layout import Layout
 from labels.manifest import read_manifest, write_manifest
 from labels.settings import Data
-from train.betons import BetonSet
-from train.loader import Loader
-from train.order import Order
+from train.data.dataset import BetonSet
+from train.data.loader import Loader
+from train.data.order import Order
 from train.relabel import make_rows
 
 BETONS, SAMPLES_EACH = 100, 100_000
@@ -138,14 +138,14 @@ def main() -> None:
     outs = prepare(arguments.work)
     if "open" in arguments.parts:
         large = large_set(outs["one"], arguments.work / "set" / "large")
-        imports = "from pathlib import Path\nfrom train.betons import BetonSet"
+        imports = "from pathlib import Path\nfrom train.data.dataset import BetonSet"
         print(
             "open    ",
             in_new_process(imports, f"betons = BetonSet(Path({str(large)!r}))\nassert betons.samples == {BETONS * SAMPLES_EACH}"),
         )
     if "order" in arguments.parts:
         work = "Order([1_280_000_000], (1,), 64, 1024, 0).batch(1_000, 16_384, 3, 8)"
-        print("order   ", in_new_process("from train.order import Order", work))
+        print("order   ", in_new_process("from train.data.order import Order", work))
     if "small" in arguments.parts:
         compare_rates(outs, arguments.repeats)
     if "mixing" in arguments.parts:

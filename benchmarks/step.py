@@ -117,9 +117,9 @@ class OneNumber(torch.nn.Module):
 
 def our_side(tar: Path, folder: Path) -> Callable[[], None]:
     from preprocess.build import build_labels
-    from train.betons import BetonSet
-    from train.images import ImageInput
-    from train.loader import Loader
+    from train.data.dataset import BetonSet
+    from train.data.inputs import ImageInput
+    from train.data.loader import Loader
 
     build_labels([str(tar.parent)], folder / "out", load_pipeline(None, ["build.workers=1"]), betons=True, overwrite=False)
     keys = [f"train.batch_size={BATCH}", "train.optimizer.warmup_samples=0", "train.runtime.precision=fp32", "train.data.prefetch=100MiB"]

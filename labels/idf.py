@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from labels.choices import Formula
 from labels.errors import UserError
-from labels.files import local_copy
 from labels.schema import TOKENS
+from labels.storage import local_copy
 
 
 def idf_weights(document_frequency: np.ndarray, captions: int, formula: Formula) -> np.ndarray:

@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from labels.errors import UserError
-from labels.files import write_json
 from labels.layout import Layout
 from labels.schema import FORMAT_VERSION
+from labels.storage import write_json
 
 
 class _Part(BaseModel):

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from labels.errors import UserError
-from labels.files import write_json
 from labels.layout import Layout
+from labels.storage import write_json
 
 PLACE = np.dtype(
     [

@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from labels.errors import UserError
-from labels.files import local_copy
 from labels.layout import out_path
+from labels.storage import local_copy
 
 if TYPE_CHECKING:
     import duckdb

@@ -14,10 +14,10 @@ from labels.errors import UserError
 from labels.layout import Layout
 from labels.manifest import Manifest, read_manifest
 from labels.settings import Pipeline
-from preprocess.beton_plan import image_folder
+from preprocess.betons.plan import image_folder
 from preprocess.build import check_images, chosen_uids, complete, make_build
-from preprocess.inputs.shards import Shard, find_shards
 from preprocess.locks import only_writer
+from preprocess.readers.shards import Shard, find_shards
 from preprocess.stage import BuildInputs, check_same_options, read_inputs, remove_leftovers, write_inputs
 
 

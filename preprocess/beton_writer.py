@@ -1,7 +1,7 @@
 """Writes one .beton file (layout: labels/beton.py) front to back: hashed while it is written, each byte copied once.
 
 Samples lie in mapped files (tars, a spool); compiled code copies a page of them at a time into a buffer, a second thread hashes it while
-this one writes it (preprocess/direct.py: past the page cache).
+this one writes it (preprocess/betons/direct_io.py: past the page cache).
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from numba import types  # pyright: ignore[reportPrivateImportUsage]  (numba doc
 
 from labels import beton
 from labels.native import njit
-from preprocess.direct import DirectFile, aligned_buffer
+from preprocess.betons.direct_io import DirectFile, aligned_buffer
 
 _LARGEST_PAGE = 1 << 26
 _WASTE = 1 / 32

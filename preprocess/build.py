@@ -22,25 +22,25 @@ import pyarrow.parquet as pq
 
 from labels.config import dump_yaml
 from labels.errors import UserError
-from labels.files import fingerprint, is_remote, own_partials, sha256_file, write_whole
 from labels.layout import Layout
 from labels.manifest import Manifest, ShardPart, TokenizerPart, write_manifest
 from labels.places import Source, read_sources, write_sources
 from labels.schema import QUARANTINE
 from labels.settings import Pipeline
+from labels.storage import fingerprint, is_remote, own_partials, sha256_file, write_whole
 from labels.tokenizers.tokenizer import make_tokenizer
-from preprocess.beton_job import GroupTask, group_stage
-from preprocess.beton_plan import Group, Member, image_folder, plan_groups
+from preprocess.betons.plan import Group, Member, image_folder, plan_groups
+from preprocess.betons.write import GroupTask, group_stage
 from preprocess.counts import sum_counts, write_idf_duckdb, write_idf_parquet
 from preprocess.engine import worker_count
-from preprocess.inputs.captions import parse_caption_key
-from preprocess.inputs.pictures import is_local_tar
-from preprocess.inputs.shards import Shard, find_shards
-from preprocess.inputs.subset import resolve_subset
 from preprocess.inputs.tableimages import has_images
-from preprocess.label_job import LabelTask, label_stage
 from preprocess.locks import one_of_many, only_writer
 from preprocess.ngrams import class_names, run_pair_stages
+from preprocess.readers.caption_key import parse_caption_key
+from preprocess.readers.images import is_local_tar
+from preprocess.readers.shards import Shard, find_shards
+from preprocess.readers.subset import resolve_subset
+from preprocess.shard import LabelTask, label_stage
 from preprocess.stage import (
     BuildContext,
     BuildInputs,

@@ -150,9 +150,9 @@ def train_tokenizer_command(
 ) -> None:
     """Train a tokenizer, or choose CatLIP's synsets, on the captions of DATA."""
     from labels.config import load_pipeline
-    from preprocess.inputs.captions import parse_caption_key
-    from preprocess.inputs.rows import read_rows
-    from preprocess.inputs.shards import find_shards
+    from preprocess.readers.caption_key import parse_caption_key
+    from preprocess.readers.rows import read_rows
+    from preprocess.readers.shards import find_shards
     from preprocess.train_tokenizer import train_tokenizer
 
     settings = load_pipeline(config, overrides)
@@ -194,7 +194,7 @@ def sql_command(out: Path, query: str, form: str) -> None:
 @click.argument("out", callback=parse_out)
 def verify_command(out: Path) -> None:
     """Read back everything in OUT and compare it with the manifest; exit code 1 if anything differs."""
-    from preprocess.verify import mending_command, verify_build
+    from preprocess.inspect.verify import mending_command, verify_build
 
     faults = verify_build(out)
     for fault in faults:

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from labels.errors import UserError
-from labels.files import write_whole
 from labels.layout import out_path
+from labels.storage import write_whole
 from preprocess.cli_options import config_option, parse_out, set_option
 
 # What is large is imported by the command that needs it: `build-labels` loads this file too.

@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 
 from labels.choices import Formula
 from labels.errors import UserError
-from labels.files import is_remote, local_copy, whole_file, write_whole
 from labels.idf import idf_weights, read_idf
 from labels.layout import Layout
 from labels.manifest import Manifest, ShardPart, read_manifest
 from labels.schema import COUNTS, TOKENS
+from labels.storage import is_remote, local_copy, whole_file, write_whole
 
 # The tokenizer's fingerprint apart, what decides which label a caption gets: counts that differ in one of these are of different things.
 _SAME_OPTIONS = ("context", "stop_words", "ngrams")

@@ -52,7 +52,7 @@ def run_tasks(
     if not tasks:
         return
     if engine == "ray":
-        from preprocess.ray_engine import run_on_ray  # LAZY: an extra
+        from preprocess.ray import run_on_ray  # LAZY: an extra
 
         yield from run_on_ray(function, tasks, workers, shared)
         return

@@ -25,17 +25,17 @@ from rich.console import Console
 from rich.table import Table
 
 from labels.errors import UserError
-from labels.files import is_remote
 from labels.html import format_seconds
 from labels.layout import Layout
 from labels.settings import Build, Pipeline
-from preprocess.beton_job import GroupTask, write_group
-from preprocess.beton_plan import Member, plan_groups
+from labels.storage import is_remote
+from preprocess.betons.plan import Member, plan_groups
+from preprocess.betons.write import GroupTask, write_group
 from preprocess.build import make_build, members, shard_parts, write_idf
 from preprocess.counts import sum_counts
 from preprocess.engine import run_tasks, worker_count
-from preprocess.inputs.shards import Shard, find_shards
-from preprocess.label_job import LabelTask, label_shard
+from preprocess.readers.shards import Shard, find_shards
+from preprocess.shard import LabelTask, label_shard
 from preprocess.workers import start_server
 
 _Tasks = list[tuple[Any, int]]

@@ -1,6 +1,6 @@
 """What a JPEG's header says, compiled: for one image, or for all images of a shard where they lie.
 
-Plain JPEGs, which a beton takes byte for byte, are told from all others here; the others are for preprocess/images.py.
+Plain JPEGs, which a beton takes byte for byte, are told from all others here; the others are for preprocess/betons/images.py.
 """
 
 from dataclasses import dataclass

@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from labels.errors import UserError
-from labels.files import fingerprint, local_copy, sha256_file, write_whole
 from labels.layout import Layout
 from labels.schema import LABELS
 from labels.settings import Labels
+from labels.storage import fingerprint, local_copy, sha256_file, write_whole
 from labels.tokenizers.tokenizer import make_tokenizer
-from preprocess.label_job import label_table, write_labels
+from preprocess.shard import label_table, write_labels
 from preprocess.stage import (
     BuildContext,
     CorpusMarker,

@@ -8,7 +8,7 @@ from numba.core.event import TimingListener, install_listener
 from labels.settings import Labels
 from labels.tokenizers.kinds.clip import ClipTokenizer
 from labels.tokenizers.tokenizer import make_tokenizer
-from preprocess import beton_job, label_job  # noqa: F401 - to have them imported
+from preprocess import shard  # noqa: F401 - to have them imported
 from preprocess.workers import one_core
 
 one_core()

@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 
 from labels.settings import Build
+from preprocess.betons.images import BadImage, lying, prepare
 from preprocess.decode_check import DecodeCheck
-from preprocess.images import BadImage, lying, prepare
-from preprocess.inputs.pictures import Pictures
-from preprocess.inputs.rowbatch import Fault
 from preprocess.jpegs import MAX_BYTES, scan_jpegs
-from preprocess.spool import Spool
+from preprocess.readers.base import Fault
+from preprocess.readers.images import Pictures
+from preprocess.readers.scratch import Spool
 
 
 @dataclass(frozen=True)

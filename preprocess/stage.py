@@ -20,23 +20,16 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from labels.errors import UserError
-from labels.files import (
-    fingerprint,
-    is_remote,
-    own_partials,
-    plain_disk_faults,
-    remove_partials,
-    write_json,
-)
 from labels.layout import Layout
 from labels.manifest import BetonPart
 from labels.schema import FORMAT_VERSION
 from labels.settings import Pipeline
+from labels.storage import fingerprint, is_remote, own_partials, plain_disk_faults, remove_partials, write_json
 from labels.tokenizers.tokenizer import Tokenizer
-from preprocess.beton_plan import image_folder
+from preprocess.betons.plan import image_folder
 from preprocess.engine import Meter, run_tasks
-from preprocess.inputs.captions import Choice
-from preprocess.inputs.shards import Shard
+from preprocess.readers.caption_key import Choice
+from preprocess.readers.shards import Shard
 
 _MARKERS_PER_REQUEST = 1_000
 _IMAGE_KEYS = {

@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from labels.choices import TokenizerKind
 from labels.errors import UserError
-from labels.files import write_whole
+from labels.storage import write_whole
 from labels.tokenizers.kinds.catlip import CatlipTokenizer, write_vocabulary
 
 # Called for each pass over the captions; wordpiece takes two.

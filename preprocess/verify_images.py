@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 
 from labels import beton
 from labels.errors import UserError
-from labels.files import local_copy, sha256_file
 from labels.layout import Layout
 from labels.manifest import BetonPart, Manifest, ShardPart
 from labels.places import open_places, read_sources
 from labels.sparse import pad_rows
-from preprocess.beton_plan import image_folder
+from labels.storage import local_copy, sha256_file
+from preprocess.betons.plan import image_folder
 
 
 def image_faults(layout: Layout, manifest: Manifest, whole: set[str]) -> list[str]:

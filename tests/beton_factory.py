@@ -11,7 +11,7 @@ from PIL import Image
 from labels.config import load_pipeline
 from labels.layout import Layout
 from preprocess.build import complete, make_build
-from preprocess.inputs.shards import find_shards
+from preprocess.readers.shards import find_shards
 from preprocess.stage import BuildInputs, check_same_options, write_inputs
 
 WORDS = ["red", "green", "blue", "cat", "dog", "house", "tree", "car", "boat", "sun", "moon", "star", "bird", "fish"]

@@ -27,12 +27,12 @@ from shard_factory import Member, healthy, sample, tar_bytes
 from labels.layout import Layout
 from labels.settings import Labels
 from labels.tokenizers.tokenizer import make_tokenizer
-from preprocess.inputs.captions import parse_caption_key
-from preprocess.inputs.rowbatch import Fault
-from preprocess.inputs.shards import Shard
-from preprocess.inputs.tarrows import read_row, read_tar_rows
 from preprocess.inputs.tars import walk
-from preprocess.label_job import LabelTask, label_shard
+from preprocess.readers.base import Fault
+from preprocess.readers.caption_key import parse_caption_key
+from preprocess.readers.shards import Shard
+from preprocess.readers.tar import read_row, read_tar_rows
+from preprocess.shard import LabelTask, label_shard
 
 CHOICES = parse_caption_key(["txt", "json:caption"])
 SECONDS = 20

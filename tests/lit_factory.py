@@ -9,10 +9,10 @@ from trainer_factory import small_config, small_out
 
 from labels.config import load_pipeline
 from labels.errors import UserError
-from train.contrastive.method import train_clip
-from train.data import Chosen
+from train.clip import train_clip
+from train.data.open import Chosen
+from train.encoders.encoder import EncoderSpec
 from train.evals.data.sets import DataSet, load_pair
-from train.evals.encoders.encoder import EncoderSpec
 from train.evals.lit import train_lit
 from train.trainer import train_run
 

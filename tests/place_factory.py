@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from labels import beton
-from labels.files import sha256_file
 from labels.layout import Layout
 from labels.manifest import read_manifest
 from labels.places import PLACE, Source, write_sources
+from labels.storage import sha256_file
 
 
 def places_of(out: Path, shards: Path, target: Path) -> Path:

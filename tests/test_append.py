@@ -9,7 +9,7 @@ import pytest
 from conftest import Built
 from shard_factory import build, contents, healthy, preprocess, quarantined, rows, sample, write_tar
 
-from labels import files
+from labels import storage
 from labels.manifest import read_manifest
 
 ONE_EACH = ("--set", "build.beton_samples=6")
@@ -95,7 +95,7 @@ def test_stopped_at_every_single_rename(dataset: Built, tmp_path: Path, monkeypa
             os.rename(source, target)
 
         with monkeypatch.context() as patched:
-            patched.setattr(files.os, "replace", replace)
+            patched.setattr(storage.os, "replace", replace)
             if preprocess("append", out, more, "--workers", 1).code == 0:
                 break
         if (out / "manifest.json").exists():

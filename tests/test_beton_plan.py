@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from labels.manifest import ShardPart
 from labels.settings import Build
-from preprocess.beton_plan import Group, Member, plan_groups, row_order
-from preprocess.inputs.shards import Shard
+from preprocess.betons.plan import Group, Member, plan_groups, row_order
+from preprocess.readers.shards import Shard
 
 
 def shards(rows: list[int], first: int = 0, size: int = 0) -> list[Member]:

@@ -29,7 +29,7 @@ from labels.layout import Layout
 from labels.manifest import read_manifest
 from labels.schema import LABELS, QUARANTINE
 from labels.tokenizers.kinds.clip import ClipTokenizer
-from preprocess import label_job
+from preprocess import shard as label_job
 from preprocess.locks import only_writer
 
 

@@ -14,11 +14,11 @@ from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.schema import PAD_ID
 from train.caption.batches import pair_batches, tokenized
-from train.caption.captioner import Captioner
 from train.caption.mapper import MlpMapper, TransformerMapper
 from train.cli import cli
+from train.data.feeder import rows_of_steps
 from train.distributed import World
-from train.feeder import rows_of_steps
+from train.evals.captioner import Captioner
 from train.language_model import load_language_model
 from train.report.results import is_of, read_results
 

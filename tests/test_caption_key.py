@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from labels.errors import UserError
 from labels.settings import Build
-from preprocess.inputs.captions import Choice, Item, column_choices, join_captions, parse_caption_key
+from preprocess.readers.caption_key import Choice, Item, column_choices, join_captions, parse_caption_key
 
 
 def told(*keys: str) -> list[str]:

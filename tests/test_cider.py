@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from train.caption.cider import cider_d
 from train.caption.ptb import ptb_tokens
+from train.evals.cider import cider_d
 
 # What pycocoevalcap 1.2 gave: PTBTokenizer (Java) for the tokens, Cider().compute_score for the scores.
 TOKENS = {

@@ -18,11 +18,11 @@ import pytest
 from conftest import Built
 from shard_factory import build, contents, jpeg, preprocess, refused, sample, write_shards, write_tar
 
-from labels import files
+from labels import storage
 from labels.errors import UserError
-from labels.files import TEMPORARY_SUFFIX, own_partials, plain_disk_faults, remove_partials, whole_file, write_json
 from labels.layout import Layout
-from preprocess.direct import DirectFile
+from labels.storage import TEMPORARY_SUFFIX, own_partials, plain_disk_faults, remove_partials, whole_file, write_json
+from preprocess.betons.direct_io import DirectFile
 from preprocess.stage import remove_leftovers
 
 NUMBERS = np.random.default_rng(0).integers(0, 1 << 60, 200_000)
@@ -156,7 +156,7 @@ def test_every_reason_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         if name:
             patched.setattr(Path, name, fail)
         else:
-            patched.setattr(files.os, {"fsync": "fsync", "rename": "replace"}[where], fail)
+            patched.setattr(storage.os, {"fsync": "fsync", "rename": "replace"}[where], fail)
         with pytest.raises(UserError, match="made.json cannot be written: " + os.strerror(number)) as caught:
             write_json(path, {})
     assert told in (caught.value.mend or "") and "run the same command again" in (caught.value.mend or "")
@@ -176,7 +176,7 @@ def test_rights_lost_in_the_middle_of_a_build(finished: Built, tmp_path: Path, m
         os.rename(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(files.os, "replace", replace)
+        patched.setattr(storage.os, "replace", replace)
         found = refused(finished.data, tmp_path / "out")
     assert "cannot be written: Permission denied" in found and str(tmp_path / "out") in found
     assert not list((tmp_path / "out").rglob(f"*{TEMPORARY_SUFFIX}"))

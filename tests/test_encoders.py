@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from labels.config import dump_yaml
 from labels.errors import UserError
 from labels.settings import Model, Pipeline, Train
-from train.evals.encoders.encoder import EncoderSpec
-from train.evals.encoders.load import load_encoder, pair_weights
+from train.encoders.encoder import EncoderSpec
+from train.encoders.load import load_encoder, pair_weights
 from train.model import build_trunk
 
 MODEL = Model(trunk="vit_tiny_patch16_224", trunk_args={"depth": 1, "embed_dim": 24, "num_heads": 2}, image_size=32)

@@ -22,13 +22,13 @@ import train.cli
 import train.export.export as exporting
 from labels.config import dump_yaml, load_pipeline
 from labels.errors import UserError
-from labels.files import whole_folder
 from labels.settings import Model, Pipeline, Train
-from train.evals.encoders.encoder import Encoder, EncoderSpec
-from train.evals.encoders.load import load_encoder
+from labels.storage import whole_folder
+from train.encoders.encoder import Encoder, EncoderSpec
+from train.encoders.load import load_encoder
 from train.evals.pixels import decode
 from train.export.export import FORMATS, export_encoder
-from train.export.formats import Format, Written
+from train.export.format import Format, Written
 from train.export.vit_classes import transformers_vit
 from train.model import build_trunk
 from train.presets import PRESETS

@@ -15,15 +15,15 @@ from trainer_factory import small_config, small_out
 from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.settings import Model
-from train.contrastive.method import train_clip
-from train.data import Chosen
-from train.evals.encoders.encoder import EncoderSpec, ImageForm, finish
-from train.evals.encoders.load import load_encoder
+from train.clip import train_clip
+from train.data.open import Chosen
+from train.encoders.encoder import EncoderSpec, ImageForm, finish
+from train.encoders.load import load_encoder
 from train.evals.lit import train_lit
 from train.export.check import check
 from train.export.export import export_encoder
-from train.export.formats import TimmTower
-from train.export.open_clip_format import write_pair
+from train.export.format import TimmTower
+from train.export.open_clip import write_pair
 from train.export.open_clip_towers import Towers, build_pair
 from train.model import build_trunk, trunk_arguments
 

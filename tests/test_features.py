@@ -10,9 +10,9 @@ from test_eval_data import encoded, write_folders
 
 from labels.errors import UserError
 from labels.settings import Features, Train
+from train.encoders.load import load_encoder
 from train.evals import features
 from train.evals.data.sets import DataSet, load_pair
-from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
 from train.evals.pixels import decode
 

@@ -15,10 +15,10 @@ from test_eval_data import encoded, write_folders
 
 from labels.errors import UserError
 from labels.settings import Features, Pipeline
+from train.encoders.encoder import EncoderSpec
 from train.evals.data.sets import load_pair
-from train.evals.encoders.encoder import EncoderSpec
 from train.evals.features import Extractor
-from train.evals.protocols.kinds.fewshot import FewShot, Fewshot, draw_shots, fit_ridge
+from train.evals.kinds.fewshot import FewShot, Fewshot, draw_shots, fit_ridge
 from train.evals.run_protocol import run_protocol
 
 

@@ -16,11 +16,11 @@ from shard_factory import encode, jpeg, pixels
 from labels import native
 from labels.errors import UserError
 from labels.settings import Build, ShorterSide
-from preprocess.images import BadImage, image_size, lying, prepare
-from preprocess.inputs.pictures import Pictures
+from preprocess.betons.images import BadImage, image_size, lying, prepare
 from preprocess.jpegs import jpeg_header, scan_jpegs
+from preprocess.readers.images import Pictures
+from preprocess.readers.scratch import Spool
 from preprocess.settle import Settled, settle
-from preprocess.spool import Spool
 
 PLAIN = Build(max_pixels=10**6)
 RGB = Image.fromarray(pixels(1, 40, 24))

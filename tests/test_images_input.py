@@ -15,16 +15,16 @@ from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.native import Decompressor
 from labels.settings import Data
-from train import decode
 from train.batch import Batch
-from train.betons import BetonSet
 from train.canvas import resample_canvas
+from train.data import decode
+from train.data.dataset import BetonSet
+from train.data.inputs import ImageInput, resamples
+from train.data.loader import Loader
+from train.data.resize import vertical_first
 from train.evals.features import decode as decode_for_evals
-from train.images import ImageInput, resamples
 from train.jitter import draw, jitter
-from train.loader import Loader
 from train.pixels import BOX, Crops, decode_row, window_of
-from train.resample import vertical_first
 
 SIDE = 32
 CPU = torch.device("cpu")

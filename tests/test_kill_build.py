@@ -16,7 +16,7 @@ import pytest
 from conftest import Built
 from shard_factory import build, contents, end_without_a_word, preprocess, sample, write_shards, write_tar
 
-from labels import files
+from labels import storage
 from labels.errors import UserError
 from preprocess.engine import run_tasks
 
@@ -109,7 +109,7 @@ def test_stopped_at_every_single_rename(finished: Built, tmp_path: Path, monkeyp
         os.rename(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(files.os, "replace", replace)
+        patched.setattr(storage.os, "replace", replace)
         stopped = preprocess("build-labels", finished.data, "--out", tmp_path / "out", "--workers", 1).code != 0
     # options, inputs; two label files, counts and markers; idf.parquet, idf.duckdb and marker; a beton and marker; quarantine,
     # config, manifest

@@ -12,11 +12,11 @@ from test_eval_data import encoded, write_folders
 
 from labels.errors import UserError
 from labels.settings import Features, Pipeline
+from train.encoders.encoder import EncoderSpec
 from train.evals.data.sets import load_pair
-from train.evals.encoders.encoder import EncoderSpec
 from train.evals.features import Extractor
-from train.evals.protocols.kinds import knn
-from train.evals.protocols.kinds.knn import Knn, NearestNeighbours, majority_votes, nearest, weighted_votes
+from train.evals.kinds import knn
+from train.evals.kinds.knn import Knn, NearestNeighbours, majority_votes, nearest, weighted_votes
 from train.evals.run_protocol import run_protocol
 
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labels.files import sha256_file
 from labels.layout import Layout
 from labels.schema import COUNTS, LABELS
-from preprocess.label_job import label_table, write_labels
+from labels.storage import sha256_file
+from preprocess.shard import label_table, write_labels
 
 _ids = st.one_of(st.integers(0, 3), st.integers(0, 49_407), st.integers(0, (1 << 31) - 1))
 _keys = st.one_of(st.text(max_size=8).filter(lambda word: not any(0xD800 <= ord(char) < 0xE000 for char in word)), st.just("7"))

@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import save_file
 
 from labels.errors import UserError
-from train.evals.encoders.encoder import EncoderSpec
-from train.evals.encoders.load import load_encoder
+from train.encoders.encoder import EncoderSpec
+from train.encoders.load import load_encoder
 
 TINY: dict[str, Any] = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 VIT: dict[str, Any] = {

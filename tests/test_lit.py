@@ -18,12 +18,12 @@ from labels.errors import UserError
 from labels.settings import Features, Pipeline
 from train.checkpoint import checkpoint_folders
 from train.cli import cli
+from train.encoders.encoder import EncoderSpec
+from train.encoders.load import load_encoder
 from train.evals.data.sets import DataSet
-from train.evals.encoders.encoder import EncoderSpec
-from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
+from train.evals.kinds.zeroshot import ZeroShot, class_embeddings
 from train.evals.lit import train_lit
-from train.evals.protocols.kinds.zeroshot import ZeroShot, class_embeddings
 from train.evals.protocols.token_logits import Zeroshot
 from train.evals.run_protocol import run_protocol
 from train.report.results import Line, matches

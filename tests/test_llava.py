@@ -17,9 +17,9 @@ from labels.errors import UserError
 from labels.settings import Model, Pipeline, Train
 from train.cli import cli
 from train.language_model import load_language_model
+from train.llava.data import read_records
 from train.llava.prompt import IGNORED, TEMPLATE, conversation_ids, written
-from train.llava.records import read_records
-from train.llava.run import TASKS
+from train.llava.train import TASKS
 from train.model import build_trunk
 from train.weights import weights_fingerprint
 

@@ -26,12 +26,12 @@ from labels import beton
 from labels.errors import UserError
 from labels.native import Decompressor
 from labels.settings import Data
-from train import decode
 from train.batch import Batch
-from train.betons import BetonSet
-from train.crops import flipped, random_crop
-from train.loader import Loader
-from train.order import Order
+from train.data import decode
+from train.data.crops import flipped, random_crop
+from train.data.dataset import BetonSet
+from train.data.loader import Loader
+from train.data.order import Order
 
 SIDE = 32
 

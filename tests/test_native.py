@@ -98,7 +98,7 @@ def test_functions_of_others_keep_numbas_locator(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(tmp_path)
     from somebody_elses import f  # pyright: ignore[reportMissingImports]
 
-    from train.order import _fill
+    from train.data.order import _fill
 
     assert not isinstance(f._cache._impl.locator, SourceLocator)
     assert isinstance(_fill._cache._impl.locator, SourceLocator)
@@ -107,10 +107,10 @@ def test_functions_of_others_keep_numbas_locator(tmp_path: Path, monkeypatch: py
 def test_the_stamp_reaches_what_the_decoder_is_made_of() -> None:
     from labels import native
 
-    files, waiting = set(), [ROOT / "train/decode.py"]
+    files, waiting = set(), [ROOT / "train/data/decode.py"]
     while waiting:
         file = waiting.pop()
         files.add(str(file.relative_to(ROOT)))
         waiting += [path for path in native._read_source(file)[1] if str(path.relative_to(ROOT)) not in files]
     assert {"train/pixels.py", "train/simd.py", "labels/beton.py", "labels/places.py", "labels/native.py"} <= files
-    assert len(source_stamp(ROOT / "train/decode.py")) == 64
+    assert len(source_stamp(ROOT / "train/data/decode.py")) == 64

@@ -14,11 +14,11 @@ import pytest
 from conftest import Built
 from shard_factory import contents, preprocess, refused, rows, write_shards
 
-from labels import files
+from labels import storage
 from labels.errors import UserError
-from labels.files import is_remote, local_copy, sha256_file, whole_file, write_json
 from labels.layout import Layout, local_out, out_path
 from labels.manifest import read_manifest
+from labels.storage import is_remote, local_copy, sha256_file, whole_file, write_json
 from preprocess import locks
 from preprocess.locks import Holder, one_of_many, only_writer
 
@@ -227,7 +227,7 @@ def test_faults_of_a_store_are_told(server: Any, bucket: str, monkeypatch: pytes
         raise OSError(28, "No space left on device", "/tmp/x")
         yield ""
 
-    monkeypatch.setattr(files.tempfile, "TemporaryDirectory", full)
+    monkeypatch.setattr(storage.tempfile, "TemporaryDirectory", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         write_json(path, {})
 

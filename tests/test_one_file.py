@@ -57,7 +57,7 @@ import string
 
 import numpy as np
 
-from labels.files import fingerprint
+from labels.storage import fingerprint
 from labels.settings import Labels
 from labels.sparse import unique_sorted
 
@@ -100,7 +100,7 @@ import torch
 
 from labels.config import own_section
 from labels.settings import Section, Seeds
-from train.evals.protocols.protocol import Score, accuracies
+from train.evals.protocol import Score, accuracies
 
 
 class Settings(Section):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.order import Order
+from train.data.order import Order
 
 
 def epoch_of(order: Order, epoch: int) -> np.ndarray:

@@ -14,8 +14,8 @@ from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.layout import Layout
 from labels.settings import Data
-from train.betons import BetonSet
-from train.loader import Loader
+from train.data.dataset import BetonSet
+from train.data.loader import Loader
 from train.relabel import make_rows
 from train.trainer import train_run
 

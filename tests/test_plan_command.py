@@ -13,9 +13,9 @@ from labels.config import load_pipeline
 from labels.html import format_seconds
 from labels.manifest import ShardPart
 from preprocess import estimate as module
-from preprocess.beton_plan import Member
+from preprocess.betons.plan import Member
 from preprocess.estimate import Estimate, Pass, Sample, choose_shards, elapsed, extrapolate, group_shards, measure
-from preprocess.inputs.shards import Shard
+from preprocess.readers.shards import Shard
 
 
 @pytest.fixture(scope="module")

@@ -17,17 +17,17 @@ from test_eval_data import encoded, write_folders
 from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.settings import Features, Pipeline
+from train.encoders.encoder import EncoderSpec
 from train.evals.data.sets import load_pair
-from train.evals.encoders.encoder import EncoderSpec
 from train.evals.features import Extractor
+from train.evals.kinds.probe import LinearProbe
 from train.evals.pixels import decode_crop
+from train.evals.protocol import top_k
 from train.evals.protocols import lbfgs_probe
 from train.evals.protocols import mae_probe as mae_module
-from train.evals.protocols.kinds.probe import LinearProbe
 from train.evals.protocols.lbfgs_probe import Probe, choose_weight_decay, linear_probe, majority, stratified_split
 from train.evals.protocols.logistic import Axes, fit, start_at_zero
 from train.evals.protocols.mae_probe import MaeProbe, cached_epochs, learning_rate, mae_probe, make_optimizer
-from train.evals.protocols.protocol import top_k
 from train.evals.run_protocol import run_protocol
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,7 +15,7 @@ import pytest
 from shard_factory import contents, end_without_a_word, preprocess, write_shards
 
 from labels.errors import UserError
-from preprocess import ray_engine
+from preprocess import ray as ray_engine
 from preprocess.engine import run_tasks
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read while ray is imported: 127.0.0.1 then stays 127.0.0.1

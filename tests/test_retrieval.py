@@ -16,13 +16,13 @@ from test_eval_data import encoded, write_tar
 
 from labels.settings import Features, Pipeline
 from train.cli import cli
+from train.encoders.encoder import EncoderSpec
+from train.encoders.load import load_encoder
 from train.evals.data.captions import load_caption_set
 from train.evals.data.sets import DataSet
-from train.evals.encoders.encoder import EncoderSpec
-from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
-from train.evals.protocols.kinds import retrieval
-from train.evals.protocols.kinds.retrieval import Recall, Retrieval, ranks, recalls
+from train.evals.kinds import retrieval
+from train.evals.kinds.retrieval import Recall, Retrieval, ranks, recalls
 from train.evals.run_protocol import run_protocol
 
 pytestmark = pytest.mark.usefixtures("one_thread")

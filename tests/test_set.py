@@ -21,12 +21,12 @@ from labels.errors import UserError
 from labels.layout import Layout
 from labels.settings import Data
 from preprocess.counts import sum_idf
-from train.betons import BetonSet
-from train.data import Chosen, data_facts, make_loader, open_data
+from train.data.cache import Cache
+from train.data.dataset import BetonSet
+from train.data.loader import Loader
+from train.data.open import Chosen, data_facts, make_loader, open_data
 from train.distributed import World
-from train.loader import Loader
 from train.sources import Mixture, Source, parse_sources
-from train.staging import Cache
 
 HERE = World(0, 1, torch.device("cpu"))
 

@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from labels.errors import UserError
-from preprocess.inputs.shards import Shard, find_shards
+from preprocess.readers.shards import Shard, find_shards
 
 
 def files(folder: Path, *names: str) -> Path:

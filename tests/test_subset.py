@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from labels import subset as subset_module
 from labels.errors import UserError
 from labels.subset import UIDS, count_in, parse_uids
-from preprocess.inputs.rowbatch import ROWS, Fault, RowBatch
-from preprocess.inputs.subset import open_subset, resolve_subset, select
+from preprocess.readers.base import ROWS, Fault, RowBatch
+from preprocess.readers.subset import open_subset, resolve_subset, select
 
 UID = [f"{number:032x}" for number in (0, 1, 2**64 - 1, 2**64, 2**64 + 1, 2**127, 2**128 - 2, 2**128 - 1)]
 SCORES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]

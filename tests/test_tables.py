@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from shard_factory import jpeg
 
 from labels.errors import UserError
-from preprocess.inputs import tablefile
-from preprocess.inputs.captions import parse_caption_key
-from preprocess.inputs.rowbatch import ROWS, Fault
-from preprocess.inputs.shards import Shard, find_shards
 from preprocess.inputs.tableimages import has_images, table_images
 from preprocess.inputs.tables import read_table_rows
+from preprocess.readers import table as tablefile
+from preprocess.readers.base import ROWS, Fault
+from preprocess.readers.caption_key import parse_caption_key
+from preprocess.readers.shards import Shard, find_shards
 
 Read = tuple[list[dict[str, Any]], list[tuple[str, str]]]
 

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shard_factory import Member, healthy, jpeg, sample, tar_bytes
 
-from preprocess.inputs import tarrows
-from preprocess.inputs.captions import parse_caption_key
-from preprocess.inputs.rowbatch import Fault
-from preprocess.inputs.shards import Shard
-from preprocess.inputs.tarindex import index_tar
-from preprocess.inputs.tarrows import local_index, read_tar_rows
+from preprocess.readers import tar
+from preprocess.readers.base import Fault
+from preprocess.readers.caption_key import parse_caption_key
+from preprocess.readers.shards import Shard
+from preprocess.readers.tar import local_index, read_tar_rows
+from preprocess.readers.tar_index import index_tar
 
 AUTO = parse_caption_key(["auto"])
 PLAIN_JSON = {"uid": "0" * 32, "width": 32, "height": 24, "caption": "from json"}
@@ -38,7 +38,7 @@ def assert_ways_agree(path: Path, data: bytes, keys: tuple[str, ...] = ("auto",)
     shard = shard_of(path, data)
     fast = read(shard, list(keys))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tarrows, "local_index", lambda *_: None)
+        patch.setattr(tar, "local_index", lambda *_: None)
         slow = read(shard, list(keys))
     assert fast == slow
     return fast
@@ -64,7 +64,7 @@ def test_healthy_tars_are_indexed(tmp_path: Path, make: Any) -> None:
 
 
 def test_rows_and_faults_keep_the_tars_order_across_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tarrows, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(tar, "_BATCH_ROWS", 7)
     members = []
     for number in range(40):
         key = f"{number:05d}"

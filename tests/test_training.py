@@ -18,8 +18,8 @@ from trainer_process import free_port, start, train
 from labels.config import load_pipeline
 from labels.errors import UserError
 from train.checkpoint import checkpoint_folders
+from train.data.order import Order
 from train.loop import STOPPED_EXIT_CODE
-from train.order import Order
 from train.trainer import train_run
 
 

@@ -16,10 +16,10 @@ from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.layout import Layout
 from labels.settings import Features, Loss, Pipeline
-from train.evals.classnames import class_names, templates
+from train.encoders.encoder import EncoderSpec
+from train.encoders.load import load_encoder
+from train.evals.data.classnames import class_names, templates
 from train.evals.data.sets import DataSet, load_pair
-from train.evals.encoders.encoder import EncoderSpec
-from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
 from train.evals.protocols.name_labels import label_texts
 from train.evals.protocols.token_logits import TokenLogits, Zeroshot, class_scores, class_targets

@@ -11,9 +11,9 @@ from typing import Self
 
 import numpy as np
 
-from train.betons import BetonSet
-from train.order import Order
-from train.places import TABLE_BYTES, advise
+from train.data.dataset import BetonSet
+from train.data.image_index import TABLE_BYTES, advise
+from train.data.order import Order
 from train.threads import Threads
 
 _MOST_WAITING = 64

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from train.decode import Rows
+from train.data.decode import Rows
 from train.pixels import BOX
 
 

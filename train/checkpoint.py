@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from labels.errors import UserError
-from labels.files import TEMPORARY_SUFFIX, fsync_directory, plain_disk_faults
 from labels.settings import Section
+from labels.storage import TEMPORARY_SUFFIX, fsync_directory, plain_disk_faults
 from train.loop import TrainState
 from train.parallel import whole
 from train.weights import copy_exactly, load_exactly, read_weights

@@ -93,10 +93,10 @@ def plan_command(
     begun = time.perf_counter()
     import torch
 
-    from train.contrastive.method import check_whole_batches
+    from train.bench.estimate import plan_lines
+    from train.clip import check_whole_batches
     from train.losses.kinds import check_accumulation
     from train.pace import measure_pace
-    from train.plan import plan_lines
 
     pipeline = load_pipeline(config, overrides, recipe)
     if measure is not None and (beton is None or method != "run"):
@@ -133,7 +133,7 @@ def head_size(pipeline: Pipeline, beton: str | None) -> tuple[int, int, int | No
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="How many tokens of each image.")
 def predict_command(run: Path, images: tuple[Path, ...], top: int) -> None:
     """Print the likeliest tokens of images by RUN's newest checkpoint, as JSON."""
-    from train.predict import predict_tokens, read_images
+    from train.evals.predict import predict_tokens, read_images
 
     print(json.dumps(predict_tokens(run, read_images(images), top), indent=1))
 
@@ -154,7 +154,7 @@ def explain_command(
 ) -> None:
     """Show one sample of a dataset with a run's predictions: image, tokens, labels, weights, likeliest tokens."""
     from labels.explanation import show
-    from train.predict import explain_with_predictions
+    from train.evals.predict import explain_with_predictions
 
     show(explain_with_predictions(out_path(out), sample, run, shard=shard, top=top), html=html, svg=svg, png=png)
 

@@ -5,9 +5,9 @@ import os
 import numpy as np
 
 from labels.errors import UserError
-from train.betons import BetonSet
-from train.decode import Rows
-from train.places import BAD_INDEX, BAD_LABEL, BAD_READ, BAD_TABLE, OK
+from train.data.dataset import BetonSet
+from train.data.decode import Rows
+from train.data.image_index import BAD_INDEX, BAD_LABEL, BAD_READ, BAD_TABLE, OK
 
 
 def count_bad(betons: BetonSet, samples: np.ndarray, rows: Rows) -> int:

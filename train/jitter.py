@@ -7,11 +7,11 @@ import numpy as np
 import torch
 
 from labels.native import njit
-from train.crops import uniform
+from train.data.crops import uniform
 
 FACTORS = 4
 """Brightness, contrast, saturation, hue: factors as in torchvision.transforms.functional.adjust_*."""
-_FIRST_DRAW = 41  # behind those of train/crops.py
+_FIRST_DRAW = 41  # behind those of train/data/crops.py
 _LUMA = (0.2989, 0.587, 0.114)
 
 

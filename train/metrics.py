@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from labels.errors import UserError
-from labels.files import write_whole
 from labels.settings import Train
+from labels.storage import write_whole
 from train.distributed import World
 from train.trackers import Tracker
 

@@ -11,7 +11,7 @@ from labels.layout import local_out
 from labels.settings import Pipeline
 
 if TYPE_CHECKING:
-    from train.data import Chosen
+    from train.data.open import Chosen
 
 config = click.option("--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it is there).")
 overrides = click.option(
@@ -51,7 +51,7 @@ def chosen(pipeline: Pipeline, betons: Sequence[str], labels: Sequence[str], idf
     Raises:
         UserError: there is no --beton.
     """
-    from train.data import Chosen  # torch takes a second: not for --help
+    from train.data.open import Chosen  # torch takes a second: not for --help
 
     if not betons:
         raise UserError(f"`{command}` was given no betons", mend=f"add --beton OUT (--beton alone takes paths.out){or_else}")

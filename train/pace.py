@@ -13,9 +13,9 @@ import torch
 from labels.settings import Train
 from train.bench.step import LoopRate, loop_rate, never_ending
 from train.checkpoint import snapshot
-from train.data import Chosen, make_loader, open_data
+from train.data.inputs import ImageInput
+from train.data.open import Chosen, make_loader, open_data
 from train.distributed import World, distributed_world
-from train.images import ImageInput
 from train.metrics import peak_memory_gib
 from train.trainer import check_batch_divides, make_train_state
 

@@ -26,7 +26,7 @@ def spread(model: nn.Module, parallel: str, world: World, split: nn.Linear | Non
         model: on the device of `world`, with the same weights on every rank; its forward gives the mean loss of a rank's samples.
         parallel: `ddp` or `fsdp`. A world of one is left as it is.
         split: a layer of `model` whose outputs are divided among the ranks: neither its weights nor their gradients are exchanged, and its
-            caller works with this rank's part (train/losses/split.py). None: there is none.
+            caller works with this rank's part (train/losses/distributed.py). None: there is none.
     """
     if world.size == 1:
         return model

@@ -1,6 +1,6 @@
 """One image, compiled: which part of it is taken, and its pixels, decoded no further than that part needs.
 
-    host:    JPEG -> pixels of the decoder, shrunk by 1, 2, 4 or 8 -> train/resample.py -> S x S
+    host:    JPEG -> pixels of the decoder, shrunk by 1, 2, 4 or 8 -> train/data/resize.py -> S x S
     device:  JPEG -> the same pixels, into the batch's canvas: the whole image where it fits, else cut to the crop's own;
              train/canvas.py resamples them on the device
 
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from labels.native import RGB, njit, tj_decompress, tj_error
-from train.crops import flipped, random_crop
-from train.resample import address_of, aligned, margin_bytes, resize_crop, work_bytes
+from train.data.crops import flipped, random_crop
+from train.data.resize import address_of, aligned, margin_bytes, resize_crop, work_bytes
 from train.simd import copy_bytes
 
 DONE, DAMAGED = 0, -1

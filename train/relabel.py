@@ -1,7 +1,7 @@
 """Label rows that betons do not hold, made ready before any rank opens them: those of another OUT (`train run --labels OTHER_OUT`), and
 captions in their order (`train clip`).
 
-OTHER_OUT/labels/<shard>.parquet -> labels/rows.py -> OTHER_OUT/rows/*.npy -> BetonSet(OUT, OTHER_OUT)
+OTHER_OUT/labels/<shard>.parquet -> labels/arrays.py -> OTHER_OUT/rows/*.npy -> BetonSet(OUT, OTHER_OUT)
 """
 
 import os
@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from labels.arrays import Column, check_same_rows, open_rows, shards_needed, write_rows
 from labels.manifest import read_manifest
-from labels.rows import Column, check_same_rows, open_rows, shards_needed, write_rows
 from train.distributed import World
 
 _TELL_EVERY_S = 5.0

@@ -16,12 +16,12 @@ import pyarrow as pa
 
 from labels import beton
 from labels.errors import UserError
-from labels.files import fingerprint, is_remote, sha256_file
 from labels.layout import Layout
 from labels.places import PLACE
+from labels.storage import fingerprint, is_remote, sha256_file
 from labels.subset import ROWS_AT_ONCE, UIDS, count_in, in_parts, is_sorted, map_uids, one_line, parse_uids, quoted, where
-from train.betons import BetonSet
-from train.outs import Opened
+from train.data.dataset import BetonSet
+from train.data.mixture import Opened
 
 if TYPE_CHECKING:
     import duckdb

@@ -5,14 +5,14 @@ from typing import NamedTuple
 import numpy as np
 
 from labels import beton
-from labels.files import is_remote
+from labels.arrays import Column, shards_needed
 from labels.layout import Layout
 from labels.manifest import BetonPart
 from labels.places import read_sources
-from labels.rows import Column, shards_needed
-from train.openfiles import OpenFiles, allow_open_files
-from train.outs import Opened
-from train.places import NO_FILE, Tables
+from labels.storage import is_remote
+from train.data.files import OpenFiles, allow_open_files
+from train.data.image_index import NO_FILE, Tables
+from train.data.mixture import Opened
 
 
 class _Part(NamedTuple):
@@ -38,7 +38,7 @@ class _Shard(NamedTuple):
 
 
 def open_tables(opened: list[Opened], files: OpenFiles, label_limit: int, column: Column = "label_ids") -> Tables:
-    """Open everything but betons in object stores, which are NO_FILE until train/staging.py has them here.
+    """Open everything but betons in object stores, which are NO_FILE until train/data/cache.py has them here.
 
     Args:
         opened: the OUTs.

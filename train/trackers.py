@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from labels.errors import UserError
-from labels.files import fingerprint
 from labels.settings import Log
+from labels.storage import fingerprint
 
 
 class Tracker(Protocol):

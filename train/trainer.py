@@ -18,18 +18,18 @@ import torch
 import yaml
 from torch import nn
 
+from labels.arrays import Column
 from labels.config import dump_yaml, load_pipeline
 from labels.errors import UserError
-from labels.files import fingerprint, make_folder, write_json
-from labels.rows import Column
 from labels.settings import Optimizer, Pipeline, Train
-from train.betons import BetonSet
+from labels.storage import fingerprint, make_folder, write_json
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
 from train.costs import Costs, messages, model_costs, peak_flops, splits_vocabulary
-from train.data import Chosen, data_facts, make_loader, open_data
+from train.data.dataset import BetonSet
+from train.data.inputs import ImageInput
+from train.data.open import Chosen, data_facts, make_loader, open_data
 from train.distributed import World, distributed_world
 from train.ema import Ema
-from train.images import ImageInput
 from train.loop import Budget, Inputs, TrainState, run_loop, stop_signals
 from train.losses.head_loss import HeadLoss
 from train.losses.kinds import check_accumulation

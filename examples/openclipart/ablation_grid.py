@@ -14,8 +14,8 @@ from pydantic import Field, ValidationError
 from labels.choices import TokenizerKind
 from labels.config import load_pipeline, read_yaml
 from labels.errors import UserError
-from labels.files import fingerprint
 from labels.settings import Pipeline, Section
+from labels.storage import fingerprint
 
 Metric = Literal["probe", "fewshot", "zeroshot"]
 # Raise this with any change to how a cell is made: earlier results then count as outdated.

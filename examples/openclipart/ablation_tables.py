@@ -11,7 +11,7 @@ from typing import Any
 
 from ablation_grid import Grid, Planner, Table, Unit
 from ablation_units import finished
-from labels.files import write_json, write_whole
+from labels.storage import write_json, write_whole
 
 METRICS = {"probe": "linear probe", "fewshot": "10-shot", "zeroshot": "zero-shot"}
 Values = dict[str, dict[str, dict[int, float]]]

@@ -18,7 +18,7 @@ from typing import Any
 
 from ablation_grid import Unit
 from clipart_progress import exit_with_parent
-from labels.files import write_json
+from labels.storage import write_json
 
 # For these small models, two processes with one thread are faster than one process with two threads.
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from labels.native import njit
 from labels.tokenizers.kernels.table import Scalar, load, prefetch
-from preprocess.inputs.columns import offsets_and_bytes
+from preprocess.readers.columns import offsets_and_bytes
 
 _START, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x9E3779B97F4A7C15)
 _LOW = np.uint64(20)

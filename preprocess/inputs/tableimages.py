@@ -10,10 +10,10 @@ import pyarrow as pa
 from fsspec.core import url_to_fs
 
 from labels.errors import UserError
-from preprocess.inputs.rowbatch import Fault
-from preprocess.inputs.shards import Shard
-from preprocess.inputs.tablefile import Table, TableDamaged, open_table
 from preprocess.inputs.tables import identified, identity_columns
+from preprocess.readers.base import Fault
+from preprocess.readers.shards import Shard
+from preprocess.readers.table import Table, TableDamaged, open_table
 
 _BYTES_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 _PATH_COLUMNS = ("path", "filepath", "image", "file")

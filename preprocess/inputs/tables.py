@@ -9,8 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from labels.errors import UserError
-from preprocess.inputs.captions import Choice, column_choices
-from preprocess.inputs.columns import (
+from preprocess.inputs.repeats import Repeats
+from preprocess.readers.base import ROWS, Fault, RowBatch
+from preprocess.readers.caption_key import Choice, column_choices
+from preprocess.readers.columns import (
     KEY_COLUMNS,
     SIZE_COLUMNS,
     STATUS_COLUMN,
@@ -21,10 +23,8 @@ from preprocess.inputs.columns import (
     row_uids,
     success_rows,
 )
-from preprocess.inputs.repeats import Repeats
-from preprocess.inputs.rowbatch import ROWS, Fault, RowBatch
-from preprocess.inputs.shards import Shard
-from preprocess.inputs.tablefile import Table, TableDamaged, open_table
+from preprocess.readers.shards import Shard
+from preprocess.readers.table import Table, TableDamaged, open_table
 
 _KEY_ROWS = 1 << 17
 _IDENTITY = (*KEY_COLUMNS, STATUS_COLUMN)

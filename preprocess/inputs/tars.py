@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
-from preprocess.inputs.rowbatch import IMAGE_SUFFIXES, Fault
+from preprocess.readers.base import IMAGE_SUFFIXES, Fault
 
 _MAX_HEADER_BYTES = 1 << 24
 # Also what tarfile lets through from numbers and lengths that no writer writes.

@@ -10,14 +10,14 @@ from pathlib import Path
 from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.explanation import DECODED, Explanation, explain_row
-from labels.files import local_copy
 from labels.layout import Layout
 from labels.manifest import Manifest, read_manifest
 from labels.settings import Pipeline
+from labels.storage import local_copy
 from labels.tokenizers.tokenizer import Tokenizer, make_tokenizer
-from preprocess.inputs.captions import parse_caption_key
-from preprocess.inputs.rows import read_rows
-from preprocess.inputs.shards import Shard, find_shards
+from preprocess.readers.caption_key import parse_caption_key
+from preprocess.readers.rows import read_rows
+from preprocess.readers.shards import Shard, find_shards
 from preprocess.stage import LabelMarker, read_marker
 
 

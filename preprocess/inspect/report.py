@@ -10,7 +10,6 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
-from labels.files import is_remote
 from labels.html import (
     Axis,
     Html,
@@ -33,6 +32,7 @@ from labels.html import (
 from labels.layout import Layout
 from labels.manifest import Manifest, ShardPart, read_manifest
 from labels.samples import Label, Sample, Vocabulary, read_image, spread_samples, thumbnail
+from labels.storage import is_remote
 from preprocess.counts import quoted
 from preprocess.inspect.explain import source_captions
 from preprocess.inspect.sql import open_tables

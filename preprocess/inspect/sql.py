@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from labels.errors import UserError
-from labels.files import is_remote, local_copy
 from labels.layout import Layout
+from labels.storage import is_remote, local_copy
 from preprocess.counts import quoted
 
 Format = Literal["table", "csv", "json"]

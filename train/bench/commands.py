@@ -69,7 +69,7 @@ def step_command(**arguments: Any) -> None:
 
 def _run(measure: Bench, arguments: dict[str, Any]) -> None:
     from train.bench.verdict import device_rates
-    from train.data import open_data
+    from train.data.open import open_data
     from train.distributed import World, distributed_world
 
     pipeline = load_pipeline(arguments["config"], arguments["overrides"], arguments["recipe"])

@@ -12,11 +12,11 @@ from labels.native import Decompressor
 from labels.settings import Train
 from train.bench.stages import READ, run_stages
 from train.bench.verdict import Rate, as_json, judge
-from train.betons import BetonSet
-from train.data import loading_threads, make_loader
+from train.data.dataset import BetonSet
+from train.data.image_index import NO_FILE, TABLE_BYTES, advise
+from train.data.open import loading_threads, make_loader
 from train.distributed import World
 from train.pixels import Crops
-from train.places import NO_FILE, TABLE_BYTES, advise
 from train.threads import Threads
 
 _MOST_SAMPLES = 1 << 18

@@ -6,10 +6,10 @@ from typing import Any
 from labels.settings import Train
 from train.bench.stages import time_stages
 from train.bench.verdict import Rate, as_json, judge
-from train.betons import BetonSet
-from train.data import loading_threads, make_loader
+from train.data.dataset import BetonSet
+from train.data.loader import Loader
+from train.data.open import loading_threads, make_loader
 from train.distributed import World
-from train.loader import Loader
 
 _STEPS = 1 << 40
 _SAMPLES = 512

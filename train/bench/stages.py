@@ -10,13 +10,13 @@ import numpy as np
 
 from labels.native import Decompressor, njit
 from labels.settings import Train
-from train import decode
 from train.batch import Slot
-from train.betons import BetonSet
-from train.loader import Loader
+from train.data import decode
+from train.data.dataset import BetonSet
+from train.data.image_index import OK, TABLE_BYTES, Tables, copy_labels, find, read_sample
+from train.data.loader import Loader
+from train.data.resize import aligned
 from train.pixels import Crops, decompress, shrunk, window_of
-from train.places import OK, TABLE_BYTES, Tables, copy_labels, find, read_sample
-from train.resample import aligned
 
 LABELS, READ, DECODE = range(3)
 _ROUNDS = 5
@@ -31,7 +31,7 @@ def run_stages(
     """Do the stages up to `last` for some samples, and forget the results.
 
     Args:
-        tables, crops, vocabulary, handle: as of train/decode.py.
+        tables, crops, vocabulary, handle: as of train/data/decode.py.
         samples, epochs: int64 [N].
         last: LABELS finds each sample and copies a label row; READ reads its bytes too; DECODE decodes them as far as its crop needs.
         scratch: uint8, large enough for the largest of the samples, for DECODE its pixels included.

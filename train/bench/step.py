@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 from labels.settings import Checkpoint, Train
-from train.betons import BetonSet
 from train.costs import model_costs, peak_flops
-from train.data import make_loader
+from train.data.dataset import BetonSet
+from train.data.inputs import ImageInput
+from train.data.open import make_loader
 from train.distributed import World
-from train.images import ImageInput
 from train.loop import Budget, Inputs, TrainState, run_loop
 from train.metrics import Metrics, Speed
 from train.synthetic import synthetic_batches, synthetic_inputs

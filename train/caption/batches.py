@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from labels.schema import PAD_ID
+from train.data.feeder import feed_batches, pinned, rows_of_steps
 from train.distributed import World
-from train.feeder import feed_batches, pinned, rows_of_steps
 
 
 class Pairs(NamedTuple):

@@ -13,13 +13,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from labels.files import fingerprint
 from labels.settings import AdapterOptimizer, Checkpoint, Count, Log, Optimizer, Positive, Runtime, Section, Seeds, Train, within_budget
+from labels.storage import fingerprint
 from train.caption.batches import PairBatch, Pairs, pair_batches
-from train.caption.captioner import Captioner
 from train.caption.decoder import BUILT_IN, SmallDecoder
 from train.caption.mapper import MlpMapper, TransformerMapper
 from train.distributed import World
+from train.evals.captioner import Captioner
 from train.language_model import LanguageModel
 from train.precision import autocast_dtype
 from train.trainer import train_model

@@ -23,7 +23,7 @@ def _training(command: Callable[..., None]) -> Callable[..., None]:
 @_training
 def clip(**arguments: Any) -> None:
     """Pre-train the same trunk by CLIP's loss, on the same images and their captions' tokens in order; the baseline of `train run`."""
-    from train.contrastive.method import train_clip  # torch takes a second: not for --help
+    from train.clip import train_clip  # torch takes a second: not for --help
 
     _run("clip", arguments, train_clip)
 
@@ -34,7 +34,7 @@ def clip(**arguments: Any) -> None:
 @_training
 def lit(encoder: str, weights: str | None, **arguments: Any) -> None:
     """Train a text tower for a frozen ENCODER (a run, run:RUN, timm:NAME, ...), so that `zeroshot` and `retrieval` can ask it."""
-    from train.evals.encoders.encoder import EncoderSpec
+    from train.encoders.encoder import EncoderSpec
     from train.evals.lit import train_lit
 
     _run("lit", arguments, lambda *rest: train_lit(EncoderSpec(encoder, weights), *rest))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from labels.manifest import TokenizerPart
 from train.batch import Batch
-from train.images import ImageInput
+from train.data.inputs import ImageInput
 
 CLIP = "clip"
 _PAD = 0

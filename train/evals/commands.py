@@ -115,8 +115,8 @@ def _work_beside(arguments: dict[str, Any]) -> None:
 
 def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> None:
     """`flags`: keys that have an option of their own, which wins over --set."""
+    from train.encoders.load import pair_weights
     from train.evals.data.captions import load_caption_set
-    from train.evals.encoders.load import pair_weights
     from train.evals.measure import on_device
     from train.evals.protocols.registry import load_protocol
     from train.evals.run_protocol import named_data, run_protocol
@@ -148,8 +148,8 @@ def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> 
 def _first_rank_speaks() -> Iterator[bool]:
     """Around a protocol, which torchrun may have started on many ranks: whether this one is the first; the others write nothing that
     the first one writes, and are silent. What was asked to stop leaves with the exit code that says so."""
-    from labels.files import own_partials
     from labels.settings import Runtime
+    from labels.storage import own_partials
     from train.distributed import distributed_world
     from train.loop import STOPPED_EXIT_CODE, Stopped
 

@@ -1,6 +1,6 @@
 """Features of a frozen encoder, extracted once for each encoder and data set, whatever protocols ask for them.
 
-    places -> threads (train/feeder.py): bytes, pixels (pixels.py), uint8 batches -> device: normalise, encoder -> [N, W]
+    places -> threads (train/data/feeder.py): bytes, pixels (pixels.py), uint8 batches -> device: normalise, encoder -> [N, W]
 
 N samples, B batch, S image side, W feature width.
 """
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from labels.errors import UserError
-from labels.files import fingerprint, whole_file
 from labels.settings import Features
+from labels.storage import fingerprint, whole_file
+from train.data.feeder import feed_batches, stack_pinned
+from train.encoders.encoder import Encoder, ImageForm
 from train.evals.data.images import Images
-from train.evals.encoders.encoder import Encoder, ImageForm
 from train.evals.pixels import DECODE_FAULTS, TRANSFORM, decode
-from train.feeder import feed_batches, stack_pinned
 
 _BAD_SHOWN = 5
 Decode = Callable[[bytes, int, int], np.ndarray]

@@ -6,17 +6,17 @@ from typing import Any
 import torch
 
 from labels.settings import Pipeline, Train
-from train.betons import BetonSet
-from train.contrastive.method import LIT, _method, _text, check_whole_batches, make_two_tower_state
-from train.contrastive.model import Contrastive
+from train.clip import LIT, _method, _text, check_whole_batches, make_two_tower_state
 from train.costs import Costs, tower_costs, trunk_costs
-from train.data import Chosen
+from train.data.dataset import BetonSet
+from train.data.open import Chosen
 from train.distributed import World
-from train.evals.encoders.encoder import Encoder, EncoderSpec
-from train.evals.encoders.load import load_encoder
+from train.encoders.encoder import Encoder, EncoderSpec
+from train.encoders.load import load_encoder
+from train.encoders.text import foreign_encoder
 from train.evals.encoders.runs import trained_model
-from train.evals.encoders.text import foreign_encoder
 from train.loop import TrainState
+from train.text_tower import Contrastive
 from train.trainer import train_run
 
 

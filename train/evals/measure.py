@@ -14,17 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from labels.files import write_whole
 from labels.settings import Pipeline
+from labels.storage import write_whole
+from train.encoders.encoder import Encoder
+from train.encoders.load import load_encoder
 from train.evals.data.captions import CaptionSet
 from train.evals.data.images import LabelledImages
 from train.evals.data.sets import DataSet
-from train.evals.encoders.encoder import Encoder
-from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
 from train.evals.pixels import TRANSFORM
+from train.evals.protocol import Evaluation, Score
 from train.evals.protocols.lbfgs_probe import majority
-from train.evals.protocols.protocol import Evaluation, Score
 
 MAJORITY = "majority class"
 _VERSIONS = ("torch", "timm", "numpy", "pillow", "transformers", "open_clip_torch")

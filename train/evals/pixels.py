@@ -48,7 +48,7 @@ def decode_crop(encoded: bytes, side: int, seed: int, epoch: int, index: int) ->
     plain = _plain_jpeg(encoded, side, (seed, epoch, index))
     if plain is not None:
         return plain
-    from train.crops import flipped, random_crop  # compiled: only for those who augment
+    from train.data.crops import flipped, random_crop  # compiled: only for those who augment
 
     with Image.open(BytesIO(encoded)) as image:
         rgb = _to_rgb(image)

@@ -11,7 +11,7 @@ import threading
 import numpy as np
 
 from labels.native import Decompressor, njit, tj_error, tj_header
-from train.crops import flipped, random_crop
+from train.data.crops import flipped, random_crop
 from train.evals.pixels import CROP_RATIO, CROP_SCALE
 from train.pixels import BOX, DONE, Crops, Window, decode_row, shrink_to_fill, shrunk
 

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from labels.errors import UserError
-from labels.files import write_json
 from labels.settings import Pipeline
+from labels.storage import write_json
+from train.encoders.encoder import EncoderSpec
+from train.encoders.load import load_encoder
 from train.evals.data.captions import CaptionSet
 from train.evals.data.sets import DataSet, load_data, load_pair
-from train.evals.encoders.encoder import EncoderSpec
-from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
 from train.evals.measure import floor_rows, measure, result, write_splits
-from train.evals.protocols.protocol import Evaluation
+from train.evals.protocol import Evaluation
 from train.evals.tables import print_rows
 
 

@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from labels.errors import UserError
-from labels.files import fingerprint, write_json, write_whole
 from labels.settings import Pipeline
+from labels.storage import fingerprint, write_json, write_whole
+from train.encoders.encoder import Encoder, EncoderSpec, told_apart
+from train.encoders.load import load_encoder
 from train.evals.data.captions import CAPTION_KINDS, CaptionSet, load_caption_set
 from train.evals.data.sets import DataSet, load_data
-from train.evals.encoders.encoder import Encoder, EncoderSpec, told_apart
-from train.evals.encoders.load import load_encoder
 from train.evals.features import Extractor
 from train.evals.measure import floor_rows, measure, result, write_splits
 from train.evals.pixels import TRANSFORM
-from train.evals.protocols.protocol import Evaluation
+from train.evals.protocol import Evaluation
 from train.evals.suite_file import ProtocolEntry, Suite
 from train.evals.tables import Grid
 

@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Field, ValidationError
 from labels.config import load_pipeline, read_yaml
 from labels.errors import UserError
 from labels.settings import Pipeline, Section
-from train.evals.encoders.encoder import EncoderSpec
-from train.evals.protocols.protocol import Evaluation
+from train.encoders.encoder import EncoderSpec
+from train.evals.protocol import Evaluation
 from train.evals.protocols.registry import load_protocol, protocol_names
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.evals.measure import MAJORITY
-from train.evals.protocols.protocol import format_metric, is_share
+from train.evals.protocol import format_metric, is_share
 
 _WIDEST = 1000
 

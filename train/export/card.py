@@ -7,11 +7,11 @@ from pathlib import Path
 import yaml
 
 from labels import __version__
-from train.evals.encoders.encoder import Encoder
+from train.encoders.encoder import Encoder
 from train.evals.pixels import TRANSFORM
-from train.evals.protocols.protocol import format_metric
+from train.evals.protocol import format_metric
 from train.export.check import TOLERANCE
-from train.export.formats import Format, Written
+from train.export.format import Format, Written
 from train.export.recipe import Training
 from train.report.results import Row, readout_of
 

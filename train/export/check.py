@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from labels.errors import UserError
-from train.evals.encoders.encoder import Encoder
-from train.export.formats import Features, Written
+from train.encoders.encoder import Encoder
+from train.export.format import Features, Written
 
 TOLERANCE = 1e-4
 """Largest difference of a feature."""

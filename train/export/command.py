@@ -20,7 +20,7 @@ def export(
     encoder: str, format_name: str, out: Path, weights: str | None, layer: int | None, pool: str | None, results: tuple[Path, ...]
 ) -> None:
     """Write ENCODER (run:RUN, timm:NAME, open_clip:NAME, hf:DIR) for another library, check it by loading it back, and write its card."""
-    from train.evals.encoders.encoder import EncoderSpec  # torch takes a second: not for --help
+    from train.encoders.encoder import EncoderSpec  # torch takes a second: not for --help
     from train.export.export import export_encoder
 
     export_encoder(EncoderSpec(encoder, weights, layer, pool), format_name, out, results)

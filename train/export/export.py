@@ -6,18 +6,18 @@ from typing import Any
 
 from labels import __version__
 from labels.errors import UserError
-from labels.files import whole_folder, write_json
-from train.evals.encoders.encoder import EncoderSpec
-from train.evals.encoders.load import load_encoder
+from labels.storage import whole_folder, write_json
+from train.encoders.encoder import EncoderSpec
+from train.encoders.load import load_encoder
 from train.export.card import card
 from train.export.check import check
-from train.export.formats import Format
-from train.export.hf_format import HF
-from train.export.onnx_format import ONNX
-from train.export.open_clip_format import OPEN_CLIP
+from train.export.format import Format
+from train.export.hf import HF
+from train.export.onnx import ONNX
+from train.export.open_clip import OPEN_CLIP
 from train.export.recipe import results_of, training_of
 from train.export.replace import check_replaceable, share_like
-from train.export.timm_format import TIMM
+from train.export.timm import TIMM
 
 FORMATS: dict[str, Format] = {form.name: form for form in (TIMM, HF, OPEN_CLIP, ONNX)}
 MARK = "export.json"

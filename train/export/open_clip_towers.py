@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from labels.errors import UserError
-from train.export.formats import TimmTower
+from train.export.format import TimmTower
 from train.export.vit_classes import ACTIVATIONS, is_plain
 
 _INNER = {
@@ -66,7 +66,7 @@ def build_pair(tower: TimmTower, towers: Towers, side: int) -> tuple[nn.Module, 
 
 
 def text_config(tower: Any) -> dict[str, int]:
-    """open_clip's `text_cfg` of a text tower as train/contrastive/model.py builds it."""
+    """open_clip's `text_cfg` of a text tower as train/text_tower.py builds it."""
     block = tower.transformer.resblocks[0]
     return {
         "context_length": tower.context_length, "vocab_size": tower.vocab_size, "width": tower.token_embedding.weight.shape[1],

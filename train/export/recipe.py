@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from labels.errors import UserError
-from train.evals.encoders.encoder import Encoder
+from train.encoders.encoder import Encoder
 from train.report.results import Row, read_results
 
 _SECTIONS = ("labels", "train")  # of config.yaml: what decides what is learnt; with two towers `text_tower` too

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from labels.errors import UserError
+from train.data.feeder import feed_batches, pinned, rows_of_steps, stack_pinned
 from train.distributed import World
-from train.evals.encoders.encoder import ImageForm
+from train.encoders.encoder import ImageForm
 from train.evals.pixels import DECODE_FAULTS, decode
-from train.feeder import feed_batches, pinned, rows_of_steps, stack_pinned
+from train.llava.data import Record
 from train.llava.prompt import IGNORED
-from train.llava.records import Record
 
 
 @dataclass(frozen=True)

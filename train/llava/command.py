@@ -29,8 +29,8 @@ def llava(
     overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Train LLaVA-1.5's projector on a frozen tower and language model; prints lmms-eval's command for the paper's benchmarks."""
-    from train.evals.encoders.encoder import EncoderSpec  # torch takes a second: not for --help
-    from train.llava.run import train_llava
+    from train.encoders.encoder import EncoderSpec  # torch takes a second: not for --help
+    from train.llava.train import train_llava
     from train.loop import STOPPED_EXIT_CODE
 
     if not train_llava(EncoderSpec(encoder, weights), language_model, data, images, load_pipeline(config, overrides), out):

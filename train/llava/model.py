@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from labels.errors import UserError
 from labels.settings import Llava
-from train.evals.encoders.encoder import EncoderSpec, ImageForm
+from train.encoders.encoder import EncoderSpec, ImageForm
 from train.evals.encoders.hf_models import image_form
 from train.export.export import export_encoder
 from train.export.llava import build_llava, load_tower
 from train.language_model import LanguageModel
+from train.llava.data import IMAGE
 from train.llava.prompt import TEMPLATE
-from train.llava.records import IMAGE
 
 _SHORTEST_TEXT = 32  # tokens beside the image's that a conversation has at the least
 

@@ -5,7 +5,7 @@ T tokens of a conversation, the image's tokens among them.
 
 from typing import Any
 
-from train.llava.records import IMAGE
+from train.llava.data import IMAGE
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from train.losses.blocks import chunks
+from train.losses.distributed import Split
 from train.losses.positives import Positives
-from train.losses.split import Split
 
 RowLoss = Callable[[torch.Tensor, Positives, bool], torch.Tensor]
 """Logits [R, V], the rows' labels, whether gradients are wanted -> losses [R]; then the logits hold d loss / d logits."""

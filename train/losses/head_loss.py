@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from labels.settings import Loss
+from train.losses.distributed import split_of
 from train.losses.fused import fused, product_type
 from train.losses.head import Head
 from train.losses.kinds import kind
 from train.losses.positives import positives
 from train.losses.ranks import ranks, sum_over
-from train.losses.split import split_of
 
 
 class HeadLoss(nn.Module):

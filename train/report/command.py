@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from labels.files import write_whole
+from labels.storage import write_whole
 
 _PATH = click.Path(path_type=Path)
 

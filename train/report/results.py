@@ -10,7 +10,7 @@ from typing import Any
 
 from labels.errors import UserError
 from labels.html import Html, details, join, paragraph, table, tag
-from train.evals.protocols.protocol import format_metric
+from train.evals.protocol import format_metric
 from train.report.runs import Run
 
 _COLUMN_NAMES = {"probe": "linear probe", "zeroshot": "zero-shot after LiT"}

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from labels.files import fingerprint
 from labels.settings import Labels
+from labels.storage import fingerprint
 from labels.tokenizers.text import is_stop_word, stop_words
 from labels.tokenizers.word_table import FastPath, Slow
 

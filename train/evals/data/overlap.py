@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from labels.errors import UserError
-from labels.files import fingerprint, write_json
+from labels.storage import fingerprint, write_json
 from train.evals.data.images import Images, Place
 
 

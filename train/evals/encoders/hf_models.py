@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from labels.errors import UserError
-from train.evals.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
+from train.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
 from train.evals.encoders.readout import Blocks, read_out
 from train.pretrained import check_whole, load_folder
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from labels.errors import UserError
-from train.evals.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
+from train.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
+from train.encoders.text import TextSide, open_clip_text_side
 from train.evals.encoders.readout import Blocks, read_out
-from train.evals.encoders.text import TextSide, open_clip_text_side
 from train.weights import load_exactly, read_weights, weights_fingerprint
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from labels.errors import UserError
-from train.evals.encoders.encoder import EncoderSpec
+from train.encoders.encoder import EncoderSpec
 
 POOLS = ("avg", "cls", "cls+avg")
 

@@ -8,12 +8,12 @@ import torch
 
 from labels.config import load_pipeline
 from labels.errors import UserError
-from labels.files import sha256_file
 from labels.settings import Model, Train
+from labels.storage import sha256_file
 from train.checkpoint import checkpoint_folders
-from train.evals.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
-from train.evals.encoders.text import Foreign, foreign_encoder, run_text_side
-from train.evals.encoders.timm_models import with_readout
+from train.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
+from train.encoders.libraries import with_readout
+from train.encoders.text import Foreign, foreign_encoder, run_text_side
 from train.model import build_trunk
 from train.weights import load_exactly, read_weights
 
@@ -43,7 +43,7 @@ def _with_text(encoder: Encoder, checkpoint: Path) -> Encoder:
 
 def _load_foreign(asked: EncoderSpec, foreign: Foreign, checkpoint: Path) -> Encoder:
     """The encoder that `train lit` has frozen, from where it was then."""
-    from train.evals.encoders.load import load_encoder  # LAZY: it imports this module
+    from train.encoders.load import load_encoder  # LAZY: it imports this module
 
     found = load_encoder(EncoderSpec(foreign.spec, foreign.weights, asked.layer, asked.pool))
     if found.describe()["weights"] != foreign.weights_fingerprint:

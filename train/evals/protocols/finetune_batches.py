@@ -16,12 +16,12 @@ from torch import Tensor
 
 from labels.errors import UserError
 from labels.settings import Positive, Section, Seeds
+from train.data.feeder import rows_of_steps
 from train.distributed import World
+from train.encoders.encoder import ImageForm
 from train.evals.data.images import LabelledImages
-from train.evals.encoders.encoder import ImageForm
 from train.evals.features import Normaliser, decoded_batches
 from train.evals.pixels import decode_crop
-from train.feeder import rows_of_steps
 
 
 class Finetune(Section):

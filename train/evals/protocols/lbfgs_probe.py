@@ -14,9 +14,9 @@ from torch import Tensor
 
 from labels.errors import UserError
 from labels.settings import Positive, Section, Seeds
+from train.evals.protocol import accuracies, top_k
 from train.evals.protocols.logistic import TOLERANCE, Axes, fit, start_at_zero
 from train.evals.protocols.mae_probe import MaeProbe
-from train.evals.protocols.protocol import accuracies, top_k
 
 
 class Probe(Section):

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from labels.settings import Positive, Section
+from train.encoders.encoder import Encoder
 from train.evals.data.images import LabelledImages
-from train.evals.encoders.encoder import Encoder
 from train.evals.features import Extractor
 from train.evals.pixels import decode_crop
-from train.evals.protocols.protocol import accuracies
+from train.evals.protocol import accuracies
 
 
 class MaeProbe(Section):

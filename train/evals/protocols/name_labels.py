@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from labels.arrays import Column
 from labels.config import load_pipeline
 from labels.errors import UserError
 from labels.layout import Layout
 from labels.manifest import read_manifest
-from labels.rows import Column
 from labels.tokenizers.tokenizer import make_tokenizer
 
 

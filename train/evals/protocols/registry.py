@@ -3,7 +3,7 @@
 from importlib import import_module
 
 from labels.kinds import EVALUATORS, names_in
-from train.evals.protocols.protocol import Evaluation
+from train.evals.protocol import Evaluation
 
 
 def protocol_names() -> list[str]:

@@ -24,13 +24,13 @@ from labels.errors import UserError
 from labels.idf import read_idf
 from labels.layout import Layout
 from labels.settings import Pipeline, Section, Seeds
-from train.evals.classnames import class_names, templates, told
+from train.encoders.encoder import Encoder
+from train.evals.data.classnames import class_names, templates, told
 from train.evals.data.images import shorten
 from train.evals.data.sets import DataSet
-from train.evals.encoders.encoder import Encoder
 from train.evals.features import Extractor
+from train.evals.protocol import Score, accuracies
 from train.evals.protocols.name_labels import label_texts
-from train.evals.protocols.protocol import Score, accuracies
 from train.weights import read_weights
 
 

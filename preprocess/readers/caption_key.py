@@ -1,0 +1,101 @@
+"""Where a sample's caption stands: build.caption_key in, choices out, tried in order; the first that a sample has counts.
+
+txt  json:alt  parquet:text  csv:title      a tar's member, a field of its json, a column of its side Parquet or of a table
+txt+json:alt                                one choice of several captions, read as one text
+auto                                        the choices of _AUTO
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from labels.errors import UserError
+from preprocess.readers.base import IMAGE_SUFFIXES
+
+ColumnKind = Literal["parquet", "csv"]
+Kind = Literal["member", "json", ColumnKind]
+
+_TABLE_COLUMNS = ("caption", "text", "txt", "title")
+_SUFFIX = re.compile(r"[a-z0-9_][a-z0-9_.-]*")
+_ALLOWED = (
+    "auto, txt or another member suffix of the tars, json:FIELD, parquet:COLUMN, csv:COLUMN; several joined with + are one text"
+    " (e.g. txt,json:alt or txt+json:alt)"
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One place: kind `member` (name = suffix in a tar), `json` (field), `parquet` or `csv` (column)."""
+
+    kind: Kind
+    name: str
+
+    def __str__(self) -> str:
+        return self.name if self.kind == "member" else f"{self.kind}:{self.name}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Items that are read together; a sample has the choice if it has any of them."""
+
+    items: tuple[Item, ...]
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.items))
+
+
+# A kind of shard sees only the items that it can have: one list serves tars and tables.
+_AUTO = (
+    Item("parquet", "caption"),
+    Item("member", "txt"),
+    Item("json", "caption"),
+    *(Item("parquet", name) for name in _TABLE_COLUMNS[1:]),
+    *(Item("csv", name) for name in _TABLE_COLUMNS),
+)
+
+
+def parse_caption_key(keys: Sequence[str]) -> tuple[Choice, ...]:
+    """The choices, in order, that build.caption_key names; `auto` becomes the choices it stands for.
+
+    Raises:
+        UserError: naming the item that is not of the grammar, and what is allowed.
+    """
+    choices: list[Choice] = []
+    for key in keys:
+        if key.strip() == "auto":
+            choices += [Choice((item,)) for item in _AUTO]
+        else:
+            choices.append(Choice(tuple(_item(part.strip(), key) for part in key.split("+"))))
+    if not choices:
+        raise UserError("build.caption_key is empty", allowed=_ALLOWED)
+    return tuple(dict.fromkeys(choices))
+
+
+def _item(text: str, key: str) -> Item:
+    kind, colon, name = text.partition(":")
+    if colon and name and kind in get_args(Kind)[1:]:
+        return Item(kind, name)  # type: ignore[arg-type]  # just compared with the kinds
+    # Suffixes are lower-cased where tars are read.
+    suffix = text.lower()
+    if colon or not _SUFFIX.fullmatch(suffix) or suffix == "auto":
+        problem = f"{text!r} is no place of a caption"
+    elif suffix == "json":
+        problem = "'json' lacks the field: json:FIELD"
+    elif suffix in IMAGE_SUFFIXES:
+        problem = f"{text!r} is the suffix of an image"
+    else:
+        return Item("member", suffix)
+    where = f" (in {key!r})" if key != text else ""
+    raise UserError(f"build.caption_key: {problem}{where}", allowed=_ALLOWED)
+
+
+def column_choices(choices: Iterable[Choice], kind: ColumnKind) -> tuple[Choice, ...]:
+    """What of `choices` a table of this kind can answer: other items are dropped, then choices without any."""
+    narrowed = (Choice(tuple(item for item in choice.items if item.kind == kind)) for choice in choices)
+    return tuple(dict.fromkeys(choice for choice in narrowed if choice.items))
+
+
+def join_captions(texts: Sequence[str]) -> str:
+    """Several captions of one sample as one text, a line each."""
+    return "\n".join(texts)

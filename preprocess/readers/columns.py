@@ -1,0 +1,232 @@
+"""Columns of a table as keys, uids, sizes and captions: Arrow arrays in, Arrow arrays out, no Python object for a row.
+
+N rows of a batch. Cells that are not UTF-8 are the exception and are looked at one by one.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions when it is imported)
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from labels.errors import UserError
+from preprocess.readers.caption_key import Choice, join_captions
+
+KEY_COLUMNS = ("key", "uid")
+SIZE_COLUMNS = (("width", "height"), ("original_width", "original_height"))
+STATUS_COLUMN = "status"
+_SUCCESS = "success"
+_KEY_DIGITS = 12
+_MAX_SIDE = (1 << 31) - 1
+# What Python's str.strip removes; Arrow's own set lacks the separators 0x1C to 0x1F.
+_WHITE_SPACE = "".join(char for char in map(chr, range(0x3001)) if char.isspace())
+
+Invalid = dict[int, str]
+"""Row -> why its bytes are not UTF-8."""
+
+
+def success_rows(batch: pa.RecordBatch) -> pa.BooleanArray | None:
+    """Which rows img2dataset downloaded, by the text column `status`; None where every row counts."""
+    column = _column(batch, STATUS_COLUMN)
+    if column is None or not _is_text(column.type):
+        return None
+    return pc.fill_null(pc.equal(_texts(column)[0], _SUCCESS), False)
+
+
+def row_keys(batch: pa.RecordBatch, first: int, path: str) -> pa.StringArray:
+    """The key of every row: `key`, else `uid`, else the number of the row in the table as 12 digits."""
+    keys = pa.nulls(len(batch), pa.string())
+    for name in KEY_COLUMNS:
+        if keys.null_count and name in batch.schema.names:
+            keys = _first_of(keys, _identifiers(batch, name, path))
+    if keys.null_count:
+        numbers = pc.cast(pa.array(np.arange(first, first + len(batch))), pa.string())
+        keys = pc.coalesce(keys, pc.utf8_lpad(numbers, _KEY_DIGITS, "0"))
+    return keys
+
+
+def row_uids(batch: pa.RecordBatch, path: str) -> pa.StringArray:
+    """The column `uid`, null where there is none."""
+    return _identifiers(batch, "uid", path) if "uid" in batch.schema.names else pa.nulls(len(batch), pa.string())
+
+
+def row_sizes(batch: pa.RecordBatch) -> tuple[pa.Int32Array, pa.Int32Array]:
+    """Width and height in pixels: the first pair of SIZE_COLUMNS of which both are whole numbers from 1 on, else null."""
+    width = height = pa.nulls(len(batch), pa.int32())
+    for names in SIZE_COLUMNS:
+        columns = [_column(batch, name) for name in names]
+        if not width.null_count:
+            break
+        if any(column is None for column in columns):
+            continue
+        sides = [_sides(column) for column in columns if column is not None]
+        both = pc.and_(pc.is_valid(sides[0]), pc.is_valid(sides[1]))
+        width, height = (pc.coalesce(old, pc.if_else(both, new, None)) for old, new in zip((width, height), sides, strict=True))
+    return width, height
+
+
+def row_captions(batch: pa.RecordBatch, choices: Sequence[Choice], path: str) -> tuple[pa.StringArray, Invalid]:
+    """The caption by the first of `choices` that a row has, null where it has none; and rows whose caption is not UTF-8.
+
+    Args:
+        batch: N rows.
+        choices: of columns of this batch only.
+        path: of the table, for messages.
+    """
+    captions, faults = pa.nulls(len(batch), pa.string()), Invalid()
+    for choice in choices:
+        if captions.null_count == len(faults):
+            break
+        texts, invalid = _chosen(batch, choice, path)
+        undecided = pc.is_null(captions)
+        faults |= {row: told for row, told in invalid.items() if row not in faults and undecided[row].as_py()}
+        captions = _first_of(captions, texts)
+        if faults:  # an unreadable caption decides its row
+            captions = pc.if_else(_mask(len(batch), faults), None, captions)
+    return captions, faults
+
+
+def blank_rows(captions: pa.StringArray) -> np.ndarray:
+    """Numbers of the rows that hold nothing but white space, int64; nulls are no such rows."""
+    offsets, text = offsets_and_bytes(captions)
+    first = np.zeros(len(captions), np.uint8)
+    filled = offsets[1:] > offsets[:-1]
+    first[filled] = text[offsets[:-1][filled]]
+    # A visible ASCII character in front settles nearly all rows.
+    unsure = np.flatnonzero((first <= 0x20) | (first >= 0x7F))
+    trimmed = pc.utf8_ltrim(captions.take(pa.array(unsure)), characters=_WHITE_SPACE)
+    return unsure[pc.fill_null(pc.equal(pc.binary_length(trimmed), 0), False).to_numpy(zero_copy_only=False)]
+
+
+def offsets_and_bytes(strings: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each string begins and ends, int32 [N + 1], in the bytes, uint8 [B]."""
+    if not len(strings):
+        return np.zeros(1, np.int32), np.empty(0, np.uint8)
+    _, places, text = strings.buffers()
+    offsets = np.frombuffer(places, np.int32, len(strings) + 1, strings.offset * 4)
+    return offsets, np.frombuffer(text, np.uint8) if text else np.empty(0, np.uint8)
+
+
+def _first_of(texts: pa.StringArray, others: pa.StringArray) -> pa.StringArray:
+    """`texts`, and where they are null `others`; not copied where all of them are."""
+    return others if texts.null_count == len(texts) else pc.coalesce(texts, others)
+
+
+def _column(batch: pa.RecordBatch, name: str) -> pa.Array | None:
+    return batch.column(name) if name in batch.schema.names else None
+
+
+def _mask(rows: int, invalid: Invalid) -> pa.BooleanArray:
+    mask = np.zeros(rows, bool)
+    mask[list(invalid)] = True
+    return pa.array(mask)
+
+
+def _chosen(batch: pa.RecordBatch, choice: Choice, path: str) -> tuple[pa.StringArray, Invalid]:
+    """What a choice gives: the texts of its columns that are not null, a line each; null where all are."""
+    parts, invalid = [], Invalid()
+    for item in choice.items:
+        column = batch.column(item.name)
+        if not _is_caption(column.type):
+            raise UserError(
+                f"{path}: the column {item.name!r} of build.caption_key holds {column.type}",
+                allowed="a column of strings or of lists of strings",
+                mend=f"name another column, of: {', '.join(batch.schema.names)}",
+            )
+        texts, wrong = _lines(column) if _is_list(column.type) else _texts(column)
+        parts.append(texts)
+        invalid |= wrong
+    text = parts[0]
+    for part in parts[1:]:  # joined is null where either is
+        text = pc.coalesce(pc.binary_join_element_wise(text, part, join_captions(["", ""])), text, part)
+    return text, invalid
+
+
+def _lines(column: pa.ListArray) -> tuple[pa.StringArray, Invalid]:
+    """The texts of every list as one, a line each; null for a list without any."""
+    if column.type.value_type.id == pa.null().id:
+        return pa.nulls(len(column), pa.string()), Invalid()
+    texts, wrong = _texts(pc.list_flatten(column))
+    parents = pc.list_parent_indices(column).to_numpy()
+    invalid = {int(parents[place]): told for place, told in wrong.items()}
+    kept = texts.is_valid()
+    parents, texts = parents[kept.to_numpy(zero_copy_only=False)], texts.filter(kept)
+    offsets = np.searchsorted(parents, np.arange(len(column) + 1)).astype(np.int32)
+    joined = pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets), texts), join_captions(["", ""]))
+    return pc.if_else(pa.array(np.diff(offsets) > 0), joined, None), invalid
+
+
+def _texts(column: pa.Array) -> tuple[pa.StringArray, Invalid]:
+    """A column of text in any of Arrow's forms as plain strings; cells that are not UTF-8 become null."""
+    if column.type.id == pa.null().id:
+        return pa.nulls(len(column), pa.string()), Invalid()
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()  # type: ignore[attr-defined]
+    # By way of bytes: Parquet's strings are not checked when they are read.
+    raw = column.cast(pa.binary())
+    try:
+        return raw.cast(pa.string()), Invalid()
+    except pa.ArrowInvalid:
+        return _decoded(raw)
+
+
+def _decoded(raw: pa.BinaryArray) -> tuple[pa.StringArray, Invalid]:
+    texts, invalid = [], Invalid()
+    for row, value in enumerate(raw.to_pylist()):
+        try:
+            texts.append(value if value is None else value.decode("utf8"))
+        except UnicodeDecodeError as error:
+            invalid[row] = str(error)
+            texts.append(None)
+    return pa.array(texts, pa.string()), invalid
+
+
+def _identifiers(batch: pa.RecordBatch, name: str, path: str) -> pa.StringArray:
+    """A column of keys or uids as strings: bytes that are not UTF-8 become escapes, empty cells null."""
+    column = batch.column(name)
+    if pa.types.is_integer(column.type):
+        return pc.cast(column, pa.string())
+    if not _is_text(column.type):
+        raise UserError(
+            f"{path}: the column {name!r} holds {column.type}", allowed="strings or whole numbers", mend="convert or rename the column"
+        )
+    texts, invalid = _texts(column)
+    if invalid:
+        raw = column.cast(pa.binary()).to_pylist()
+        texts = pa.array([value if value is None else value.decode("utf8", "backslashreplace") for value in raw], pa.string())
+    offsets, _ = offsets_and_bytes(texts)
+    if texts.null_count == 0 and (offsets[1:] > offsets[:-1]).all():
+        return texts  # a new array would be a copy
+    return pc.if_else(pc.equal(texts, ""), None, texts)
+
+
+def _sides(column: pa.Array) -> pa.Int32Array:
+    """Whole numbers from 1 to 2^31 - 1; whatever else a cell holds is null. A float column is what pandas makes of gaps."""
+    if _is_text(column.type):
+        texts = _texts(column)[0]
+        number = pc.fill_null(pc.match_substring_regex(texts, r"^[0-9]{1,10}$"), False)
+        column = pc.if_else(number, texts, None)
+    elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        return pa.nulls(len(column), pa.int32())
+    numbers = column.cast(pa.float64(), safe=False)
+    good = pc.and_(pc.and_(pc.greater_equal(numbers, 1), pc.less_equal(numbers, _MAX_SIDE)), pc.equal(pc.floor(numbers), numbers))
+    return pc.cast(pc.if_else(good, numbers, None), pa.int32())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    forms = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    forms += (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(form(kind) for form in forms)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _is_caption(kind: pa.DataType) -> bool:
+    return _is_text(kind.value_type if _is_list(kind) else kind)

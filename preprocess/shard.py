@@ -1,0 +1,169 @@
+"""One shard of captions to one label file: the unit of work of the first pass.
+
+shard -> rows of captions, in batches -> ids -> labels/<shard>.parquet -> counts/<shard>.parquet -> done/labels/<shard>.json
+            left out: reason and detail ------------------------------------------------------------^
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions when it is imported)
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from labels.layout import Layout
+from labels.schema import LABELS
+from labels.settings import Labels
+from labels.storage import sha256_file, whole_file
+from labels.tokenizers.tokenizer import make_tokenizer
+from preprocess.counts import ShardCounts
+from preprocess.readers.base import Fault
+from preprocess.readers.caption_key import Choice
+from preprocess.readers.columns import offsets_and_bytes
+from preprocess.readers.rows import read_rows
+from preprocess.readers.shards import Shard
+from preprocess.readers.subset import open_subset, select
+from preprocess.stage import LabelMarker, Stage, write_marker
+
+# Measured on web captions (docs/experiments.md): the fastest that is no larger. Packed differences of ids are too dense to
+# compress; dictionaries and statistics take time and save nothing. All of it is read by DuckDB 1.1 and Spark's fast reader.
+_KEYS, _SIZES = ("key", "uid"), ("width", "height")
+_IDS = ("token_ids.list.element", "label_ids.list.element")
+_PARQUET: dict[str, Any] = {
+    "compression": dict.fromkeys((*_KEYS, *_SIZES), "zstd") | dict.fromkeys(_IDS, "none"),
+    "column_encoding": dict.fromkeys(_KEYS, "DELTA_LENGTH_BYTE_ARRAY") | dict.fromkeys(_IDS, "DELTA_BINARY_PACKED"),
+    "use_dictionary": False,
+    "write_statistics": False,
+}
+"""Of pyarrow's ParquetWriter, for label files."""
+
+
+@dataclass(frozen=True)
+class LabelTask:
+    """Everything a worker needs. `options`: fingerprint of what decides the rows, written into the marker."""
+
+    shard: Shard
+    out: Path
+    settings: Labels
+    captions: tuple[Choice, ...]
+    subset: bool
+    options: str
+    file_count: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.shard.name
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        return (self.shard.name,)
+
+    def is_done(self, marker: LabelMarker, sizes: Mapping[str, int]) -> bool:
+        file = f"{self.shard.name}.parquet"
+        same = (marker.options, marker.source) == (self.options, self.shard.source)
+        return same and f"labels/{file}" in sizes and sizes.get(f"counts/{file}") == marker.count_bytes
+
+
+def label_stage(layout: Layout) -> Stage[LabelTask, LabelMarker]:
+    """The first stage of a build: a label file for each shard."""
+    return Stage("labels", label_shard, LabelMarker, layout.markers / "labels", [layout.labels, layout.counts])
+
+
+def label_shard(task: LabelTask) -> LabelMarker:
+    """Write one label file, its counts and its marker; return the marker."""
+    layout = Layout(task.out)
+    marker_path = layout.label_marker(task.shard.name)
+    marker_path.unlink(missing_ok=True)  # an older marker must not vouch for the new files
+    tokenizer = make_tokenizer(task.settings)
+    subset = open_subset(layout.subset) if task.subset else None
+    faults: list[Fault] = []
+    outside = 0
+
+    def batches() -> Iterator[pa.Table]:
+        nonlocal outside
+        for batch in read_rows(task.shard, task.captions):
+            faults.extend(batch.faults)
+            if subset is not None:
+                batch, left_out = select(batch, subset)
+                outside += left_out
+            ids = tokenizer.encode_rows(batch.table["caption"], task.settings.context)
+            yield label_table(batch.table, *ids)
+
+    written = write_labels(layout, task.shard.name, batches())
+    marker = LabelMarker(
+        options=task.options,
+        source=task.shard.source,
+        shard=task.shard.name,
+        **written,
+        outside_subset=outside,
+        reasons=dict(sorted(Counter(fault.reason for fault in faults).items())),
+    )
+    write_marker(marker_path, marker, [[fault.key, fault.reason, fault.detail] for fault in faults])
+    return marker
+
+
+def label_table(rows: pa.Table, ids: np.ndarray, offsets: np.ndarray, label_ids: np.ndarray, label_offsets: np.ndarray) -> pa.Table:
+    """N rows of schema LABELS; nothing is copied but the offsets.
+
+    Args:
+        rows: columns key, uid, width, height.
+        ids: int32 [T]; offsets: int64 [N + 1], from 0 to T.
+        label_ids: int32 [T'], a row's ascending and distinct; label_offsets: int64 [N + 1], from 0 to T'.
+
+    Raises:
+        ValueError: ids and offsets do not fit each other or the rows.
+    """
+    columns = [rows[name].cast(LABELS.field(name).type) for name in (*_KEYS, *_SIZES)]
+    for name, flat, ends in (("token_ids", ids, offsets), ("label_ids", label_ids, label_offsets)):
+        fit = len(ends) == len(rows) + 1 and (ends[0], ends[-1]) == (0, len(flat)) and (ends[1:] >= ends[:-1]).all()
+        if flat.dtype != np.int32 or not fit:
+            raise ValueError(
+                f"{name}: {len(flat)} ids of {flat.dtype} and {len(ends)} offsets from {ends[:1]} to {ends[-1:]} for {len(rows)} rows"
+            )
+        list_type = LABELS.field(name).type
+        columns.append(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(flat), type=list_type))
+    return pa.Table.from_arrays(columns, schema=LABELS)
+
+
+def write_labels(layout: Layout, shard: str, batches: Iterable[pa.Table]) -> dict[str, Any]:
+    """Write labels/<shard>.parquet, a row group for each batch, and counts/<shard>.parquet.
+
+    Returns:
+        What the marker says of them: rows, tokens, count_bytes, SHA-256 of the label file and of the keys in row order,
+        each followed by a line feed: two builds with the same `keys_sha256` have the same rows.
+
+    Raises:
+        ValueError: a key is null, or a batch has another schema than LABELS.
+    """
+    rows = tokens = 0
+    keys, counts = hashlib.sha256(), ShardCounts()
+    with whole_file(layout.label_file(shard)) as partial:
+        with pq.ParquetWriter(partial, LABELS, **_PARQUET) as writer:
+            for batch in batches:
+                if not len(batch):
+                    continue
+                writer.write_table(batch)
+                # Joined in Arrow: a Python string for every key would cost more than its labels.
+                for lines in pc.binary_join_element_wise(batch["key"], "", "\n").chunks:
+                    offsets, text = offsets_and_bytes(lines)
+                    keys.update(text[offsets[0] : offsets[-1]].data)
+                counts.add(pc.list_flatten(batch["label_ids"]).to_numpy())
+                rows += len(batch)
+                tokens += pc.sum(pc.list_value_length(batch["token_ids"])).as_py()
+        sha256 = sha256_file(partial)
+        count_bytes = counts.write(layout.count_file(shard))
+    return {
+        "rows": rows,
+        "tokens": tokens,
+        "sha256": sha256,
+        "count_bytes": count_bytes,
+        "keys_sha256": keys.hexdigest(),
+    }

@@ -1,0 +1,141 @@
+"""The files of a set, held open by descriptor: checked when they are opened, at a cost by file and not by sample."""
+
+import os
+import resource
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+from labels import beton
+from labels.arrays import Column, open_rows, rows_file
+from labels.errors import UserError
+from labels.manifest import BetonPart, ShardPart
+from labels.places import PLACE, Source, open_places
+
+_OTHER_OPEN_FILES = 512
+
+
+class OpenFiles:
+    """Descriptors that are closed when this object is: at the latest with the process."""
+
+    def __init__(self) -> None:
+        self._open: set[int] = set()
+        self.close = weakref.finalize(self, _close_all, self._open)
+
+    def open(self, path: Path) -> int:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._open.add(descriptor)
+        return descriptor
+
+    def shut(self, descriptor: int) -> None:
+        """Close one of them early."""
+        self._open.discard(descriptor)
+        os.close(descriptor)
+
+    def beton(self, path: Path, part: BetonPart, label_limit: int, rebuild: str) -> int:
+        """Open a beton after checking size, version, fields and counts; its descriptor.
+
+        Raises:
+            UserError: it is not the file of the manifest; `rebuild` is the mend.
+        """
+        if not path.is_file():
+            raise UserError(f"{path} is missing", mend=rebuild)
+        descriptor = self.open(path)
+        size = os.fstat(descriptor).st_size
+        if size != part.bytes:
+            raise UserError(f"{path} has {size} bytes, in the manifest {part.bytes}: it was cut or replaced", mend=rebuild)
+        header, fields = _head(os.pread(descriptor, beton.METADATA_OFFSET, 0))
+        if header["version"] != beton.VERSION:
+            raise UserError(f"{path} is of beton version {header['version']}", allowed=str(beton.VERSION), mend=rebuild)
+        names = tuple(field["name"].tobytes().rstrip(b"\0").decode("utf8", "replace") for field in fields)
+        if header["num_fields"] != len(fields) or names != beton.FIELD_NAMES or tuple(fields["type_id"]) != beton.FIELD_TYPES:
+            raise UserError(f"{path} has the fields {', '.join(names)}", allowed=", ".join(beton.FIELD_NAMES), mend=rebuild)
+        if header["num_samples"] != part.samples or beton.label_limit_of(fields) != label_limit:
+            raise UserError(
+                f"{path} holds {header['num_samples']} samples of {beton.label_limit_of(fields)} labels; in the manifest "
+                f"{part.samples} of {label_limit}",
+                mend=rebuild,
+            )
+        table_end = int(header["alloc_table_ptr"]) + 2 * part.samples * beton.ALLOCATION.itemsize
+        if table_end != size:
+            raise UserError(f"{path}: its allocation table ends at byte {table_end}, the file at {size}", mend=rebuild)
+        return descriptor
+
+    def places(self, path: Path, part: BetonPart, rebuild: str) -> tuple[int, int]:
+        """Open a file of places: descriptor, and offset of its first row.
+
+        Raises:
+            UserError: it is not the file of the manifest; `rebuild` is the mend.
+        """
+        places = open_places(path)
+        if len(places) != part.samples:
+            raise UserError(f"{path} holds {len(places)} places, in the manifest {part.samples}", mend=rebuild)
+        return self.open(path), path.stat().st_size - len(places) * PLACE.itemsize
+
+    def tar(self, name: str, source: Source | None, sources: Path) -> tuple[int, int]:
+        """Open the tar of one shard: descriptor and length in bytes.
+
+        Raises:
+            UserError: it is not where `sources` (sources.json) says, or of another length.
+        """
+        if source is None:
+            raise UserError(f"{sources} does not say where the tar of shard {name} is", mend=f"add it to {sources}")
+        path = Path(source.path)
+        try:
+            descriptor = self.open(path)
+        except OSError as error:
+            raise UserError(
+                f"{path}, the tar of shard {name}, cannot be opened: {error.strerror}", mend=f"put it back, or say in {sources} where it is"
+            ) from None
+        size = os.fstat(descriptor).st_size
+        if size != source.bytes:
+            raise UserError(
+                f"{path} has {size} bytes, and had {source.bytes} when its places were read: it was cut or replaced",
+                mend="put the old file back, or run the build-labels command again",
+            )
+        return descriptor, size
+
+    def rows(self, out: Path, part: ShardPart, label_limit: int, column: Column = "label_ids") -> tuple[int, int]:
+        """Open the label array of one shard: descriptor, and offset of its first row.
+
+        Raises:
+            UserError: it is not there or not whole.
+        """
+        path, rows = rows_file(out, part, column), open_rows(out, part, label_limit, column)
+        if rows is None:
+            raise UserError(
+                f"{path} is missing or not whole",
+                allowed="an array of label rows, made from the label file of the same name",
+                mend="start `train run` again, which makes it; the folder has to be one that all nodes write to or each node its own",
+            )
+        return self.open(path), rows.offset
+
+
+def _close_all(descriptors: set[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
+
+
+def _head(data: bytes) -> tuple[np.void, np.ndarray]:
+    padded = np.frombuffer(data.ljust(beton.METADATA_OFFSET, b"\0"), np.uint8)
+    return padded[: beton.HEADER.itemsize].view(beton.HEADER)[0], padded[beton.HEADER.itemsize :].view(beton.FIELD)
+
+
+def allow_open_files(files: int) -> None:
+    """Raise this process's own limit of open files, as far as the system lets it.
+
+    Raises:
+        UserError: it does not let it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files + _OTHER_OPEN_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UserError(
+            f"the betons and label arrays are {files} files to hold open, the system allows this process {hard}",
+            allowed=f"a limit of {wanted} open files",
+            mend=f"raise the hard limit of open files (`ulimit -Hn {wanted}` as root, or `nofile` in /etc/security/limits.conf)",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,118 @@
+"""Ridge regression on a few training images a class (big_vision's 10-shot).
+
+To the letter of big_vision's evaluators/fewshot_lsr.py:
+
+    x <- (x - mean) / (std + 1e-5), by the shots' own;  x <- [x, 100];  y <- 2 onehot - 1
+    w = (x'x + l2 I)^-1 x'y     where N >= D (primal)
+      = x' (xx' + l2 I)^-1 y    where D > N  (dual);     the class is argmax x w
+
+N shots in all, D = W + 1 feature width with the constant, C classes. All in float64, by eigendecomposition.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from labels.config import own_section
+from labels.errors import UserError
+from labels.settings import Pipeline, Positive, Section, Seeds
+from train.encoders.encoder import Encoder
+from train.evals.data.images import shorten
+from train.evals.data.sets import DataSet
+from train.evals.features import Extractor
+from train.evals.protocol import Score
+
+
+class Fewshot(Section):
+    shots: Annotated[list[Positive], Field(min_length=1)] = [10]
+    seeds: Seeds = [0, 1, 2]
+    l2: Annotated[float, Field(gt=0)] = 1024.0
+
+
+_BIAS_CONSTANT = 100.0
+_TEST_ROWS = 8192
+
+
+def draw_shots(y: np.ndarray, classes: int, shots: int, seed: int) -> np.ndarray:
+    """Rows of y [N], int64 [classes * shots], class by class: the first `shots` of a permutation of each class' rows.
+
+    One generator for all classes, in the order of their numbers, whatever `shots` is: fewer shots are the first of more.
+    """
+    random = np.random.default_rng(seed)
+    return np.concatenate([random.permutation(np.flatnonzero(y == label))[:shots] for label in range(classes)])
+
+
+class Ridge(NamedTuple):
+    """What a fit gives: weight [D, C], and the whitening of the features, [1, W] each."""
+
+    weight: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Features [M, W] -> scores [M, C]."""
+        return _extended((x.double() - self.mean) / self.deviation) @ self.weight
+
+
+def fit_ridge(x: Tensor, y: Tensor, classes: int, l2: float) -> Ridge:
+    """Fit shots x [N, W] with classes y [N]; see the head of this file."""
+    x = x.double()
+    mean, deviation = x.mean(0, keepdim=True), x.std(0, correction=0, keepdim=True) + 1e-5
+    design = _extended((x - mean) / deviation)  # [N, D]
+    targets = 2 * torch.nn.functional.one_hot(y, classes).double() - 1
+    if design.shape[0] >= design.shape[1]:
+        values, left = torch.linalg.eigh(design.T @ design)
+        right = left.T @ (design.T @ targets)
+    else:
+        values, vectors = torch.linalg.eigh(design @ design.T)
+        left, right = design.T @ vectors, vectors.T @ targets
+    return Ridge((left / (values + l2)) @ right, mean, deviation)
+
+
+def _extended(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 1), value=_BIAS_CONSTANT)
+
+
+class FewShot:
+    """See `Evaluation`."""
+
+    name, takes = "fewshot", "classes"
+
+    def settings(self, pipeline: Pipeline) -> Fewshot:
+        return own_section(pipeline, self.name, Fewshot)
+
+    def describe(self, settings: Fewshot) -> str:
+        return f"ridge regression on whitened shots, l2 {settings.l2:g} (big_vision's fewshot_lsr)"
+
+    def check(self, data: DataSet, settings: Fewshot) -> None:
+        counts, most = np.bincount(data.train.targets, minlength=len(data.classes)), max(settings.shots)
+        few = [f"{data.classes[label]} ({counts[label]})" for label in np.flatnonzero(counts < most)]
+        if few:
+            raise UserError(
+                f"{len(few)} of {len(data.classes)} classes have less than {most} training images: {shorten(few)}",
+                allowed=f"shots up to {counts.min()}, the smallest class",
+                mend=f"--set fewshot.shots=[{counts.min()}], or data with more images a class",
+            )
+
+    def unfit(self, encoder: Encoder) -> str | None:
+        return None
+
+    def scores(self, encoder: Encoder, data: DataSet, settings: Fewshot, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
+        train_x, test_x = (torch.from_numpy(extract(encoder, part)) for part in (data.train, data.test))
+        train_y, test_y = torch.from_numpy(data.train.targets), torch.from_numpy(data.test.targets)
+        found = []
+        for shots in settings.shots:
+            for seed in seeds:
+                rows = draw_shots(data.train.targets, len(data.classes), shots, seed)
+                ridge = fit_ridge(train_x[rows].to(extract.device), train_y[rows].to(extract.device), len(data.classes), settings.l2)
+                guesses = torch.cat([ridge.logits(part.to(extract.device)).argmax(1).cpu() for part in test_x.split(_TEST_ROWS)])
+                top1 = float((guesses == test_y).double().mean())
+                found.append(Score(f"{shots}-shot", seed, {"top1": top1, "top5": None}, split=rows))
+        return found
+
+
+EVALUATION = FewShot()
