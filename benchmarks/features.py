@@ -37,9 +37,8 @@ from labels.config import load_pipeline
 from labels.settings import Data, Features, Model
 from train.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish
 from train.evals.data.sets import DataSet, load_data
-from train.evals.features import Extractor, decoded_batches
+from train.evals.features import Extractor, decode, decoded_batches
 from train.evals.measure import on_device
-from train.evals.pixels import decode
 from train.model import build_trunk
 
 SIDE, BATCH, IMAGES = 256, 64, {"train": 512, "test": 32}

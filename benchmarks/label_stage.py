@@ -59,8 +59,8 @@ def steps(data: Path, out: Path) -> dict[str, float]:
     """Seconds of processor time of each step of one shard, in this process, after one shard has warmed it up."""
     import pyarrow as pa
 
-    from labels.layout import Layout
     from labels.settings import Labels
+    from labels.storage import Layout
     from labels.tokenizers import word_table as fastpath
     from labels.tokenizers.tokenizer import make_tokenizer
     from preprocess.counts import ShardCounts

@@ -30,13 +30,13 @@ import numpy as np
 import torch
 
 from labels import beton
-from labels.layout import Layout
 from labels.manifest import read_manifest, write_manifest
 from labels.settings import Data
+from labels.storage import Layout
 from train.data.dataset import BetonSet
 from train.data.loader import Loader
+from train.data.open import make_rows
 from train.data.order import Order
-from train.relabel import make_rows
 
 BETONS, SAMPLES_EACH = 100, 100_000
 SIDE, BATCH, STEPS, IMAGES = 224, 128, 16, 512

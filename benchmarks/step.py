@@ -31,11 +31,11 @@ from PIL import Image
 
 from labels.config import load_pipeline
 from labels.settings import Train
+from train.data.inputs import synthetic_batches, synthetic_inputs
 from train.distributed import World
 from train.loop import Budget, TrainState, run_loop
 from train.metrics import Metrics, Speed
 from train.optim import make_optimizer
-from train.synthetic import synthetic_batches, synthetic_inputs
 from train.trainer import make_train_state
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -10,11 +10,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from labels.errors import UserError
-from labels.kinds import EVALUATORS, names_in
-from labels.recipes import RECIPES
-from labels.settings import Pipeline, Section
-from labels.storage import write_whole
+from labels.settings import EVALUATORS, RECIPES, Pipeline, Section, names_in
+from labels.storage import UserError, write_whole
 
 DEFAULT_FILE = Path("pipeline.yaml")
 _Own = TypeVar("_Own", bound=Section)

@@ -23,10 +23,9 @@ from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 from labels.html import Html, Section, join, page, paragraph, picture, tag
-from labels.layout import Layout
 from labels.manifest import read_manifest
 from labels.samples import Label, Sample, Vocabulary, find_sample, quarantined, read_image, thumbnail
-from labels.storage import write_whole
+from labels.storage import Layout, write_whole
 
 DECODED = "decoded from the tokens"
 _COLUMNS, _NARROW_COLUMNS = 96, 45  # of pages and pictures; of a page on a phone

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from labels.choices import Formula
-from labels.errors import UserError
-from labels.schema import TOKENS
-from labels.storage import local_copy
+from labels.manifest import TOKENS
+from labels.settings import Formula
+from labels.storage import UserError, local_copy
 
 
 def idf_weights(document_frequency: np.ndarray, captions: int, formula: Formula) -> np.ndarray:

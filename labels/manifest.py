@@ -3,15 +3,67 @@
 It holds no times and no paths of the machine: the same input and options give the same bytes.
 """
 
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from labels.errors import UserError
-from labels.layout import Layout
-from labels.schema import FORMAT_VERSION
-from labels.storage import write_json
+from labels.storage import Layout, UserError, write_json
+
+# ---- schema: Explicit Arrow schemas of every table that stage 1 writes; versioned, never inferred.
+
+
+FORMAT_VERSION = 1
+PAD_ID = -1
+"""Fills the end of a padded label row; no token has it."""
+
+_VERSION = {b"superclass.format": str(FORMAT_VERSION).encode()}
+
+LABELS = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("uid", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("token_ids", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
+        pa.field("label_ids", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
+    ],
+    metadata=_VERSION,
+)
+"""One row a sample. `token_ids`: in the caption's order, without specials, at most the context limit.
+`label_ids`: sorted, unique. `width`, `height`: pixels, null where neither metadata nor image header told them."""
+
+COUNTS = pa.schema(
+    [pa.field("token_id", pa.int32(), nullable=False), pa.field("document_frequency", pa.int64(), nullable=False)], metadata=_VERSION
+)
+"""One shard's document frequencies: one row a token that occurs, ascending."""
+
+TOKENS = pa.schema(
+    [
+        pa.field("token_id", pa.int32(), nullable=False),
+        pa.field("token", pa.string(), nullable=False),
+        pa.field("document_frequency", pa.int64(), nullable=False),
+        pa.field("idf", pa.float64(), nullable=False),
+    ],
+    metadata=_VERSION,
+)
+"""One row a vocabulary entry, seen or not, so that row number = token_id = column of the head."""
+
+QUARANTINE = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ],
+    metadata=_VERSION,
+)
+"""One row a sample left out. `stage` is `labels` (no label row) or `images` (label row, but in no beton)."""
 
 
 class _Part(BaseModel):
@@ -121,3 +173,74 @@ def read_manifest(out: Path) -> Manifest:
         raise UserError(
             f"{layout.manifest} is damaged: {error.error_count()} faults, the first: {error.errors()[0]['msg']}", mend=mend
         ) from None
+
+
+# ---- places: Where images lie that were not copied into betons (`build-labels --no-images`): in the user's own uncompressed tars.
+#
+# OUT/places/<nnnnn>.npy       PLACE [samples], takes the place of OUT/beton/<nnnnn>.beton: the same samples in the same order
+# OUT/places/sources.json      shard name -> path and bytes of its tar; edit the paths when the tars move
+
+
+PLACE = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("bytes", "<u4"),
+        ("offset", "<u8"),
+        ("index", "<u8"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("pad", "<u4"),
+    ]
+)
+"""One sample: number of its shard among the manifest's `shards`; length and offset of its JPEG in that shard's tar, in bytes;
+position of its row among all label rows; pixels; zero."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tar: its absolute path, and its length in bytes when it was read."""
+
+    path: str
+    bytes: int
+
+
+def write_sources(layout: Layout, sources: dict[str, Source]) -> None:
+    """Write sources.json: shard name -> its tar."""
+    write_json(layout.place_sources, {name: asdict(source) for name, source in sources.items()})
+
+
+def read_sources(layout: Layout) -> dict[str, Source]:
+    """Shard name -> its tar.
+
+    Raises:
+        UserError: sources.json is missing or damaged.
+    """
+    path = layout.place_sources
+    try:
+        return {name: Source(str(value["path"]), int(value["bytes"])) for name, value in json.loads(path.read_bytes()).items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}",
+            allowed='{"<shard>": {"path": "<tar>", "bytes": <its length>}, ...}',
+            mend=f"run `preprocess build-labels DATA --out {layout.out} --no-images`",
+        ) from None
+
+
+def open_places(path: Path) -> np.ndarray:
+    """One file of places, mapped read-only: PLACE [samples].
+
+    Raises:
+        UserError: it is missing, cut, or of another form.
+    """
+    try:
+        places = np.load(path, mmap_mode="r", allow_pickle=False)
+        whole = places.dtype == PLACE and places.ndim == 1 and places.offset + places.nbytes == path.stat().st_size
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {error}", mend="run `preprocess verify OUT`, then its build-labels command") from None
+    if not whole:
+        raise UserError(
+            f"{path} holds {places.dtype} {list(places.shape)}, or is cut",
+            allowed=f"places: {PLACE}",
+            mend="run `preprocess verify OUT`, then its build-labels command",
+        )
+    return places

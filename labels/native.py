@@ -23,7 +23,7 @@ import numpy as np
 from numba import types  # pyright: ignore[reportPrivateImportUsage]  (numba documents it there)
 from numba.core.caching import CacheImpl, _CacheLocator
 
-from labels.errors import UserError
+from labels.storage import UserError
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("labels", "preprocess", "train")

@@ -14,12 +14,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from labels import beton
-from labels.errors import UserError
 from labels.idf import target_weights
-from labels.layout import Layout
-from labels.manifest import BetonPart, Manifest, ShardPart
-from labels.places import Source, open_places, read_sources
-from labels.storage import is_remote, local_copy
+from labels.manifest import BetonPart, Manifest, ShardPart, Source, open_places, read_sources
+from labels.storage import Layout, UserError, is_remote, local_copy
 from labels.tokenizers.text import name_of, text_of
 
 _NAMES_SHOWN = 5

@@ -3,15 +3,80 @@
 The comments beside the keys stand in pipeline.yaml; a test holds its values equal to the defaults here.
 """
 
+import ast
 import math
+import pkgutil
+import sys
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from labels.choices import Formula
-from labels.kinds import EVALUATORS, LOSSES, names_in
-from labels.recipes import RECIPES
+# ---- choices: Names that commands, configuration and code choose from; nothing here takes time to import.
+
+
+Formula = Literal["smooth", "paper", "none"]
+"""Of the IDF, see labels/idf.py."""
+
+TokenizerKind = Literal["bpe", "wordpiece", "unigram", "wordlevel", "catlip"]
+"""What `preprocess train-tokenizer` can train."""
+
+
+# ---- kinds: Kinds of a thing that are the files of one folder: losses, evaluators, families of tokenizers. A new file is a new kind.
+#
+# Their names are known without an import: `labels` is below the packages that they are in, and `--help` must not wait for torch.
+
+
+LOSSES = "train.losses.kinds"
+EVALUATORS = "train.evals.kinds"
+TOKENIZERS = "labels.tokenizers.kinds"
+_ROOT = Path(__file__).parent.parent
+
+
+def names_in(package: str) -> list[str]:
+    """The kinds of a package, in alphabetical order: its modules but for those that begin with `_`. None of them is imported."""
+    return sorted(name for _, name, _ in pkgutil.iter_modules(_folders(package)) if not name.startswith("_"))
+
+
+def summary(package: str, name: str) -> str:
+    """The first paragraph of a kind's docstring, without an import, which may take a second."""
+    finder = next(finder for finder, found, _ in pkgutil.iter_modules(_folders(package)) if found == name)
+    source = finder.find_spec(name, None).loader.get_source(name)  # type: ignore
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
+
+
+def _folders(package: str) -> list[str]:
+    imported = sys.modules.get(package)
+    return list(imported.__path__) if imported else [str(_ROOT / package.replace(".", "/"))]
+
+
+# ---- recipes: The built-in `recipes` of pipeline.yaml, where their commands and published results stand as comments.
+#
+# A recipe is what differs from the section `train`: defaults < pipeline.yaml < `--recipe NAME` < `--set`.
+
+
+_SHORT: dict[str, Any] = {  # of both schedules with a global batch of 16,384
+    "batch_size": 16_384,
+    "model": {"trunk": "vit_b16"},
+    "data": {"crop_scale": [0.9, 1.0]},
+    "optimizer": {"lr": 5e-4, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.2, "warmup_samples": "8.192M"},
+    "checkpoint": {"every_samples": "50M"},
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "superclass-512m": {"samples": "512M"} | _SHORT,
+    "superclass-1.28b": {"samples": "1.28B"} | _SHORT,
+    "superclass-12.8b": {
+        "samples": "12.8B",
+        "batch_size": 90_112,
+        "model": {"trunk": "vit_l16", "grad_checkpointing": True},
+        "data": {"crop_scale": [0.4, 1.0], "color_jitter_probability": 0.8, "grey_probability": 0.2},
+        "optimizer": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.2, "warmup_samples": "901.12M"},
+        "checkpoint": {"every_samples": "275M"},
+    },
+}
+
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
 

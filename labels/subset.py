@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from labels.errors import UserError
-from labels.layout import out_path
-from labels.storage import local_copy
+from labels.storage import UserError, local_copy, out_path
 
 if TYPE_CHECKING:
     import duckdb

@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from labels.config import load_pipeline
-from labels.errors import UserError
-from labels.layout import Layout
 from labels.manifest import Manifest, read_manifest
 from labels.settings import Pipeline
+from labels.storage import Layout, UserError
 from preprocess.betons.plan import image_folder
 from preprocess.build import check_images, chosen_uids, complete, make_build
 from preprocess.locks import only_writer

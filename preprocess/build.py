@@ -21,23 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from labels.config import dump_yaml
-from labels.errors import UserError
-from labels.layout import Layout
-from labels.manifest import Manifest, ShardPart, TokenizerPart, write_manifest
-from labels.places import Source, read_sources, write_sources
-from labels.schema import QUARANTINE
+from labels.manifest import QUARANTINE, Manifest, ShardPart, Source, TokenizerPart, read_sources, write_manifest, write_sources
 from labels.settings import Pipeline
-from labels.storage import fingerprint, is_remote, own_partials, sha256_file, write_whole
+from labels.storage import Layout, UserError, fingerprint, is_remote, own_partials, sha256_file, write_whole
 from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.betons.plan import Group, Member, image_folder, plan_groups
 from preprocess.betons.write import GroupTask, group_stage
 from preprocess.counts import sum_counts, write_idf_duckdb, write_idf_parquet
 from preprocess.engine import worker_count
-from preprocess.inputs.tableimages import has_images
 from preprocess.locks import one_of_many, only_writer
 from preprocess.ngrams import class_names, run_pair_stages
 from preprocess.readers.caption_key import parse_caption_key
-from preprocess.readers.images import is_local_tar
+from preprocess.readers.images import has_images, is_local_tar
 from preprocess.readers.shards import Shard, find_shards
 from preprocess.readers.subset import resolve_subset
 from preprocess.shard import LabelTask, label_stage
@@ -84,7 +79,7 @@ def build_labels(
         betons: False stops after the IDF table.
         overwrite: remove what an earlier build with other options left in the output folder.
         share: do only the stages of shards, only for these; other shares may run at the same time.
-        no_images: write an image index (labels/places.py) in place of betons.
+        no_images: write an image index (labels/manifest.py) in place of betons.
 
     Raises:
         UserError: bad input, an output folder of other options, too many bad samples, no sample left.

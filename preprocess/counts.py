@@ -21,13 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from labels.choices import Formula
-from labels.errors import UserError
 from labels.idf import idf_weights, read_idf
-from labels.layout import Layout
-from labels.manifest import Manifest, ShardPart, read_manifest
-from labels.schema import COUNTS, TOKENS
-from labels.storage import is_remote, local_copy, whole_file, write_whole
+from labels.manifest import COUNTS, TOKENS, Manifest, ShardPart, read_manifest
+from labels.settings import Formula
+from labels.storage import Layout, UserError, is_remote, local_copy, whole_file, write_whole
 
 # The tokenizer's fingerprint apart, what decides which label a caption gets: counts that differ in one of these are of different things.
 _SAME_OPTIONS = ("context", "stop_words", "ngrams")

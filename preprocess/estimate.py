@@ -24,19 +24,16 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from labels.errors import UserError
 from labels.html import format_seconds
-from labels.layout import Layout
 from labels.settings import Build, Pipeline
-from labels.storage import is_remote
+from labels.storage import Layout, UserError, is_remote
 from preprocess.betons.plan import Member, plan_groups
 from preprocess.betons.write import GroupTask, write_group
 from preprocess.build import make_build, members, shard_parts, write_idf
 from preprocess.counts import sum_counts
-from preprocess.engine import run_tasks, worker_count
+from preprocess.engine import run_tasks, start_server, worker_count
 from preprocess.readers.shards import Shard, find_shards
 from preprocess.shard import LabelTask, label_shard
-from preprocess.workers import start_server
 
 _Tasks = list[tuple[Any, int]]
 """Tasks of a worker, each with the bytes of its shards."""

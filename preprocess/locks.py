@@ -25,8 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from labels.errors import UserError
-from labels.storage import is_remote, make_folder, plain_disk_faults
+from labels.storage import UserError, is_remote, make_folder, plain_disk_faults
 
 REFRESH_S = 20.0
 STALE_S = 120.0

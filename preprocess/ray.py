@@ -1,7 +1,7 @@
 """The engine for a Ray cluster: the same iterator as engine.run_tasks, tasks in, results out in any order.
 
 A task whose worker or node is lost is run again elsewhere. The lost one may still be alive behind a broken network, so
-workers give their temporary files names of their own (labels.files.own_partials); what they rename has the same bytes.
+workers give their temporary files names of their own (labels.storage.own_partials); what they rename has the same bytes.
 """
 
 import importlib.metadata
@@ -15,9 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from labels.errors import UserError
-from labels.storage import own_partials
-from preprocess.workers import one_core
+from labels.storage import UserError, own_partials
+from preprocess.engine import one_core
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

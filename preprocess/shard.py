@@ -19,10 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from labels.layout import Layout
-from labels.schema import LABELS
+from labels.manifest import LABELS
 from labels.settings import Labels
-from labels.storage import sha256_file, whole_file
+from labels.storage import Layout, sha256_file, whole_file
 from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.counts import ShardCounts
 from preprocess.readers.base import Fault

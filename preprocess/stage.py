@@ -19,12 +19,9 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from labels.errors import UserError
-from labels.layout import Layout
-from labels.manifest import BetonPart
-from labels.schema import FORMAT_VERSION
+from labels.manifest import FORMAT_VERSION, BetonPart
 from labels.settings import Pipeline
-from labels.storage import fingerprint, is_remote, own_partials, plain_disk_faults, remove_partials, write_json
+from labels.storage import Layout, UserError, fingerprint, is_remote, own_partials, plain_disk_faults, remove_partials, write_json
 from labels.tokenizers.tokenizer import Tokenizer
 from preprocess.betons.plan import image_folder
 from preprocess.engine import Meter, run_tasks

@@ -16,9 +16,8 @@ import numpy as np
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from labels.choices import TokenizerKind
-from labels.errors import UserError
-from labels.storage import write_whole
+from labels.settings import TokenizerKind
+from labels.storage import UserError, write_whole
 from labels.tokenizers.kinds.catlip import CatlipTokenizer, write_vocabulary
 
 # Called for each pass over the captions; wordpiece takes two.

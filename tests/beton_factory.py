@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from labels.config import load_pipeline
-from labels.layout import Layout
+from labels.storage import Layout
 from preprocess.build import complete, make_build
 from preprocess.readers.shards import find_shards
 from preprocess.stage import BuildInputs, check_same_options, write_inputs

@@ -6,7 +6,7 @@ B batch, V vocabulary, K label limit.
 import torch
 from torch.nn import functional
 
-from labels.schema import PAD_ID
+from labels.manifest import PAD_ID
 from labels.settings import Loss
 
 

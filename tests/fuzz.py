@@ -24,14 +24,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from shard_factory import Member, healthy, sample, tar_bytes
 
-from labels.layout import Layout
 from labels.settings import Labels
+from labels.storage import Layout
 from labels.tokenizers.tokenizer import make_tokenizer
-from preprocess.inputs.tars import walk
 from preprocess.readers.base import Fault
 from preprocess.readers.caption_key import parse_caption_key
 from preprocess.readers.shards import Shard
-from preprocess.readers.tar import read_row, read_tar_rows
+from preprocess.readers.tar import read_row, read_tar_rows, walk
 from preprocess.shard import LabelTask, label_shard
 
 CHOICES = parse_caption_key(["txt", "json:caption"])

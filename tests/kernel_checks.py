@@ -4,11 +4,11 @@ import torch
 from dense_losses import dense_loss
 from test_losses import assert_near, fused_and_dense, some_case, some_labels
 
-from labels.schema import PAD_ID
+from labels.manifest import PAD_ID
 from labels.settings import Loss
-from train.losses import softmax_kernel
+from train.losses.head import positives
+from train.losses.kinds import softmax
 from train.losses.kinds.softmax import softmax_rows
-from train.losses.positives import positives
 
 calls = []
 
@@ -21,8 +21,8 @@ def count(function):  # noqa: ANN201
     return counted
 
 
-softmax_kernel.statistics, softmax_kernel.put_gradient = count(softmax_kernel.statistics), count(softmax_kernel.put_gradient)
-softmax_kernel._BLOCK = 16  # several blocks a row, the last one not full
+softmax.statistics, softmax.put_gradient = count(softmax.statistics), count(softmax.put_gradient)
+softmax._BLOCK = 16  # several blocks a row, the last one not full
 
 for idf in (True, False):
     for seed, memory in ((0, 1), (1, 700), (2, 1 << 20)):

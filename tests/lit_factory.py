@@ -8,7 +8,7 @@ from test_eval_data import write_folders
 from trainer_factory import small_config, small_out
 
 from labels.config import load_pipeline
-from labels.errors import UserError
+from labels.storage import UserError
 from train.clip import train_clip
 from train.data.open import Chosen
 from train.encoders.encoder import EncoderSpec

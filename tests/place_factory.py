@@ -9,10 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from labels import beton
-from labels.layout import Layout
-from labels.manifest import read_manifest
-from labels.places import PLACE, Source, write_sources
-from labels.storage import sha256_file
+from labels.manifest import PLACE, Source, read_manifest, write_sources
+from labels.storage import Layout, sha256_file
 
 
 def places_of(out: Path, shards: Path, target: Path) -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from labels.errors import UserError
+from labels.storage import UserError
 from preprocess.cli import main
 
 Member = tuple[str, bytes]

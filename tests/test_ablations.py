@@ -13,7 +13,7 @@ import yaml
 from beton_factory import write_shards
 from example_scripts import SCRIPTS, script
 
-from labels.errors import UserError
+from labels.storage import UserError
 
 ablation_grid = script("ablation_grid")
 ablation_inputs = script("ablation_inputs")

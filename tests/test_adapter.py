@@ -10,7 +10,7 @@ from loop_factory import Made, settings
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from labels.errors import UserError
+from labels.storage import UserError
 from train.distributed import World
 from train.trainer import train_model
 

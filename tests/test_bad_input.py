@@ -24,8 +24,8 @@ from shard_factory import (
 )
 from test_images import CUT_PNG, EPS, EXIF_TURNED, png_header
 
-from labels.errors import UserError
 from labels.manifest import read_manifest
+from labels.storage import UserError
 
 LENIENT = ("--set", "build.max_bad_fraction=0.9")
 DEEP_JSON = b"[" * 100_000

@@ -10,9 +10,9 @@ from beton_factory import build_out
 from click.testing import CliRunner
 from place_factory import places_of
 
-from labels.errors import UserError
+from labels.storage import UserError
+from train.bench.loader import Rate, device_rates, judge
 from train.bench.step import Clock
-from train.bench.verdict import Rate, device_rates, judge
 from train.cli import cli
 from train.distributed import World
 

@@ -20,12 +20,11 @@ from shard_factory import build, encode, healthy, pixels, sample, write_tar
 from stock_loader import read_beton, stock_process
 
 from labels import beton
-from labels.manifest import read_manifest
-from labels.schema import PAD_ID
-from labels.sparse import pad_rows
+from labels.arrays import pad_rows
+from labels.manifest import PAD_ID, read_manifest
 from labels.storage import sha256_file
-from preprocess.beton_writer import Samples, choose_page, write_beton
 from preprocess.betons.direct_io import DirectFile, aligned_buffer
+from preprocess.betons.write import Samples, choose_page, write_beton
 
 LIMIT = 12
 

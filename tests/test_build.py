@@ -25,9 +25,8 @@ from shard_factory import (
 )
 
 from labels.config import load_pipeline
-from labels.layout import Layout
-from labels.manifest import read_manifest
-from labels.schema import LABELS, QUARANTINE
+from labels.manifest import LABELS, QUARANTINE, read_manifest
+from labels.storage import Layout
 from labels.tokenizers.kinds.clip import ClipTokenizer
 from preprocess import shard as label_job
 from preprocess.locks import only_writer

@@ -11,15 +11,13 @@ from caption_factory import COLOURS, coloured_pairs, language_model_folder
 from click.testing import CliRunner
 
 from labels.config import load_pipeline
-from labels.errors import UserError
-from labels.schema import PAD_ID
-from train.caption.batches import pair_batches, tokenized
-from train.caption.mapper import MlpMapper, TransformerMapper
+from labels.manifest import PAD_ID
+from labels.storage import UserError
 from train.cli import cli
 from train.data.feeder import rows_of_steps
 from train.distributed import World
-from train.evals.captioner import Captioner
-from train.language_model import load_language_model
+from train.evals.captioner import Captioner, MlpMapper, TransformerMapper, load_language_model
+from train.evals.kinds.caption import pair_batches, tokenized
 from train.report.results import is_of, read_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")

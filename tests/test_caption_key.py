@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labels.errors import UserError
 from labels.settings import Build
+from labels.storage import UserError
 from preprocess.readers.caption_key import Choice, Item, column_choices, join_captions, parse_caption_key
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_clip_ids import NASTY
 
-from labels.errors import UserError
+from labels.arrays import unique_sorted
 from labels.settings import Labels
-from labels.sparse import unique_sorted
+from labels.storage import UserError
 from labels.tokenizers.kinds import catlip
 from labels.tokenizers.kinds.catlip import CatlipTokenizer, Nouns, load_nouns
 from labels.tokenizers.tokenizer import make_tokenizer

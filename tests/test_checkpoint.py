@@ -13,7 +13,7 @@ from trainer_factory import losses, small_config, small_out
 from trainer_process import train
 
 from labels.config import load_pipeline
-from labels.errors import UserError
+from labels.storage import UserError
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
 from train.distributed import World
 from train.model import build_trunk

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from train.caption.ptb import ptb_tokens
-from train.evals.cider import cider_d
+from train.evals.cider import cider_d, ptb_tokens
 
 # What pycocoevalcap 1.2 gave: PTBTokenizer (Java) for the tokens, Cider().compute_score for the scores.
 TOKENS = {

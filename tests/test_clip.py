@@ -20,14 +20,13 @@ from trainer_process import assert_ranks_succeed, train
 
 from labels.arrays import rows_folder
 from labels.config import load_pipeline
-from labels.errors import UserError
 from labels.manifest import TokenizerPart, read_manifest
 from labels.settings import Runtime, TextTower, Train
+from labels.storage import UserError
 from train.checkpoint import checkpoint_folders, snapshot
 from train.clip import make_two_tower_state, train_clip
-from train.contrastive.tokens import Specials, framed, is_pair, specials_of
 from train.data.dataset import BetonSet
-from train.data.open import Chosen
+from train.data.open import Chosen, make_rows
 from train.distributed import World, distributed_world
 from train.encoders.load import load_encoder
 from train.loop import Budget, run_loop
@@ -35,8 +34,7 @@ from train.losses.contrastive import contrastive_loss
 from train.metrics import Metrics, Speed
 from train.model import build_trunk
 from train.optim import by_decay
-from train.relabel import make_rows
-from train.text_tower import Contrastive, build_text_tower
+from train.text_tower import Contrastive, Specials, build_text_tower, framed, is_pair, specials_of
 from train.trainer import train_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,9 +10,9 @@ from pydantic import BaseModel
 from shard_factory import preprocess
 
 from labels.config import dump_yaml, load_pipeline
-from labels.errors import UserError
 from labels.settings import Pipeline, Train
-from train.evals.protocols.registry import load_protocol, protocol_names
+from labels.storage import UserError
+from train.evals.protocol import load_protocol, protocol_names
 from train.losses.kinds import check_accumulation
 
 PIPELINE = Path(__file__).parents[1] / "pipeline.yaml"

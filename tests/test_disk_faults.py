@@ -19,9 +19,7 @@ from conftest import Built
 from shard_factory import build, contents, jpeg, preprocess, refused, sample, write_shards, write_tar
 
 from labels import storage
-from labels.errors import UserError
-from labels.layout import Layout
-from labels.storage import TEMPORARY_SUFFIX, own_partials, plain_disk_faults, remove_partials, whole_file, write_json
+from labels.storage import TEMPORARY_SUFFIX, Layout, UserError, own_partials, plain_disk_faults, remove_partials, whole_file, write_json
 from preprocess.betons.direct_io import DirectFile
 from preprocess.stage import remove_leftovers
 

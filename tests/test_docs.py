@@ -14,8 +14,8 @@ from doc_commands import GROUPS, PAGES, ROOT, Block, api_row, blocks, check, che
 from PIL import Image
 
 from labels.config import load_pipeline
-from labels.errors import UserError
-from train.evals.suite_file import Suite
+from labels.storage import UserError
+from train.evals.suite import Suite
 
 # The tutorial's own model and budget, made small: (what the page says, what is run).
 SMALLER = (

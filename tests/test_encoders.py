@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from labels.config import dump_yaml
-from labels.errors import UserError
 from labels.settings import Model, Pipeline, Train
+from labels.storage import UserError
 from train.encoders.encoder import EncoderSpec
 from train.encoders.load import load_encoder, pair_weights
 from train.model import build_trunk

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from labels.errors import UserError
+from labels.storage import UserError
 from train.evals.data.sets import load_data, load_pair
-from train.evals.pixels import decode, decode_crop
+from train.evals.features import decode, decode_crop
 
 
 def encoded(colour: tuple[int, ...] | int = (255, 0, 0), kind: str = "PNG", mode: str = "RGB", size=(12, 8)) -> bytes:

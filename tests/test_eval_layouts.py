@@ -11,13 +11,9 @@ import pytest
 from scipy.io import savemat
 from test_eval_data import encoded, sample, write_folders, write_tar
 
-from labels.errors import UserError
+from labels.storage import UserError
 from train.evals.data.captions import load_captions
-from train.evals.data.cars import CARS, read_cars
-from train.evals.data.imagenet import IMAGENET_1K, read_imagenet
-from train.evals.data.pets import PETS, read_pets
-from train.evals.data.published import Counts
-from train.evals.data.sets import load_data
+from train.evals.data.sets import CARS, IMAGENET_1K, PETS, Counts, load_data, read_cars, read_imagenet, read_pets
 
 WNIDS = ("n01440764", "n01443537", "n02085620")
 

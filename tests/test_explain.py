@@ -20,21 +20,19 @@ from safetensors.torch import save_file
 from shard_factory import build, healthy, preprocess, rows, sample, write_tar
 
 from labels.config import dump_yaml, load_pipeline
-from labels.errors import UserError
 from labels.explanation import _blocks, describe, to_html, to_png, to_svg
 from labels.idf import read_idf, target_weights
 from labels.manifest import read_manifest
-from labels.storage import write_json
+from labels.storage import UserError, write_json
 from labels.tokenizers.text import name_of, text_of
 from preprocess.inspect.explain import explain
-from train.checkpoint import State
+from train.checkpoint import State, load_exactly, read_weights
 from train.cli import cli
 from train.encoders.load import load_encoder
-from train.evals.pixels import decode
+from train.evals.features import decode
 from train.evals.predict import explain_with_predictions, read_images
-from train.losses.positives import positives
+from train.losses.head import positives
 from train.model import build_head, build_trunk
-from train.weights import load_exactly, read_weights
 
 
 def test_weights_are_the_losss(finished: Built) -> None:

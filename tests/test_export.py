@@ -21,17 +21,15 @@ from safetensors.torch import load_file, save_file
 import train.cli
 import train.export.export as exporting
 from labels.config import dump_yaml, load_pipeline
-from labels.errors import UserError
 from labels.settings import Model, Pipeline, Train
-from labels.storage import whole_folder
+from labels.storage import UserError, whole_folder
 from train.encoders.encoder import Encoder, EncoderSpec
 from train.encoders.load import load_encoder
-from train.evals.pixels import decode
+from train.evals.features import decode
 from train.export.export import FORMATS, export_encoder
 from train.export.format import Format, Written
-from train.export.vit_classes import transformers_vit
-from train.model import build_trunk
-from train.presets import PRESETS
+from train.export.hf import transformers_vit
+from train.model import PRESETS, build_trunk
 from train.report.results import readout_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,18 +13,16 @@ from safetensors.torch import save_file
 from trainer_factory import small_config, small_out
 
 from labels.config import load_pipeline
-from labels.errors import UserError
 from labels.settings import Model
+from labels.storage import UserError
 from train.clip import train_clip
 from train.data.open import Chosen
 from train.encoders.encoder import EncoderSpec, ImageForm, finish
 from train.encoders.load import load_encoder
 from train.evals.lit import train_lit
-from train.export.check import check
 from train.export.export import export_encoder
-from train.export.format import TimmTower
-from train.export.open_clip import write_pair
-from train.export.open_clip_towers import Towers, build_pair
+from train.export.format import TimmTower, check
+from train.export.open_clip import Towers, build_pair, write_pair
 from train.model import build_trunk, trunk_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,11 +11,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from labels.config import dump_yaml
-from labels.errors import UserError
 from labels.settings import Model, Pipeline, Train
+from labels.storage import UserError
 from train.encoders.encoder import EncoderSpec
 from train.export.export import export_encoder
-from train.export.llava import build_llava, load_tower
+from train.llava.model import build_llava, load_tower
 from train.model import build_trunk
 
 pytestmark = pytest.mark.usefixtures("one_thread")

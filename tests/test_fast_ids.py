@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_clip_ids import NASTY
 
-from labels.sparse import unique_sorted
+from labels.arrays import unique_sorted
 from labels.tokenizers.kinds import clip
 from labels.tokenizers.kinds.clip import ClipTokenizer, clean_piece, clip_clean
 

@@ -8,13 +8,12 @@ import torch
 from test_encoders import write_run
 from test_eval_data import encoded, write_folders
 
-from labels.errors import UserError
 from labels.settings import Features, Train
+from labels.storage import UserError
 from train.encoders.load import load_encoder
 from train.evals import features
 from train.evals.data.sets import DataSet, load_pair
-from train.evals.features import Extractor
-from train.evals.pixels import decode
+from train.evals.features import Extractor, decode
 
 CPU = torch.device("cpu")
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_eval_data import encoded, write_folders
 
-from labels.errors import UserError
 from labels.settings import Features, Pipeline
+from labels.storage import UserError
 from train.encoders.encoder import EncoderSpec
 from train.evals.data.sets import load_pair
 from train.evals.features import Extractor
 from train.evals.kinds.fewshot import FewShot, Fewshot, draw_shots, fit_ridge
-from train.evals.run_protocol import run_protocol
+from train.evals.measure import run_protocol
 
 
 def dense_solve(x: np.ndarray, y: np.ndarray, test: np.ndarray, classes: int, l2: float, *, dual: bool) -> np.ndarray:

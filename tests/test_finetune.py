@@ -20,8 +20,8 @@ from timm.layers.drop import DropPath
 from torch import nn
 from trainer_process import train
 
-from labels.errors import UserError
 from labels.settings import Features, Optimizer, Runtime
+from labels.storage import UserError
 from train.cli import cli
 from train.distributed import World
 from train.encoders.encoder import EncoderSpec, ImageForm
@@ -29,9 +29,20 @@ from train.encoders.load import load_encoder
 from train.evals.data.sets import DataSet, load_data
 from train.evals.features import Extractor
 from train.evals.kinds import finetune
-from train.evals.kinds.finetune import FineTune, batch_size, train_settings
-from train.evals.protocols.finetune_batches import Finetune, LabelledBatch, Mixing, cropped_batches
-from train.evals.protocols.finetune_model import FineTuned, layers, make_layer_decayed, set_drop_path, train_what_is_read
+from train.evals.kinds.finetune import (
+    FineTune,
+    Finetune,
+    FineTuned,
+    LabelledBatch,
+    Mixing,
+    batch_size,
+    cropped_batches,
+    layers,
+    make_layer_decayed,
+    set_drop_path,
+    train_settings,
+    train_what_is_read,
+)
 from train.loop import Stopped
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_factory import CAPTIONS, build, refused, rows, sample, write_tar
 
-from labels.choices import Formula
-from labels.errors import UserError
 from labels.idf import idf_weights, read_idf
-from labels.schema import LABELS, TOKENS
+from labels.manifest import LABELS, TOKENS
+from labels.settings import Formula
+from labels.storage import UserError
 from labels.tokenizers.kinds.clip import ClipTokenizer
 from preprocess.counts import ShardCounts, document_frequencies, sum_counts, write_idf_parquet
 

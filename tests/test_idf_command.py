@@ -12,13 +12,10 @@ import pytest
 from conftest import Built
 from shard_factory import preprocess
 
-from labels.choices import Formula
-from labels.errors import UserError
 from labels.idf import idf_weights
-from labels.layout import Layout
-from labels.manifest import Manifest, ShardPart, TokenizerPart, write_manifest
-from labels.schema import COUNTS, LABELS, TOKENS
-from labels.storage import sha256_file
+from labels.manifest import COUNTS, LABELS, TOKENS, Manifest, ShardPart, TokenizerPart, write_manifest
+from labels.settings import Formula
+from labels.storage import Layout, UserError, sha256_file
 from preprocess.counts import ShardCounts, sum_idf, write_idf_parquet
 
 Rows = list[list[int]]

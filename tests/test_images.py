@@ -14,13 +14,12 @@ from PIL import Image
 from shard_factory import encode, jpeg, pixels
 
 from labels import native
-from labels.errors import UserError
 from labels.settings import Build, ShorterSide
-from preprocess.betons.images import BadImage, image_size, lying, prepare
-from preprocess.jpegs import jpeg_header, scan_jpegs
+from labels.storage import UserError
+from preprocess.betons.images import BadImage, image_size, jpeg_header, lying, prepare, scan_jpegs
+from preprocess.betons.write import Settled, settle
 from preprocess.readers.images import Pictures
 from preprocess.readers.scratch import Spool
-from preprocess.settle import Settled, settle
 
 PLAIN = Build(max_pixels=10**6)
 RGB = Image.fromarray(pixels(1, 40, 24))

@@ -12,19 +12,16 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from labels.config import load_pipeline
-from labels.errors import UserError
 from labels.native import Decompressor
 from labels.settings import Data
-from train.batch import Batch
-from train.canvas import resample_canvas
+from labels.storage import UserError
 from train.data import decode
 from train.data.dataset import BetonSet
-from train.data.inputs import ImageInput, resamples
-from train.data.loader import Loader
+from train.data.decode import BOX, Crops, decode_row, window_of
+from train.data.inputs import ImageInput, draw, jitter, resample_canvas, resamples
+from train.data.loader import Batch, Loader
 from train.data.resize import vertical_first
 from train.evals.features import decode as decode_for_evals
-from train.jitter import draw, jitter
-from train.pixels import BOX, Crops, decode_row, window_of
 
 SIDE = 32
 CPU = torch.device("cpu")

@@ -58,9 +58,9 @@ def test_tests_are_flat() -> None:
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import preprocess, preprocess.cli, preprocess.build, preprocess.ready", [*HEAVY, "train"]),
+        ("import preprocess, preprocess.cli, preprocess.build, preprocess.preload", [*HEAVY, "train"]),
         (
-            "import labels.beton, labels.config, labels.idf, labels.manifest, labels.schema, labels.sparse",
+            "import labels.beton, labels.config, labels.idf, labels.manifest, labels.manifest, labels.arrays",
             [*HEAVY, "train", "preprocess"],
         ),
         (

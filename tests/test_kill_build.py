@@ -17,7 +17,7 @@ from conftest import Built
 from shard_factory import build, contents, end_without_a_word, preprocess, sample, write_shards, write_tar
 
 from labels import storage
-from labels.errors import UserError
+from labels.storage import UserError
 from preprocess.engine import run_tasks
 
 KILLS = 20
@@ -35,7 +35,7 @@ class Command:
         arguments = ["build-labels", str(data), "--out", str(out), "--workers", str(workers)]
         if workers == 1:
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["preprocess.ready"])
+            context.set_forkserver_preload(["preprocess.preload"])
             self._process = context.Process(target=run_as_command, args=(arguments,))
             self._process.start()
             self.pid = self._process.pid or 0

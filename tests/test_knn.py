@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from test_encoders import write_run
 from test_eval_data import encoded, write_folders
 
-from labels.errors import UserError
 from labels.settings import Features, Pipeline
+from labels.storage import UserError
 from train.encoders.encoder import EncoderSpec
 from train.evals.data.sets import load_pair
 from train.evals.features import Extractor
 from train.evals.kinds import knn
 from train.evals.kinds.knn import Knn, NearestNeighbours, majority_votes, nearest, weighted_votes
-from train.evals.run_protocol import run_protocol
+from train.evals.measure import run_protocol
 
 
 def naive(train_x: np.ndarray, train_y: np.ndarray, query: np.ndarray, classes: int, k: int, temperature: float) -> tuple[np.ndarray, int]:

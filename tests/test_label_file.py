@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labels.layout import Layout
-from labels.schema import COUNTS, LABELS
-from labels.storage import sha256_file
+from labels.manifest import COUNTS, LABELS
+from labels.storage import Layout, sha256_file
 from preprocess.shard import label_table, write_labels
 
 _ids = st.one_of(st.integers(0, 3), st.integers(0, 49_407), st.integers(0, (1 << 31) - 1))

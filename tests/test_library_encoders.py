@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from labels.errors import UserError
+from labels.storage import UserError
 from train.encoders.encoder import EncoderSpec
 from train.encoders.load import load_encoder
 

@@ -14,18 +14,17 @@ from safetensors.torch import load_file, save_file
 from timm import create_model
 from trainer_factory import losses, weights
 
-from labels.errors import UserError
 from labels.settings import Features, Pipeline
+from labels.storage import UserError
 from train.checkpoint import checkpoint_folders
 from train.cli import cli
 from train.encoders.encoder import EncoderSpec
 from train.encoders.load import load_encoder
 from train.evals.data.sets import DataSet
 from train.evals.features import Extractor
-from train.evals.kinds.zeroshot import ZeroShot, class_embeddings
+from train.evals.kinds.zeroshot import ZeroShot, Zeroshot, class_embeddings
 from train.evals.lit import train_lit
-from train.evals.protocols.token_logits import Zeroshot
-from train.evals.run_protocol import run_protocol
+from train.evals.measure import run_protocol
 from train.report.results import Line, matches
 from train.report.runs import read_runs
 
@@ -160,9 +159,7 @@ def test_runs_are_asked_with_their_own_tokens(runs: Runs, data: DataSet, kind: s
 
 
 def test_a_run_without_text_tower_is_told_as_such(runs: Runs, data: DataSet, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(
-        "train.evals.protocols.token_logits.label_texts", lambda texts, built: [np.array([1 + n]) for n, _ in enumerate(texts)]
-    )
+    monkeypatch.setattr("train.evals.kinds.zeroshot.label_texts", lambda texts, built: [np.array([1 + n]) for n, _ in enumerate(texts)])
     spec = EncoderSpec(f"run:{runs.folder / 'run'}")
     found = run_protocol(ZeroShot(), [spec], lambda: data, Pipeline(), Extractor(CPU, Features()))
     assert found["results"][1]["variant"] == "zero-shot by token logits"

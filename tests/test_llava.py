@@ -13,15 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from labels.config import dump_yaml
-from labels.errors import UserError
 from labels.settings import Model, Pipeline, Train
+from labels.storage import UserError
+from train.checkpoint import weights_fingerprint
 from train.cli import cli
-from train.language_model import load_language_model
-from train.llava.data import read_records
-from train.llava.prompt import IGNORED, TEMPLATE, conversation_ids, written
+from train.evals.captioner import load_language_model
+from train.llava.data import IGNORED, TEMPLATE, conversation_ids, read_records, written
 from train.llava.train import TASKS
 from train.model import build_trunk
-from train.weights import weights_fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = (

@@ -23,14 +23,13 @@ from beton_factory import build_out
 from PIL import Image
 
 from labels import beton
-from labels.errors import UserError
 from labels.native import Decompressor
 from labels.settings import Data
-from train.batch import Batch
+from labels.storage import UserError
 from train.data import decode
 from train.data.crops import flipped, random_crop
 from train.data.dataset import BetonSet
-from train.data.loader import Loader
+from train.data.loader import Batch, Loader
 from train.data.order import Order
 
 SIDE = 32

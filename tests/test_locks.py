@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from labels.errors import UserError
+from labels.storage import UserError
 from preprocess import locks
 from preprocess.locks import Holder, leased, one_of_many, only_writer
 

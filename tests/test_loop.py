@@ -8,11 +8,10 @@ import torch
 from loop_factory import STEPS, VOCABULARY, batches, settings, train_here
 from trainer_factory import lines, losses
 
-from labels.errors import UserError
+from labels.storage import UserError
 from train.distributed import World
 from train.loop import micro_batches
-from train.optim import learning_rate, make_optimizer
-from train.precision import LossScale
+from train.optim import LossScale, learning_rate, make_optimizer
 from train.trainer import make_train_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")

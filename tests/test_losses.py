@@ -10,11 +10,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
-from labels.kinds import LOSSES, names_in
-from labels.schema import PAD_ID
-from labels.settings import Loss
+from labels.manifest import PAD_ID
+from labels.settings import LOSSES, Loss, names_in
 from train.losses import fused as fused_module
-from train.losses.blocks import chunks
+from train.losses.head import chunks
 from train.losses.head_loss import HeadLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from labels.errors import UserError
-from labels.schema import LABELS
+from labels.manifest import LABELS
+from labels.storage import UserError
 from preprocess.ngrams import PAIRS, append_rows, choose_pairs, pair_labels, pair_names, read_pairs, write_pairs
 
 V = 12

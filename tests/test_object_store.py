@@ -15,10 +15,8 @@ from conftest import Built
 from shard_factory import contents, preprocess, refused, rows, write_shards
 
 from labels import storage
-from labels.errors import UserError
-from labels.layout import Layout, local_out, out_path
 from labels.manifest import read_manifest
-from labels.storage import is_remote, local_copy, sha256_file, whole_file, write_json
+from labels.storage import Layout, UserError, is_remote, local_copy, local_out, out_path, sha256_file, whole_file, write_json
 from preprocess import locks
 from preprocess.locks import Holder, one_of_many, only_writer
 

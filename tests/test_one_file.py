@@ -16,10 +16,10 @@ from click.testing import CliRunner
 from shard_factory import sample, write_tar
 from test_eval_data import write_folders
 
-from labels.errors import UserError
+from labels.storage import UserError
 from train.cli import cli
-from train.evals.protocols import registry
-from train.evals.protocols.registry import load_protocol, protocol_names
+from train.evals import protocol
+from train.evals.protocol import load_protocol, protocol_names
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,9 +28,9 @@ BRIER = '''"""Squared errors of the sigmoid, summed over the classes: (s(x) - y)
 import torch
 
 from labels.settings import Loss
-from train.losses.classwise import Classwise
+from train.losses.head import Classwise
 from train.losses.head import Head
-from train.losses.positives import Positives
+from train.losses.head import Positives
 
 WHOLE_BATCH = True  # it is not; to see that the configuration asks the file
 
@@ -59,7 +59,7 @@ import numpy as np
 
 from labels.storage import fingerprint
 from labels.settings import Labels
-from labels.sparse import unique_sorted
+from labels.arrays import unique_sorted
 
 
 class Letters:
@@ -137,7 +137,7 @@ EVALUATION = Centroid()
 ADDED = {
     "train.losses.kinds": ("brier.py", BRIER),
     "labels.tokenizers.kinds": ("letters.py", LETTERS),
-    "train.evals.protocols.kinds": ("centroid.py", CENTROID),
+    "train.evals.kinds": ("centroid.py", CENTROID),
 }
 EXTEND = f"""
 import importlib
@@ -184,7 +184,7 @@ def test_evaluators_bear_the_names_of_their_files() -> None:
 
 
 def test_a_command_that_takes_captions_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "load_protocol", lambda _: load_protocol("caption"))  # in the place of one without a command of its own
+    monkeypatch.setattr(protocol, "load_protocol", lambda _: load_protocol("caption"))  # in the place of one without a command of its own
     for named in ([], ["--train", "a", "--test", "b"]):
         with pytest.raises(UserError, match="the data is not named\n  allowed: --data coco:DIR"):
             CliRunner().invoke(cli, ["knn", "--encoder", "pixels:2", *named], catch_exceptions=False)
@@ -241,7 +241,7 @@ def test_help_and_refusals_know_them_without_torch(tree: Path) -> None:
 import sys
 from click.testing import CliRunner
 from labels.config import load_pipeline
-from labels.errors import UserError
+from labels.storage import UserError
 from train.cli import cli
 
 for words in (["--help"], ["centroid", "--help"]):
@@ -251,7 +251,7 @@ for overrides in (["train.loss.name=briar"], ["centriod.power=1"]):
         load_pipeline(None, overrides)
     except UserError as error:
         print(error)
-print([name for name in ("torch", "train.losses.kinds.brier", "train.evals.protocols.kinds.centroid", "preprocess") if name in sys.modules])
+print([name for name in ("torch", "train.losses.kinds.brier", "train.evals.kinds.centroid", "preprocess") if name in sys.modules])
 """
     told = run(tree, "-c", script)
     assert "  centroid   The class whose mean is nearest.\n" in told and "second paragraph" not in told and told.endswith("[]\n")

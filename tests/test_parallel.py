@@ -12,8 +12,7 @@ from trainer_factory import lines
 from trainer_process import assert_ranks_succeed
 
 from labels.settings import Loss, Runtime
-from train.distributed import World, distributed_world
-from train.parallel import spread
+from train.distributed import World, distributed_world, spread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

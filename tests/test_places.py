@@ -10,10 +10,8 @@ from PIL import Image
 from shard_factory import build, contents, encode, flip_bit, healthy, jpeg, pixels, preprocess, quarantined, refused, sample, write_tar
 
 from labels import beton
-from labels.errors import UserError
-from labels.layout import Layout
-from labels.manifest import read_manifest
-from labels.places import PLACE, Source, open_places, read_sources, write_sources
+from labels.manifest import PLACE, Source, open_places, read_manifest, read_sources, write_sources
+from labels.storage import Layout, UserError
 
 SMALL = ("--set", "build.beton_samples=8", "--set", "build.max_bad_fraction=0.5")
 TURNED = Image.Exif()

@@ -11,12 +11,11 @@ from beton_factory import build_out
 from place_factory import places_of
 
 from labels.config import load_pipeline
-from labels.errors import UserError
-from labels.layout import Layout
 from labels.settings import Data
+from labels.storage import Layout, UserError
 from train.data.dataset import BetonSet
 from train.data.loader import Loader
-from train.relabel import make_rows
+from train.data.open import make_rows
 from train.trainer import train_run
 
 TINY = [

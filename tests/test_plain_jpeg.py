@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from labels.errors import UserError
-from train.evals import pixels
-from train.evals.plain_jpeg import decode_plain_jpeg
+from labels.storage import UserError
+from train.evals import features
+from train.evals.features import decode_plain_jpeg
 
 CROPS = [None, (0, 1, 2), (3, 0, 7), (5, 4, 1)]
 
@@ -23,8 +23,8 @@ def jpeg(width: int, height: int, mode: str = "RGB", **options) -> bytes:
 
 def by_pillow(encoded: bytes, side: int, crop: tuple[int, int, int] | None) -> np.ndarray:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pixels, "_plain_jpeg", lambda *_: None)
-        found = pixels.decode(encoded, side) if crop is None else pixels.decode_crop(encoded, side, *crop)
+        patch.setattr(features, "_plain_jpeg", lambda *_: None)
+        found = features.decode(encoded, side) if crop is None else features.decode_crop(encoded, side, *crop)
     return found.astype(int)
 
 
@@ -51,12 +51,12 @@ def test_what_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decode_plain_jpeg(whole[: len(whole) // 2], 32, None) is None  # the decoder would fill it with grey
     assert decode_plain_jpeg(b"\xff\xd8 nothing", 32, None) is None and decode_plain_jpeg(jpeg(64, 64, "CMYK"), 32, None) is None
     with pytest.raises(OSError, match="truncated"):
-        pixels.decode(whole[: len(whole) // 2], 32)
-    assert pixels.decode(jpeg(64, 64, "CMYK"), 32).shape == (32, 32, 3)
-    pixels._turbojpeg.cache_clear()
+        features.decode(whole[: len(whole) // 2], 32)
+    assert features.decode(jpeg(64, 64, "CMYK"), 32).shape == (32, 32, 3)
+    features._turbojpeg.cache_clear()
     monkeypatch.setattr("labels.native.load_turbojpeg", missing)
-    assert (pixels.decode(whole, 32) == by_pillow(whole, 32, None)).all()
-    pixels._turbojpeg.cache_clear()
+    assert (features.decode(whole, 32) == by_pillow(whole, 32, None)).all()
+    features._turbojpeg.cache_clear()
 
 
 def missing() -> None:
@@ -65,7 +65,7 @@ def missing() -> None:
 
 def test_threads_have_memory_of_their_own() -> None:
     images = [jpeg(100 + 40 * number, 90) for number in range(24)]
-    alone = [pixels.decode(image, 32) for image in images]
+    alone = [features.decode(image, 32) for image in images]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda image: pixels.decode(image, 32), images * 4))
+        together = list(pool.map(lambda image: features.decode(image, 32), images * 4))
     assert all((one == other).all() for one, other in zip(alone * 4, together, strict=True))

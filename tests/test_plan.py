@@ -8,12 +8,12 @@ from beton_factory import build_out
 from click.testing import CliRunner
 
 from labels.config import load_pipeline
-from labels.errors import UserError
 from labels.settings import Model, Train
+from labels.storage import UserError
+from train.bench.estimate import Pace, beside_steps
 from train.bench.step import LoopRate
 from train.cli import cli
 from train.costs import Costs, activation_bytes, messages, splits_vocabulary
-from train.pace import Pace, beside_steps
 
 TINY = "trunk: vit_b16, trunk_args: {depth: 2, embed_dim: 64, num_heads: 1}, image_size: 32"
 

@@ -15,20 +15,31 @@ from test_encoders import write_run
 from test_eval_data import encoded, write_folders
 
 from labels.config import load_pipeline
-from labels.errors import UserError
 from labels.settings import Features, Pipeline
+from labels.storage import UserError
 from train.encoders.encoder import EncoderSpec
 from train.evals.data.sets import load_pair
-from train.evals.features import Extractor
-from train.evals.kinds.probe import LinearProbe
-from train.evals.pixels import decode_crop
+from train.evals.features import Extractor, decode_crop
+from train.evals.kinds import probe as lbfgs_probe
+from train.evals.kinds import probe as mae_module
+from train.evals.kinds.probe import (
+    Axes,
+    LinearProbe,
+    MaeProbe,
+    Probe,
+    cached_epochs,
+    choose_weight_decay,
+    fit,
+    learning_rate,
+    linear_probe,
+    mae_probe,
+    majority,
+    make_optimizer,
+    start_at_zero,
+    stratified_split,
+)
+from train.evals.measure import run_protocol
 from train.evals.protocol import top_k
-from train.evals.protocols import lbfgs_probe
-from train.evals.protocols import mae_probe as mae_module
-from train.evals.protocols.lbfgs_probe import Probe, choose_weight_decay, linear_probe, majority, stratified_split
-from train.evals.protocols.logistic import Axes, fit, start_at_zero
-from train.evals.protocols.mae_probe import MaeProbe, cached_epochs, learning_rate, mae_probe, make_optimizer
-from train.evals.run_protocol import run_protocol
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -82,7 +93,7 @@ def test_float32_products_reach_the_same_minimum_in_chunks(monkeypatch) -> None:
     raw, targets = torch.from_numpy(x), torch.from_numpy(y)
     losses = []
     for dtype, chunk in ((torch.float64, 2**25), (torch.float32, 2**25), (torch.float32, 3 * 7)):
-        monkeypatch.setattr("train.evals.protocols.logistic._CHUNK_LOGITS", chunk)
+        monkeypatch.setattr("train.evals.kinds.probe._CHUNK_LOGITS", chunk)
         axes = Axes.of(raw.to(dtype))
         options: dict[str, Any] = {"weight_decay": 1e-3, "curvature": axes.curvature, "max_iterations": 500}
         solution = fit(axes(raw.to(dtype)), targets, start=start_at_zero(10, 3, CPU), **options)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from shard_factory import contents, end_without_a_word, preprocess, write_shards
 
-from labels.errors import UserError
+from labels.storage import UserError
 from preprocess import ray as ray_engine
 from preprocess.engine import run_tasks
 

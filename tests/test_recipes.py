@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from labels.config import load_pipeline
-from labels.errors import UserError
-from labels.recipes import RECIPES
-from labels.settings import Pipeline
+from labels.settings import RECIPES, Pipeline
+from labels.storage import UserError
 
 PIPELINE = Path(__file__).parents[1] / "pipeline.yaml"
 # Schedules as the method's authors give them: samples, batch, peak rate, warm-up steps, second moment's decay, smallest crop, and

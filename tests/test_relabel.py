@@ -25,19 +25,16 @@ from shard_factory import build, sample, write_tar
 from labels import beton
 from labels.arrays import open_rows, rows_file, rows_folder, write_rows
 from labels.config import load_pipeline
-from labels.errors import UserError
 from labels.idf import read_idf
-from labels.layout import Layout
-from labels.manifest import ShardPart, read_manifest
-from labels.schema import LABELS
+from labels.manifest import LABELS, ShardPart, read_manifest
 from labels.settings import Data
-from labels.storage import sha256_file
+from labels.storage import Layout, UserError, sha256_file
 from train.data.dataset import BetonSet
 from train.data.files import allow_open_files
 from train.data.loader import Loader
+from train.data.open import make_rows, make_rows_once
 from train.data.order import Order
 from train.distributed import World
-from train.relabel import make_rows, make_rows_once
 from train.trainer import train_run
 
 COUNTS = [13, 5, 17]

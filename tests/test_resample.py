@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from train.canvas import coarse_part, resample_canvas
+from train.data.inputs import coarse_part, resample_canvas
 from train.data.resize import margin_bytes, resize_crop, vertical_first, work_bytes
 
 BICUBIC = Image.Resampling.BICUBIC

@@ -23,7 +23,7 @@ from train.evals.data.sets import DataSet
 from train.evals.features import Extractor
 from train.evals.kinds import retrieval
 from train.evals.kinds.retrieval import Recall, Retrieval, ranks, recalls
-from train.evals.run_protocol import run_protocol
+from train.evals.measure import run_protocol
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

@@ -17,16 +17,15 @@ from shard_factory import build
 
 import train.cli
 from labels.config import load_pipeline
-from labels.errors import UserError
-from labels.layout import Layout
 from labels.settings import Data
+from labels.storage import Layout, UserError
 from preprocess.counts import sum_idf
 from train.data.cache import Cache
 from train.data.dataset import BetonSet
 from train.data.loader import Loader
+from train.data.mixture import Mixture, Source, parse_sources
 from train.data.open import Chosen, data_facts, make_loader, open_data
 from train.distributed import World
-from train.sources import Mixture, Source, parse_sources
 
 HERE = World(0, 1, torch.device("cpu"))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from labels.errors import UserError
+from labels.storage import UserError
 from preprocess.readers.shards import Shard, find_shards
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.losses.softmax_kernel import serves
+from train.losses.kinds.softmax import serves
 
 TESTS = Path(__file__).parent
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labels.schema import PAD_ID
-from labels.sparse import pad_rows, unique_sorted, unpad_rows
+from labels.arrays import pad_rows, unique_sorted, unpad_rows
+from labels.manifest import PAD_ID
 
 IDS = st.one_of(st.integers(0, 12), st.integers(0, 2**31 - 1))
 ROWS = st.lists(st.lists(IDS, max_size=9), max_size=9)

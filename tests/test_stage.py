@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from labels.config import load_pipeline
-from labels.layout import Layout
+from labels.storage import Layout
 from preprocess.stage import (
     BuildContext,
     CorpusMarker,

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_clip_ids import NASTY
 
+from labels.arrays import unique_sorted
 from labels.settings import Labels
-from labels.sparse import unique_sorted
 from labels.tokenizers.kinds import clip
 from labels.tokenizers.kinds.clip import ClipTokenizer, clip_clean
 from labels.tokenizers.text import is_stop_word, remove_stop_words, stop_words

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from labels import subset as subset_module
-from labels.errors import UserError
+from labels.storage import UserError
 from labels.subset import UIDS, count_in, parse_uids
 from preprocess.readers.base import ROWS, Fault, RowBatch
 from preprocess.readers.subset import open_subset, resolve_subset, select

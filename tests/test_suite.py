@@ -14,10 +14,10 @@ from test_encoders import MODEL, write_run
 from test_eval_data import encoded, write_folders
 from timm import create_model
 
-from labels.errors import UserError
+from labels.storage import UserError
 from train.cli import cli
 from train.evals import features, suite
-from train.evals.suite_file import read_suite
+from train.evals.suite import read_suite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

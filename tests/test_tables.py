@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shard_factory import jpeg
 
-from labels.errors import UserError
-from preprocess.inputs.tableimages import has_images, table_images
-from preprocess.inputs.tables import read_table_rows
+from labels.storage import UserError
 from preprocess.readers import table as tablefile
 from preprocess.readers.base import ROWS, Fault
 from preprocess.readers.caption_key import parse_caption_key
+from preprocess.readers.images import has_images, table_images
 from preprocess.readers.shards import Shard, find_shards
+from preprocess.readers.table import read_table_rows
 
 Read = tuple[list[dict[str, Any]], list[tuple[str, str]]]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_factory import Member, tar_bytes
 
-from preprocess.inputs.tars import Sample, walk
+from preprocess.readers.tar import Sample, walk
 
 BLOCK = tarfile.BLOCKSIZE
 THREE: list[Member] = [

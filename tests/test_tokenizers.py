@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
-from labels.errors import UserError
+from labels.arrays import unique_sorted
 from labels.settings import Labels
-from labels.sparse import unique_sorted
+from labels.storage import UserError
 from labels.tokenizers.kinds.subword import _MARKING, _WORDS, SubwordTokenizer
 from labels.tokenizers.text import remove_stop_words
 from labels.tokenizers.tokenizer import find_source, load_engine, make_tokenizer

@@ -7,8 +7,8 @@ import pytest
 from loop_factory import settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from labels.errors import UserError
-from train.trackers import make_trackers
+from labels.storage import UserError
+from train.metrics import make_trackers
 
 
 def test_wandb_that_is_not_installed_is_an_error_that_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

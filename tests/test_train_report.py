@@ -10,9 +10,8 @@ from click.testing import CliRunner
 from page_checks import CHROMIUM, check_page, shown_in_chromium
 
 from labels.config import dump_yaml, load_pipeline
-from labels.errors import UserError
 from labels.settings import Pipeline
-from labels.storage import write_json
+from labels.storage import UserError, write_json
 from train.cli import cli
 from train.report.results import measured, published, read_results
 from train.report.runs import binned, differences, loss_curves, read_runs

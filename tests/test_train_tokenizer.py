@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from test_catlip import write_wordnet
 
-from labels.choices import TokenizerKind
-from labels.errors import UserError
-from labels.settings import Labels
+from labels.settings import Labels, TokenizerKind
+from labels.storage import UserError
 from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.train_tokenizer import train_tokenizer
 

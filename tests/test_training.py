@@ -16,7 +16,7 @@ from trainer_factory import SAMPLES, STEPS, assert_same_run, lines, losses, smal
 from trainer_process import free_port, start, train
 
 from labels.config import load_pipeline
-from labels.errors import UserError
+from labels.storage import UserError
 from train.checkpoint import checkpoint_folders
 from train.data.order import Order
 from train.loop import STOPPED_EXIT_CODE

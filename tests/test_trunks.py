@@ -7,8 +7,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from labels.errors import UserError
 from labels.settings import Loss, Model, Optimizer
+from labels.storage import UserError
 from train.costs import model_costs
 from train.losses.head_loss import HeadLoss
 from train.model import Classifier, build_trunk, set_up_trunk

@@ -11,9 +11,8 @@ import pytest
 from conftest import Built
 from shard_factory import build, contents, flip_bit, preprocess, write_shards
 
-from labels.layout import Layout
 from labels.manifest import Manifest, read_manifest, write_manifest
-from labels.storage import sha256_file
+from labels.storage import Layout, sha256_file
 
 FILES = ["labels/00000000.parquet", "labels/00000001.parquet", "idf.parquet", "idf.duckdb", "beton/00000.beton", "quarantine.parquet"]
 

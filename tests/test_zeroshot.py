@@ -13,17 +13,16 @@ from safetensors.torch import load_file
 from test_eval_data import encoded, write_folders
 
 from labels.config import load_pipeline
-from labels.errors import UserError
-from labels.layout import Layout
 from labels.settings import Features, Loss, Pipeline
+from labels.storage import Layout, UserError
 from train.encoders.encoder import EncoderSpec
 from train.encoders.load import load_encoder
+from train.encoders.text import label_texts
 from train.evals.data.classnames import class_names, templates
 from train.evals.data.sets import DataSet, load_pair
 from train.evals.features import Extractor
-from train.evals.protocols.name_labels import label_texts
-from train.evals.protocols.token_logits import TokenLogits, Zeroshot, class_scores, class_targets
-from train.evals.run_protocol import run_protocol
+from train.evals.kinds.zeroshot import TokenLogits, Zeroshot, class_scores, class_targets
+from train.evals.measure import run_protocol
 from train.losses.head_loss import HeadLoss
 from train.trainer import train_run
 
@@ -116,9 +115,7 @@ def test_the_command_gives_the_accuracy_of_these_scores(trained, data: DataSet, 
     out, run = trained
     for index, place in enumerate(data.test.places):
         place.path.write_bytes(encoded((90 * index, 200 - 60 * index, 30)))
-    monkeypatch.setattr(
-        "train.evals.protocols.token_logits.label_texts", lambda texts, built: [np.array([_ids(out)[text]]) for text in texts]
-    )
+    monkeypatch.setattr("train.evals.kinds.zeroshot.label_texts", lambda texts, built: [np.array([_ids(out)[text]]) for text in texts])
     (tmp_path / "names.txt").write_text("the_dog\tdog\nred_bird\tbird\n")
     result = zeroshot(run, data, Zeroshot(classnames=str(tmp_path / "names.txt")))
     row = result["results"][1]
@@ -151,7 +148,7 @@ def test_labels_that_have_moved(trained, data: DataSet, tmp_path: Path) -> None:
 
 
 def test_names_without_labels_are_told(trained, data: DataSet, monkeypatch) -> None:
-    monkeypatch.setattr("train.evals.protocols.token_logits.label_texts", lambda texts, built: [np.empty(0, np.int64) for _ in texts])
+    monkeypatch.setattr("train.evals.kinds.zeroshot.label_texts", lambda texts, built: [np.empty(0, np.int64) for _ in texts])
     text = told(lambda: zeroshot(trained[1], data, Zeroshot()))
     assert "2 class names have no label" in text and "red bird, the dog" in text
 

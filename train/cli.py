@@ -3,23 +3,218 @@
 import json
 import sys
 import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import click
 
 from labels import __version__
 from labels.config import load_pipeline
-from labels.errors import UserError
-from labels.layout import local_out, out_path
 from labels.manifest import read_manifest
 from labels.settings import Pipeline
+from labels.storage import UserError, local_out, out_path, write_whole
 from train import options
-from train.bench.commands import bench
-from train.contrastive.command import clip, lit
 from train.evals.commands import register
-from train.export.command import export
-from train.llava.command import llava
-from train.report.command import report
+
+# ---- commands: The commands of `train bench`: parse, call, report. What is imported inside takes a second: not for --help.
+
+
+Bench = Callable[..., tuple[dict[str, Any], list[str]]]
+
+
+def _bench(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        options.overrides,
+        options.config,
+        options.recipe,
+        click.option("--json", "as_json", is_flag=True, help="For programs."),
+        click.option("--seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Of each measurement."),
+        options.betons,
+    ):
+        command = option(command)
+    return command
+
+
+_rates = click.option(
+    "--rate", "rates", multiple=True, type=click.FloatRange(min=0, min_open=True),
+    help="Samples/s of a device to judge (default: those of the configured model on usual GPUs). Repeatable.",
+)  # fmt: skip
+
+
+@click.group("bench")
+def bench() -> None:
+    """What loader, disk and loop give on this machine, and what would limit a faster device."""
+
+
+@bench.command("loader")
+@_rates
+@_bench
+def loader_command(**arguments: Any) -> None:
+    """The loader alone: images/s, CPU time of an image and its parts."""
+    from train.bench.loader import bench_loader
+
+    _run(bench_loader, arguments)
+
+
+@bench.command("disk")
+@_rates
+@_bench
+def disk_command(**arguments: Any) -> None:
+    """The disk alone: in the loader's blocks, in single samples, and from the page cache. Empties the page cache of the set's files."""
+    from train.bench.disk import bench_disk
+
+    _run(bench_disk, arguments)
+
+
+@bench.command("step")
+@_bench
+def step_command(**arguments: Any) -> None:
+    """The training loop on random batches and on the loader's; nothing is kept."""
+    from train.bench.step import bench_step
+
+    _run(bench_step, arguments)
+
+
+def _run(measure: Bench, arguments: dict[str, Any]) -> None:
+    from train.bench.loader import device_rates
+    from train.data.open import open_data
+    from train.distributed import World, distributed_world
+
+    pipeline = load_pipeline(arguments["config"], arguments["overrides"], arguments["recipe"])
+    settings = pipeline.train
+    chosen = options.chosen(pipeline, arguments["betons"], arguments["labels"], arguments["idf"], "train bench")
+    with redirect_stdout(sys.stderr), distributed_world(settings.runtime) as world:  # what is said on the way is no result
+        alone = World(0, 1, world.device)
+        betons = open_data(chosen, settings.data, alone, lambda: False)
+        assert betons is not None  # nobody asks to stop
+        rates = {"rates": device_rates(settings, betons.vocabulary, arguments["rates"])} if "rates" in arguments else {}
+        found, lines = measure(betons, settings, alone, arguments["seconds"], **rates)
+    print(json.dumps(found, indent=1) if arguments["as_json"] else "\n".join(lines))
+
+
+# ---- command: `train clip`, `train lit`: parse, call, report.
+
+
+_RUN = click.option("--out", "run", type=click.Path(path_type=Path), help="Folder of the run (default: paths.run).")
+
+
+def _training(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (options.overrides, options.config, options.recipe, _RUN, options.betons):
+        command = option(command)
+    return command
+
+
+@click.command("clip")
+@_training
+def clip(**arguments: Any) -> None:
+    """Pre-train the same trunk by CLIP's loss, on the same images and their captions' tokens in order; the baseline of `train run`."""
+    from train.clip import train_clip  # torch takes a second: not for --help
+
+    _run_command("clip", arguments, train_clip)
+
+
+@click.command("lit")
+@click.argument("encoder", metavar="ENCODER")
+@click.option("--weights", metavar="FILE", help="Weight file of a timm: or open_clip: encoder.")
+@_training
+def lit(encoder: str, weights: str | None, **arguments: Any) -> None:
+    """Train a text tower for a frozen ENCODER (a run, run:RUN, timm:NAME, ...), so that `zeroshot` and `retrieval` can ask it."""
+    from train.encoders.encoder import EncoderSpec
+    from train.evals.lit import train_lit
+
+    _run_command("lit", arguments, lambda *rest: train_lit(EncoderSpec(encoder, weights), *rest))
+
+
+def _run_command(name: str, arguments: dict[str, Any], train: Callable[..., bool]) -> None:
+    from train.loop import STOPPED_EXIT_CODE
+
+    pipeline = load_pipeline(arguments["config"], arguments["overrides"], arguments["recipe"])
+    run = arguments["run"] or Path(pipeline.paths.run)
+    chosen = options.chosen(pipeline, arguments["betons"], arguments["labels"], arguments["idf"], f"train {name}")
+    if not train(chosen, run, pipeline):
+        print(f"stopped and saved; the same command resumes {run}")
+        sys.exit(STOPPED_EXIT_CODE)
+
+
+# ---- command: The command `train export`: parse and call.
+
+
+FORMATS = ("timm", "hf", "open_clip", "onnx")
+_PATH = click.Path(path_type=Path)
+
+
+@click.command("export")
+@click.argument("encoder", metavar="ENCODER")
+@click.option("--format", "format_name", type=click.Choice(FORMATS), required=True, help="Library that is to load it.")
+@click.option("--out", type=_PATH, required=True, help="Folder, new or of an earlier export, which is replaced.")
+@click.option("--weights", metavar="FILE", help="Weight file of a timm: or open_clip: encoder.")
+@click.option("--layer", type=int, help="onnx: features of this block (default: the model's own output).")
+@click.option("--pool", metavar="avg|cls|cls+avg", help="onnx: pool of the patches, the class token, or both.")
+@click.option("--results", multiple=True, type=_PATH, help="Result JSONs for the card, or folders (default: those in the run). Repeatable.")
+def export(
+    encoder: str, format_name: str, out: Path, weights: str | None, layer: int | None, pool: str | None, results: tuple[Path, ...]
+) -> None:
+    """Write ENCODER (run:RUN, timm:NAME, open_clip:NAME, hf:DIR) for another library, check it by loading it back, and write its card."""
+    from train.encoders.encoder import EncoderSpec  # torch takes a second: not for --help
+    from train.export.export import export_encoder
+
+    export_encoder(EncoderSpec(encoder, weights, layer, pool), format_name, out, results)
+
+
+# ---- command: `train llava`: parse, call, report.
+
+
+@click.command("llava")
+@click.option(
+    "--data", required=True, metavar="FILE|KIND:DIR", help="LLaVA's json, or captions: coco:, karpathy:, flickr30k: or pairs:DIR."
+)
+@click.option("--images", type=_PATH, help="Folder that the json's images lie below (default: the json's own).")
+@click.option("--encoder", required=True, metavar="SPEC", help="The tower: run:RUN, timm:NAME, or hf:DIR of `train export --format hf`.")
+@click.option("--weights", metavar="FILE", help="Weight file of a timm: encoder.")
+@click.option(
+    "--language-model", required=True, type=_PATH, metavar="DIR", help="Folder of any causal language model in Hugging Face's form."
+)
+@click.option("--out", required=True, type=_PATH, help="Folder of the whole model; beside it <name>.work/, where it goes on.")
+@options.config
+@options.overrides
+def llava(
+    data: str, images: Path | None, encoder: str, weights: str | None, language_model: Path, out: Path, config: Path | None,
+    overrides: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Train LLaVA-1.5's projector on a frozen tower and language model; prints lmms-eval's command for the paper's benchmarks."""
+    from train.encoders.encoder import EncoderSpec  # torch takes a second: not for --help
+    from train.llava.train import train_llava
+    from train.loop import STOPPED_EXIT_CODE
+
+    if not train_llava(EncoderSpec(encoder, weights), language_model, data, images, load_pipeline(config, overrides), out):
+        print(f"stopped and saved; the same command resumes {out.name}.work")
+        sys.exit(STOPPED_EXIT_CODE)
+
+
+# ---- command: The command `train report`: parse, call, report.
+
+
+@click.command("report")
+@click.argument("runs", nargs=-1, required=True, type=_PATH, metavar="RUN...")
+@click.option(
+    "--results", multiple=True, type=_PATH, metavar="FILE|DIR",
+    help="Result JSONs of probe, fewshot, finetune, caption, eval etc., or a folder of them. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--out", "page", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE", help="The HTML file to write."
+)
+def report(runs: tuple[Path, ...], results: tuple[Path, ...], page: Path) -> None:
+    """Write one HTML file about runs: loss, speed, recipes, results next to the paper's. It opens without a network."""
+    from train.report.page import report_page
+    from train.report.results import read_results
+    from train.report.runs import read_runs
+
+    text = report_page(read_runs(runs), read_results(results))
+    write_whole(page, lambda partial: partial.write_text(text, encoding="utf8"))
+    print(f"{page}: {page.stat().st_size / 2**20:.1f} MiB")
+
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 CLIP_VOCABULARY = 49_408
@@ -93,10 +288,9 @@ def plan_command(
     begun = time.perf_counter()
     import torch
 
-    from train.bench.estimate import plan_lines
+    from train.bench.estimate import measure_pace, plan_lines
     from train.clip import check_whole_batches
     from train.losses.kinds import check_accumulation
-    from train.pace import measure_pace
 
     pipeline = load_pipeline(config, overrides, recipe)
     if measure is not None and (beton is None or method != "run"):

@@ -6,17 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from labels.errors import UserError
 from labels.settings import Pipeline, TextTower, Train
-from train.contrastive.tokens import Specials, TextInput, specials_of
+from labels.storage import UserError
 from train.costs import Costs, tower_costs, trunk_costs
 from train.data.dataset import BetonSet
 from train.data.open import Chosen
-from train.distributed import World
+from train.distributed import World, spread
 from train.loop import TrainState
 from train.model import build_trunk, set_up_trunk
-from train.parallel import spread
-from train.text_tower import Contrastive, build_text_tower
+from train.text_tower import Contrastive, Specials, TextInput, build_text_tower, specials_of
 from train.trainer import Method, as_train_state, train_run
 
 CLIP, LIT = "clip", "lit"

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from labels.settings import Model, TextTower, Train
 from train.losses.distributed import can_split, check_split
 from train.model import build_head, build_trunk, set_up_trunk
-from train.precision import autocast_dtype
+from train.optim import autocast_dtype
 from train.text_tower import build_text_tower
 
 # Dense bf16 matrix products, TFLOP/s, by a part of the device's name, the longer names first (vendors' data sheets). TF32 is half of it.

@@ -13,12 +13,9 @@ import torch
 from torch import nn
 
 from labels.settings import Train
-from train.distributed import World
-from train.ema import Ema
+from train.distributed import World, gradients_exchanged, loss_and_gradient_norm
 from train.metrics import Metrics
-from train.optim import learning_rate
-from train.parallel import gradients_exchanged, loss_and_gradient_norm
-from train.precision import LossScale, autocast_dtype
+from train.optim import Ema, LossScale, autocast_dtype, learning_rate
 
 _ASK_EVERY_STEPS = 10
 Inputs = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
@@ -65,7 +62,7 @@ class TrainState:
 
     Attributes:
         model: the module itself; the names of its children and parameters are the checkpoint's.
-        ddp_model: `model` as train/parallel.py spreads it over the ranks: images and targets -> the mean loss of this rank's samples.
+        ddp_model: `model` as train/distributed.py spreads it over the ranks: images and targets -> the mean loss of this rank's samples.
         optimizer: fused, over the parameters of `model`.
         scale: with fp16 only.
         ema: if asked for.

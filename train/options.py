@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labels.errors import UserError
-from labels.layout import local_out
 from labels.settings import Pipeline
+from labels.storage import UserError, local_out
 
 if TYPE_CHECKING:
     from train.data.open import Chosen

@@ -20,26 +20,20 @@ from torch import nn
 
 from labels.arrays import Column
 from labels.config import dump_yaml, load_pipeline
-from labels.errors import UserError
 from labels.settings import Optimizer, Pipeline, Train
-from labels.storage import fingerprint, make_folder, write_json
+from labels.storage import UserError, fingerprint, make_folder, write_json
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
 from train.costs import Costs, messages, model_costs, peak_flops, splits_vocabulary
 from train.data.dataset import BetonSet
-from train.data.inputs import ImageInput
+from train.data.inputs import ImageInput, synthetic_batches, synthetic_inputs
 from train.data.open import Chosen, data_facts, make_loader, open_data
-from train.distributed import World, distributed_world
-from train.ema import Ema
+from train.distributed import World, distributed_world, spread
 from train.loop import Budget, Inputs, TrainState, run_loop, stop_signals
 from train.losses.head_loss import HeadLoss
 from train.losses.kinds import check_accumulation
-from train.metrics import Metrics, Speed
+from train.metrics import Metrics, Speed, make_trackers
 from train.model import Classifier, build_trunk, set_up_trunk
-from train.optim import by_decay, make_optimizer
-from train.parallel import spread
-from train.precision import LossScale, autocast_dtype
-from train.synthetic import synthetic_batches, synthetic_inputs
-from train.trackers import make_trackers
+from train.optim import Ema, LossScale, autocast_dtype, by_decay, make_optimizer
 
 SUPERCLASS = "superclass"
 Batches = Callable[[int, int], Iterable[Any]]

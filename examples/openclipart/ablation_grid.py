@@ -11,11 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from labels.choices import TokenizerKind
 from labels.config import load_pipeline, read_yaml
-from labels.errors import UserError
-from labels.settings import Pipeline, Section
-from labels.storage import fingerprint
+from labels.settings import Pipeline, Section, TokenizerKind
+from labels.storage import UserError, fingerprint
 
 Metric = Literal["probe", "fewshot", "zeroshot"]
 # Raise this with any change to how a cell is made: earlier results then count as outdated.

@@ -21,8 +21,7 @@ from PIL import Image
 
 from ablation_grid import EvaluationSet, Grid
 from labels.config import dump_yaml, load_pipeline
-from labels.errors import UserError
-from labels.storage import write_json, write_whole
+from labels.storage import UserError, write_json, write_whole
 
 _PARTS = ("train", "test")
 _SCHEMA = pa.schema([("image", pa.binary()), ("class", pa.string())])

@@ -17,7 +17,7 @@ from ablation_grid import Planner, Unit, read_grid
 from ablation_inputs import make_evaluation_set, make_labels, write_settings
 from ablation_tables import draw_plots, write_tables
 from ablation_units import finished, run_units
-from labels.errors import UserError
+from labels.storage import UserError
 
 _HERE = Path(__file__).parent
 

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from labels.errors import UserError
-from labels.kinds import TOKENIZERS, names_in
-from labels.settings import Labels
+from labels.settings import TOKENIZERS, Labels, names_in
+from labels.storage import UserError
 
 if TYPE_CHECKING:
     import tokenizers

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from labels.layout import Layout
 from labels.manifest import ShardPart
 from labels.native import GOLDEN, splitmix64
 from labels.settings import Build
+from labels.storage import Layout
 from preprocess.readers.shards import Shard
 
 _GIB = 1 << 30

@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from labels.config import load_pipeline
-from labels.errors import UserError
 from labels.explanation import DECODED, Explanation, explain_row
-from labels.layout import Layout
 from labels.manifest import Manifest, read_manifest
 from labels.settings import Pipeline
-from labels.storage import local_copy
+from labels.storage import Layout, UserError, local_copy
 from labels.tokenizers.tokenizer import Tokenizer, make_tokenizer
 from preprocess.readers.caption_key import parse_caption_key
 from preprocess.readers.rows import read_rows

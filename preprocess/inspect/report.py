@@ -29,10 +29,9 @@ from labels.html import (
     tiles,
     weights,
 )
-from labels.layout import Layout
 from labels.manifest import Manifest, ShardPart, read_manifest
 from labels.samples import Label, Sample, Vocabulary, read_image, spread_samples, thumbnail
-from labels.storage import is_remote
+from labels.storage import Layout, is_remote
 from preprocess.counts import quoted
 from preprocess.inspect.explain import source_captions
 from preprocess.inspect.sql import open_tables

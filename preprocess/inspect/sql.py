@@ -12,9 +12,7 @@ import duckdb
 from rich.console import Console
 from rich.table import Table
 
-from labels.errors import UserError
-from labels.layout import Layout
-from labels.storage import is_remote, local_copy
+from labels.storage import Layout, UserError, is_remote, local_copy
 from preprocess.counts import quoted
 
 Format = Literal["table", "csv", "json"]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from labels.errors import UserError
+from labels.storage import UserError
 from preprocess.readers.base import IMAGE_SUFFIXES
 
 ColumnKind = Literal["parquet", "csv"]

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from labels.errors import UserError
+from labels.storage import UserError
 from preprocess.readers.caption_key import Choice, join_captions
 
 KEY_COLUMNS = ("key", "uid")

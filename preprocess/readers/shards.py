@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Literal
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from labels.errors import UserError
+from labels.storage import UserError
 
 ShardKind = Literal["tar", "parquet", "csv"]
 

@@ -17,8 +17,7 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from labels.errors import UserError
-from labels.storage import is_remote, sha256_file, whole_file
+from labels.storage import UserError, is_remote, sha256_file, whole_file
 from labels.subset import (
     ALLOWED,
     OUT_OF_MEMORY,

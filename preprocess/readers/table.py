@@ -5,16 +5,32 @@ CSV needs a header line; every column comes as binary, an empty cell that is not
 
 import codecs
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from labels.errors import UserError
-from preprocess.readers.base import Fault
+from labels.native import njit
+from labels.storage import UserError
+from labels.tokenizers.kernels.table import Scalar, load, prefetch
+from preprocess.readers.base import ROWS, Fault, RowBatch
+from preprocess.readers.caption_key import Choice, column_choices
+from preprocess.readers.columns import (
+    KEY_COLUMNS,
+    SIZE_COLUMNS,
+    STATUS_COLUMN,
+    blank_rows,
+    offsets_and_bytes,
+    row_captions,
+    row_keys,
+    row_sizes,
+    row_uids,
+    success_rows,
+)
 from preprocess.readers.shards import Shard
 
 _BLOCK_BYTES = 1 << 24  # of CSV, at once in memory; also the longest row that can be read
@@ -214,3 +230,222 @@ def _damage(reason: str) -> Iterator[None]:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+# ---- repeats: Keys that occur more than once in a table: exact, in one reading as long as none does.
+#
+# keys -> 64-bit hashes -> a set; the first hash that is there already -> all keys are read again: hashes that occur twice
+#      -> only keys with such a hash are compared as strings, in the table's order
+
+
+_START, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x9E3779B97F4A7C15)
+_LOW = np.uint64(20)
+_AHEAD = 16
+_FIRST_SLOTS = 1 << 16
+
+
+class Repeats:
+    """Tells repeated keys, batch by batch, for 16 to 32 bytes of memory a row."""
+
+    def __init__(self, reread: Callable[[], Iterable[pa.StringArray]]) -> None:
+        """
+        Args:
+            reread: all keys of the table in its order, in batches; called only when a hash has come twice.
+        """
+        self._reread = reread
+        self._hashes = np.zeros(_FIRST_SLOTS, np.uint64)
+        self._rows = 0
+        self._twice: _Twice | None = None
+
+    def find(self, keys: pa.StringArray) -> list[int]:
+        """Rows of the next batch whose key occurred before; batches have to come in the table's order."""
+        if self._twice is None:
+            while 2 * (self._rows + len(keys)) > len(self._hashes):
+                larger = np.zeros(4 * len(self._hashes), np.uint64)
+                _add_all(larger, self._hashes)
+                self._hashes = larger
+            if not _add_all(self._hashes, _hashes(keys)):
+                self._rows += len(keys)
+                return []
+            self._twice = _Twice(self._reread(), self._reread(), self._rows)
+        return self._twice.find(keys)
+
+
+class _Twice:
+    """The same once there may be repeats: `before` are the keys of which the first `rows` have been seen."""
+
+    def __init__(self, keys: Iterable[pa.StringArray], before: Iterable[pa.StringArray], rows: int) -> None:
+        hashes = np.sort(np.concatenate([np.empty(0, np.uint64), *map(_hashes, keys)]))
+        self._hashes = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        self._seen: set[str] = set()
+        for part in before:
+            self.find(part.slice(0, rows))
+            rows -= min(rows, len(part))
+            if not rows:
+                break
+
+    def find(self, keys: pa.StringArray) -> list[int]:
+        """Rows of the next batch whose key occurred before."""
+        found = []
+        for row in np.flatnonzero(np.isin(_hashes(keys), self._hashes)):
+            key = keys[row].as_py()
+            if key in self._seen:
+                found.append(int(row))
+            self._seen.add(key)
+        return found
+
+
+@njit(nogil=True, cache=True)
+def _add_all(slots: np.ndarray, hashes: np.ndarray) -> bool:
+    """Add hashes, less the 0 that stands for nothing, to an open-addressing set; whether one was there already."""
+    mask, found = len(slots) - 1, False
+    for place in range(len(hashes)):
+        ahead = hashes[min(place + _AHEAD, len(hashes) - 1)]
+        prefetch(slots, np.int64(ahead >> _LOW) & mask)  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
+        value = hashes[place]
+        if value == 0:
+            continue
+        slot = np.int64(value >> _LOW) & mask
+        while slots[slot] != 0 and slots[slot] != value:
+            slot = (slot + 1) & mask
+        found |= slots[slot] == value
+        slots[slot] = value
+    return found
+
+
+def _hashes(strings: pa.StringArray) -> np.ndarray:
+    offsets, text = offsets_and_bytes(strings)
+    return _hash_each(offsets, text)
+
+
+@njit(nogil=True, cache=True)
+def _hash_each(offsets: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """uint64 [N] of strings as int32 [N + 1] offsets into uint8 [B], eight bytes at a time."""
+    hashes = np.empty(len(offsets) - 1, np.uint64)
+    for row in range(len(hashes)):
+        at, end = np.int64(offsets[row]), np.int64(offsets[row + 1])
+        value = _START ^ np.uint64(end - at)
+        while at + 8 <= end:
+            value = _mixed(value, load(text, at))  # pyright: ignore[reportCallIssue]
+            at += 8
+        rest = np.uint64(0)
+        for i in range(at, end):
+            rest = (rest << np.uint64(8)) | np.uint64(text[i])
+        hashes[row] = _mixed(value, rest) | np.uint64(1)  # never 0
+    return hashes
+
+
+@njit(nogil=True, forceinline=True)
+def _mixed(value: Scalar, more: Scalar) -> Scalar:
+    value = (value ^ more) * _PRIME
+    return value ^ (value >> np.uint64(32))
+
+
+# ---- tables: A table (Parquet, CSV, TSV) as a shard: its captions as rows.
+#
+# batches -> status success -> keys, repeated ones out -> captions, missing ones out -> RowBatch
+
+
+_KEY_ROWS = 1 << 17
+_IDENTITY = (*KEY_COLUMNS, STATUS_COLUMN)
+
+
+def read_table_rows(shard: Shard, choices: Sequence[Choice], batch_rows: int) -> Iterator[RowBatch]:
+    """All rows of a table in its order. A table that is cut or damaged ends with a fault of an empty key.
+
+    Args:
+        shard: of kind parquet or csv.
+        choices: as `parse_caption_key` gives them; items of other kinds, and columns that are not there, count as missing.
+        batch_rows: rows of a batch at most.
+
+    Raises:
+        UserError: the table has no column that `choices` name, or one of a type that cannot be read.
+    """
+    try:
+        table = open_table(shard)
+    except TableDamaged as error:
+        yield RowBatch(ROWS.empty_table(), [error.fault])
+        return
+    names = table.schema.names
+    usable = caption_choices(shard, choices, names)
+    if not usable:
+        columns = ", ".join(map(repr, names))
+        raise UserError(
+            f"{shard.path} has no column that build.caption_key names ({', '.join(map(str, choices))})",
+            allowed=f"its columns: {columns}" + ("; a CSV needs a header line" if shard.kind == "csv" else ""),
+            mend=f"add `--caption-key {shard.kind}:COLUMN` with one of them",
+        )
+    captions = [item.name for choice in usable for item in choice.items]
+    sizes = [name for pair in SIZE_COLUMNS for name in pair]
+    wanted = [name for name in (*_IDENTITY, *sizes, *captions) if name in names]
+    # Told after all rows: Arrow reads ahead, so when it meets a line says nothing of the batch that the line is near.
+    at_the_end: list[Fault] = []
+    samples = _samples(table, wanted, batch_rows, at_the_end)
+    if table.rows is not None and table.rows <= batch_rows:  # as the side Parquet of a tar: read once, for keys and rows
+        samples = list(samples)
+        read = samples
+        repeats = Repeats(lambda: (keys for keys, _ in read))
+    elif identity := identity_columns(names):
+        repeats = Repeats(lambda: (keys for keys, _ in _samples(table, identity, _KEY_ROWS, [])))
+    else:
+        repeats = None  # the keys are row numbers
+    for keys, batch in samples:
+        yield _rows(batch, keys, repeats, usable, shard.path)
+    if at_the_end:
+        yield RowBatch(ROWS.empty_table(), at_the_end)
+
+
+def caption_choices(shard: Shard, choices: Sequence[Choice], names: Sequence[str]) -> tuple[Choice, ...]:
+    """What of `choices` a table with the columns `names` can answer."""
+    assert shard.kind != "tar"
+    usable = []
+    for choice in column_choices(choices, shard.kind):
+        items = tuple(item for item in choice.items if item.name in names)
+        if items:
+            usable.append(Choice(items))
+    return tuple(usable)
+
+
+def identity_columns(names: Sequence[str]) -> list[str]:
+    """The columns, of those that a table has, which `identified` needs."""
+    return [name for name in _IDENTITY if name in names]
+
+
+def identified(batch: pa.RecordBatch, first: int, path: str) -> tuple[pa.StringArray, pa.RecordBatch]:
+    """Keys and rows of the samples of a batch: those with status success, where there is a status.
+
+    Args:
+        batch: with `identity_columns`.
+        first: number of its first row in the table.
+        path: of the table, for messages.
+    """
+    keys, success = row_keys(batch, first, path), success_rows(batch)
+    return (keys, batch) if success is None else (keys.filter(success), batch.filter(success))
+
+
+def _samples(table: Table, columns: list[str], batch_rows: int, faults: list[Fault]) -> Iterator[tuple[pa.StringArray, pa.RecordBatch]]:
+    """Keys and rows of all samples; what cannot be read is told in `faults`."""
+    try:
+        for first, batch in table.batches(columns, batch_rows, faults):
+            yield identified(batch, first, table.shard.path)
+    except TableDamaged as error:
+        faults.append(error.fault)
+
+
+def _rows(batch: pa.RecordBatch, keys: pa.StringArray, repeats: Repeats | None, choices: Sequence[Choice], path: str) -> RowBatch:
+    """The samples of a batch that have a caption, and the faults of the others, both in order."""
+    captions, invalid = row_captions(batch, choices, path)
+    faults: dict[int, tuple[str, str]] = {}
+    if captions.null_count:
+        looked = f"looked for: {', '.join(map(str, choices))}"
+        faults |= dict.fromkeys(np.flatnonzero(captions.is_null()).tolist(), ("no caption", looked))
+    faults |= {row: ("caption is not UTF-8", told) for row, told in invalid.items()}
+    for row in blank_rows(captions).tolist():
+        faults[row] = ("empty caption", f"{captions[row].as_buffer().size} bytes of white space")
+    faults |= dict.fromkeys(repeats.find(keys) if repeats else (), ("repeated key", "the key occurred before in this table"))
+    table = pa.Table.from_arrays([keys, row_uids(batch, path), *row_sizes(batch), captions], schema=ROWS)
+    if faults:
+        kept = np.ones(len(table), bool)
+        kept[list(faults)] = False
+        table = table.filter(pa.array(kept))
+    return RowBatch(table, [Fault(keys[row].as_py(), *faults[row]) for row in sorted(faults)])

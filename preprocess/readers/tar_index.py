@@ -1,13 +1,10 @@
 """The members of a healthy tar from its headers alone, compiled: local tar -> where each sample's members lie.
 
 Anything out of the ordinary (long or non-ASCII names, links, damaged headers, repeated keys, no end mark) gives None,
-and `preprocess.inputs.tars.walk` reads the tar instead: it is the reference, and the one that words the faults.
+and `preprocess.readers.tar.walk` reads the tar instead: it is the reference, and the one that words the faults.
 
 Shapes: M members, S samples, W wanted suffixes.
 """
-
-# pyright: reportAttributeAccessIssue=false
-# (pyarrow.compute makes its functions when it is imported)
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +15,34 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from labels.native import njit
-from preprocess.inputs.stretches import gather_strings
 from preprocess.readers.scratch import map_path
+
+# ---- stretches: Stretches of mapped bytes as an Arrow array, compiled. B bytes, N stretches.
+
+
+def gather_strings(data: np.ndarray, places: np.ndarray) -> pa.LargeBinaryArray:
+    """Stretches of `data`, uint8 [B], as an Arrow array; places int64 [N, 2] are begin and end, begin -1 is null."""
+    offsets = np.zeros(len(places) + 1, np.int64)
+    np.cumsum(places[:, 1] - places[:, 0], out=offsets[1:])
+    text = np.empty(offsets[-1], np.uint8)
+    _gather(data, np.ascontiguousarray(places), offsets, text)
+    missing = places[:, 0] < 0
+    valid = pa.py_buffer(np.packbits(~missing, bitorder="little")) if missing.any() else None
+    buffers = [valid, pa.py_buffer(offsets), pa.py_buffer(text)]
+    return pa.Array.from_buffers(pa.large_binary(), len(places), buffers, int(missing.sum()))  # type: ignore[return-value]
+
+
+@njit(nogil=True, cache=True)
+def _gather(data: np.ndarray, places: np.ndarray, offsets: np.ndarray, text: np.ndarray) -> None:
+    for row in range(len(places)):
+        begin, at = places[row, 0], offsets[row]
+        for i in range(offsets[row + 1] - at):
+            text[at + i] = data[begin + i]
+
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions when it is imported)
+
 
 _BLOCK = 512
 _FIRST_ROOM = 1 << 16

@@ -7,17 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from labels.errors import UserError
 from labels.native import Decompressor
 from labels.settings import Train
-from train.bench.stages import READ, run_stages
-from train.bench.verdict import Rate, as_json, judge
+from labels.storage import UserError
+from train.bench.loader import READ, Rate, as_json, judge, run_stages
 from train.data.dataset import BetonSet
+from train.data.decode import Crops
+from train.data.files import Threads
 from train.data.image_index import NO_FILE, TABLE_BYTES, advise
 from train.data.open import loading_threads, make_loader
 from train.distributed import World
-from train.pixels import Crops
-from train.threads import Threads
 
 _MOST_SAMPLES = 1 << 18
 _SINGLE = 64  # samples a task, where they are drawn one by one

@@ -11,12 +11,11 @@ import torch
 from labels.settings import Checkpoint, Train
 from train.costs import model_costs, peak_flops
 from train.data.dataset import BetonSet
-from train.data.inputs import ImageInput
+from train.data.inputs import ImageInput, synthetic_batches, synthetic_inputs
 from train.data.open import make_loader
 from train.distributed import World
 from train.loop import Budget, Inputs, TrainState, run_loop
 from train.metrics import Metrics, Speed
-from train.synthetic import synthetic_batches, synthetic_inputs
 from train.trainer import make_train_state
 
 _STEPS = _NEVER = 1 << 40

@@ -16,12 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from labels.errors import UserError
 from labels.manifest import BetonPart
-from labels.storage import TEMPORARY_SUFFIX, is_remote, make_folder, whole_file
-from train.data.files import OpenFiles
+from labels.storage import TEMPORARY_SUFFIX, UserError, is_remote, make_folder, whole_file
+from train.data.files import OpenFiles, Threads
 from train.data.image_index import NO_FILE, Tables
-from train.threads import Threads
 
 _CHUNK_BYTES = 1 << 23
 _AT_ONCE = 4

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.threads import Threads
+from train.data.files import Threads
 
 _BATCHES_AHEAD = 2
 Sample = TypeVar("Sample")

@@ -3,15 +3,16 @@
 import os
 import resource
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 
 from labels import beton
 from labels.arrays import Column, open_rows, rows_file
-from labels.errors import UserError
-from labels.manifest import BetonPart, ShardPart
-from labels.places import PLACE, Source, open_places
+from labels.manifest import PLACE, BetonPart, ShardPart, Source, open_places
+from labels.storage import UserError
 
 _OTHER_OPEN_FILES = 512
 
@@ -139,3 +140,13 @@ def allow_open_files(files: int) -> None:
             mend=f"raise the hard limit of open files (`ulimit -Hn {wanted}` as root, or `nofile` in /etc/security/limits.conf)",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+# ---- threads: A pool of threads that ends with its `with` block: what has not begun is dropped, what has begun is waited for.
+
+
+class Threads(ThreadPoolExecutor):
+    """ThreadPoolExecutor(number, name) that leaves nothing behind, whatever ends the block."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.shutdown(wait=True, cancel_futures=True)

@@ -15,8 +15,8 @@ import numpy as np
 from numba import types  # pyright: ignore[reportPrivateImportUsage]  (numba documents it there)
 
 from labels.beton import METADATA
+from labels.manifest import PLACE
 from labels.native import njit
-from labels.places import PLACE
 
 OK, BAD_TABLE, BAD_JPEG, BAD_LABEL, BAD_INDEX, BAD_READ = range(6)
 """What became of a sample: fine; its table entry is wrong; its JPEG does not decode; a label is none of the head's; its index is no row

@@ -1,14 +1,15 @@
 """Feeds the trainer: uint8 images and padded label ids, nothing else.
 
     train/data/order.py (which samples) -> threads: train/data/decode.py (compiled) -> ring of preallocated batches -> the loop
-                                  \\-> one thread: train/ahead.py (the disk)
+                                  \\-> one thread: train/data/loader.py (the disk)
 
 B batch (of this rank), S image side, K label limit.
 """
 
+import os
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,18 +17,220 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+import torch
 
 from labels.native import Decompressor
 from labels.settings import Data
-from train.ahead import Ahead
-from train.batch import Batch, Ring, Slot
+from labels.storage import UserError
 from train.data import decode
 from train.data.dataset import BetonSet
-from train.data.image_index import TABLE_BYTES
+from train.data.decode import BOX, Crops, Rows
+from train.data.files import Threads
+from train.data.image_index import BAD_INDEX, BAD_LABEL, BAD_READ, BAD_TABLE, OK, TABLE_BYTES, advise
 from train.data.order import Order
-from train.faults import count_bad
-from train.pixels import Crops
-from train.threads import Threads
+
+# ---- ahead: Reads ahead of the loader: blocks are asked for a whole window before their samples come, so that disks read in long stretches.
+#
+# On one machine only: of many, each would read all blocks for its part of their samples.
+
+
+_MOST_WAITING = 64
+
+
+class Ahead:
+    """One thread beside the decoding ones; use it in a `with` block.
+
+    Args:
+        betons: the set.
+        order: of its samples.
+        rank, world: this process among all; the ranks of one machine share the work.
+    """
+
+    def __init__(self, betons: BetonSet, order: Order, rank: int, world: int) -> None:
+        self._betons, self._order = betons, order
+        self._one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) >= world
+        self._rank, self._world = rank, world
+        self._pool = Threads(1, "ahead")
+        self._waiting: deque[Future[None]] = deque()
+        self._scratch = np.empty(TABLE_BYTES, np.uint8)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.__exit__(kind, error, trace)
+
+    def follow(self, begin: int, end: int, *, first: bool) -> None:
+        """The loader now takes the positions [begin, end): read what comes a window later; `first`, what comes until then too.
+
+        Raises:
+            UserError: a file is gone, cut, or cannot be fetched.
+        """
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) > _MOST_WAITING):
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._read, begin, end, first))
+
+    def _read(self, begin: int, end: int, first: bool) -> None:
+        blocks = self._order.ahead(begin, end, first=first)
+        if not blocks:
+            return
+        self._betons.bring(self._betons.numbers(self._samples(blocks)))
+        own = blocks[self._rank :: self._world]
+        if self._one_machine and own:
+            advise(self._betons.tables, self._samples(own), self._betons.label_limit, self._scratch)
+
+    def _samples(self, blocks: list[tuple[int, int]]) -> np.ndarray:
+        return self._betons.chosen(np.concatenate([np.arange(first, first + count) for first, count in blocks]))
+
+
+# ---- batch: What the loader hands over, and the preallocated memory behind it.
+#
+# B batch (of this rank), S image side, H x W canvas, K label limit.
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input. Tensors and arrays are overwritten when the next batch is taken.
+
+    Attributes:
+        images: uint8 [B, S, S, 3]; where the device resamples, [B, H, W, 3].
+        boxes: where the device resamples, float32 [B, BOX]: the crops in the canvases; otherwise None.
+        label_ids: int32 [B, K], padded with PAD_ID.
+        positions, epochs: int64 [B], what augmentations of a sample depend on beside the seed.
+        bad: samples whose JPEG did not decode; they are grey, without labels, and so without loss.
+        copied: on a GPU, what tells that the copies have left this memory.
+    """
+
+    images: torch.Tensor
+    boxes: torch.Tensor | None
+    label_ids: torch.Tensor
+    positions: np.ndarray
+    epochs: np.ndarray
+    bad: int
+    copied: torch.cuda.Event | None = None
+
+    def to(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Images, label ids and boxes on `device`; from page-locked memory the copies run behind the caller's back."""
+        images, label_ids = self.images.to(device, non_blocking=True), self.label_ids.to(device, non_blocking=True)
+        boxes = None if self.boxes is None else self.boxes.to(device, non_blocking=True)
+        if self.copied is not None:
+            self.copied.record()
+        return images, label_ids, boxes
+
+
+class Slot:
+    """Memory for one batch: as tensors for the loop, as arrays for compiled code. Canvases take more of it when they have to."""
+
+    def __init__(self, batch: int, size: int, limit: int, pinned: bool, device: bool) -> None:
+        self._pixels = torch.empty(batch * size * size * 3, dtype=torch.uint8, pin_memory=pinned)
+        self._boxes = torch.empty((batch, BOX), dtype=torch.float32, pin_memory=pinned)
+        self._label_ids = torch.empty((batch, limit), dtype=torch.int32, pin_memory=pinned)
+        self._positions, self._status = np.empty(batch, np.int64), np.empty(batch, np.uint8)
+        self._device = device
+        self.epochs = np.empty(batch, np.int64)
+        self.copied = torch.cuda.Event() if pinned else None
+        self.fit(size, size)
+
+    def fit(self, rows: int, columns: int) -> None:
+        """Make images of rows x columns pixels of the memory."""
+        batch, needed = len(self._status), len(self._status) * rows * columns * 3
+        if needed > len(self._pixels):
+            self._pixels = torch.empty(needed, dtype=torch.uint8, pin_memory=self._pixels.is_pinned())
+        self._images = self._pixels[:needed].view(batch, rows, columns, 3)
+        self.rows = Rows(self._images.numpy(), self._boxes.numpy(), self._label_ids.numpy(), self._positions, self._status)
+
+    @property
+    def bytes(self) -> int:
+        return self._pixels.nbytes + self._label_ids.nbytes
+
+    def batch(self, bad: int) -> Batch:
+        """What it holds now, for the loop."""
+        boxes = self._boxes if self._device else None
+        return Batch(self._images, boxes, self._label_ids, self._positions, self.epochs, bad, self.copied)
+
+
+class Ring:
+    """Slots for batches decoded ahead: as many as `room` bytes hold of the largest, canvases counted as they are; two at least.
+
+    Args:
+        make: a new slot.
+        room: bytes.
+        most: no more slots than that.
+
+    Attributes:
+        free: slots to be filled next.
+    """
+
+    def __init__(self, make: Callable[[], Slot], room: int, most: int) -> None:
+        self._make, self._room, self._most = make, room, max(most, 2)
+        self._slots = [make(), make()]  # how large they get, the first batch shows
+        self.free = deque(self._slots)
+
+    def give_back(self, slot: Slot) -> None:
+        """The loop is done with it. Slots that have grown beyond the room are dropped as they come, others made while there is room."""
+        wanted = min(max(self._room // max(one.bytes for one in self._slots), 2), self._most)
+        if len(self._slots) > wanted:
+            self._slots.remove(slot)
+            return
+        self.free.append(slot)
+        new = [self._make() for _ in range(wanted - len(self._slots))]
+        self._slots += new
+        self.free += new
+
+
+# ---- faults: What is wrong with samples that did not load: damage is an error that names the file; a bad JPEG is told and left out of the loss.
+
+
+def count_bad(betons: BetonSet, samples: np.ndarray, rows: Rows) -> int:
+    """Number of bad images in a batch, each told in a line.
+
+    Args:
+        betons: the set.
+        samples: int64 [B], the batch's sample numbers.
+        rows: the batch, filled.
+
+    Raises:
+        UserError: damage of another kind; names the file and the sample.
+    """
+    bad = np.flatnonzero(rows.status != OK)
+    for row in bad:
+        sample, status = int(samples[row]), int(rows.status[row])
+        if status == BAD_LABEL:
+            _raise_label(betons, sample, int(rows.labels[row].max()))
+        opened = betons.owner(sample)
+        index = rows.positions[row] - betons.tables.first_rows[betons.number(sample)]
+        mend = f"run `preprocess verify {opened.source.out}`, then the build-labels command again"
+        if status == BAD_INDEX:
+            raise UserError(f"{betons.name(sample)} has the index {index}, which is no row of its shard", mend=mend)
+        if status == BAD_TABLE:
+            raise UserError(f"{betons.name(sample)}: its table entry points outside the file", mend=mend)
+        if status == BAD_READ:
+            _raise_unread(betons, sample, mend)
+        print(f"bad image, left out of the loss: {betons.name(sample)}, index {index}", flush=True)
+    return len(bad)
+
+
+def _raise_label(betons: BetonSet, sample: int, label: int) -> None:
+    array, name = betons.label_array(sample), betons.name(sample)
+    mend = f"run `preprocess verify {betons.owner(sample).source.out}`, then the build-labels command again"
+    if array:
+        name, mend = f"{array}, made for {name},", f"remove {array}; the same command makes it anew"
+    raise UserError(f"{name} has the label {label}", allowed=f"0 to {betons.vocabulary - 1}, the head's width", mend=mend)
+
+
+def _raise_unread(betons: BetonSet, sample: int, mend: str) -> None:
+    """Say why a sample could not be read: of its beton or tar, or of its label array."""
+    for path in (betons.paths[betons.number(sample)], betons.image_file(sample), betons.label_array(sample)):
+        if path is not None and not path.is_file():
+            raise UserError(f"{path} disappeared while it was in use", mend="put it back; the same command goes on")
+    place = betons.place(sample)
+    size = os.fstat(place.file).st_size
+    raise UserError(
+        f"{betons.image_file(sample)} cannot be read at byte {place.offset} (it has {size} bytes now): it was cut, or its disk fails; "
+        f"wanted for {betons.name(sample)}",
+        mend=mend,
+    )
+
 
 _FIRST_SCRATCH_BYTES = 1 << 20
 # More would smooth nothing further, and of small batches the first gigabyte takes the processor from the training for many seconds.

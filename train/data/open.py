@@ -1,27 +1,194 @@
 """Opens what `train run` trains on: the set, checked and ready, and its loader.
 
---beton ..., --labels ..., --idf -> train/sources.py -> label arrays (train/relabel.py) -> BetonSet -> its part (train/subset.py)
+--beton ..., --labels ..., --idf -> train/data/mixture.py -> label arrays (train/data/open.py) -> BetonSet -> its part (train/data/open.py)
 """
 
+from __future__ import annotations
+
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from labels import beton
+from labels.arrays import Column, check_same_rows, open_rows, shards_needed, write_rows
+from labels.manifest import PLACE, read_manifest
+from labels.storage import Layout, UserError, fingerprint, is_remote, sha256_file
+from labels.subset import ROWS_AT_ONCE, UIDS, count_in, in_parts, is_sorted, map_uids, one_line, parse_uids, quoted, where
+from train.data.dataset import BetonSet
+from train.data.mixture import Opened
+from train.distributed import World
+
+if TYPE_CHECKING:
+    import duckdb
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from labels.arrays import Column
-from labels.errors import UserError
-from labels.manifest import read_manifest
 from labels.settings import Data, Train
-from labels.storage import is_remote
 from train.data.cache import Cache
-from train.data.dataset import BetonSet
 from train.data.inputs import resamples
 from train.data.loader import Loader
-from train.distributed import World
-from train.relabel import make_rows_once
-from train.sources import parse_sources
-from train.subset import find_part
+from train.data.mixture import parse_sources
+
+# ---- relabel: Label rows that betons do not hold, made ready before any rank opens them: those of another OUT (`train run --labels OTHER_OUT`), and
+# captions in their order (`train clip`).
+#
+# OTHER_OUT/labels/<shard>.parquet -> labels/arrays.py -> OTHER_OUT/rows/*.npy -> BetonSet(OUT, OTHER_OUT)
+
+
+_TELL_EVERY_S = 5.0
+
+
+def make_rows(out: Path, labels: Path, column: Column = "label_ids") -> Iterator[str]:
+    """Make, one at a time, the arrays of label rows that are not there yet; yields the name of each shard done.
+
+    Args:
+        out: of the betons.
+        labels: OUT of the labels.
+        column: of the label files.
+
+    Raises:
+        UserError: the two have other rows, or a label file is damaged.
+    """
+    manifest, other = read_manifest(out), read_manifest(labels)
+    check_same_rows(out, manifest, labels, other)
+    todo = [part for part in shards_needed(manifest, other, column) if open_rows(labels, part, other.label_limit, column) is None]
+    told = time.monotonic()
+    for number, part in enumerate(todo, start=1):
+        write_rows(labels, part, other.label_limit, column)
+        if number == len(todo) or time.monotonic() - told >= _TELL_EVERY_S:
+            told = time.monotonic()
+            print(f"label rows of {labels}: {number:,} of {len(todo):,} shards made", flush=True)
+        yield part.name
+
+
+def make_rows_once(out: Path, labels: Path, world: World, stopping: Callable[[], bool], column: Column = "label_ids") -> bool:
+    """`make_rows` on the first rank while all others wait; False if somebody asked to stop.
+
+    The first rank of every other node has a second turn: it finds the work done on a shared disk, and does it on a disk of
+    its own. The ranks meet after every shard, because a collective that waits for the whole work would run into its timeout.
+    """
+    first_of_node = int(os.environ.get("LOCAL_RANK", world.rank)) == 0
+    for turn in (world.is_first, first_of_node and not world.is_first):
+        making = make_rows(out, labels, column) if turn else iter(())
+        while world.any(next(making, None) is not None)[0]:
+            if world.any(stopping())[0]:
+                return False
+    return True
+
+
+# ---- subset: `train.data.subset`: which samples to train on, by uid or by an SQL condition on the label rows.
+#
+# .npy of DataComp | .parquet with `uid` | condition -> DuckDB over labels/*.parquet -> rows -> their samples in the betons
+#
+# A uid that is there twice repeats its sample; a sample without a uid is in no file of uids.
+
+
+_ALLOWED = (
+    "an .npy of dtype u8,u8 as DataComp's, a .parquet with a column uid, or one SQL condition on key, uid, width, height, token_ids, "
+    "label_ids and the columns of train.data.metadata"
+)
+_MOST_REPEATS = 2**16 - 1
+_OPTION = "train.data.subset"
+
+
+def find_part(betons: BetonSet, subset: str, metadata: str | None) -> tuple[np.ndarray, str]:
+    """The samples of a subset: their numbers, int64, ascending, and what tells this subset from others.
+
+    Args:
+        betons: the whole set, on this machine.
+        subset: `train.data.subset`.
+        metadata: `train.data.metadata`.
+
+    Raises:
+        UserError: it is none of the three, cannot be read, or selects nothing.
+    """
+    if betons.staging:
+        raise UserError("train.data.subset needs the betons on this machine", mend="copy the output folder to this machine")
+    found = []
+    for one in betons.opened:
+        counts = _counts(one, subset, metadata)
+        for number, part in enumerate(betons.parts):
+            first = int(betons.tables.first_samples[number])
+            if part.samples and betons.owner(first) is one:
+                repeats = counts[_indices(betons, number)]
+                found.append(np.repeat(np.arange(first, first + part.samples), repeats))
+    chosen = np.concatenate(found)
+    if not len(chosen):
+        raise UserError(f"the subset {subset!r} selects no sample", mend="name another one")
+    is_file = subset.endswith((".npy", ".parquet"))
+    return chosen, fingerprint([sha256_file(Path(subset)) if is_file else subset, metadata])
+
+
+def _indices(betons: BetonSet, number: int) -> np.ndarray:
+    """Positions of the label rows of one file of samples, among the rows of its output folder: int64 [samples]."""
+    samples, path = betons.parts[number].samples, betons.paths[number]
+    if betons.tables.allocations[number]:
+        return np.fromfile(path, beton.METADATA, samples, offset=beton.METADATA_OFFSET)["index"]
+    return np.fromfile(path, PLACE, samples, offset=int(betons.tables.tables[number]))["index"].astype(np.int64)
+
+
+def _counts(one: Opened, subset: str, metadata: str | None) -> np.ndarray:
+    """How often each label row of an output folder is in the subset: uint16 [rows]."""
+    import duckdb
+
+    counts = np.zeros(sum(part.rows for part in one.manifest.shards), np.uint16)
+    shards = [part for part in one.manifest.shards if part.rows]
+    files = [str(Layout(one.source.out).label_file(part.name)) for part in shards]
+    if is_remote(one.source.out) or not files:
+        return counts
+    with duckdb.connect(config={"python_enable_replacements": False}) as con:
+        con.register("firsts", pa.table({"name": files, "first_row": [part.first_index for part in shards]}))
+        try:
+            for rows, repeats in _repeats(con, files, subset, metadata):
+                if repeats.max(initial=0) > _MOST_REPEATS:
+                    raise UserError(f"the subset {subset} repeats a uid {repeats.max()} times", allowed=f"{_MOST_REPEATS} times")
+                counts[rows] = repeats
+        except (duckdb.Error, OSError, ValueError) as error:
+            raise UserError(f"{_OPTION} {subset!r} cannot be used: {one_line(error)}", allowed=_ALLOWED) from None
+    return counts
+
+
+def _repeats(
+    con: duckdb.DuckDBPyConnection, files: list[str], subset: str, metadata: str | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Label rows, int64 [N], and how often each is in the subset, int64 [N], in batches."""
+    names = ", ".join(map(quoted, files))
+    rows = (
+        "SELECT first_row + file_row_number AS row, labels.* EXCLUDE (filename, file_row_number) "
+        f"FROM read_parquet([{names}], filename = true, file_row_number = true) labels JOIN firsts ON filename = name"
+    )
+    if subset.endswith(".npy"):
+        with map_uids(subset, _OPTION) as array:
+            ascending, uids = is_sorted(array), np.concatenate([np.empty(0, UIDS), *in_parts(array)])
+        uids = uids if ascending else uids[np.lexsort((uids["f1"], uids["f0"]))]
+        for batch in con.sql(f"SELECT row, uid FROM ({rows})").to_arrow_reader(ROWS_AT_ONCE):
+            wanted, places = parse_uids(batch.column(1).cast(pa.string()))
+            yield batch.column(0).to_numpy()[places].astype(np.int64), count_in(wanted, uids)
+        return
+    if subset.endswith(".parquet"):
+        wanted = f"SELECT uid, count(*) AS repeats FROM read_parquet({quoted(subset)}) GROUP BY uid"
+        table = con.sql(f"SELECT row, repeats FROM ({rows}) JOIN ({wanted}) USING (uid)")
+    else:
+        table = where(_with_metadata(con, rows, metadata), subset, _OPTION, _ALLOWED).project("row, 1 AS repeats")
+    for batch in table.to_arrow_reader(ROWS_AT_ONCE):
+        yield batch.column(0).to_numpy().astype(np.int64), batch.column(1).to_numpy()
+
+
+def _with_metadata(con: duckdb.DuckDBPyConnection, rows: str, metadata: str | None) -> duckdb.DuckDBPyRelation:
+    """The label rows, and of `train.data.metadata` the columns that they do not have."""
+    if metadata is None:
+        return con.sql(rows)
+    pattern = quoted(f"{metadata.rstrip('/')}/*.parquet" if Path(metadata).is_dir() else metadata)
+    own = {"uid", "key", "width", "height", "token_ids", "label_ids", "row"}
+    more = [f'"{name}"' for name in con.sql(f"FROM read_parquet({pattern})").columns if name not in own]
+    scores = f"SELECT DISTINCT ON (uid) {', '.join(['uid', *more])} FROM read_parquet({pattern})"
+    return con.sql(f"SELECT * FROM ({rows}) LEFT JOIN ({scores}) USING (uid)")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from labels.config import load_pipeline
-from labels.errors import UserError
-from labels.kinds import EVALUATORS, names_in, summary
+from labels.settings import EVALUATORS, names_in, summary
+from labels.storage import UserError
 from train import options
 
 _PATH = click.Path(path_type=Path)
@@ -99,8 +99,7 @@ def caption(decoder: str | None, **arguments: Any) -> None:
 def evaluate(suite: Path, out: Path, config: Path | None, overrides: tuple[str, ...]) -> None:
     """Every encoder by every protocol on every data set; one table at the end."""
     from train.evals.measure import on_device
-    from train.evals.suite import run_suite
-    from train.evals.suite_file import read_suite
+    from train.evals.suite import read_suite, run_suite
 
     extract = on_device(load_pipeline(config, overrides).features, out / "features")
     with _first_rank_speaks():
@@ -117,9 +116,8 @@ def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> 
     """`flags`: keys that have an option of their own, which wins over --set."""
     from train.encoders.load import pair_weights
     from train.evals.data.captions import load_caption_set
-    from train.evals.measure import on_device
-    from train.evals.protocols.registry import load_protocol
-    from train.evals.run_protocol import named_data, run_protocol
+    from train.evals.measure import named_data, on_device, run_protocol
+    from train.evals.protocol import load_protocol
 
     set_by_flags = [f"{key}={value}" for key, value in flags.items() if value is not None]
     pipeline = load_pipeline(arguments["config"], [*arguments["overrides"], *set_by_flags])

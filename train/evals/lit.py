@@ -12,9 +12,8 @@ from train.data.dataset import BetonSet
 from train.data.open import Chosen
 from train.distributed import World
 from train.encoders.encoder import Encoder, EncoderSpec
-from train.encoders.load import load_encoder
+from train.encoders.load import load_encoder, trained_model
 from train.encoders.text import foreign_encoder
-from train.evals.encoders.runs import trained_model
 from train.loop import TrainState
 from train.text_tower import Contrastive
 from train.trainer import train_run

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,18 +13,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from labels.settings import Pipeline
-from labels.storage import write_whole
-from train.encoders.encoder import Encoder
+from labels.storage import UserError, write_json, write_whole
+from train.encoders.encoder import Encoder, EncoderSpec
 from train.encoders.load import load_encoder
 from train.evals.data.captions import CaptionSet
 from train.evals.data.images import LabelledImages
-from train.evals.data.sets import DataSet
-from train.evals.features import Extractor
-from train.evals.pixels import TRANSFORM
-from train.evals.protocol import Evaluation, Score
-from train.evals.protocols.lbfgs_probe import majority
+from train.evals.data.sets import DataSet, load_data, load_pair
+from train.evals.features import TRANSFORM, Extractor
+from train.evals.kinds.probe import majority
+from train.evals.protocol import Evaluation, Score, format_metric, is_share
 
 MAJORITY = "majority class"
 _VERSIONS = ("torch", "timm", "numpy", "pillow", "transformers", "open_clip_torch")
@@ -148,3 +149,141 @@ def _split_table(encoder: str, train: LabelledImages | None, scores: list[Score]
             for name, value in zip(SPLITS.names, row, strict=True):
                 columns[name].append(value)
     return pa.table(columns, schema=SPLITS)
+
+
+# ---- tables: Rows of results as tables on the terminal, and as Markdown.
+
+
+_WIDEST = 1000
+
+
+def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """One protocol on one data set: a line for each encoder and variant; the main metric with its spreads, then the others."""
+    several = len({row["variant"] for row in rows} - {MAJORITY}) > 1
+    main, *others = rows[-1]["metrics"]
+    table = Table(title=title)
+    words = ["encoder", *(["variant"] if several else [])]
+    main_column, *other_columns = (f"{name} %" if is_share(name) else name for name in (main, *others))
+    for column in (*words, main_column, "± seeds", "± test size", *other_columns, "seconds"):
+        table.add_column(column, justify="left" if column in words else "right", overflow="fold")
+    for row in rows:
+        values = [format_metric(key, row.get(key)) for key in (main, f"{main}_std", f"{main}_standard_error", *others)]
+        table.add_row(*(row[word] for word in words), *values, f"{row['seconds']:.0f}" if "seconds" in row else "-")
+    _show(table)
+
+
+class Grid:
+    """Encoders down, variants across, one block a data set: what a suite ends with."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        """`rows` have `data`, `encoder`, `variant`, and the first of their `metrics` with its `_std`; a cell without a row is `-`."""
+        self._cells = {(row["data"], row["encoder"], row["variant"]): row for row in rows}
+        self._lines = list(dict.fromkeys((row["data"], row["encoder"]) for row in rows))
+        self._variants = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != MAJORITY]
+
+    @property
+    def header(self) -> list[str]:
+        """Names of the columns."""
+        return ["data", "encoder", *self._variants]
+
+    def lines(self) -> list[list[str]]:
+        """Text of every cell, line by line."""
+        return [[data, encoder, *(self._cell(data, encoder, variant) for variant in self._variants)] for data, encoder in self._lines]
+
+    def _cell(self, data: str, encoder: str, variant: str) -> str:
+        row = self._cells.get((data, encoder, variant)) or self._cells.get((data, encoder, MAJORITY))
+        if row is None:
+            return "-"
+        main = row["metrics"][0]
+        spread = f" ± {format_metric(main, row[f'{main}_std'])}" if row[f"{main}_std"] is not None else ""
+        return format_metric(main, row[main]) + spread
+
+    def print(self, title: str) -> None:
+        """On the terminal."""
+        table = Table(title=title)
+        for column in self.header:
+            table.add_column(column, justify="left" if column in ("data", "encoder") else "right", overflow="fold")
+        before = ""
+        for data, *cells in self.lines():
+            if before and data != before:
+                table.add_section()
+            table.add_row(data if data != before else "", *cells)
+            before = data
+        _show(table)
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        rule = ["---" if column in ("data", "encoder") else "---:" for column in self.header]
+        return "".join("| " + " | ".join(line) + " |\n" for line in (self.header, rule, *self.lines()))
+
+
+def _show(table: Table) -> None:
+    """As wide as its text where nothing limits it: a log, a pipe. A terminal folds."""
+    console = Console()
+    wide = Console(width=_WIDEST)
+    (console if console.is_terminal else Console(width=wide.measure(table).maximum)).print(table)
+
+
+# ---- run_protocol: `train probe | fewshot | knn | ... | caption`: one protocol for some encoders on one data set, as a table and a result JSON.
+
+
+def named_data(data: str | None, train_dir: Path | None, test_dir: Path | None, cache: Path | None) -> DataSet:
+    """The data set of `--data`, or of `--train` with `--test`.
+
+    Raises:
+        UserError: neither or both are given, and all of load_data and load_pair.
+    """
+    if data is not None and train_dir is None and test_dir is None:
+        return load_data(data, cache)
+    if data is None and train_dir is not None and test_dir is not None:
+        return load_pair(train_dir, test_dir, cache)
+    raise UserError("the data is not named", allowed="--data KIND:DIR, or --train DIR with --test DIR")
+
+
+def images_told(data: DataSet | CaptionSet) -> str:
+    """How many images of which parts."""
+    return f"{len(data.train)} + {len(data.test)} images" if isinstance(data, DataSet) else f"{len(data.test)} images"
+
+
+def run_protocol(
+    evaluation: Evaluation,
+    encoders: Sequence[EncoderSpec],
+    load: Callable[[], DataSet | CaptionSet],
+    pipeline: Pipeline,
+    extract: Extractor,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Measure every encoder, print one row for each and, of classes, one for the majority class, write the result and what was drawn.
+
+    Args:
+        load: gives the data set; called when the encoders are known to be sound.
+        out: the result JSON; splits lie beside it, as <name>.splits.parquet.
+
+    Returns:
+        What the JSON holds: accuracies as fractions of 1, seconds of wall clock.
+
+    Raises:
+        UserError: whatever does not fit, before anything expensive begins.
+    """
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out} is a directory", allowed="the path of a file", mend=f"--out {out / (evaluation.name + '.json')}")
+    settings = evaluation.settings(pipeline)
+    loaded = [load_encoder(asked) for asked in encoders]  # all of them: a mistake in the last one must not cost the others' time
+    for encoder in loaded:
+        if reason := evaluation.unfit(encoder):
+            raise UserError(f"{evaluation.name}: the encoder {encoder.name!r} cannot be measured so: {reason}")
+    data = load()
+    evaluation.check(data, settings)
+    rows, splits = floor_rows(data), []
+    for encoder in loaded:
+        print(f"{evaluation.name}: {encoder.name}: {images_told(data)}, width {encoder.width}", flush=True)
+        measured = measure(evaluation, encoder, data, pipeline, extract)
+        rows += measured.rows
+        splits.append(measured.splits)
+    found = result(evaluation, data, pipeline, extract, rows)
+    print_rows(f"{data.name}: {found['protocol']}", rows)
+    if out:
+        if sum(map(len, splits)):
+            write_splits(out.with_suffix(".splits.parquet"), splits)
+        write_json(out, found)
+    return found

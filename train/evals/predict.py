@@ -13,17 +13,15 @@ import torch
 from PIL import Image
 
 from labels.config import load_pipeline
-from labels.errors import UserError
 from labels.explanation import Explanation, explain_row, with_guesses
 from labels.manifest import read_manifest
-from train.checkpoint import checkpoint_folders, read_state
-from train.encoders.load import load_encoder
-from train.evals.encoders.runs import newest_checkpoint
-from train.evals.pixels import decode
+from labels.storage import UserError
+from train.checkpoint import checkpoint_folders, load_exactly, read_state, read_weights
+from train.encoders.load import load_encoder, newest_checkpoint
+from train.evals.features import decode
 from train.losses.kinds import kind
 from train.model import build_head
 from train.trainer import SUPERCLASS
-from train.weights import load_exactly, read_weights
 
 
 @torch.inference_mode()

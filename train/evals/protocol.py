@@ -4,13 +4,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from labels.settings import Pipeline, Section
+from labels.settings import EVALUATORS, Pipeline, Section, names_in
 from train.encoders.encoder import Encoder
 from train.evals.features import Extractor
 
@@ -104,3 +105,16 @@ def top_k(logits: Tensor, y: Tensor, k: int) -> float:
 def accuracies(logits: Tensor, y: Tensor) -> dict[str, float | None]:
     """top1, and top5 where there are more than 5 classes, of logits [N, C] for the classes y [N]."""
     return {"top1": top_k(logits, y, 1), "top5": top_k(logits, y, 5) if logits.shape[1] > 5 else None}
+
+
+# ---- registry: All protocols by name: the files of train/evals/kinds.
+
+
+def protocol_names() -> list[str]:
+    """In alphabetical order; none of them is imported."""
+    return names_in(EVALUATORS)
+
+
+def load_protocol(name: str) -> Evaluation:
+    """The protocol of one of these names."""
+    return import_module(f"{EVALUATORS}.{name}").EVALUATION

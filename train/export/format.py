@@ -1,14 +1,17 @@
 """What a format is: it writes an encoder into a folder, and says how its library reads it back. B batch, S image side, W feature width."""
 
+import json
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from labels.errors import UserError
+from labels.storage import UserError
 from train.encoders.encoder import Encoder
-from train.evals.encoders.runs import trained_model
+from train.encoders.load import trained_model
 from train.model import trunk_arguments
 
 Features = Callable[[Tensor], Tensor]
@@ -77,3 +80,80 @@ def timm_tower(encoder: Encoder, format_name: str) -> TimmTower:
             mend="--format onnx takes any encoder" + (", --format open_clip this one" if kind == "open_clip" else ""),
         )
     return TimmTower(encoder.net, *trunk_arguments(model))
+
+
+# ---- check: An export is what it says: the same images through the encoder and through what its library has read back. B batch, S image side.
+
+
+TOLERANCE = 1e-4
+"""Largest difference of a feature."""
+_BATCHES = (1, 3)  # two sizes: a batch axis that was frozen would show
+
+
+@torch.inference_mode()
+def check(encoder: Encoder, written: Written, folder: Path) -> float:
+    """The largest difference of any feature over random images, in fp32 on the CPU.
+
+    Raises:
+        UserError: it is above TOLERANCE, or not a number, or the shapes differ.
+    """
+    read: Features = written.read(folder)
+    own = written.wanted or encoder
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for batch in _BATCHES:
+        images = torch.randn(batch, 3, encoder.images.side, encoder.images.side, generator=generator)
+        wanted, found = own(images), read(images)
+        if wanted.shape != found.shape:
+            raise UserError(f"the {written.holds} gives features of shape {list(found.shape)}, the encoder {list(wanted.shape)}")
+        worst = max(worst, float((wanted - found).abs().max().nan_to_num(nan=float("inf"))))
+    if written.text is not None:
+        worst = max(worst, written.text(folder))
+    if not worst <= TOLERANCE:
+        raise UserError(
+            f"the {written.holds} differs from the encoder {encoder.name!r} by {worst:.1e}; nothing was written",
+            allowed=f"at most {TOLERANCE:.0e}",
+            mend="take another --format; if the weights are sound, this is a fault of the conversion: please report it",
+        )
+    return worst
+
+
+# ---- replace: Folders that are given away: which may be replaced (those with what a command of this project wrote alone), and who may read them.
+
+
+def check_replaceable(out: Path, mark: str, command: str) -> None:
+    """Refuse to write into `out` where it holds anything that `command` has not written: it would be lost.
+
+    Args:
+        mark: the file in which the command tells, as `files`, what else it has written.
+        command: e.g. `train export`, for the message.
+
+    Raises:
+        UserError: naming what would be lost.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    mend = "give another --out, or move that away yourself"
+    try:
+        files = set(json.loads((out / mark).read_bytes())["files"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(
+            f"--out {out} exists and is not of `{command}`: it has no {mark} of ours",
+            allowed=f"a new or empty folder, or one that `{command}` has written",
+            mend=mend,
+        ) from None
+    others = sorted(path.name for path in out.iterdir() if path.name not in files | {mark})
+    if others:
+        raise UserError(
+            f"--out {out} holds what `{command}` has not written there, and replacing the folder would remove it: {', '.join(others[:4])}",
+            allowed=f"a new or empty folder, or one as `{command}` has written it",
+            mend=mend,
+        )
+
+
+def share_like(file: Path) -> None:
+    """Give all files beside `file` its rights: safetensors writes for its owner alone, whatever the umask says."""
+    mode = stat.S_IMODE(file.stat().st_mode)
+    for other in file.parent.iterdir():
+        if other.is_file():
+            other.chmod(mode)

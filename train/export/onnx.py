@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from labels.errors import UserError
+from labels.storage import UserError
 from train.encoders.encoder import Encoder
 from train.export.format import Features, Format, Written
 from train.export.hf import write_processor

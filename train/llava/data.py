@@ -4,12 +4,24 @@
 """
 
 import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from labels.errors import UserError
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from labels.storage import UserError
+from train.data.feeder import feed_batches, pinned, rows_of_steps, stack_pinned
+from train.distributed import World
+from train.encoders.encoder import ImageForm
 from train.evals.data.captions import CAPTION_KINDS, load_captions
 from train.evals.data.images import FilePlace, Place
+from train.evals.features import DECODE_FAULTS, decode
 
 IMAGE = "<image>"
 ASKED = f"{IMAGE}\nGive a brief description of the image."
@@ -97,3 +109,135 @@ def _record(file: Path, number: int, found: Any, images: Path) -> Record:
         values.append(value.strip())
     path = images / found["image"]
     return Record(name, FilePlace.of_file(path) if path.is_file() else FilePlace(path, 0, 0), values)
+
+
+# ---- prompt: Conversations as LLaVA-1.5 writes them (its template `v1`): for training here and, saved with the tokenizer, for every evaluation.
+#
+# T tokens of a conversation, the image's tokens among them.
+
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_TEXT = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}" + IMAGE + "\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+)
+TEMPLATE = (
+    SYSTEM
+    + "{% for message in messages %}{% if message['role'] == 'user' %} USER: "
+    + _TEXT
+    + "{% else %} ASSISTANT: "
+    + _TEXT
+    + "{{ eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+"""Jinja, as tokenizers of transformers keep it. Contents are text, or lists of parts as chat interfaces send them."""
+IGNORED = -100
+"""The label of a token that is not learnt, as transformers' losses have it."""
+
+
+def written(turns: list[str], end: str) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as TEMPLATE writes it, and where in the text gpt's turns stand with their end tokens.
+
+    Args:
+        turns: human's and gpt's by turns, the image's mark in the first.
+        end: the end token's text.
+    """
+    text, spans = SYSTEM, []
+    for number in range(0, len(turns), 2):
+        text += f" USER: {turns[number]} ASSISTANT:"
+        begin = len(text)
+        text += f" {turns[number + 1]}{end}"
+        spans.append((begin, len(text)))
+    return text, spans
+
+
+def conversation_ids(turns: list[str], tokenizer: Any, image_token: int, image_tokens: int, most: int) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a conversation; learnt are gpt's turns with their end tokens.
+
+    Args:
+        turns: human's and gpt's by turns, the image's mark in the first.
+        tokenizer: one of the `tokenizers` library, which tells where tokens stand; its image mark is one token.
+        image_token: the id that stands for a patch. image_tokens: how many the mark becomes.
+        most: T at most; what is longer is cut at its end, but never within the image.
+
+    Returns:
+        ids, labels: both of length T, the labels not shifted.
+    """
+    text, spans = written(turns, tokenizer.eos_token)
+    found = tokenizer(text, return_offsets_mapping=True)
+    ids: list[int] = []
+    labels: list[int] = []
+    for token, (begin, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        if token == image_token:
+            ids += [image_token] * image_tokens
+            labels += [IGNORED] * image_tokens
+            continue
+        ids.append(token)
+        labels.append(token if any(first <= begin < end <= last for first, last in spans) else IGNORED)
+    most = max(most, len(ids) - ids[::-1].index(image_token))
+    return ids[:most], labels[:most]
+
+
+# ---- batches: Records -> batches: images decoded and conversations tokenized by threads, ahead of the device. B batch, T tokens, S image side.
+
+
+@dataclass(frozen=True)
+class TalkBatch:
+    """images: uint8 [B, S, S, 3]. talk: int64 [B, T, 2], ids and labels, padded with the end token and IGNORED. bad: none ever."""
+
+    images: Tensor
+    talk: Tensor
+    bad: int = 0
+
+
+class Reader(NamedTuple):
+    """How a record becomes tensors. `tokens`: turns -> ids and labels. `pad`: the id that fills up."""
+
+    form: ImageForm
+    tokens: Callable[[list[str]], tuple[list[int], list[int]]]
+    pad: int
+    threads: int
+
+    def __call__(self, record: Record) -> tuple[np.ndarray, Tensor]:
+        """uint8 [S, S, 3] and int64 [T, 2].
+
+        Raises:
+            UserError: the image cannot be decoded, or nothing that is learnt is left of the conversation.
+        """
+        try:
+            image = decode(record.place.read(), self.form.side)
+        except DECODE_FAULTS as error:
+            raise UserError(
+                f"the image of the record {record.name}, {record.place.path}, cannot be decoded: {type(error).__name__}: {error}",
+                mend="mend it, or remove the record",
+            ) from None
+        talk = torch.tensor(self.tokens(record.turns)).T
+        if (talk[1:, 1] == IGNORED).all():
+            raise UserError(
+                f"the record {record.name} has no answer within its first {len(talk)} tokens",
+                allowed="some of an answer within llava.max_tokens and the language model's positions",
+                mend="raise llava.max_tokens, or shorten the record's first question",
+            )
+        return image, talk
+
+
+def talk_batches(
+    records: Sequence[Record], read: Reader, size: int, seed: int, world: World, first_step: int, steps: int
+) -> Iterator[TalkBatch]:
+    """This rank's share of every batch from `first_step` on; the order is a function of (seed, epoch)."""
+    share = world.share(size)
+
+    def collate(_: np.ndarray, samples: list[tuple[np.ndarray, Tensor]]) -> TalkBatch:
+        ids, labels = ([talk[:, column] for _, talk in samples] for column in (0, 1))
+        talk = torch.stack([pad_sequence(ids, True, read.pad), pad_sequence(labels, True, IGNORED)], dim=2)
+        return TalkBatch(stack_pinned([image for image, _ in samples], world.device), pinned(talk, world.device))
+
+    return feed_batches(
+        (rows[share] for rows in rows_of_steps(len(records), size, seed, first_step, steps)),
+        lambda row: read(records[row]),
+        collate,
+        read.threads or len(os.sched_getaffinity(0)),
+    )

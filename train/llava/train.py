@@ -11,22 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labels.errors import UserError
 from labels.settings import Llava, Optimizer, Pipeline, Train
-from labels.storage import fingerprint, whole_folder, write_json
+from labels.storage import UserError, fingerprint, whole_folder, write_json
+from train.checkpoint import weights_fingerprint
 from train.distributed import World, distributed_world
 from train.encoders.encoder import EncoderSpec
+from train.evals.captioner import check_folder, load_language_model
 from train.evals.features import Normaliser
-from train.export.replace import check_replaceable, share_like
-from train.language_model import check_folder, load_language_model
-from train.llava.batches import Reader, TalkBatch, talk_batches
-from train.llava.data import IMAGE, Record, load_records
+from train.export.format import check_replaceable, share_like
+from train.llava.data import IMAGE, Reader, Record, TalkBatch, conversation_ids, load_records, talk_batches
 from train.llava.model import Assembled, Projecting, assemble, tower_folder
-from train.llava.prompt import conversation_ids
 from train.loop import stop_signals
-from train.precision import autocast_dtype
+from train.optim import autocast_dtype
 from train.trainer import train_model
-from train.weights import weights_fingerprint
 
 MARK = "llava.json"
 """What a folder of ours holds: no other is ever replaced."""

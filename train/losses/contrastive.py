@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from train.losses.ranks import ranks, sum_over
+from train.losses.distributed import ranks, sum_over
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, valid: Tensor, scale: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -7,12 +7,10 @@ import torch
 from torch import nn
 
 from labels.settings import Loss
-from train.losses.distributed import split_of
+from train.losses.distributed import ranks, split_of, sum_over
 from train.losses.fused import fused, product_type
-from train.losses.head import Head
+from train.losses.head import Head, positives
 from train.losses.kinds import kind
-from train.losses.positives import positives
-from train.losses.ranks import ranks, sum_over
 
 
 class HeadLoss(nn.Module):
@@ -38,7 +36,7 @@ class HeadLoss(nn.Module):
 
         Args:
             features: [B, W], after the head's norm.
-            weight, bias: [V, W] and [V], of the head's linear layer; where they are split by class (train/parallel.py), all ranks call this
+            weight, bias: [V, W] and [V], of the head's linear layer; where they are split by class (train/distributed.py), all ranks call this
                 together, and each gets the loss of all ranks' samples.
             label_ids: int [B, K], padded with PAD_ID.
 

@@ -8,8 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from labels.errors import UserError
 from labels.html import Html, details, join, paragraph, table, tag
+from labels.storage import UserError
 from train.evals.protocol import format_metric
 from train.report.runs import Run
 

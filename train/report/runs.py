@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from labels.config import load_pipeline
-from labels.errors import UserError
 from labels.html import Series
 from labels.settings import Pipeline
+from labels.storage import UserError
 
 # Keys of the machine and of files: they do not change what the run learns.
 _NOT_RECIPE = (

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from labels.errors import UserError
 from labels.settings import Labels
-from labels.storage import fingerprint, write_json
+from labels.storage import UserError, fingerprint, write_json
 from labels.tokenizers.kinds.clip import clean_piece, clip_clean
 from labels.tokenizers.text import remove_stop_words, stop_words
 from labels.tokenizers.tokenizer import find_file, read_json

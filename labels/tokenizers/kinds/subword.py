@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from labels.arrays import unique_sorted
 from labels.settings import Labels
-from labels.sparse import unique_sorted
 from labels.storage import fingerprint
 from labels.tokenizers.kernels.pieces import JOINED, RUNS, STRICT
 from labels.tokenizers.text import remove_from_piece, remove_stop_words, stop_words

@@ -15,11 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from labels.errors import UserError
-from train.evals.data.images import CaptionedImages, FilePlace
-from train.evals.data.listing import image_member, list_tars, tar_members
-from train.evals.data.overlap import check_overlap
-from train.evals.data.published import missing
+from labels.storage import UserError
+from train.evals.data.images import CaptionedImages, FilePlace, check_overlap, image_member, list_tars, tar_members
+from train.evals.data.sets import missing
 
 _IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images", "images", ".")
 _PUBLISHED = ("coco", "karpathy", "flickr30k")

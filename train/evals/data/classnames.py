@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from labels.errors import UserError
-from labels.storage import sha256_file
+from labels.storage import UserError, sha256_file
 from train.evals.data.images import shorten
 from train.evals.data.sets import DataSet
 

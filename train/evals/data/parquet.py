@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from labels.errors import UserError
+from labels.storage import UserError
 from train.evals.data.images import Sample
 
 _IMAGES, _CLASSES = ("image", "img", "jpg"), ("label", "class", "fine_label")

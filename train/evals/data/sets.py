@@ -6,20 +6,253 @@ shards:DIR    DIR/train/*.tar, DIR/{test,val}/*.tar, the class in each sample's 
 parquet:DIR   DIR/train*.parquet, DIR/{test,val}*.parquet, also below DIR/data: image bytes and classes
 """
 
+import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from labels.errors import UserError
-from train.evals.data.cars import read_cars
-from train.evals.data.imagenet import read_imagenet
-from train.evals.data.images import LabelledImages, Sample, class_order, shorten
-from train.evals.data.listing import list_samples, list_tars
-from train.evals.data.overlap import check_overlap
+from labels.storage import UserError
+from train.evals.data.images import (
+    FilePlace,
+    LabelledImages,
+    Sample,
+    check_overlap,
+    class_order,
+    list_folders,
+    list_images,
+    list_samples,
+    list_tars,
+    shorten,
+)
 from train.evals.data.parquet import list_parquet
-from train.evals.data.pets import read_pets
-from train.evals.data.published import Parts
+
+# ---- published: What the readers of published data sets share: the two parts as they are found, and the counts that a whole copy has.
+
+
+class Parts(NamedTuple):
+    """Both parts of a data set, its classes in the order of their numbers, and what people call them."""
+
+    train: list[Sample]
+    test: list[Sample]
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+class Counts(NamedTuple):
+    """Images and classes of a whole copy."""
+
+    train: int
+    test: int
+    classes: int
+
+
+def check_counts(name: str, directory: Path, parts: Parts, counts: Counts) -> Parts:
+    """`parts`, if they are all there.
+
+    Raises:
+        UserError: other numbers than the published ones.
+    """
+    found = Counts(len(parts.train), len(parts.test), len(parts.classes))
+    if found != counts:
+        raise UserError(
+            f"{directory} holds {_tell(found)}",
+            allowed=f"{name} as published: {_tell(counts)}",
+            mend="fetch or unpack what is missing; a part of it is named as class folders: --data folders:DIR, or --train DIR --test DIR",
+        )
+    return parts
+
+
+def first_file(directory: Path, *candidates: str) -> Path | None:
+    """The first of some paths below `directory` that is a file."""
+    return next((directory / candidate for candidate in candidates if (directory / candidate).is_file()), None)
+
+
+def missing(name: str, directory: Path, wanted: str) -> UserError:
+    """The error for a layout that is not there."""
+    return UserError(f"{directory} is not {name} as it is downloaded: {wanted} is missing", mend="mend the path given to --data")
+
+
+def read_mat(path: Path) -> dict[str, Any]:
+    """A MATLAB file, by SciPy, structures as objects with attributes.
+
+    Raises:
+        UserError: SciPy is not installed, or the file is damaged.
+    """
+    try:
+        from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
+    except ImportError:
+        raise UserError(f"{path} is a MATLAB file, and SciPy is not installed", mend="pip install 'superclass-lean[evals]'") from None
+    try:
+        return loadmat(str(path), squeeze_me=True, struct_as_record=False)
+    except (MatReadError, OSError, ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{path} is not readable as a MATLAB file: {error}", mend="fetch it again") from None
+
+
+def _tell(counts: Counts) -> str:
+    return f"{counts.train:,} training images, {counts.test:,} test images, {counts.classes:,} classes"
+
+
+# ---- cars: Stanford Cars as it is downloaded: cars_train/, cars_test/ and the devkit's .mat files; or its folder form.
+#
+# cars_train/*.jpg  cars_test/*.jpg  devkit/{cars_meta,cars_train_annos}.mat  cars_test_annos_withlabels.mat
+# train/<make model year>/*.jpg  test/<make model year>/*.jpg     (Kaggle: below car_data/car_data)
+
+
+CARS = Counts(train=8144, test=8041, classes=196)
+_FOLDER_ROOTS = (".", "car_data/car_data", "car_data")
+_TEST_LISTS = ("cars_test_annos_withlabels.mat", "devkit/cars_test_annos_withlabels.mat")
+
+
+def read_cars(directory: Path, counts: Counts = CARS) -> Parts:
+    """Both parts, from whichever of the two forms is there.
+
+    Raises:
+        UserError: neither is there, an image is missing, or `counts` differ.
+    """
+    root = next((directory / root for root in _FOLDER_ROOTS if (directory / root / "train").is_dir()), None)
+    if root is not None and (root / "test").is_dir():
+        train, test = list_folders(root / "train"), list_folders(root / "test")
+        classes = class_order(sample.label for sample in train)
+    else:
+        train, test, classes = _devkit(directory)
+    return check_counts("Stanford Cars", directory, Parts(train, test, classes, classes), counts)
+
+
+def _devkit(directory: Path) -> tuple[list[Sample], list[Sample], tuple[str, ...]]:
+    meta = first_file(directory, "devkit/cars_meta.mat", "cars_meta.mat")
+    train = first_file(directory, "devkit/cars_train_annos.mat", "cars_train_annos.mat")
+    test = first_file(directory, *_TEST_LISTS)
+    wanted = {"devkit/cars_meta.mat": meta, "devkit/cars_train_annos.mat": train, _TEST_LISTS[0]: test}
+    lacking = [name for name, file in wanted.items() if file is None]
+    if meta is None or train is None or test is None:
+        raise missing("Stanford Cars", directory, f"{lacking[0]} (or the folders train/ and test/)")
+    classes = tuple(map(str, read_mat(meta)["class_names"]))
+    return _part(directory / "cars_train", train, classes), _part(directory / "cars_test", test, classes), classes
+
+
+def _part(folder: Path, annotations: Path, classes: tuple[str, ...]) -> list[Sample]:
+    samples = []
+    for annotation in read_mat(annotations)["annotations"]:
+        file = folder / str(annotation.fname)
+        if not file.is_file():
+            raise UserError(f"{file} is missing, which {annotations.name} names", mend=f"unpack {folder.name}.tgz again")
+        samples.append(Sample(file.name, classes[int(getattr(annotation, "class")) - 1], FilePlace.of_file(file)))
+    return samples
+
+
+# ---- imagenet: ImageNet-1k as image-net.org and Kaggle give it: train/<wnid>/*.JPEG, and val/ in class folders or flat.
+#
+# Where val/ is flat, its classes come from the first of these that is there:
+#     LOC_val_solution.csv                             Kaggle's: image, wnid and boxes
+#     ILSVRC2012_validation_ground_truth.txt, meta.mat the devkit's: numbers, and the wnids that they stand for
+
+
+IMAGENET_1K = Counts(train=1_281_167, test=50_000, classes=1000)
+_ROOTS = (".", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
+_DEVKITS = (".", "data", "devkit", "devkit/data", "ILSVRC2012_devkit_t12/data")
+_SYNSETS = ("LOC_synset_mapping.txt", "synset_words.txt", "synsets.txt")
+
+
+def read_imagenet(directory: Path, counts: Counts = IMAGENET_1K) -> Parts:
+    """Both parts; the validation part is the test part, as everywhere. Classes are wnids in sorted order.
+
+    Raises:
+        UserError: a part, or the classes of a flat val/, cannot be found; or `counts` differ.
+    """
+    root = next((directory / root for root in _ROOTS if (directory / root / "train").is_dir()), None)
+    if root is None or not (root / "val").is_dir():
+        raise missing("ImageNet-1k", directory, "train/<wnid>/*.JPEG with val/ beside it")
+    train = list_folders(root / "train")
+    classes = tuple(sorted({sample.label for sample in train}))
+    test = list_folders(root / "val") or _flat(directory, root / "val")
+    return check_counts("ImageNet-1k", directory, Parts(train, test, classes, _names(directory, classes)), counts)
+
+
+def _flat(directory: Path, val: Path) -> list[Sample]:
+    files = list_images(val)
+    wnids = _kaggle(directory) or _devkit_imagenet(directory, len(files))
+    without = [file.name for file in files if file.stem not in wnids]
+    if without:
+        raise UserError(
+            f"{len(without)} of {len(files)} images in {val} have no class, the first: {without[0]}",
+            allowed="images named as in the list of classes: ILSVRC2012_val_00000001.JPEG and so on",
+        )
+    return [Sample(file.name, wnids[file.stem], FilePlace.of_file(file)) for file in files]
+
+
+def _kaggle(directory: Path) -> dict[str, str]:
+    """Image name without ending -> wnid."""
+    file = first_file(directory, "LOC_val_solution.csv", "../LOC_val_solution.csv")
+    if file is None:
+        return {}
+    with open(file, newline="", encoding="utf8") as stream:
+        return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(stream)}
+
+
+def _devkit_imagenet(directory: Path, images: int) -> dict[str, str]:
+    """Line i of the ground truth is the number of validation image i; meta.mat says which wnid bears the number."""
+    truth = first_file(directory, *(f"{folder}/ILSVRC2012_validation_ground_truth.txt" for folder in _DEVKITS))
+    meta = first_file(directory, *(f"{folder}/meta.mat" for folder in _DEVKITS))
+    if truth is None or meta is None:
+        lacking = "ILSVRC2012_validation_ground_truth.txt" if truth is None else "meta.mat"
+        raise UserError(
+            f"{directory}/val is flat, and nothing says which image is of which class: {lacking} is missing",
+            allowed="LOC_val_solution.csv in DIR, or the devkit (ILSVRC2012_devkit_t12/) in DIR, or val/<wnid>/*.JPEG",
+            mend="unpack ILSVRC2012_devkit_t12.tar.gz into DIR",
+        )
+    wnid_of = {int(synset.ILSVRC2012_ID): str(synset.WNID) for synset in read_mat(meta)["synsets"]}
+    numbers = [int(line) for line in truth.read_text(encoding="ascii").split()]
+    if len(numbers) != images:
+        raise UserError(f"{truth} has {len(numbers)} lines for {images} images", allowed="a line for every image", mend="fetch both whole")
+    return {f"ILSVRC2012_val_{index:08d}": wnid_of[number] for index, number in enumerate(numbers, start=1)}
+
+
+def _names(directory: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The first word of each synset, where a list of synsets is there; else the wnid itself."""
+    file = first_file(directory, *_SYNSETS)
+    lines = file.read_text(encoding="utf8").splitlines() if file else []
+    words = {line.partition(" ")[0]: line.partition(" ")[2].partition(",")[0].strip() for line in lines}
+    return tuple(words.get(wnid) or wnid for wnid in classes)
+
+
+# ---- pets: Oxford-IIIT Pets as it is downloaded: images/*.jpg, and annotations/{trainval,test}.txt, which name image and class number.
+
+
+PETS = Counts(train=3680, test=3669, classes=37)
+
+
+def read_pets(directory: Path, counts: Counts = PETS) -> Parts:
+    """Both parts. A class is named as its images are (`Abyssinian_100` -> `Abyssinian`), its number is the list's.
+
+    Raises:
+        UserError: a folder, list or image is missing, a line cannot be read, or `counts` differ.
+    """
+    order: dict[int, str] = {}
+    train, test = (_part_pets(directory, f"annotations/{part}.txt", order) for part in ("trainval", "test"))
+    classes = tuple(order[number] for number in sorted(order))
+    names = tuple(name.replace("_", " ").lower() for name in classes)
+    return check_counts("Oxford-IIIT Pets", directory, Parts(train, test, classes, names), counts)
+
+
+def _part_pets(directory: Path, name: str, order: dict[int, str]) -> list[Sample]:
+    file = directory / name
+    if not file.is_file() or not (directory / "images").is_dir():
+        raise missing("Oxford-IIIT Pets", directory, name if not file.is_file() else "images/")
+    samples = []
+    for line in file.read_text(encoding="utf8").splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        stem, number, *_ = *line.split(), ""
+        label, image = stem.rpartition("_")[0], directory / "images" / f"{stem}.jpg"
+        if not number.isdecimal() or order.setdefault(int(number), label) != label:
+            raise UserError(f"{file}: the line {line!r} gives no class, or another than before", allowed="NAME_NUMBER CLASS ...")
+        if not image.is_file():
+            raise UserError(f"{image} is missing, which {name} names", mend="unpack images.tar.gz again")
+        samples.append(Sample(image.name, label, FilePlace.of_file(image)))
+    return samples
+
 
 _TEST_NAMES = ("test", "val", "validation")
 

@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from labels.config import own_section
-from labels.errors import UserError
 from labels.settings import Pipeline, Positive, Section, Seeds
+from labels.storage import UserError
 from train.encoders.encoder import Encoder
 from train.evals.data.images import shorten
 from train.evals.data.sets import DataSet

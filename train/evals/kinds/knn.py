@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from labels.config import own_section
-from labels.errors import UserError
 from labels.settings import Pipeline, Positive, Section, Seeds
+from labels.storage import UserError
 from train.encoders.encoder import Encoder
 from train.evals.data.sets import DataSet
 from train.evals.features import Extractor

@@ -5,21 +5,142 @@ an image belongs to the class with the largest cosine. Without one: the pre-trai
 C classes, T templates, N images, D width of the common space.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from labels.errors import UserError
+from labels.config import load_pipeline, own_section
+from labels.idf import read_idf
+from labels.settings import Pipeline, Section, Seeds
+from labels.storage import Layout, UserError
+from train.checkpoint import read_weights
 from train.encoders.encoder import Encoder
+from train.encoders.text import label_texts
 from train.evals.data.classnames import class_names, templates, told
 from train.evals.data.images import shorten
 from train.evals.data.sets import DataSet
 from train.evals.features import Extractor
 from train.evals.protocol import Score, accuracies
-from train.evals.protocols.token_logits import TokenLogits, Zeroshot
+
+# ---- token_logits: `train zeroshot` of an encoder without text tower: the pre-training head's own logits of the tokens of each class' name.
+#
+# A name is a caption: its labels have the target t of the loss (IDF weights, normed to 1), and the score of a class is
+#
+#     s_c = sum_v t_cv x_v      x the logits of the image: the loss of the caption, less a constant of the image, negated
+#
+# With templates, t_c is the mean over the filled templates. By linearity s = h T'W' + T b, h the head's normed features.
+# V vocabulary, C classes, W feature width.
+
+
+class Zeroshot(Section):
+    classnames: Annotated[str, Field(min_length=1)] = "auto"
+    templates: Annotated[str, Field(min_length=1)] = "none"
+    labels: str | None = None
+    seeds: Seeds = [0]
+
+
+VARIANT = "zero-shot by token logits"
+
+
+def class_targets(label_sets: Sequence[Sequence[np.ndarray]], idf: np.ndarray) -> np.ndarray:
+    """The mean target of each class.
+
+    Args:
+        label_sets: of each class, the label ids of each of its texts.
+        idf: weights [V].
+
+    Returns:
+        float64 [C, V], rows summing to 1; a row without a weighted label is 0.
+    """
+    targets = np.zeros((len(label_sets), len(idf)))
+    for row, texts in zip(targets, label_sets, strict=True):
+        for ids in texts:
+            weights = idf[ids].astype(np.float64)
+            row[ids] += weights / max(weights.sum(), 1e-12)
+        row /= max(row.sum(), 1e-12)
+    return targets
+
+
+def class_scores(features: Tensor, head: dict[str, Tensor], targets: Tensor) -> Tensor:
+    """Scores [N, C] of features [N, W], by the head's tensors (`0.*` LayerNorm, `1.*` Linear) and targets [C, V]."""
+    normed = functional.layer_norm(features, features.shape[1:], head["0.weight"], head["0.bias"])
+    weight, bias = targets @ head["1.weight"], targets @ head["1.bias"]  # [C, W], [C]
+    return normed @ weight.T + bias
+
+
+class TokenLogits:
+    """See `Evaluation`."""
+
+    name, takes = "zeroshot", "classes"
+
+    def settings(self, pipeline: Pipeline) -> Zeroshot:
+        return own_section(pipeline, self.name, Zeroshot)
+
+    def describe(self, settings: Zeroshot) -> str:
+        names, forms = told(settings.classnames), told(settings.templates)
+        return f"token logits of the pre-training head, no text tower; names: {names}, templates: {forms}"
+
+    def check(self, data: DataSet, settings: Zeroshot) -> None:
+        names = class_names(settings.classnames, data)
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice and settings.classnames != "imagenet" and data.kind != "imagenet":  # ImageNet's own names hold `crane` twice and such
+            raise UserError(
+                f"{len(twice)} names stand for several classes of {data.name}: {shorten(twice)}",
+                allowed="a name a class",
+                mend="--classnames FILE with other words for them",
+            )
+        templates(settings.templates)
+
+    def unfit(self, encoder: Encoder) -> str | None:
+        if encoder.checkpoint is None:
+            return "it has no text tower and no pre-training head; measure a run (run:RUN), or give it a text tower: train lit"
+        if encoder.asked.layer is not None or encoder.asked.pool is not None:
+            return "the pre-training head takes the run's own pooled features; leave --layer and --pool out"
+        return None
+
+    def scores(self, encoder: Encoder, data: DataSet, settings: Zeroshot, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
+        assert encoder.checkpoint is not None
+        names, forms = class_names(settings.classnames, data), templates(settings.templates)
+        built, idf = _labels_of(encoder.checkpoint.parent.parent, settings)
+        found = label_texts([form.replace("{}", name) for name in names for form in forms], built)
+        texts = [found[start : start + len(forms)] for start in range(0, len(found), len(forms))]
+        targets = class_targets(texts, idf)
+        without = [name for name, row in zip(names, targets, strict=True) if not row.any()]
+        if without:
+            raise UserError(
+                f"{len(without)} class names have no label in {built}: {shorten(without)}",
+                allowed="names with a token that the vocabulary knows and the stop words leave",
+                mend="--classnames FILE with other words for them",
+            )
+        file = encoder.checkpoint / "head.safetensors"
+        head = {key: tensor.double() for key, tensor in read_weights(file).items()}
+        if len(head["1.bias"]) != len(idf):
+            raise UserError(
+                f"{file} has {len(head['1.bias'])} classes, the IDF table of {built} {len(idf)} tokens", allowed="the same number"
+            )
+        logits = class_scores(torch.from_numpy(extract(encoder, data.test)).double(), head, torch.from_numpy(targets))
+        metrics = accuracies(logits, torch.from_numpy(data.test.targets))
+        return [Score(VARIANT, seeds[0], metrics, {"names": names, "templates": forms})]
+
+
+def _labels_of(run: Path, settings: Zeroshot) -> tuple[Path, np.ndarray]:
+    """The OUT whose labels a run was trained on, and its weights [V] as the loss took them."""
+    built = Path(settings.labels or json.loads((run / "data.json").read_bytes())["labels"])
+    if not Layout(built).idf_parquet.is_file():
+        raise UserError(
+            f"{run} was trained on the labels of {built}, and no IDF table is there",
+            allowed="the OUT of its build-labels",
+            mend="--set zeroshot.labels=OUT, if it has moved",
+        )
+    idf = read_idf(Layout(built).idf_parquet)
+    return built, idf if load_pipeline(run / "config.yaml").train.loss.idf else np.ones_like(idf)
 
 
 def class_embeddings(texts: Tensor, templates: int) -> Tensor:

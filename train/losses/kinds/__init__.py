@@ -13,9 +13,8 @@ are then the ranks that hold the other classes of the same samples. `settings` i
 from importlib import import_module
 from types import ModuleType
 
-from labels.errors import UserError
-from labels.kinds import LOSSES
-from labels.settings import Train
+from labels.settings import LOSSES, Train
+from labels.storage import UserError
 
 
 def kind(name: str) -> ModuleType:

@@ -7,9 +7,7 @@ With p = s(x), q = min(1 - p + clip, 1): -(1 - p)^gp log p for a label, -(1 - q)
 import torch
 
 from labels.settings import Loss
-from train.losses.classwise import Classwise
-from train.losses.head import Head
-from train.losses.positives import Positives
+from train.losses.head import Classwise, Head, Positives
 
 _EPS = 1e-8
 

@@ -7,9 +7,7 @@ import torch
 from torch.nn import functional
 
 from labels.settings import Loss
-from train.losses.classwise import Classwise, softplus_sum
-from train.losses.head import Head
-from train.losses.positives import Positives
+from train.losses.head import Classwise, Head, Positives, softplus_sum
 
 
 def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor:

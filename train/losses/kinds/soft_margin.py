@@ -3,10 +3,8 @@
 import torch
 
 from labels.settings import Loss
-from train.losses.classwise import Classwise
-from train.losses.head import Head
+from train.losses.head import Classwise, Head, Positives
 from train.losses.kinds.bce import negative, positive
-from train.losses.positives import Positives
 
 
 def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor:

@@ -19,10 +19,8 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from labels.settings import Loss
-from train.losses.blocks import float_blocks
-from train.losses.head import Head
-from train.losses.positives import Positives
-from train.losses.ranks import everyone, merge_exponentials, ranks, sum_over
+from train.losses.distributed import everyone, merge_exponentials, ranks, sum_over
+from train.losses.head import Head, Positives, float_blocks
 
 WHOLE_BATCH = True
 _TP = 4.0

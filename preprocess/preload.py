@@ -9,7 +9,7 @@ from labels.settings import Labels
 from labels.tokenizers.kinds.clip import ClipTokenizer
 from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess import shard  # noqa: F401 - to have them imported
-from preprocess.workers import one_core
+from preprocess.engine import one_core
 
 one_core()
 _tokenizer = make_tokenizer(Labels())
