@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
+from image_folders import write_folders
 from shard_factory import sample, write_tar
-from test_eval_data import write_folders
 
 from labels.storage import UserError
 from train.cli import cli
