@@ -18,6 +18,7 @@ from train.caption.captioner import Captioner
 from train.caption.mapper import MlpMapper, TransformerMapper
 from train.cli import cli
 from train.distributed import World
+from train.evals.protocols.kinds.caption import Captioning
 from train.feeder import rows_of_steps
 from train.language_model import load_language_model
 from train.report.results import is_of, read_results
@@ -175,5 +176,5 @@ def test_errors_name_the_mend(pairs: Path, tmp_path: Path) -> None:
     message = told(data=f"pairs:{double}")
     assert "24 of 24 test images are training images too, the first: 0.tar/00001" in message and "remove them from one" in message
     with pytest.raises(UserError, match="allowed: samples of one batch at least"):
-        load_pipeline(None, ["caption.samples=10"])
+        Captioning().settings(load_pipeline(None, ["caption.samples=10"]))
     assert not (tmp_path / "x.json").exists()
