@@ -75,7 +75,10 @@ def test_a_table_sees_only_its_own_items() -> None:
 
 @given(
     st.lists(
-        st.lists(st.tuples(st.sampled_from(["json", "parquet", "csv"]), st.from_regex(r"[a-z:é _]*[a-zé_]", fullmatch=True)), min_size=1),
+        st.lists(
+            st.tuples(st.sampled_from(["json", "parquet", "csv"]), st.from_regex(r"[a-z:é _]*[a-zé_]", fullmatch=True)),
+            min_size=1,
+        ),
         min_size=1,
     )
 )

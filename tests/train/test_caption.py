@@ -17,21 +17,29 @@ from train.cli import cli
 from train.data.feeder import rows_of_steps
 from train.distributed import World
 from train.evals.captioner import Captioner, MlpMapper, TransformerMapper, load_language_model
-from train.evals.kinds.caption import pair_batches, tokenized
+from train.evals.kinds.caption import Captioning, pair_batches, tokenized
 from train.report.results import is_of, read_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = (
-    "caption.samples=1920", "caption.batch_size=16", "caption.prefix=2", "caption.max_tokens=12", "caption.mapper_layers=1",
-    "caption.built_in={layers: 1, width: 32, vocabulary: 280}", "caption.beams=2", "caption.optimizer={lr: 1e-2, warmup_samples: 160}",
+    "caption.samples=1920",
+    "caption.batch_size=16",
+    "caption.prefix=2",
+    "caption.max_tokens=12",
+    "caption.mapper_layers=1",
+    "caption.built_in={layers: 1, width: 32, vocabulary: 280}",
+    "caption.beams=2",
+    "caption.optimizer={lr: 1e-2, warmup_samples: 160}",
     "features.precision=fp32",
-)  # fmt: skip
+)
 
 
 def run(data: str, out: Path, *more: str) -> str:
     """The command's output; what a user error says as the exception."""
     sets = [word for key in TINY for word in ("--set", key)]
-    said = CliRunner().invoke(cli, ["caption", "--data", data, "--encoder", "pixels:2", "--out", str(out), *sets, *more])
+    said = CliRunner().invoke(
+        cli, ["caption", "--data", data, "--encoder", "pixels:2", "--out", str(out), *sets, *more]
+    )
     if said.exception and not isinstance(said.exception, SystemExit):
         raise said.exception
     return said.output
@@ -50,7 +58,9 @@ def test_it_learns_to_name_colours(pairs: Path, tmp_path: Path) -> None:
     assert row["cider_standard_error"] == pytest.approx(0) and found["train"]["samples"] == 24
     (seed,) = row["seeds"]
     captions = json.loads(Path(seed["captions"]).read_text())
-    assert [one["caption"] for one in captions] == [f"A photo of something {list(COLOURS)[index % 3]}." for index in range(9)]
+    assert [one["caption"] for one in captions] == [
+        f"A photo of something {list(COLOURS)[index % 3]}." for index in range(9)
+    ]
     assert row["cider"] == pytest.approx(1000)  # all are right: 10 a scorer, times 100
     assert "built-in, 1,920 pairs, beam search of 2; CIDEr-D x 100" in found["protocol"] and found["part"] == "test"
     (told,) = read_results([out])
@@ -61,15 +71,28 @@ def test_it_learns_to_name_colours(pairs: Path, tmp_path: Path) -> None:
     assert json.loads(out.read_text())["results"][0]["seeds"] == row["seeds"]
     assert (Path(seed["captions"]).parent / "metrics.jsonl").read_text() == lines
     assert {file.name for file in Path(seed["captions"]).parent.glob("checkpoints/*/*")} == {
-        "mapper.safetensors", "decoder.safetensors", "optimizer.safetensors", "state.json",
-    }  # fmt: skip
+        "mapper.safetensors",
+        "decoder.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    }
 
 
 def test_a_folders_decoder_stays_as_it_is(pairs: Path, tmp_path: Path) -> None:
     folder = language_model_folder(tmp_path / "tiny-llama", ["A photo of something red."] * 9)
     out = tmp_path / "caption.json"
-    run(f"pairs:{pairs}", out, "--decoder", str(folder), "--set", "caption.mapper=mlp", "--set", "caption.samples=160", "--set",
-        "caption.optimizer.warmup_samples=16")  # fmt: skip
+    run(
+        f"pairs:{pairs}",
+        out,
+        "--decoder",
+        str(folder),
+        "--set",
+        "caption.mapper=mlp",
+        "--set",
+        "caption.samples=160",
+        "--set",
+        "caption.optimizer.warmup_samples=16",
+    )
     (row,) = json.loads(out.read_text())["results"]
     assert row["variant"] == "caption, tiny-llama"
     work = Path(row["seeds"][0]["captions"]).parent
@@ -83,9 +106,10 @@ def test_in_a_suite_beside_others(pairs: Path, tmp_path: Path) -> None:
     keys = dict(key.removeprefix("caption.").split("=", 1) for key in TINY if key.startswith("caption."))
     chosen = {key: yaml.safe_load(value) for key, value in keys.items()}
     content = {
-        "encoders": ["pixels:2"], "data": [f"pairs:{pairs}"],
+        "encoders": ["pixels:2"],
+        "data": [f"pairs:{pairs}"],
         "protocols": [{"protocol": "caption", "set": chosen}, {"protocol": "retrieval", "set": {"k": [1]}}],
-    }  # fmt: skip
+    }
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
     command = ["eval", "--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out")]
     said = CliRunner().invoke(cli, command, catch_exceptions=False, env={"COLUMNS": "200"})
@@ -97,11 +121,15 @@ def test_in_a_suite_beside_others(pairs: Path, tmp_path: Path) -> None:
     assert Path(row["seeds"][0]["captions"]).is_file() and row["seeds"][0]["test_images_in_train"] == 0
     double = coloured_pairs(tmp_path / "double")
     (double / "test" / "0.tar").write_bytes((double / "train" / "0.tar").read_bytes())
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({**content, "data": [f"pairs:{double}"], "protocols": ["caption"]}))
+    (tmp_path / "suite.yaml").write_text(
+        yaml.safe_dump({**content, "data": [f"pairs:{double}"], "protocols": ["caption"]})
+    )
     with pytest.raises(UserError, match="24 of 24 test images are training images too"):
         CliRunner().invoke(cli, command, catch_exceptions=False)
     (double / "train" / "0.tar").unlink()
-    with pytest.raises(UserError, match="has no training part; allowed: data with a part `train`".replace("; ", r"\s+")):
+    with pytest.raises(
+        UserError, match="has no training part; allowed: data with a part `train`".replace("; ", r"\s+")
+    ):
         CliRunner().invoke(cli, command, catch_exceptions=False)
 
 
@@ -164,14 +192,21 @@ def test_errors_name_the_mend(pairs: Path, tmp_path: Path) -> None:
     assert "lower caption.prefix and caption.max_tokens" in told("--decoder", str(folder))
     (folder / "model.safetensors").unlink()
     message = told("--decoder", str(folder))
-    assert f"{folder} has no weights" in message and "model.safetensors (or its parts)" in message and "git lfs pull" in message
-    assert "has the parts train, test; allowed: one named val; mend the data, or --part" in told("--part", "val").replace(
-        "\n  mend:", ";"
-    ).replace("\n ", ";")
+    assert (
+        f"{folder} has no weights" in message
+        and "model.safetensors (or its parts)" in message
+        and "git lfs pull" in message
+    )
+    assert "has the parts train, test; allowed: one named val; mend the data, or --part" in told(
+        "--part", "val"
+    ).replace("\n  mend:", ";").replace("\n ", ";")
     double = coloured_pairs(tmp_path / "double")
     (double / "test" / "0.tar").write_bytes((double / "train" / "0.tar").read_bytes())
     message = told(data=f"pairs:{double}")
-    assert "24 of 24 test images are training images too, the first: 0.tar/00001" in message and "remove them from one" in message
+    assert (
+        "24 of 24 test images are training images too, the first: 0.tar/00001" in message
+        and "remove them from one" in message
+    )
     with pytest.raises(UserError, match="allowed: samples of one batch at least"):
-        load_pipeline(None, ["caption.samples=10"])
+        Captioning().settings(load_pipeline(None, ["caption.samples=10"]))
     assert not (tmp_path / "x.json").exists()

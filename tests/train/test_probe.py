@@ -148,7 +148,7 @@ def test_linear_probe_equals_scikit_learns_whole_protocol() -> None:
 
 def test_a_negative_weight_decay_is_refused() -> None:
     with pytest.raises(UserError, match=r"probe\.weight_decay\.0: -1\.0 is not allowed: Input should be greater than or equal to 0"):
-        load_pipeline(overrides=["probe.weight_decay=[-1.0]"])
+        LinearProbe().settings(load_pipeline(overrides=["probe.weight_decay=[-1.0]"]))
 
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=60), st.floats(0.05, 0.95), st.integers(0, 3))
@@ -259,7 +259,7 @@ def test_maes_schedule() -> None:
     peak = 0.1 * 16_384 / 256
     assert [learning_rate(settings, 16_384, epoch) for epoch in (0, 5, 10, 50, 90)] == pytest.approx([0, peak / 2, peak, peak / 2, 0])
     with pytest.raises(UserError, match="warmup_epochs is 90, epochs 90"):
-        load_pipeline(overrides=["probe.mae.warmup_epochs=90"])
+        LinearProbe().settings(load_pipeline(overrides=["probe.mae.warmup_epochs=90"]))
 
 
 def test_lars_takes_maes_steps() -> None:
