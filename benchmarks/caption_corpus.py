@@ -43,21 +43,31 @@ def write_tables(folder: Path, captions: list[str], rows: int, files: int) -> No
     each = rows // files
     for number in range(files):
         draw = np.random.default_rng(number)
-        with pq.ParquetWriter(folder / f"{number:08d}.parquet", pa.schema([("uid", pa.string()), ("text", pa.string())])) as writer:
+        with pq.ParquetWriter(
+            folder / f"{number:08d}.parquet", pa.schema([("uid", pa.string()), ("text", pa.string())])
+        ) as writer:
             for text in recombined(captions, each, seed=number):
                 raw = draw.bytes(16 * len(text)).hex()
-                buffers = [None, pa.py_buffer(np.arange(0, 32 * len(text) + 1, 32, dtype=np.int32)), pa.py_buffer(raw.encode())]
+                buffers = [
+                    None,
+                    pa.py_buffer(np.arange(0, 32 * len(text) + 1, 32, dtype=np.int32)),
+                    pa.py_buffer(raw.encode()),
+                ]
                 uids = pa.StringArray.from_buffers(len(text), buffers[1], buffers[2])
                 writer.write_table(pa.table({"uid": uids, "text": text.cast(pa.string())}))
 
 
 def write_tars(folder: Path, captions: list[str], shards: int, samples: int, image_bytes: int) -> None:
-    """Tars as img2dataset writes them: jpg, txt, json, every member with a PAX header; the images are noise of about that size."""
+    """Tars as img2dataset writes them: jpg, txt, json, every member with a PAX header; the images are noise of about
+    that size.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     side = 64
     while True:
         buffer = io.BytesIO()
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(buffer, "JPEG", quality=85)
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(
+            buffer, "JPEG", quality=85
+        )
         if buffer.tell() >= image_bytes:
             break
         side += 16

@@ -43,7 +43,11 @@ from train.model import build_trunk
 
 SIDE, BATCH, IMAGES = 256, 64, {"train": 512, "test": 32}
 TRUNKS = {
-    "demo": Model(trunk="vit_tiny_patch16_224", trunk_args={"patch_size": 8, "depth": 4, "embed_dim": 192, "num_heads": 3}, image_size=64),
+    "demo": Model(
+        trunk="vit_tiny_patch16_224",
+        trunk_args={"patch_size": 8, "depth": 4, "embed_dim": 192, "num_heads": 3},
+        image_size=64,
+    ),
     "vit-ti16": Model(trunk="vit_tiny_patch16_224", image_size=224),
 }
 FORM = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -56,7 +60,9 @@ def write_shards(folder: Path) -> None:
         with tarfile.open(folder / part / "00000000.tar", "w") as tar:
             for number in range(count):
                 dice = np.random.default_rng([len(part), number])
-                smooth = Image.fromarray(dice.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+                smooth = Image.fromarray(dice.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(
+                    (SIDE, SIDE), Image.Resampling.BICUBIC
+                )
                 grain = np.asarray(smooth, np.int16) + dice.normal(0, 6, (SIDE, SIDE, 1)).astype(np.int16)
                 jpeg = io.BytesIO()
                 Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)).save(jpeg, "JPEG", quality=90)
@@ -74,9 +80,16 @@ def loader_side(out: Path, model: Model, threads: int) -> Callable[[], int]:
 
     betons = BetonSet(out)
     loader = Loader(
-        betons, Data(prefetch=1), image_size=model.image_size, batch_size=BATCH, seed=0, first_step=0, last_step=1 << 40, threads=threads,
+        betons,
+        Data(prefetch=1),
+        image_size=model.image_size,
+        batch_size=BATCH,
+        seed=0,
+        first_step=0,
+        last_step=1 << 40,
+        threads=threads,
         device=False,
-    )  # fmt: skip
+    )
     batches = iter(loader)
 
     return lambda: sum(len(batch.images) for batch in islice(batches, 8 * IMAGES["train"] // BATCH))
@@ -95,10 +108,15 @@ def sides(folder: Path, model: Model) -> dict[str, Callable[[], int]]:
     def decoding() -> int:
         batches = (np.arange(start, min(start + BATCH, count)) for start in range(0, count, BATCH))
         picture = lambda row: decode(places[row].read(), model.image_size)  # noqa: E731
-        return sum(len(batch.images) for batch in decoded_batches(batches, model.image_size, picture, threads, extract.device))
+        return sum(
+            len(batch.images) for batch in decoded_batches(batches, model.image_size, picture, threads, extract.device)
+        )
 
     def trunk() -> int:
-        with torch.inference_mode(), torch.autocast(extract.device.type, torch.bfloat16, enabled=extract.precision == "bf16"):
+        with (
+            torch.inference_mode(),
+            torch.autocast(extract.device.type, torch.bfloat16, enabled=extract.precision == "bf16"),
+        ):
             for _ in range(count // BATCH):
                 found = net(images)
         float(found.sum())  # waits for the device

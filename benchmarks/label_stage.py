@@ -13,12 +13,25 @@ LIMIT = 75
 
 
 def build(data: Path, out: Path, *options: str, watched: bool = True) -> tuple[float, float]:
-    """Run `preprocess build-labels` with two workers: seconds, and the peak memory of all its processes together, bytes.
+    """Run `preprocess build-labels` with two workers: seconds, and the peak memory of all its processes together,
+    bytes.
 
     Without `watched` the memory is 0: measuring it ten times a second takes a tenth of the workers' time.
     """
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "preprocess", "build-labels", str(data), "--out", str(out), "--workers", "2", "--no-beton", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "preprocess",
+        "build-labels",
+        str(data),
+        "--out",
+        str(out),
+        "--workers",
+        "2",
+        "--no-beton",
+        *options,
+    ]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peak = [0]
@@ -48,7 +61,9 @@ def tree_memory(pid: int) -> int:
         try:
             for thread in Path(f"/proc/{at}/task").iterdir():
                 todo += map(int, (thread / "children").read_text().split())
-            line = next(line for line in Path(f"/proc/{at}/smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
+            line = next(
+                line for line in Path(f"/proc/{at}/smaps_rollup").read_text().splitlines() if line.startswith("Pss:")
+            )
             total += int(line.split()[1]) * 1024
         except (OSError, StopIteration):
             continue

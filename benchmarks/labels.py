@@ -6,8 +6,8 @@ Every ratio is from one run; medians of rounds in which the sides take turns.
     python benchmarks/labels.py tars --captions FILE.parquet                  img2dataset tars -> labels, IDF; webdataset
     python benchmarks/labels.py count --captions FILE.parquet [--rows 100M]   peak memory; DuckDB's counts and a bincount
 
-FILE.parquet has a column `caption`. `--work DIR` stores the inputs made from it, for later runs, and the results. `tars`
-needs `pip install webdataset`. On shared machines only the ratios are comparable.
+FILE.parquet has a column `caption`. `--work DIR` stores the inputs made from it, for later runs, and the results.
+`tars` needs `pip install webdataset`. On shared machines only the ratios are comparable.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-# This folder is searched for the first import alone: this file would hide the package `labels` (also in worker processes).
+# This folder is searched for the first import alone: this file would hide the package `labels` (also in worker
+# processes).
 _HERE = str(Path(__file__).resolve().parent)
 sys.path = [_HERE, *(entry for entry in sys.path if str(Path(entry or ".").resolve()) != _HERE)]
 from caption_corpus import recombined, write_tables, write_tars
@@ -66,7 +67,9 @@ def hugging_face_tokenizer(theirs: SimpleTokenizer) -> Engine:
     white_space = normalizers.Replace(Regex(r"\s+"), " ")
     engine.normalizer = normalizers.Sequence([normalizers.NFC(), white_space, normalizers.Lowercase()])
     words = pre_tokenizers.Split(Regex(theirs.pat.pattern), "removed", invert=True)
-    engine.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     return engine
 
 
@@ -161,9 +164,13 @@ def print_tables(result: dict[str, Any]) -> None:
         per_core = f"{core[name]:14,.0f} a core" if name in core else ""
         print(f"{name:44}{value:14,.0f} captions/s{per_core}")
     kernel = core["kernel alone, one core"]
-    print(f"whole stage / encode_batch_fast on both cores: {whole / fast:.1f}x; / open_clip in two processes: {whole / clip:.1f}x")
+    print(
+        f"whole stage / encode_batch_fast on both cores: {whole / fast:.1f}x; / open_clip in two processes: {whole / clip:.1f}x"
+    )
     one = core["open_clip, one process"]
-    print(f"kernel a core / encode_batch_fast a core: {kernel / fast_core:.1f}x; / open_clip a core: {kernel / one:.1f}x")
+    print(
+        f"kernel a core / encode_batch_fast a core: {kernel / fast_core:.1f}x; / open_clip a core: {kernel / one:.1f}x"
+    )
     hours = DATACOMP_1B / whole / 3600
     print(f"{hours:.2f} hours for 1.28 billion captions; peak memory of all processes {result['peak_gib']:.2f} GiB")
     spent = result["steps_us"]
@@ -179,7 +186,9 @@ def webdataset_part(paths: list[str]) -> int:
 
 
 def tars(captions: list[str], rows: int, rounds: int, work: Path) -> dict[str, Any]:
-    """From tars in the page cache, compared with webdataset. Every tar is read under several names, to make start-up negligible."""
+    """From tars in the page cache, compared with webdataset. Every tar is read under several names, to make start-up
+    negligible.
+    """
     shards = max(4, rows // 10_000)
     data = work / f"tars-{rows}"
     if not data.is_dir():
@@ -199,7 +208,9 @@ def tars(captions: list[str], rows: int, rounds: int, work: Path) -> dict[str, A
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(webdataset_part, [paths[:1], paths[1:2]]))
         for _ in range(rounds):
-            wall, _ = timed(lambda: print("webdataset read", sum(pool.map(webdataset_part, [paths[::2], paths[1::2]])), "captions"))
+            wall, _ = timed(
+                lambda: print("webdataset read", sum(pool.map(webdataset_part, [paths[::2], paths[1::2]])), "captions")
+            )
             theirs.append(len(paths) * (rows // shards) / wall)
             ours.append(LINKS * rows / build(work / f"links-{rows}", work / "out", watched=False)[0])
     return {"rows": rows, "ours": statistics.median(ours), "webdataset": statistics.median(theirs)}
@@ -235,7 +246,14 @@ def count(captions: list[str], rows: int, _rounds: int, work: Path) -> dict[str,
             ("summed", work / "summed.parquet"),
         )
     }
-    return {"rows": rows, "stage": peaks, "labels": int(naive.sum()), "recount_s": recount, "sum_s": summed, "equal_to_bincount": equal}
+    return {
+        "rows": rows,
+        "stage": peaks,
+        "labels": int(naive.sum()),
+        "recount_s": recount,
+        "sum_s": summed,
+        "equal_to_bincount": equal,
+    }
 
 
 def main() -> None:

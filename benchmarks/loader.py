@@ -1,12 +1,14 @@
-"""CPU time per image of the loader, compared with stock FFCV (same betons), OpenCLIP + webdataset (same tars) and a bare decode.
+"""CPU time per image of the loader, compared with stock FFCV (same betons), OpenCLIP + webdataset (same tars) and a
+bare decode.
 
-    python benchmarks/loader.py [--work DIR] [--cases 256/0.9 256/0.08 500/0.9 768/0.9 1024/0.9] [--repeats 5] [--epochs 8]
+    python benchmarks/loader.py [--work DIR] [--cases 256/0.9 256/0.08 500/0.9 768/0.9 1024/0.9] [--repeats 5] [--epochs
+    8]
                                 [--json FILE]
 
-A case is a size of photographs (benchmarks/photo_tiles.py; made in DIR on the first call, with apt-get) and the smallest
-share of the area of a random crop. Every system runs in its own process with one decoding thread; they take turns, with a
-warm page cache and after compilation. The result is the median CPU time of the whole process, because the machine may be
-shared.
+A case is a size of photographs (benchmarks/photo_tiles.py; made in DIR on the first call, with apt-get) and the
+smallest share of the area of a random crop. Every system runs in its own process with one decoding thread; they take
+turns, with a warm page cache and after compilation. The result is the median CPU time of the whole process, because the
+machine may be shared.
 """
 
 import argparse
@@ -22,7 +24,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# This folder is searched for the first import alone: labels.py would hide the package `labels` (also in the other processes).
+# This folder is searched for the first import alone: labels.py would hide the package `labels` (also in the other
+# processes).
 _HERE = str(Path(__file__).resolve().parent)
 sys.path = [_HERE, *(entry for entry in sys.path if str(Path(entry or ".").resolve()) != _HERE)]
 from photo_tiles import KINDS, cut_tiles, fetch_photos, write_tars
@@ -60,7 +63,17 @@ def ours(folder: Path, scale: float, epochs: int, device: bool) -> Callable[[], 
 
     betons = BetonSet(folder / "out")
     settings = Data(crop_scale=[scale, 1.0], prefetch=1)  # the fewest batches that the ring allows
-    loader = Loader(betons, settings, image_size=SIDE, batch_size=BATCH, seed=0, first_step=0, last_step=1 << 40, threads=1, device=device)
+    loader = Loader(
+        betons,
+        settings,
+        image_size=SIDE,
+        batch_size=BATCH,
+        seed=0,
+        first_step=0,
+        last_step=1 << 40,
+        threads=1,
+        device=device,
+    )
     batches = iter(loader)
 
     def run() -> int:
@@ -91,9 +104,14 @@ def stock(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
     image = RandomResizedCropRGBImageDecoder((SIDE, SIDE), scale=(scale, 1.0))
     pipelines = {"image": [image], "label_ids": [NDArrayDecoder()], "index": [IntDecoder()]}
     loader = Loader(
-        str(path), batch_size=BATCH, num_workers=1, os_cache=True, order=OrderOption.RANDOM, pipelines=pipelines,
+        str(path),
+        batch_size=BATCH,
+        num_workers=1,
+        os_cache=True,
+        order=OrderOption.RANDOM,
+        pipelines=pipelines,
         indices=np.tile(np.arange(read_manifest(folder / "out").samples), epochs),
-    )  # fmt: skip
+    )
     return lambda: sum(len(images) for images, _, _ in loader)
 
 
@@ -109,7 +127,9 @@ def open_clip(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
     tokenizer = SimpleTokenizer()
     tars = [str(path) for path in sorted((folder / "shards").glob("*.tar"))]
     samples = webdataset.WebDataset(tars, shardshuffle=False).decode("pilrgb").rename(image="jpg", text="txt")
-    batches = samples.map_dict(image=transform, text=lambda text: tokenizer(text)[0]).to_tuple("image", "text").batched(BATCH)
+    batches = (
+        samples.map_dict(image=transform, text=lambda text: tokenizer(text)[0]).to_tuple("image", "text").batched(BATCH)
+    )
     return lambda: sum(len(images) for images, _ in batches)
 
 
@@ -119,14 +139,18 @@ def bare(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
 
     jpegs = [np.frombuffer(data, np.uint8) for data in jpegs_of(folder)]
     sizes = np.array([size_of(data) for data in jpegs])
-    addresses, lengths = (np.array([value(data) for data in jpegs], np.uint64) for value in (lambda data: data.ctypes.data, len))
+    addresses, lengths = (
+        np.array([value(data) for data in jpegs], np.uint64) for value in (lambda data: data.ctypes.data, len)
+    )
     decompressor, pixels = Decompressor(), np.empty(int(sizes.prod(1).max()) * 3, np.uint8)
 
     @njit
     def decode(addresses, lengths, sizes, handle, pixels):  # noqa: ANN202
         for row in range(len(addresses)):
             width, height = sizes[row]
-            tj_decompress(handle, addresses[row], lengths[row], np.uint64(pixels.ctypes.data), width, 3 * width, height, RGB, 0)
+            tj_decompress(
+                handle, addresses[row], lengths[row], np.uint64(pixels.ctypes.data), width, 3 * width, height, RGB, 0
+            )
         return len(addresses)
 
     def run() -> int:
@@ -150,7 +174,13 @@ def size_of(jpeg: np.ndarray) -> tuple[int, int]:
     return Image.open(io.BytesIO(jpeg.tobytes())).size
 
 
-SYSTEMS = {"this, host": host, "this, device": device, "stock FFCV": stock, "OpenCLIP + webdataset": open_clip, "bare decode": bare}
+SYSTEMS = {
+    "this, host": host,
+    "this, device": device,
+    "stock FFCV": stock,
+    "OpenCLIP + webdataset": open_clip,
+    "bare decode": bare,
+}
 
 
 def serve(system: str, folder: Path, scale: float, epochs: int, pipe: Connection) -> None:
@@ -180,7 +210,9 @@ def measure(folder: Path, scale: float, repeats: int, epochs: int) -> dict[str, 
 
 
 def likeness(folder: Path, scale: float, count: int = 128) -> dict[str, float]:
-    """Mean PSNR in dB against PIL's bicubic of the same crop: of this loader's host mode and of FFCV's resize (INTER_AREA)."""
+    """Mean PSNR in dB against PIL's bicubic of the same crop: of this loader's host mode and of FFCV's resize
+    (INTER_AREA).
+    """
     import cv2
     from PIL import Image
 
@@ -194,22 +226,34 @@ def likeness(folder: Path, scale: float, count: int = 128) -> dict[str, float]:
         crop = image.crop((left, top, left + width, top + height))
         expected, pixels = np.asarray(crop.resize((SIDE, SIDE), Image.Resampling.BICUBIC), float), np.asarray(crop)
         source = np.append(pixels.ravel(), np.zeros(margin_bytes(3 * width, float(height), SIDE), np.uint8))
-        out, work = np.empty((SIDE, SIDE, 3), np.uint8), np.empty(work_bytes(height, width, float(width), float(height), SIDE), np.uint8)
+        out, work = (
+            np.empty((SIDE, SIDE, 3), np.uint8),
+            np.empty(work_bytes(height, width, float(width), float(height), SIDE), np.uint8),
+        )
         box = (0.0, 0.0, float(width), float(height), False)
         resize_crop(source, 3 * width, height, width, *box, SIDE, out.reshape(-1), 3 * SIDE, work)
-        for name, result in (("this, host", out), ("stock FFCV", cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA))):
+        for name, result in (
+            ("this, host", out),
+            ("stock FFCV", cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA)),
+        ):
             found[name].append(10 * np.log10(255**2 / max(float(np.mean((result - expected) ** 2)), 1e-6)))
     return {name: statistics.mean(values) for name, values in found.items()}
 
 
 def label_cost(folder: Path) -> float:
-    """Microseconds a sample of finding it, its index with it, and copying its label row, which was read with the image's bytes."""
+    """Microseconds a sample of finding it, its index with it, and copying its label row, which was read with the
+    image's bytes.
+    """
     from labels.native import njit
     from train.data.dataset import BetonSet
     from train.data.image_index import TABLE_BYTES, copy_labels, find
 
     betons = BetonSet(folder / "out")
-    labels, scratch, limit = np.empty((betons.samples, betons.label_limit), np.int32), np.zeros(1 << 20, np.uint8), betons.label_limit
+    labels, scratch, limit = (
+        np.empty((betons.samples, betons.label_limit), np.int32),
+        np.zeros(1 << 20, np.uint8),
+        betons.label_limit,
+    )
 
     @njit
     def labels_alone(tables, samples, limit, vocabulary, scratch, labels):  # noqa: ANN202
@@ -227,7 +271,9 @@ def label_cost(folder: Path) -> float:
 
 
 def python_calls(folder: Path) -> dict[int, float]:
-    """Calls of Python functions a batch, in all threads, for batches of 32 and of 256: what grows with it is paid for every sample."""
+    """Calls of Python functions a batch, in all threads, for batches of 32 and of 256: what grows with it is paid for
+    every sample.
+    """
     import threading
 
     from labels.settings import Data
@@ -241,7 +287,9 @@ def python_calls(folder: Path) -> dict[int, float]:
         def count(frame: Any, event: str, argument: Any, calls: list[int] = calls) -> None:
             calls[0] += event == "call"
 
-        loader = Loader(betons, Data(), image_size=SIDE, batch_size=batch, seed=0, first_step=0, last_step=12, threads=1)
+        loader = Loader(
+            betons, Data(), image_size=SIDE, batch_size=batch, seed=0, first_step=0, last_step=12, threads=1
+        )
         threading.setprofile(count)
         sys.setprofile(count)
         steps = sum(1 for _ in loader)
@@ -256,7 +304,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("loader-benchmark"))
     parser.add_argument("--cases", nargs="+", default=["256/0.9", "256/0.08", "500/0.9", "768/0.9", "1024/0.9"])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=8, help="In one turn, so that memory is used again as in training.")
+    parser.add_argument(
+        "--epochs", type=int, default=8, help="In one turn, so that memory is used again as in training."
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
@@ -268,15 +318,21 @@ def main() -> None:
         print(f"\nphotographs {name}, crops of {share} to 1.0 of the area, {SIDE} pixels; us of CPU an image")
         for system, median in medians.items():
             ratios = ", ".join(
-                f"{median / medians[other]:.2f} of {other}" for other in ("stock FFCV", "OpenCLIP + webdataset", "bare decode")
+                f"{median / medians[other]:.2f} of {other}"
+                for other in ("stock FFCV", "OpenCLIP + webdataset", "bare decode")
             )
             print(f"{system:<22} {median:7,.0f} ({min(times[system]):,.0f} to {max(times[system]):,.0f}): {ratios}")
         psnr = likeness(folder, float(share))
-        print("PSNR against PIL's bicubic of the same crop: " + ", ".join(f"{system} {value:.1f} dB" for system, value in psnr.items()))
+        print(
+            "PSNR against PIL's bicubic of the same crop: "
+            + ", ".join(f"{system} {value:.1f} dB" for system, value in psnr.items())
+        )
         results[case] = {"microseconds": times, "psnr_db": psnr}
     folder = prepare(arguments.work, arguments.cases[0].split("/")[0])
     results["label_microseconds"], results["python_calls_a_batch"] = label_cost(folder), python_calls(folder)
-    print(f"\nlabels and index: {results['label_microseconds']:.2f} us a sample; Python calls a batch: {results['python_calls_a_batch']}")
+    print(
+        f"\nlabels and index: {results['label_microseconds']:.2f} us a sample; Python calls a batch: {results['python_calls_a_batch']}"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(results))
 

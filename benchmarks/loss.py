@@ -1,12 +1,13 @@
 """Loss and head: time and memory, compared with the dense formulas and with three bare matrix products.
 
-Run: python benchmarks/loss.py [--batch 4096 1024 256] [--loss softmax bce asl soft_margin two_way] [--precision fp32 bf16] [--repeats 3]
+Run: python benchmarks/loss.py [--batch 4096 1024 256] [--loss softmax bce asl soft_margin two_way] [--precision fp32
+    bf16] [--repeats 3]
 
-One step computes logits, loss and the gradients of features, weight and bias, on the CPU. `dense` is the reference formula
-of each loss, on a B x V target; `products` are the three matrix products that every linear layer with a gradient needs
-(bf16: with bf16 operands). The sides take turns in one process; medians. Memory is the high-water mark of a separate
-process, without features, head, labels and what a step of two samples allocates. Labels are drawn from Zipf's law (about
-13 per caption, as in English captions). bf16 means autocast: float32 parameters.
+One step computes logits, loss and the gradients of features, weight and bias, on the CPU. `dense` is the reference
+formula of each loss, on a B x V target; `products` are the three matrix products that every linear layer with a
+gradient needs (bf16: with bf16 operands). The sides take turns in one process; medians. Memory is the high-water mark
+of a separate process, without features, head, labels and what a step of two samples allocates. Labels are drawn from
+Zipf's law (about 13 per caption, as in English captions). bf16 means autocast: float32 parameters.
 """
 
 import argparse
@@ -99,7 +100,13 @@ def step(side: str, name: str, precision: str, given: Inputs) -> Step:
     features, weight, bias, label_ids, idf = given
     if side == "products":
         return products(features, weight, precision)
-    dense = {"softmax": dense_softmax, "bce": dense_bce, "asl": dense_asl, "soft_margin": dense_soft_margin, "two_way": dense_two_way}[name]
+    dense = {
+        "softmax": dense_softmax,
+        "bce": dense_bce,
+        "asl": dense_asl,
+        "soft_margin": dense_soft_margin,
+        "two_way": dense_two_way,
+    }[name]
     module = HeadLoss(Loss(name=name, idf=name == "softmax"), idf)
 
     def run() -> None:
@@ -131,7 +138,18 @@ def products(features: torch.Tensor, weight: torch.Tensor, precision: str) -> St
 
 def peak_mib(side: str, name: str, precision: str, batch: int) -> float:
     """High-water mark of one step in a process of its own, MiB."""
-    command = [sys.executable, __file__, "--peak-of", side, "--loss", name, "--precision", precision, "--batch", str(batch)]
+    command = [
+        sys.executable,
+        __file__,
+        "--peak-of",
+        side,
+        "--loss",
+        name,
+        "--precision",
+        precision,
+        "--batch",
+        str(batch),
+    ]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
@@ -139,7 +157,9 @@ def peak_mib(side: str, name: str, precision: str, batch: int) -> float:
 def print_peak(side: str, name: str, precision: str, batch: int) -> None:
     features, weight, bias, label_ids, idf = inputs(batch)
     few = features[:2].detach().requires_grad_()
-    step(side, name, precision, (few, weight, bias, label_ids[:2], idf))()  # what is loaded once: threads, code, torch._dynamo
+    step(
+        side, name, precision, (few, weight, bias, label_ids[:2], idf)
+    )()  # what is loaded once: threads, code, torch._dynamo
     weight.grad = bias.grad = None
     status = Path("/proc/self/status")
     before = int(status.read_text().split("VmRSS:")[1].split()[0])
@@ -161,7 +181,9 @@ def main() -> None:
         print_peak(arguments.peak_of, arguments.loss[0], arguments.precision[0], arguments.batch[0])
         return
     if "bf16" in arguments.precision and not fast_on_cpu(torch.bfloat16):
-        print("this CPU has no bf16 instructions: dense and products take torch's fallback, the fused loss computes in fp32")
+        print(
+            "this CPU has no bf16 instructions: dense and products take torch's fallback, the fused loss computes in fp32"
+        )
     for batch in arguments.batch:
         for precision in arguments.precision:
             for name in arguments.loss:

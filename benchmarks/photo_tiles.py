@@ -2,8 +2,8 @@
 
     apt-get download plasma-workspace-wallpapers -> WORK/unpacked -> WORK/<name>/shards/<nnnnnnnn>.tar
 
-Nothing is installed. The tiles are cut with a fixed seed, shrunk to half size (256 and 500 pixels), so that they are as sharp
-as photographs on the web, and stored with img2dataset's default quality.
+Nothing is installed. The tiles are cut with a fixed seed, shrunk to half size (256 and 500 pixels), so that they are as
+sharp as photographs on the web, and stored with img2dataset's default quality.
 """
 
 import io

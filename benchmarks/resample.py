@@ -13,7 +13,9 @@ import io
 import sys
 from pathlib import Path
 
-_HERE = str(Path(__file__).resolve().parent)  # searched for the first import alone: labels.py would hide the package `labels`
+_HERE = str(
+    Path(__file__).resolve().parent
+)  # searched for the first import alone: labels.py would hide the package `labels`
 sys.path = [_HERE, *(entry for entry in sys.path if str(Path(entry or ".").resolve()) != _HERE)]
 from photo_tiles import KINDS, cut_tiles, fetch_photos
 
@@ -42,8 +44,13 @@ def by_pil(pixels: np.ndarray) -> np.ndarray:
 def on_host(pixels: np.ndarray) -> np.ndarray:
     height, width = pixels.shape[:2]
     source = np.append(pixels.ravel(), np.zeros(margin_bytes(3 * width, float(height), SIDE), np.uint8))
-    out, work = np.empty(3 * SIDE * SIDE, np.uint8), np.empty(work_bytes(height, width, float(width), float(height), SIDE), np.uint8)
-    resize_crop(source, 3 * width, height, width, 0.0, 0.0, float(width), float(height), False, SIDE, out, 3 * SIDE, work)
+    out, work = (
+        np.empty(3 * SIDE * SIDE, np.uint8),
+        np.empty(work_bytes(height, width, float(width), float(height), SIDE), np.uint8),
+    )
+    resize_crop(
+        source, 3 * width, height, width, 0.0, 0.0, float(width), float(height), False, SIDE, out, 3 * SIDE, work
+    )
     return out.reshape(SIDE, SIDE, 3).astype(int)
 
 
@@ -68,7 +75,10 @@ def crops(tiles: list[bytes]) -> list[np.ndarray]:
 def compare(name: str, pictures: list[np.ndarray]) -> None:
     for way, resample in (("host", on_host), ("device", on_device)):
         differences = [np.abs(resample(picture) - by_pil(picture)) for picture in pictures]
-        largest, differing = max(int(one.max()) for one in differences), np.mean([(one > 0).mean() for one in differences])
+        largest, differing = (
+            max(int(one.max()) for one in differences),
+            np.mean([(one > 0).mean() for one in differences]),
+        )
         print(
             f"{name:<12} {way:<7} {len(pictures)} crops: at most {largest} levels from PIL's bicubic, {differing:.4%} of the values differ"
         )
@@ -83,7 +93,10 @@ def zone_plate(picture: Path | None) -> None:
     ways = {"PIL": by_pil(pixels), "host": on_host(pixels), "device": on_device(pixels)}
     ways["INTER_AREA"] = cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(int)
     ways["INTER_LINEAR"] = cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR).astype(int)
-    print("zone plate, left of rings too fine: " + ", ".join(f"{way} {found[far].std():.1f}" for way, found in ways.items()))
+    print(
+        "zone plate, left of rings too fine: "
+        + ", ".join(f"{way} {found[far].std():.1f}" for way, found in ways.items())
+    )
     if picture:
         Image.fromarray(np.concatenate(list(ways.values()), axis=1).astype(np.uint8)).save(picture)
 

@@ -20,7 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-_HERE = str(Path(__file__).resolve().parent)  # searched for the first import alone: labels.py would hide the package `labels`
+_HERE = str(
+    Path(__file__).resolve().parent
+)  # searched for the first import alone: labels.py would hide the package `labels`
 sys.path = [_HERE, *(entry for entry in sys.path if str(Path(entry or ".").resolve()) != _HERE)]
 from photo_tiles import KINDS, cut_tiles, fetch_photos, write_tars
 
@@ -58,11 +60,26 @@ def prepare(work: Path) -> dict[str, Path]:
     """The same photographs as one beton, as 16, and as an image index of their tars."""
     shards, outs = work / "set" / "shards", {name: work / "set" / name for name in ("one", "sixteen", "tars")}
     if not shards.is_dir():
-        write_tars(shards, cut_tiles(fetch_photos(work), KINDS[0], IMAGES), ["a photograph of a place", "hills at dusk, seen from afar"])
+        write_tars(
+            shards,
+            cut_tiles(fetch_photos(work), KINDS[0], IMAGES),
+            ["a photograph of a place", "hills at dusk, seen from afar"],
+        )
     more = {"one": [], "sixteen": ["--set", f"build.beton_samples={IMAGES // 16}"], "tars": ["--no-images"]}
     for name, out in outs.items():
         if not (out / "manifest.json").is_file():
-            command = [sys.executable, "-m", "preprocess", "build-labels", str(shards), "--out", str(out), "--workers", "1", *more[name]]
+            command = [
+                sys.executable,
+                "-m",
+                "preprocess",
+                "build-labels",
+                str(shards),
+                "--out",
+                str(out),
+                "--workers",
+                "1",
+                *more[name],
+            ]
             subprocess.run(command, check=True, capture_output=True)
     list(make_rows(outs["tars"], outs["tars"]))
     return outs
@@ -85,7 +102,9 @@ def large_set(out: Path, target: Path) -> Path:
         parts.append(manifest.betons[0].model_copy(update={"number": number, "samples": SAMPLES_EACH, "bytes": size}))
     shards = [manifest.shards[0].model_copy(update={"rows": BETONS * SAMPLES_EACH})]
     samples = BETONS * SAMPLES_EACH
-    write_manifest(layout, manifest.model_copy(update={"betons": parts, "shards": shards, "samples": samples, "captions": samples}))
+    write_manifest(
+        layout, manifest.model_copy(update={"betons": parts, "shards": shards, "samples": samples, "captions": samples})
+    )
     return target
 
 
@@ -100,7 +119,9 @@ def compare_rates(outs: dict[str, Path], repeats: int) -> None:
     for turn in range(repeats + 1):
         first: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, betons in sets.items():
-            loader = Loader(betons, Data(), image_size=SIDE, batch_size=BATCH, seed=0, first_step=0, last_step=STEPS, threads=2)
+            loader = Loader(
+                betons, Data(), image_size=SIDE, batch_size=BATCH, seed=0, first_step=0, last_step=STEPS, threads=2
+            )
             begun = time.perf_counter()
             for batch in loader:
                 first.setdefault(name, (batch.images.clone(), batch.label_ids.clone()))
@@ -116,7 +137,9 @@ def compare_rates(outs: dict[str, Path], repeats: int) -> None:
 
 def compare_mixing() -> None:
     samples, shard, batch = 1_000_000, 10_000, 1024
-    orders = {f"blocks of {block}": Order([samples], (1,), block, 1024, 0).take(0, samples)[0] for block in (1, 16, 64, 256)}
+    orders = {
+        f"blocks of {block}": Order([samples], (1,), block, 1024, 0).take(0, samples)[0] for block in (1, 16, 64, 256)
+    }
     orders["true shuffle"] = np.random.default_rng(0).permutation(samples)
     for name, order in orders.items():
         batches = order[: samples // batch * batch].reshape(-1, batch) // shard
@@ -141,7 +164,9 @@ def main() -> None:
         imports = "from pathlib import Path\nfrom train.data.dataset import BetonSet"
         print(
             "open    ",
-            in_new_process(imports, f"betons = BetonSet(Path({str(large)!r}))\nassert betons.samples == {BETONS * SAMPLES_EACH}"),
+            in_new_process(
+                imports, f"betons = BetonSet(Path({str(large)!r}))\nassert betons.samples == {BETONS * SAMPLES_EACH}"
+            ),
         )
     if "order" in arguments.parts:
         work = "Order([1_280_000_000], (1,), 64, 1024, 0).batch(1_000, 16_384, 3, 8)"

@@ -1,13 +1,17 @@
-"""Overhead of the trainer: the loop against bare steps, and its CPU work outside the model against the paper's pipeline.
+"""Overhead of the trainer: the loop against bare steps, and its CPU work outside the model against the paper's
+pipeline.
 
 Run: python benchmarks/step.py loop     samples/s with preloaded batches, against forward, backward and optimizer step only
      python benchmarks/step.py cpu      CPU microseconds per sample, with images of 256 pixels and batches of 128
 
-`loop`: both sides use the same ViT (4 layers, width 192, patch 8 at 64 pixels), a head of 49,408 classes, batch 64, fp32.
-`cpu`: the loop with loader and normalisation around a model with one parameter, so that nearly all time is outside model
+`loop`: both sides use the same ViT (4 layers, width 192, patch 8 at 64 pixels), a head of 49,408 classes, batch 64,
+    fp32.
+`cpu`: the loop with loader and normalisation around a model with one parameter, so that nearly all time is outside
+    model
 and optimizer; the paper's pipeline is rebuilt from public libraries (webdataset, PIL, torchvision's RandomResizedCrop,
-open_clip's tokenizer, default collation; without its dense targets). Both read the same 1,024 JPEGs of 256 x 256 pixels,
-made in code, from the page cache, on one thread. CPU time is that of the process. The sides take turns; medians.
+open_clip's tokenizer, default collation; without its dense targets). Both read the same 1,024 JPEGs of 256 x 256
+pixels, made in code, from the page cache, on one thread. CPU time is that of the process. The sides take turns;
+medians.
 """
 
 import argparse
@@ -45,12 +49,18 @@ IMAGES, SIDE, BATCH, CAPTION_WORDS = 1024, 256, 128, 12
 EPOCHS = 4  # of a turn of ours, so that its memory is used again, as in a run
 
 
-def looped(train_state: TrainState, settings: Train, batches: Iterator[Any], inputs: Callable[[Any], Any], steps: int) -> None:
+def looped(
+    train_state: TrainState, settings: Train, batches: Iterator[Any], inputs: Callable[[Any], Any], steps: int
+) -> None:
     """`steps` steps of the one loop, metrics and all, without checkpoints."""
     with tempfile.TemporaryDirectory() as run:
-        metrics = Metrics(Path(run), ALONE, settings, steps=steps, first_step=0, skipped=(0, 0), speed=Speed(1, None), trackers=[])
+        metrics = Metrics(
+            Path(run), ALONE, settings, steps=steps, first_step=0, skipped=(0, 0), speed=Speed(1, None), trackers=[]
+        )
         budget = Budget(steps, 1, 0)
-        run_loop(batches, inputs, train_state, settings, budget, ALONE, metrics, save=lambda _: None, stopping=lambda: False)
+        run_loop(
+            batches, inputs, train_state, settings, budget, ALONE, metrics, save=lambda _: None, stopping=lambda: False
+        )
         metrics.close()
 
 
@@ -81,18 +91,24 @@ def compare_loop(rounds: int, steps: int) -> None:
     rates = {name: 64 * steps / statistics.median(values) for name, values in times.items()}
     print(f"bare step  {rates['bare']:8.1f} samples/s")
     print(f"the loop   {rates['loop']:8.1f} samples/s, {rates['loop'] / rates['bare']:.3f} of it")
-    print("by round   " + ", ".join(f"{one / other:.3f}" for one, other in zip(times["bare"], times["loop"], strict=True)))
+    print(
+        "by round   " + ", ".join(f"{one / other:.3f}" for one, other in zip(times["bare"], times["loop"], strict=True))
+    )
 
 
 def write_tar(folder: Path) -> Path:
     """Pictures of smooth shapes with some grain, about as large as photos of that size."""
     words = [
-        f"{first}{second}" for first in ("red", "old", "new", "sun", "blue") for second in ("house", "dog", "tree", "car", "boat", "man")
+        f"{first}{second}"
+        for first in ("red", "old", "new", "sun", "blue")
+        for second in ("house", "dog", "tree", "car", "boat", "man")
     ]
     with tarfile.open(folder / "00000000.tar", "w") as tar:
         for number in range(IMAGES):
             dice = np.random.default_rng(number)
-            smooth = Image.fromarray(dice.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            smooth = Image.fromarray(dice.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(
+                (SIDE, SIDE), Image.Resampling.BICUBIC
+            )
             grain = np.asarray(smooth, np.int16) + dice.normal(0, 6, (SIDE, SIDE, 1)).astype(np.int16)
             jpeg = io.BytesIO()
             Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)).save(jpeg, "JPEG", quality=90)
@@ -121,8 +137,15 @@ def our_side(tar: Path, folder: Path) -> Callable[[], None]:
     from train.data.inputs import ImageInput
     from train.data.loader import Loader
 
-    build_labels([str(tar.parent)], folder / "out", load_pipeline(None, ["build.workers=1"]), betons=True, overwrite=False)
-    keys = [f"train.batch_size={BATCH}", "train.optimizer.warmup_samples=0", "train.runtime.precision=fp32", "train.data.prefetch=100MiB"]
+    build_labels(
+        [str(tar.parent)], folder / "out", load_pipeline(None, ["build.workers=1"]), betons=True, overwrite=False
+    )
+    keys = [
+        f"train.batch_size={BATCH}",
+        "train.optimizer.warmup_samples=0",
+        "train.runtime.precision=fp32",
+        "train.data.prefetch=100MiB",
+    ]
     settings, betons = load_pipeline(None, keys).train, BetonSet(folder / "out")
     model = OneNumber()
     train_state = TrainState(model, model, make_optimizer(model, settings.optimizer))
@@ -130,7 +153,9 @@ def our_side(tar: Path, folder: Path) -> Callable[[], None]:
     inputs = ImageInput(settings.data, ALONE.device, image_size=size, seed=0)
 
     def run() -> None:
-        with Loader(betons, settings.data, image_size=size, batch_size=BATCH, seed=0, first_step=0, last_step=steps, threads=1) as loader:
+        with Loader(
+            betons, settings.data, image_size=size, batch_size=BATCH, seed=0, first_step=0, last_step=steps, threads=1
+        ) as loader:
             looped(train_state, settings, iter(loader), inputs, steps)
 
     return run
@@ -166,7 +191,9 @@ def compare_cpu(rounds: int) -> None:
         (folder / "shards").mkdir()
         tar = write_tar(folder / "shards")
         sides = {"this trainer": (our_side(tar, folder), EPOCHS), PAPERS: (papers_side(tar), 1)}
-        print(f"{IMAGES} JPEGs of {SIDE} x {SIDE} pixels, {os.path.getsize(tar) / IMAGES / 1024:.1f} KiB a sample in the tar")
+        print(
+            f"{IMAGES} JPEGs of {SIDE} x {SIDE} pixels, {os.path.getsize(tar) / IMAGES / 1024:.1f} KiB a sample in the tar"
+        )
         times: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(rounds + 1):
             for name, (side, epochs) in sides.items():

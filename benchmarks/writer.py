@@ -74,11 +74,24 @@ class TarImages:
 
 
 def command(tars: Path, out: Path, workers: int, *more: str) -> list[str]:
-    return [sys.executable, "-m", "preprocess", "build-labels", str(tars), "--out", str(out), "--workers", str(workers), *more]
+    return [
+        sys.executable,
+        "-m",
+        "preprocess",
+        "build-labels",
+        str(tars),
+        "--out",
+        str(out),
+        "--workers",
+        str(workers),
+        *more,
+    ]
 
 
 def ours(tars: Path, out: Path, workers: int, check: str) -> None:
-    """To its exit, which its idle server of workers outlives for a moment: no pipe is kept that would wait for that too."""
+    """To its exit, which its idle server of workers outlives for a moment: no pipe is kept that would wait for that
+    too.
+    """
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run(command(tars, out, workers, "--decode-check", check), check=True, **quiet)  # type: ignore[call-overload]
 
@@ -114,7 +127,9 @@ def main() -> None:
         work, workers, check = Path(name), arguments.workers, arguments.decode_check
         tars, out, copy = work / "tars", work / "out", work / "copy"
         repeat_samples(arguments.tars, tars, arguments.samples)
-        subprocess.run(command(tars, out, workers, "--no-beton", "--decode-check", check), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            command(tars, out, workers, "--no-beton", "--decode-check", check), check=True, stdout=subprocess.DEVNULL
+        )
         seconds: dict[str, list[float]] = {"ours": [], "nothing": [], "ffcv": [], "cp": [], "cp+sync": []}
         for _ in range(arguments.repeats):
             seconds["ours"].append(timed(lambda: ours(tars, out, workers, check)))
@@ -122,7 +137,9 @@ def main() -> None:
             size = sum(part.bytes for part in read_manifest(out).betons)
             for folder in ("beton", "done/beton"):
                 shutil.rmtree(out / folder)
-            seconds["ffcv"].append(timed(lambda: stock(tars / "00000000.tar", work / "stock.beton", arguments.stock_samples, workers)))
+            seconds["ffcv"].append(
+                timed(lambda: stock(tars / "00000000.tar", work / "stock.beton", arguments.stock_samples, workers))
+            )
             (work / "stock.beton").unlink()
             for side, then in (("cp", []), ("cp+sync", ["sync"])):
                 script = " && ".join([f"cp -r {tars} {copy}", *then])
@@ -136,11 +153,15 @@ def main() -> None:
         "cp": arguments.samples,
         "cp+sync": arguments.samples,
     }
-    print(f"{arguments.samples:,} samples, tars {tar_bytes / 1e9:.2f} GB, betons {size / 1e9:.2f} GB, {workers} workers, check: {check}")
+    print(
+        f"{arguments.samples:,} samples, tars {tar_bytes / 1e9:.2f} GB, betons {size / 1e9:.2f} GB, {workers} workers, check: {check}"
+    )
     rates = {side: counts[side] / statistics.median(values) for side, values in seconds.items()}
     for side, rate in rates.items():
         spread = f"{min(seconds[side]):.2f} to {max(seconds[side]):.2f} s"
-        print(f"  {side:8} {rate:10,.0f} images/s  ({spread} for {counts[side]:,});  ours is {rates['ours'] / rate:6.2f} times that")
+        print(
+            f"  {side:8} {rate:10,.0f} images/s  ({spread} for {counts[side]:,});  ours is {rates['ours'] / rate:6.2f} times that"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Label files as padded arrays that can be memory-mapped: what lets betons be used with labels made later, in another OUT.
+"""Label files as padded arrays that can be memory-mapped: what lets betons be used with labels made later, in another
+OUT.
 
 OUT/labels/<shard>.parquet -> OUT/rows/<shard>-<SHA-256 of that label file, 16 digits>.npy, int32 [rows, K], K = the label limit
                               `label_ids`; or `token_ids`, the caption in its order: .tokens.npy, the same shape
 
-The name says which label file an array belongs to, so a rebuilt label file never meets an old array, at whatever moment a
-process was killed. Arrays are a cache: they may be deleted at any time.
+The name says which label file an array belongs to, so a rebuilt label file never meets an old array, at whatever moment
+a process was killed. Arrays are a cache: they may be deleted at any time.
 """
 
 from glob import escape
@@ -112,12 +113,13 @@ def check_same_rows(out: Path, manifest: Manifest, other_out: Path, other: Manif
 
 
 def shards_needed(manifest: Manifest, other: Manifest, column: Column = "label_ids") -> list[ShardPart]:
-    """The shards whose arrays are needed to use the images of `manifest` with the labels of `other`, which has the same rows.
+    """The shards whose arrays are needed to use the images of `manifest` with the labels of `other`, which has the same
+    rows.
 
     Returns:
-        The shards that have samples, in the order of their rows; none where the label rows are equal (only the IDF differs) and betons
-        hold them, which they do of `label_ids` alone.
-        The array of the sample with position `index` is that of the last shard with first_index <= index.
+        The shards that have samples, in the order of their rows; none where the label rows are equal (only the IDF
+        differs) and betons hold them, which they do of `label_ids` alone. The array of the sample with position `index`
+        is that of the last shard with first_index <= index.
     """
     in_betons = column == "label_ids" and bool(manifest.betons)
     if in_betons and (manifest.fingerprint, manifest.label_limit) == (other.fingerprint, other.label_limit):
@@ -131,7 +133,11 @@ def _identity(part: ShardPart) -> tuple[str, int, str]:
 
 
 def _told(part: ShardPart | None) -> str:
-    return f"{part.name} with {part.rows} rows, SHA-256 of the keys {part.keys_sha256[:_SHA_DIGITS]}..." if part else "no further shard"
+    return (
+        f"{part.name} with {part.rows} rows, SHA-256 of the keys {part.keys_sha256[:_SHA_DIGITS]}..."
+        if part
+        else "no further shard"
+    )
 
 
 def open_rows(out: Path, part: ShardPart, label_limit: int, column: Column = "label_ids") -> np.memmap | None:
@@ -155,7 +161,8 @@ def open_rows(out: Path, part: ShardPart, label_limit: int, column: Column = "la
 
 
 def write_rows(out: Path, part: ShardPart, label_limit: int, column: Column = "label_ids") -> Path:
-    """Make the array of one shard from its label file, a few thousand rows in memory at a time; older arrays of it are removed.
+    """Make the array of one shard from its label file, a few thousand rows in memory at a time; older arrays of it are
+    removed.
 
     Args:
         out: OUT of the labels.
@@ -198,7 +205,9 @@ def _pad_file(source: Path, target: Path, rows: int, label_limit: int, column: C
         np.lib.format.write_array_header_1_0(file, header)
         for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[column]):
             lists = batch.column(0)
-            file.write(pad_rows(lists.values.to_numpy(), lists.offsets.to_numpy(), label_limit).astype("<i4", copy=False).data)
+            file.write(
+                pad_rows(lists.values.to_numpy(), lists.offsets.to_numpy(), label_limit).astype("<i4", copy=False).data
+            )
             written += len(lists)
     if written != rows:
         raise ValueError(f"it holds {written} rows, in the manifest {rows}")

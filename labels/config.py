@@ -86,7 +86,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.load(file.read_text(encoding="utf8"), _Loader)
     except FileNotFoundError:
-        raise UserError(f"no configuration file at {file}", mend="give --config an existing file, or leave it out") from None
+        raise UserError(
+            f"no configuration file at {file}", mend="give --config an existing file, or leave it out"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file} is not readable as YAML: {error}") from None
     if values is None:
@@ -100,7 +102,9 @@ def _recipe(values: dict[str, Any], name: str) -> dict[str, Any]:
     recipes = values.get("recipes") or RECIPES
     if not isinstance(recipes, dict) or not isinstance(recipes.get(name), dict):
         raise UserError(
-            f"no recipe named {name!r}", allowed=", ".join(recipes), mend="give --recipe one of these, or write it into pipeline.yaml"
+            f"no recipe named {name!r}",
+            allowed=", ".join(recipes),
+            mend="give --recipe one of these, or write it into pipeline.yaml",
         )
     return copy.deepcopy(recipes[name])  # overrides are laid into it, and RECIPES has to stay as it is
 

@@ -57,7 +57,9 @@ class Guess:
 
 @dataclass(frozen=True)
 class Explanation:
-    """`tokens`: names in the caption's order; `labels`: largest weight first; `captions`: of the dataset; `guesses`: likeliest first."""
+    """`tokens`: names in the caption's order; `labels`: largest weight first; `captions`: of the dataset; `guesses`:
+    likeliest first.
+    """
 
     sample: Sample
     image: bytes | None
@@ -113,10 +115,18 @@ def explain_row(out: Path, name: str, shard: str | None = None) -> Explanation:
     )
 
 
-def with_guesses(explanation: Explanation, out: Path, checkpoint: str, predicted: Sequence[tuple[int, float]]) -> Explanation:
+def with_guesses(
+    explanation: Explanation, out: Path, checkpoint: str, predicted: Sequence[tuple[int, float]]
+) -> Explanation:
     """The explanation with a model's likeliest tokens, given as (token id, probability)."""
-    vocabulary, weights = Vocabulary(Layout(out), read_manifest(out)), {label.token_id: label.weight for label in explanation.labels}
-    guesses = [Guess(vocabulary.label(token, weights.get(token, 0.0)), probability, token in weights) for token, probability in predicted]
+    vocabulary, weights = (
+        Vocabulary(Layout(out), read_manifest(out)),
+        {label.token_id: label.weight for label in explanation.labels},
+    )
+    guesses = [
+        Guess(vocabulary.label(token, weights.get(token, 0.0)), probability, token in weights)
+        for token, probability in predicted
+    ]
     return replace(explanation, checkpoint=checkpoint, guesses=tuple(guesses))
 
 
@@ -158,7 +168,9 @@ def describe(explanation: Explanation, image: RenderableType = "") -> Group:
     parts += [facts, Text()]
     if explanation.labels:
         corpus = f"{explanation.tokenizer}, IDF {explanation.formula} over {explanation.captions:,} captions"
-        rows = [(label.name, label, f"{label.idf:.3f}", f"{label.weight:.4f}", label.weight) for label in explanation.labels]
+        rows = [
+            (label.name, label, f"{label.idf:.3f}", f"{label.weight:.4f}", label.weight) for label in explanation.labels
+        ]
         parts.append(_table(f"labels: {corpus}; t_c is the target of the loss", ("IDF", "t_c"), rows))
     else:
         parts.append(_text("labels: none, the loss of this sample is 0"))
@@ -233,11 +245,19 @@ def _recorded(explanation: Explanation, columns: int, image: RenderableType = ""
 def to_html(explanation: Explanation) -> str:
     """A page that fetches nothing: the thumbnail, and the description at the widths of a screen and of a phone."""
     data = thumbnail(explanation.image, _THUMBNAIL_SIDE) if explanation.image else None
-    parts = [picture(data, alt=visible(explanation.caption) or "no caption", large=True) if data else paragraph("No image.", muted=True)]
+    parts = [
+        picture(data, alt=visible(explanation.caption) or "no caption", large=True)
+        if data
+        else paragraph("No image.", muted=True)
+    ]
     for kind, columns in (("wide", _COLUMNS), ("narrow", _NARROW_COLUMNS)):
         code = _recorded(explanation, columns).export_html(theme=_THEME, inline_styles=True, code_format="{code}")
         # text holds no quotation mark here: rich has escaped them
-        code = re.sub('style="[^"]*"', lambda match: re.sub("#[0-9a-f]{6}", lambda hue: _PAGE_COLOURS.get(hue[0], hue[0]), match[0]), code)
+        code = re.sub(
+            'style="[^"]*"',
+            lambda match: re.sub("#[0-9a-f]{6}", lambda hue: _PAGE_COLOURS.get(hue[0], hue[0]), match[0]),
+            code,
+        )
         parts.append(tag("pre", Html(code), class_=kind, tabindex="0"))
     key = visible(explanation.sample.key)
     return page(f"Sample {key}", "", [Section("sample", "From caption to target", join(parts))])
@@ -252,16 +272,22 @@ def to_svg(explanation: Explanation) -> str:
         with Image.open(io.BytesIO(data)) as image:
             size = f'width="{image.width}" height="{image.height}"'
         element = f'<image x="0" y="2" {size} href="data:image/jpeg;base64,{base64.b64encode(data).decode()}"/>'
-        svg = svg.replace('-clip-terminal)">', f'-clip-terminal)">{element}', 1)  # no text holds a quotation mark: rich escapes it
+        svg = svg.replace(
+            '-clip-terminal)">', f'-clip-terminal)">{element}', 1
+        )  # no text holds a quotation mark: rich escapes it
     return svg
 
 
 def to_png(explanation: Explanation) -> bytes:
     """The description and the thumbnail, 1200 pixels wide."""
     data, lines = _picture_for(explanation, _LINE_HEIGHT)
-    console = Console(file=io.StringIO(), width=_COLUMNS, force_terminal=True, markup=False, emoji=False, highlight=False)
+    console = Console(
+        file=io.StringIO(), width=_COLUMNS, force_terminal=True, markup=False, emoji=False, highlight=False
+    )
     text_lines = console.render_lines(describe(explanation, lines), pad=False)
-    image = Image.new("RGB", (_COLUMNS * _CELL_WIDTH + 2 * _MARGIN, len(text_lines) * _LINE_HEIGHT + 2 * _MARGIN), _WHITE)
+    image = Image.new(
+        "RGB", (_COLUMNS * _CELL_WIDTH + 2 * _MARGIN, len(text_lines) * _LINE_HEIGHT + 2 * _MARGIN), _WHITE
+    )
     if data:
         with Image.open(io.BytesIO(data)) as small:
             image.paste(small, (_MARGIN, _MARGIN))

@@ -1,8 +1,8 @@
 """Self-contained HTML pages with charts, for the reports of both stages: a page fetches nothing and runs no script.
 
 Pages are light or dark as the reader's system is, readable from 320 pixels of width on, and usable by keyboard alone.
-Charts are inline SVG, drawn twice: for a wide page and for a phone. page.css shows one of the two, so that text keeps its size.
-Every axis names its quantity and unit; a logarithmic axis says so.
+Charts are inline SVG, drawn twice: for a wide page and for a phone. page.css shows one of the two, so that text keeps
+its size. Every axis names its quantity and unit; a logarithmic axis says so.
 """
 
 import base64
@@ -40,7 +40,9 @@ def join(parts: Iterable[Any]) -> Html:
 
 def tag(name: str, content: Any = "", **attributes: Any) -> Html:
     """One element; `class_` becomes `class`, `data_x` becomes `data-x`."""
-    written = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items())
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items()
+    )
     return Html(f"<{name}{written}>{html(content)}</{name}>")
 
 
@@ -63,7 +65,9 @@ def page(title: str, lead: Any, sections: Sequence[Section]) -> str:
     """
     style = resources.files("labels").joinpath("page.css").read_text("utf8")
     links = join(tag("li", tag("a", section.title, href=f"#{section.name}")) for section in sections)
-    body = join(tag("section", join([tag("h2", section.title), section.content]), id=section.name) for section in sections)
+    body = join(
+        tag("section", join([tag("h2", section.title), section.content]), id=section.name) for section in sections
+    )
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
@@ -103,7 +107,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str
 
     def cells(kind: str, values: Sequence[Any], **attributes: str) -> Html:
         return join(
-            tag(kind, value, **attributes, **({"class_": "number"} if right else {})) for value, right in zip(values, numeric, strict=True)
+            tag(kind, value, **attributes, **({"class_": "number"} if right else {}))
+            for value, right in zip(values, numeric, strict=True)
         )
 
     head = tag("thead", tag("tr", cells("th", [column.removeprefix("#") for column in columns], scope="col")))
@@ -111,7 +116,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str
     whole = tag("table", join([*([tag("caption", caption)] if caption else []), head, body]))
     # tabindex: a region that scrolls must be reachable by keyboard
     return tag(
-        "div", whole, class_="scroll", tabindex="0", role="region", aria_label=label or caption or ", ".join(columns).replace("#", "")
+        "div",
+        whole,
+        class_="scroll",
+        tabindex="0",
+        role="region",
+        aria_label=label or caption or ", ".join(columns).replace("#", ""),
     )
 
 
@@ -139,7 +149,9 @@ def weights(rows: Iterable[tuple[Any, float, str]]) -> Html:
     lines = []
     for name, value, text in rows:
         bar = tag("span", "", style=f"width:{100 * value / full:.1f}%")
-        lines.append(tag("li", join([tag("span", name), tag("span", text, class_="value"), tag("span", bar, class_="track")])))
+        lines.append(
+            tag("li", join([tag("span", name), tag("span", text, class_="value"), tag("span", bar, class_="track")]))
+        )
     return tag("ul", join(lines), class_="weights")
 
 
@@ -188,7 +200,9 @@ class _Scale:
         return self.start + (self.end - self.start) * (at - low) / (high - low)
 
 
-def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Sequence[Mark] = (), note: str = "") -> Html:
+def line_chart(
+    title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Sequence[Mark] = (), note: str = ""
+) -> Html:
     """Curves over an axis.
 
     Args:
@@ -214,7 +228,13 @@ def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Se
 
 
 def bar_chart(
-    title: str, x: Axis, y: Axis, edges: Sequence[float], heights: Sequence[float], bad: Sequence[float] | None = None, note: str = ""
+    title: str,
+    x: Axis,
+    y: Axis,
+    edges: Sequence[float],
+    heights: Sequence[float],
+    bad: Sequence[float] | None = None,
+    note: str = "",
 ) -> Html:
     """Bars from edge to edge, N + 1 edges for N heights.
 
@@ -263,12 +283,16 @@ def _figure(title: str, note: str, draw: Callable[[int, int], Html], above: Sequ
     drawings = [*above]
     for kind, width, height in (("wide", WIDE, 320), ("narrow", NARROW, 260)):
         inner = join([tag("title", title), draw(width, height)])
-        drawings.append(tag("div", tag("svg", inner, viewBox=f"0 0 {width} {height}", role="img", aria_label=title), class_=kind))
+        drawings.append(
+            tag("div", tag("svg", inner, viewBox=f"0 0 {width} {height}", role="img", aria_label=title), class_=kind)
+        )
     caption = tag("figcaption", f"{title}. {note}" if note else f"{title}.")
     return tag("figure", join([*drawings, caption]), class_="chart")
 
 
-def _scales(width: int, height: int, x: Axis, y: Axis, xs: Sequence[float], ys: Sequence[float]) -> tuple[_Scale, _Scale]:
+def _scales(
+    width: int, height: int, x: Axis, y: Axis, xs: Sequence[float], ys: Sequence[float]
+) -> tuple[_Scale, _Scale]:
     across = _scale(x, xs, _LEFT, width - _RIGHT, count=8 if width == WIDE else 4)
     return across, _scale(y, ys, height - _BOTTOM, _TOP, count=5)
 
@@ -311,7 +335,9 @@ def _frame(across: _Scale, up: _Scale, width: int, height: int) -> Html:
     names = [f"{axis.label}{', log scale' if axis.log else ''}" for axis in (across.axis, up.axis)]
     parts.append(_text((_LEFT + width - _RIGHT) / 2, height - 6, names[0], "middle"))
     middle = (_TOP + height - _BOTTOM) / 2
-    parts.append(Html(f'<text transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">{html(names[1])}</text>'))
+    parts.append(
+        Html(f'<text transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">{html(names[1])}</text>')
+    )
     return join(parts)
 
 

@@ -35,7 +35,9 @@ def idf_weights(document_frequency: np.ndarray, captions: int, formula: Formula)
         return np.maximum(np.log(max(captions, 1) / (df + 1.0)), 0.0)
     if formula == "none":
         return np.ones_like(df)
-    raise UserError(f"unknown IDF formula {formula!r}", allowed="smooth, paper, none", mend="set labels.idf to one of them")
+    raise UserError(
+        f"unknown IDF formula {formula!r}", allowed="smooth, paper, none", mend="set labels.idf to one of them"
+    )
 
 
 def read_idf(path: Path) -> np.ndarray:

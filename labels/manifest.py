@@ -38,7 +38,8 @@ LABELS = pa.schema(
 `label_ids`: sorted, unique. `width`, `height`: pixels, null where neither metadata nor image header told them."""
 
 COUNTS = pa.schema(
-    [pa.field("token_id", pa.int32(), nullable=False), pa.field("document_frequency", pa.int64(), nullable=False)], metadata=_VERSION
+    [pa.field("token_id", pa.int32(), nullable=False), pa.field("document_frequency", pa.int64(), nullable=False)],
+    metadata=_VERSION,
 )
 """One shard's document frequencies: one row a token that occurs, ascending."""
 
@@ -73,7 +74,8 @@ class _Part(BaseModel):
 class TokenizerPart(_Part):
     """`fingerprint` covers vocabulary, merges and cleaning; `excluded` are ids that are never labels.
 
-    `path`: `fast`, if captions went through the table of known words, or `plain`; the ids are the same. `vocabulary` counts all
+    `path`: `fast`, if captions went through the table of known words, or `plain`; the ids are the same. `vocabulary`
+        counts all
     classes, word pairs too.
     """
 
@@ -160,7 +162,9 @@ def read_manifest(out: Path) -> Manifest:
     layout = Layout(out)
     mend = f"run `preprocess build-labels DATA --out {out}`"
     if not out.is_dir():
-        raise UserError(f"{out} does not exist or is not a folder", allowed="the OUT of a finished build-labels", mend=mend)
+        raise UserError(
+            f"{out} does not exist or is not a folder", allowed="the OUT of a finished build-labels", mend=mend
+        )
     if not layout.manifest.is_file():
         raise UserError(f"{out} has no manifest.json: the build is unfinished or this is no OUT folder", mend=mend)
     text = layout.manifest.read_bytes()
@@ -171,7 +175,8 @@ def read_manifest(out: Path) -> Manifest:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
         raise UserError(
-            f"{layout.manifest} is damaged: {error.error_count()} faults, the first: {error.errors()[0]['msg']}", mend=mend
+            f"{layout.manifest} is damaged: {error.error_count()} faults, the first: {error.errors()[0]['msg']}",
+            mend=mend,
         ) from None
 
 
@@ -192,8 +197,8 @@ PLACE = np.dtype(
         ("pad", "<u4"),
     ]
 )
-"""One sample: number of its shard among the manifest's `shards`; length and offset of its JPEG in that shard's tar, in bytes;
-position of its row among all label rows; pixels; zero."""
+"""One sample: number of its shard among the manifest's `shards`; length and offset of its JPEG in that shard's tar, in
+bytes; position of its row among all label rows; pixels; zero."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +222,10 @@ def read_sources(layout: Layout) -> dict[str, Source]:
     """
     path = layout.place_sources
     try:
-        return {name: Source(str(value["path"]), int(value["bytes"])) for name, value in json.loads(path.read_bytes()).items()}
+        return {
+            name: Source(str(value["path"]), int(value["bytes"]))
+            for name, value in json.loads(path.read_bytes()).items()
+        }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read: {error}",
@@ -236,7 +244,9 @@ def open_places(path: Path) -> np.ndarray:
         places = np.load(path, mmap_mode="r", allow_pickle=False)
         whole = places.dtype == PLACE and places.ndim == 1 and places.offset + places.nbytes == path.stat().st_size
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read: {error}", mend="run `preprocess verify OUT`, then its build-labels command") from None
+        raise UserError(
+            f"{path} cannot be read: {error}", mend="run `preprocess verify OUT`, then its build-labels command"
+        ) from None
     if not whole:
         raise UserError(
             f"{path} holds {places.dtype} {list(places.shape)}, or is cut",

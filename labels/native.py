@@ -1,7 +1,8 @@
 """What compiled code of both stages needs: numba's cache, libturbojpeg's decoder, SplitMix64.
 
-numba keeps the machine code of a function with `cache=True` until the function's *own* file changes, and knows nothing of the files whose
-functions and constants are compiled into it. `njit` of this module is numba's, with a cache locator for our packages that knows them:
+numba keeps the machine code of a function with `cache=True` until the function's *own* file changes, and knows nothing
+of the files whose functions and constants are compiled into it. `njit` of this module is numba's, with a cache locator
+for our packages that knows them:
 
     decode.py: @njit(cache=True)  ->  decode.py and the files that it imports, and those that they import  ->  stamp  ->  __pycache__
 """
@@ -72,7 +73,9 @@ def source_stamp(file: Path) -> str:
 
 @cache
 def _read_source(file: Path) -> tuple[str, frozenset[Path]]:
-    """A file's SHA-256, and the files of our packages that it imports at its top level: a scan, as parsing takes 3 ms a file."""
+    """A file's SHA-256, and the files of our packages that it imports at its top level: a scan, as parsing takes 3 ms a
+    file.
+    """
     source = file.read_bytes()
     modules = set()
     for module, names in _IMPORT.findall(source.decode()):
@@ -168,7 +171,9 @@ def load_turbojpeg() -> ctypes.CDLL:
         library.tjDestroy.argtypes = library.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
         library.tjGetErrorStr2.restype = ctypes.c_char_p
         return library
-    raise UserError("libturbojpeg is not installed", allowed=" or ".join(TURBOJPEG), mend="apt-get install libturbojpeg0")
+    raise UserError(
+        "libturbojpeg is not installed", allowed=" or ".join(TURBOJPEG), mend="apt-get install libturbojpeg0"
+    )
 
 
 class Decompressor:

@@ -1,4 +1,5 @@
-"""Single samples of an output folder: found by key or uid, or spread over the dataset; their label rows, images and weights.
+"""Single samples of an output folder: found by key or uid, or spread over the dataset; their label rows, images and
+weights.
 
 key or uid -> labels/*.parquet -> Sample -> beton, or image index and tar -> JPEG bytes
 """
@@ -24,7 +25,9 @@ _NAMES_SHOWN = 5
 
 @dataclass(frozen=True)
 class Sample:
-    """One label row. `row`: number within its shard; `index`: within the dataset; `repeats`: further rows of the same sample."""
+    """One label row. `row`: number within its shard; `index`: within the dataset; `repeats`: further rows of the same
+    sample.
+    """
 
     shard: ShardPart
     row: int
@@ -63,14 +66,20 @@ def find_sample(out: Path, manifest: Manifest, name: str, shard: str | None = No
         if len(shards) == 1:
             with local_copy(layout.label_file(shards[0])) as file:
                 table = pq.read_table(file, columns=["key", "uid"])
-            rows = [row for row, names in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True)) if name in names]
+            rows = [
+                row
+                for row, names in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True))
+                if name in names
+            ]
             return read_samples(layout, parts[shards[0]], rows[:1], repeats=len(rows) - 1)[0]
     except (OSError, ValueError) as error:
         raise UserError(f"{layout.labels} cannot be read: {error}", mend=f"run `preprocess verify {out}`") from None
     if not shards:
         example = f'preprocess sql {out} "SELECT key, uid FROM labels LIMIT 5"'
         raise UserError(_why_missing(layout, name, out), mend=f"list samples: {example}")
-    raise UserError(f"{name!r} is in {len(shards)} shards", allowed=_first_names(shards), mend="add --shard NAME, or give a uid")
+    raise UserError(
+        f"{name!r} is in {len(shards)} shards", allowed=_first_names(shards), mend="add --shard NAME, or give a uid"
+    )
 
 
 def _shards_with(layout: Layout, shards: list[str], name: str) -> list[str]:
@@ -89,7 +98,10 @@ def read_samples(layout: Layout, shard: ShardPart, rows: Sequence[int], repeats:
     """The label rows of one shard with these numbers, ascending."""
     with local_copy(layout.label_file(shard.name)) as file:
         table = pq.read_table(file).take(list(rows))
-    return [Sample(shard=shard, row=row, repeats=repeats, **values) for row, values in zip(rows, table.to_pylist(), strict=True)]
+    return [
+        Sample(shard=shard, row=row, repeats=repeats, **values)
+        for row, values in zip(rows, table.to_pylist(), strict=True)
+    ]
 
 
 def spread_samples(layout: Layout, manifest: Manifest, count: int) -> list[Sample]:
@@ -119,7 +131,9 @@ def read_image(layout: Layout, manifest: Manifest, sample: Sample) -> bytes | No
                 places = open_places(file)
                 places = places[places["index"] == sample.index]
             if len(places):
-                return _from_tar(read_sources(layout)[sample.shard.name], int(places[0]["offset"]), int(places[0]["bytes"]))
+                return _from_tar(
+                    read_sources(layout)[sample.shard.name], int(places[0]["offset"]), int(places[0]["bytes"])
+                )
     return None
 
 
@@ -136,7 +150,9 @@ def _from_tar(source: Source, offset: int, size: int) -> bytes | None:
 def _from_beton(file: Path, part: BetonPart, index: int) -> bytes | None:
     data = np.memmap(file, np.uint8, mode="r")
     header = data[: beton.HEADER.itemsize].view(beton.HEADER)[0]
-    metadata = data[beton.METADATA_OFFSET : beton.METADATA_OFFSET + part.samples * beton.METADATA.itemsize].view(beton.METADATA)
+    metadata = data[beton.METADATA_OFFSET : beton.METADATA_OFFSET + part.samples * beton.METADATA.itemsize].view(
+        beton.METADATA
+    )
     positions = np.flatnonzero(metadata["index"] == index)
     if not len(positions):
         return None
@@ -168,7 +184,11 @@ def quarantined(layout: Layout, key: str, shard: str | None = None) -> list[tupl
 
 
 def _why_missing(layout: Layout, name: str, out: Path) -> str:
-    rejected = [f"{reason} ({detail}), in shard {shard}" for shard, stage, reason, detail in quarantined(layout, name) if stage == "labels"]
+    rejected = [
+        f"{reason} ({detail}), in shard {shard}"
+        for shard, stage, reason, detail in quarantined(layout, name)
+        if stage == "labels"
+    ]
     why = f": it was rejected, {'; '.join(rejected[:_NAMES_SHOWN])}" if rejected else " as key or uid"
     return f"{out} has no label row {name!r}{why}"
 
@@ -180,7 +200,9 @@ def _first_names(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Label:
-    """One label of a caption. `weight`: t_c, its share of the loss's target; `idf`: w_c; `document_frequency`: in captions."""
+    """One label of a caption. `weight`: t_c, its share of the loss's target; `idf`: w_c; `document_frequency`: in
+    captions.
+    """
 
     token_id: int
     name: str

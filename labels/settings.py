@@ -23,9 +23,11 @@ TokenizerKind = Literal["bpe", "wordpiece", "unigram", "wordlevel", "catlip"]
 """What `preprocess train-tokenizer` can train."""
 
 
-# ---- kinds: Kinds of a thing that are the files of one folder: losses, evaluators, families of tokenizers. A new file is a new kind.
+# ---- kinds: Kinds of a thing that are the files of one folder: losses, evaluators, families of tokenizers. A new file
+# is a new kind.
 #
-# Their names are known without an import: `labels` is below the packages that they are in, and `--help` must not wait for torch.
+# Their names are known without an import: `labels` is below the packages that they are in, and `--help` must not wait
+# for torch.
 
 
 LOSSES = "train.losses.kinds"
@@ -35,7 +37,9 @@ _ROOT = Path(__file__).parent.parent
 
 
 def names_in(package: str) -> list[str]:
-    """The kinds of a package, in alphabetical order: its modules but for those that begin with `_`. None of them is imported."""
+    """The kinds of a package, in alphabetical order: its modules but for those that begin with `_`. None of them is
+    imported.
+    """
     return sorted(name for _, name, _ in pkgutil.iter_modules(_folders(package)) if not name.startswith("_"))
 
 
@@ -184,11 +188,20 @@ class Data(Section):
     crop_ratio: Range = [0.75, 1.3333333333]
     flip: bool = False
     resample: Literal["auto", "device", "host"] = "auto"
-    color_jitter: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=4, max_length=4)] = [0.32, 0.32, 0.32, 0.08]
+    color_jitter: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=4, max_length=4)] = [
+        0.32,
+        0.32,
+        0.32,
+        0.08,
+    ]
     color_jitter_probability: Fraction = 0.0
     grey_probability: Fraction = 0.0
     mean: Channels = [0.48145466, 0.4578275, 0.40821073]
-    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = [0.26862954, 0.26130258, 0.27577711]
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = [
+        0.26862954,
+        0.26130258,
+        0.27577711,
+    ]
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
@@ -204,7 +217,9 @@ class Data(Section):
 
 def _known_loss(name: str) -> str:
     if name not in (names := names_in(LOSSES)):
-        raise PydanticCustomError("loss", "Input should be {names}", {"names": ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"})
+        raise PydanticCustomError(
+            "loss", "Input should be {names}", {"names": ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"}
+        )
     return name
 
 
@@ -220,7 +235,9 @@ class Loss(Section):
     @model_validator(mode="after")
     def _powers(self) -> Self:
         if 0 < self.gamma_negative < 1:
-            raise ValueError(f"gamma_negative is {self.gamma_negative}; allowed: 0, or 1 and more (below 1 the slope has no bound)")
+            raise ValueError(
+                f"gamma_negative is {self.gamma_negative}; allowed: 0, or 1 and more (below 1 the slope has no bound)"
+            )
         return self
 
 
@@ -361,7 +378,9 @@ class Pipeline(Section):
     @model_validator(mode="before")
     @classmethod
     def _evaluators_sections(cls, values: Any) -> Any:
-        """`probe: {...}` becomes `evaluators: {probe: {...}}`: its keys are known to the evaluator's file (`labels.config.own_section`)."""
+        """`probe: {...}` becomes `evaluators: {probe: {...}}`: its keys are known to the evaluator's file
+        (`labels.config.own_section`).
+        """
         names = names_in(EVALUATORS)
         if not isinstance(values, dict) or not isinstance(values.get("evaluators", {}), dict):
             return values

@@ -60,16 +60,19 @@ _MENDS = {
     errno.EROFS: "mount it writable, then {again}",
 }
 _TOLD_IN_WORDS = ("duckdb", "_duckdb")  # modules whose errors tell the system's reason in their text alone
-_SHORT = re.compile(r"\d+ requested and \d+ written|failed to offload data block")  # NumPy's, and DuckDB's of its spill folder
+_SHORT = re.compile(
+    r"\d+ requested and \d+ written|failed to offload data block"
+)  # NumPy's, and DuckDB's of its spill folder
 _partial_tag: ContextVar[str] = ContextVar("partial_tag", default="")
 
 
 @contextmanager
 def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a local temporary path; on success the file there takes the place of `path` in one step, else it is removed.
+    """Yield a local temporary path; on success the file there takes the place of `path` in one step, else it is
+    removed.
 
-    A process killed inside the block leaves only `<name>.partial`, which nothing reads and the next try overwrites. Without
-    `durable` a power cut soon afterwards may leave a file that is cut: for what is soon made anew, and checked.
+    A process killed inside the block leaves only `<name>.partial`, which nothing reads and the next try overwrites.
+    Without `durable` a power cut soon afterwards may leave a file that is cut: for what is soon made anew, and checked.
 
     Raises:
         UserError: the disk is full or may not be written, for errors of Python, pyarrow and DuckDB inside the block.
@@ -100,7 +103,8 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`; on success it takes the place of `path`, which is removed if it was there, else it is removed.
+    """Yield a new folder beside `path`; on success it takes the place of `path`, which is removed if it was there, else
+    it is removed.
 
     A process killed inside the block leaves only `<name>.partial`, which nothing reads and the next try removes.
 
@@ -140,11 +144,16 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
-        taken = next((above for above in (path, *path.parents) if not above.is_dir() and (above.exists() or above.is_symlink())), None)
+        taken = next(
+            (above for above in (path, *path.parents) if not above.is_dir() and (above.exists() or above.is_symlink())),
+            None,
+        )
         why = f"the file system makes none there ({error.strerror})"
         if taken is not None:
             why = f"{taken} is {'a link that leads nowhere' if taken.is_symlink() and not taken.exists() else 'a file'}"
-        raise UserError(f"no folder {path} can be made: {why}", allowed="a folder, there or not yet", mend="name another one") from error
+        raise UserError(
+            f"no folder {path} can be made: {why}", allowed="a folder, there or not yet", mend="name another one"
+        ) from error
 
 
 @contextmanager
@@ -173,7 +182,8 @@ def remove_partials(*folders: Path) -> None:
 
 @contextmanager
 def plain_disk_faults(path: Path) -> Iterator[None]:
-    """Turn "no space left" and its like, raised while `path` is written, into a UserError that names path, reason and mend.
+    """Turn "no space left" and its like, raised while `path` is written, into a UserError that names path, reason and
+    mend.
 
     An error that names a file elsewhere (an input that may not be read) passes as it is.
     """
@@ -291,7 +301,9 @@ def out_path(text: str) -> Path:
         path = UPath(text.rstrip("/"), **options)
         path.fs  # noqa: B018  (makes the file system now)
     except (ValueError, ImportError) as error:
-        raise UserError(f"{text} cannot be opened: {error}", allowed="a local folder, or a URL that fsspec knows") from None
+        raise UserError(
+            f"{text} cannot be opened: {error}", allowed="a local folder, or a URL that fsspec knows"
+        ) from None
     return cast(Path, path)
 
 

@@ -5,8 +5,8 @@
     SQL condition        -> `where`: one expression that is true or false, on a table of DuckDB
     -> `sort_uids`, which spills what does not fit -> `count_in`: how often each sample's uid is in the array
 
-A uid that is there twice repeats its sample; a sample without a uid is in no subset of uids. Shapes: N uids of a batch, U of the array.
-duckdb is imported where it is used, so that a training node without a subset works without it.
+A uid that is there twice repeats its sample; a sample without a uid is in no subset of uids. Shapes: N uids of a batch,
+U of the array. duckdb is imported where it is used, so that a training node without a subset works without it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def map_uids(text: str, option: str) -> Iterator[np.ndarray]:
         try:
             path = stack.enter_context(local_copy(out_path(text)))
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-            kinds = [array.dtype[name].str[1:] for name in array.dtype.names or ()] if isinstance(array, np.ndarray) else []
+            kinds = (
+                [array.dtype[name].str[1:] for name in array.dtype.names or ()] if isinstance(array, np.ndarray) else []
+            )
             if kinds != ["u8", "u8"] or array.ndim != 1:
                 raise ValueError(f"it holds {getattr(array, 'dtype', type(array).__name__)}")
         except FileNotFoundError:
@@ -72,7 +74,9 @@ def in_parts(array: np.ndarray) -> Iterator[np.ndarray]:
 def is_sorted(array: np.ndarray) -> bool:
     """Whether the array of `map_uids` is ascending."""
     # Each part with the first uid of the next one.
-    parts = (np.asarray(array[start : start + ROWS_AT_ONCE + 1]).astype(UIDS) for start in range(0, len(array), ROWS_AT_ONCE))
+    parts = (
+        np.asarray(array[start : start + ROWS_AT_ONCE + 1]).astype(UIDS) for start in range(0, len(array), ROWS_AT_ONCE)
+    )
     return all(_ascending(part["f0"], part["f1"]) for part in parts)
 
 
@@ -110,7 +114,9 @@ def sort_uids(uids: Iterator[np.ndarray], memory: str, spill: Path) -> Iterator[
         raise failed[0]
 
 
-def where(table: duckdb.DuckDBPyRelation, condition: str, option: str, allowed: str = ALLOWED) -> duckdb.DuckDBPyRelation:
+def where(
+    table: duckdb.DuckDBPyRelation, condition: str, option: str, allowed: str = ALLOWED
+) -> duckdb.DuckDBPyRelation:
     """The rows of a table that meet one SQL condition.
 
     Raises:
@@ -122,7 +128,10 @@ def where(table: duckdb.DuckDBPyRelation, condition: str, option: str, allowed: 
         expression = duckdb.SQLExpression(condition)
         kinds = [str(kind) for kind in table.select(expression).types]
         if kinds != ["BOOLEAN"]:
-            raise UserError(f"{option} {condition!r} cannot be used: it gives {', '.join(kinds)}, not true or false", allowed=allowed)
+            raise UserError(
+                f"{option} {condition!r} cannot be used: it gives {', '.join(kinds)}, not true or false",
+                allowed=allowed,
+            )
         return table.filter(expression)
     except duckdb.Error as error:
         raise_if_out_of_memory(error)
@@ -163,12 +172,16 @@ def count_in(uids: np.ndarray, array: np.ndarray) -> np.ndarray:
     begin = np.searchsorted(high, wanted["f0"], "left")
     end = np.searchsorted(high, wanted["f0"], "right")
     counts = np.empty(len(uids), np.int64)
-    counts[order] = _bound(low, begin, end, wanted["f1"], np.less_equal) - _bound(low, begin, end, wanted["f1"], np.less)
+    counts[order] = _bound(low, begin, end, wanted["f1"], np.less_equal) - _bound(
+        low, begin, end, wanted["f1"], np.less
+    )
     return counts
 
 
 def _bound(values: np.ndarray, begin: np.ndarray, end: np.ndarray, wanted: np.ndarray, before: np.ufunc) -> np.ndarray:
-    """For each i the first place in begin[i]:end[i] of the sorted `values` that is not `before` wanted[i]: N bisections at once."""
+    """For each i the first place in begin[i]:end[i] of the sorted `values` that is not `before` wanted[i]: N bisections
+    at once.
+    """
     begin, end = begin.copy(), end.copy()
     while (open_rows := np.flatnonzero(begin < end)).size:
         middle = (begin[open_rows] + end[open_rows]) // 2

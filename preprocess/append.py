@@ -30,7 +30,8 @@ def append_shards(out: Path, sources: list[str], overrides: list[str], *, prefix
         prefix: put before the names of the new shards.
 
     Raises:
-        UserError: the folder is not finished or has other options; a name that is taken or would come before an old one.
+        UserError: the folder is not finished or has other options; a name that is taken or would come before an old
+            one.
     """
     layout = Layout(out)
     _known_inputs(layout)  # before a lock file is made in what is no output folder
@@ -120,13 +121,16 @@ def _new_shards(inputs: BuildInputs, shards: list[Shard]) -> list[Shard]:
 
 
 def _prefix_after(last: str, batches: int) -> str:
-    return next(prefix for letter in ("more", "x", "zz", "~", chr(0x10FFFF)) if (prefix := f"{letter}{batches}-") > last)
+    return next(
+        prefix for letter in ("more", "x", "zz", "~", chr(0x10FFFF)) if (prefix := f"{letter}{batches}-") > last
+    )
 
 
 def _same_subset(layout: Layout, settings: Pipeline, sources: list[str]) -> str | None:
     """As `chosen_uids`, for an append: what chose the uids must choose the same ones, and for the new shards too.
 
-    An SQL condition chooses among the metadata that build-labels was given, so it serves only where `build.metadata` names all of it.
+    An SQL condition chooses among the metadata that build-labels was given, so it serves only where `build.metadata`
+    names all of it.
     """
     subset = settings.build.subset
     if subset and not subset.endswith((".npy", ".parquet")) and settings.build.metadata is None:

@@ -7,8 +7,8 @@
              betons   beton_job, one task for each group of shards    beton/, or places/ with --no-images
     finalize          quarantine.parquet config.yaml manifest.json
 
-Every stage skips what its markers say is done (stage.py). The manifest comes last. The members of an array job (`--shard i/n`) do
-labels and betons of their shards side by side; a run without `--shard` does what needs all of them.
+Every stage skips what its markers say is done (stage.py). The manifest comes last. The members of an array job
+(`--shard i/n`) do labels and betons of their shards side by side; a run without `--shard` does what needs all of them.
 """
 
 import sys
@@ -21,7 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from labels.config import dump_yaml
-from labels.manifest import QUARANTINE, Manifest, ShardPart, Source, TokenizerPart, read_sources, write_manifest, write_sources
+from labels.manifest import (
+    QUARANTINE,
+    Manifest,
+    ShardPart,
+    Source,
+    TokenizerPart,
+    read_sources,
+    write_manifest,
+    write_sources,
+)
 from labels.settings import Pipeline
 from labels.storage import Layout, UserError, fingerprint, is_remote, own_partials, sha256_file, write_whole
 from labels.tokenizers.tokenizer import make_tokenizer
@@ -117,7 +126,8 @@ def complete(build: BuildContext, inputs: BuildInputs, fresh: frozenset[str] = f
     Args:
         build: under the lock of its output folder, its options checked.
         inputs: all shards of the output folder.
-        fresh: names of shards that are added to a finished output folder: its manifest stays until its IDF table has to change.
+        fresh: names of shards that are added to a finished output folder: its manifest stays until its IDF table has to
+            change.
 
     Raises:
         UserError: too many bad samples, or no sample left.
@@ -145,7 +155,8 @@ def _run_labels(
 ) -> list[LabelMarker]:
     """Label files for the shards that are `mine` (None: all); markers of the finished ones, in the shards' order."""
     layout, names = build.layout, {shard.name for shard in shards}
-    # The position of a row is counted through labels/*.parquet: the file of a shard that is no longer given would shift it.
+    # The position of a row is counted through labels/*.parquet: the file of a shard that is no longer given would shift
+    # it.
     unknown = sorted(path.stem for path in layout.labels.glob("*.parquet") if path.stem not in names)
     if unknown:
         raise UserError(
@@ -154,7 +165,9 @@ def _run_labels(
             "files that no build has written have to be moved away",
         )
     settings, options = build.settings.labels, build.label_options
-    tasks = [LabelTask(shard, layout.out, settings, build.captions, build.subset is not None, options) for shard in shards]
+    tasks = [
+        LabelTask(shard, layout.out, settings, build.captions, build.subset is not None, options) for shard in shards
+    ]
     chosen = None if mine is None else {shard.name for shard in mine}
     return run_stage(build, label_stage(layout), tasks, mine=chosen, fresh=fresh)
 
@@ -167,14 +180,20 @@ def _run_groups(
     *,
     copy: bool,
 ) -> list[GroupMarker]:
-    """Betons, or without `copy` image index files, for the groups that are `mine`; markers of the finished ones, in their order."""
+    """Betons, or without `copy` image index files, for the groups that are `mine`; markers of the finished ones, in
+    their order.
+    """
     layout, folder = build.layout, image_folder(build.layout, copy=copy)
     settings, options = build.settings.build, build.image_options
-    tasks = [GroupTask(group, build.label_limit, build.captions, layout.out, settings, options, copy) for group in groups]
+    tasks = [
+        GroupTask(group, build.label_limit, build.captions, layout.out, settings, options, copy) for group in groups
+    ]
     begins, count = {group.first for group in groups}, sum(group.files for group in groups)
 
     def remove_outdated(stale: list[str]) -> None:
-        """Files beyond the last beton, and markers of other groups: the files that these name may be overwritten by other tasks."""
+        """Files beyond the last beton, and markers of other groups: the files that these name may be overwritten by
+        other tasks.
+        """
         for name in stale:
             (folder.markers / f"{name}.json").unlink(missing_ok=True)
         for number, path in folder.numbered():
@@ -190,7 +209,9 @@ def write_idf(build: BuildContext, parts: list[ShardPart], labelled: list[LabelM
     _run_idf(build, parts, labelled, mine=None)
 
 
-def _run_idf(build: BuildContext, parts: list[ShardPart], labelled: list[LabelMarker], mine: Collection[str] | None) -> list[CorpusMarker]:
+def _run_idf(
+    build: BuildContext, parts: list[ShardPart], labelled: list[LabelMarker], mine: Collection[str] | None
+) -> list[CorpusMarker]:
     """As `run_stage`: with no name in `mine`, the marker if the table is done."""
     layout, tokenizer, formula = build.layout, build.tokenizer, build.settings.labels.idf
     of = {"formula": formula, "shards": fingerprint([part.model_dump() for part in parts])}
@@ -206,7 +227,9 @@ def _run_idf(build: BuildContext, parts: list[ShardPart], labelled: list[LabelMa
         write_idf_duckdb(
             layout,
             captions=captions,
-            tokens=None if any(marker.tokens is None for marker in labelled) else sum(marker.tokens or 0 for marker in labelled),
+            tokens=None
+            if any(marker.tokens is None for marker in labelled)
+            else sum(marker.tokens or 0 for marker in labelled),
             formula=formula,
             tokenizer=tokenizer.name,
             fingerprint=tokenizer.fingerprint,
@@ -276,13 +299,17 @@ def _locked(layout: Layout, share: Share | None) -> Iterator[None]:
 
 
 def _run_share(build: BuildContext, inputs: BuildInputs, share: Share) -> None:
-    """The labels of a share; once a run without `--shard` has made the IDF table, its betons; then print what to do next."""
+    """The labels of a share; once a run without `--shard` has made the IDF table, its betons; then print what to do
+    next.
+    """
     i, n = share
     shards, images = inputs.shards, inputs.images
     labelled = _run_labels(build, shards, shards[i::n])
     command = "the same command without --shard"
     if len(labelled) < len(shards):
-        print(f"labels of {len(labelled)} of {len(shards)} shards are done; when all shares have ended, run {command} and with --no-beton")
+        print(
+            f"labels of {len(labelled)} of {len(shards)} shards are done; when all shares have ended, run {command} and with --no-beton"
+        )
         return
     if not _run_idf(build, shard_parts(shards, labelled), labelled, mine=()):
         print(f"labels of all {len(shards)} shards are done; now run {command} and with --no-beton, for the IDF table")
@@ -345,7 +372,9 @@ def _reasons(markers: Sequence[LabelMarker | GroupMarker]) -> Counter[str]:
     return total
 
 
-def _check_usable(build: BuildContext, rejected: Counter[str], samples: int, outside: int, parts: list[ShardPart]) -> None:
+def _check_usable(
+    build: BuildContext, rejected: Counter[str], samples: int, outside: int, parts: list[ShardPart]
+) -> None:
     """End the build if too few samples are left; quarantine.parquet then says why.
 
     Args:
@@ -383,8 +412,12 @@ def _reason_list(rejected: Counter[str]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in rejected.most_common())
 
 
-def _finalize(build: BuildContext, inputs: BuildInputs, parts: list[ShardPart], written: list[GroupMarker], *, copy: bool) -> Manifest:
-    """quarantine.parquet, config.yaml, and last the manifest. `written`: markers of betons (`copy`) or image index files."""
+def _finalize(
+    build: BuildContext, inputs: BuildInputs, parts: list[ShardPart], written: list[GroupMarker], *, copy: bool
+) -> Manifest:
+    """quarantine.parquet, config.yaml, and last the manifest. `written`: markers of betons (`copy`) or image index
+    files.
+    """
     layout, settings, tokenizer = build.layout, build.settings, build.tokenizer
     folder = image_folder(layout, copy=copy)
     _write_quarantine(layout, parts, [folder.markers / f"{marker.name}.json" for marker in written])
@@ -445,7 +478,9 @@ def print_summary(manifest: Manifest, out: Path) -> None:
     for part in [*manifest.shards, *manifest.betons, *manifest.places]:
         rejected.update(part.quarantined)
     gib = sum(beton.bytes for beton in manifest.betons) / 2**30
-    print(f"{out}: {manifest.captions:,} label rows from {len(manifest.shards)} shards, vocabulary {manifest.tokenizer.vocabulary:,}")
+    print(
+        f"{out}: {manifest.captions:,} label rows from {len(manifest.shards)} shards, vocabulary {manifest.tokenizer.vocabulary:,}"
+    )
     if manifest.betons:
         print(f"  {manifest.samples:,} samples in {len(manifest.betons)} betons, {gib:.2f} GiB")
     if manifest.places:

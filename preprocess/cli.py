@@ -31,7 +31,11 @@ config_option = click.option(
     "--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it is there)."
 )
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key, e.g. labels.idf=paper. Repeatable."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override one key, e.g. labels.idf=paper. Repeatable.",
 )
 
 
@@ -57,13 +61,25 @@ def _count(_context: click.Context, _option: click.Parameter, value: str | None)
 @click.argument("out", callback=parse_out)
 @click.argument("sample", metavar="KEY|UID")
 @click.option("--shard", metavar="NAME", help="The shard to search, if several have the key.")
-@click.option("--checkpoint", "run", metavar="RUN", help="Add a run's predictions: `train explain` does it, with the same arguments.")
+@click.option(
+    "--checkpoint",
+    "run",
+    metavar="RUN",
+    help="Add a run's predictions: `train explain` does it, with the same arguments.",
+)
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Predictions, for --checkpoint.")
 @click.option("--html", type=_file, help="Write a page that opens without a network.")
 @click.option("--svg", type=_file, help="Write a vector picture.")
 @click.option("--png", type=_file, help="Write a picture, 1200 pixels wide.")
 def explain_command(
-    out: Path, sample: str, shard: str | None, run: str | None, top: int, html: Path | None, svg: Path | None, png: Path | None
+    out: Path,
+    sample: str,
+    shard: str | None,
+    run: str | None,
+    top: int,
+    html: Path | None,
+    svg: Path | None,
+    png: Path | None,
 ) -> None:
     """Show one sample from caption to target: image, cleaned caption, tokens, frequencies, IDF, weights."""
     from labels.explanation import show
@@ -93,7 +109,11 @@ def report_command(out: Path, page: Path, pictures: int) -> None:
 @click.command("plan")
 @click.argument("data", nargs=-1, required=True)
 @click.option("--out", help="The output folder, for the free space on its disk (default: paths.out).")
-@click.option("--samples", callback=_count, help="Estimate for this many samples like those of DATA, e.g. 1.28B (default: all of DATA).")
+@click.option(
+    "--samples",
+    callback=_count,
+    help="Estimate for this many samples like those of DATA, e.g. 1.28B (default: all of DATA).",
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes of the build (default: build.workers).")
 @click.option("--no-beton", is_flag=True, help="A build that stops after the IDF table.")
 @click.option("--price-per-hour", type=click.FloatRange(min=0), help="Of this machine.")
@@ -102,10 +122,20 @@ def report_command(out: Path, page: Path, pictures: int) -> None:
 @config_option
 @set_option
 def plan_command(
-    data: tuple[str, ...], out: str | None, samples: int | None, workers: int | None, no_beton: bool, price_per_hour: float | None,
-    price_per_gib_month: float | None, as_json: bool, config: Path | None, overrides: tuple[str, ...],
-) -> None:  # fmt: skip
-    """Build two or three shards of DATA in a temporary folder, and estimate time, disk, memory and cost of the whole build."""
+    data: tuple[str, ...],
+    out: str | None,
+    samples: int | None,
+    workers: int | None,
+    no_beton: bool,
+    price_per_hour: float | None,
+    price_per_gib_month: float | None,
+    as_json: bool,
+    config: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Build two or three shards of DATA in a temporary folder, and estimate time, disk, memory and cost of the whole
+    build.
+    """
     from rich.console import Console
 
     from labels.config import load_pipeline
@@ -145,7 +175,8 @@ def doctor_command(out: str | None, as_json: bool, config: Path | None) -> None:
 SHOW_COMMANDS = (explain_command, report_command, plan_command, doctor_command)
 
 
-# What is large is imported by the command that needs it, which also is when `build-labels` has its worker processes under way.
+# What is large is imported by the command that needs it, which also is when `build-labels` has its worker processes
+# under way.
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -155,7 +186,9 @@ def cli() -> None:
 
 
 _decode_check = click.option(
-    "--decode-check", type=click.Choice(["none", "header", "full"]), help="How JPEGs are checked (default: build.decode_check)."
+    "--decode-check",
+    type=click.Choice(["none", "header", "full"]),
+    help="How JPEGs are checked (default: build.decode_check).",
 )
 
 
@@ -179,13 +212,29 @@ def _share(_context: click.Context, _option: click.Parameter, value: str | None)
 @click.option("--out", help="Folder to write, or an s3:// URL (default: paths.out).")
 @click.option("--workers", type=int, help="Worker processes (default: build.workers; 0 = all cores).")
 @click.option("--engine", type=click.Choice(["local", "ray"]), help="Where the work runs (default: build.engine).")
-@click.option("--shard", "share", callback=_share, metavar="I/N", help="One of N array jobs on one OUT: every N-th shard from the I-th on.")
-@click.option("--caption-key", metavar="KEYS", help="Where captions stand, e.g. txt,json:caption (default: build.caption_key).")
-@click.option("--subset", metavar="FILE|CONDITION", help="Only these samples: .npy or .parquet of uids, or SQL on the metadata.")
+@click.option(
+    "--shard",
+    "share",
+    callback=_share,
+    metavar="I/N",
+    help="One of N array jobs on one OUT: every N-th shard from the I-th on.",
+)
+@click.option(
+    "--caption-key", metavar="KEYS", help="Where captions stand, e.g. txt,json:caption (default: build.caption_key)."
+)
+@click.option(
+    "--subset", metavar="FILE|CONDITION", help="Only these samples: .npy or .parquet of uids, or SQL on the metadata."
+)
 @click.option("--no-beton", is_flag=True, help="Stop after the IDF table.")
-@click.option("--no-images", is_flag=True, help="Write where the images lie in the tars, in place of betons: the tars stay the only copy.")
+@click.option(
+    "--no-images",
+    is_flag=True,
+    help="Write where the images lie in the tars, in place of betons: the tars stay the only copy.",
+)
 @_decode_check
-@click.option("--overwrite", is_flag=True, help="Remove what an earlier build with other options left in OUT; nothing else.")
+@click.option(
+    "--overwrite", is_flag=True, help="Remove what an earlier build with other options left in OUT; nothing else."
+)
 @config_option
 @set_option
 def build_labels_command(
@@ -217,12 +266,19 @@ def build_labels_command(
     settings = load_pipeline(config, [*overrides, *flags])
     if no_beton and no_images:
         raise UserError(
-            "--no-beton and --no-images are both given", allowed="one of them", mend="--no-beton makes neither betons nor places"
+            "--no-beton and --no-images are both given",
+            allowed="one of them",
+            mend="--no-beton makes neither betons nor places",
         )
     if overwrite and share:
-        raise UserError("--overwrite with --shard would remove what the other shares write", mend="run it once without --shard first")
+        raise UserError(
+            "--overwrite with --shard would remove what the other shares write",
+            mend="run it once without --shard first",
+        )
     target = out_path(out or settings.paths.out)
-    manifest = build_labels(list(data), target, settings, betons=not no_beton, overwrite=overwrite, share=share, no_images=no_images)
+    manifest = build_labels(
+        list(data), target, settings, betons=not no_beton, overwrite=overwrite, share=share, no_images=no_images
+    )
     if manifest:
         print_summary(manifest, target)
 
@@ -230,13 +286,21 @@ def build_labels_command(
 @cli.command("append")
 @click.argument("out", callback=parse_out)
 @click.argument("data", nargs=-1)
-@click.option("--prefix", default="", help="Put before the names of the new shards, which have to come after those of OUT.")
+@click.option(
+    "--prefix", default="", help="Put before the names of the new shards, which have to come after those of OUT."
+)
 @click.option("--undo", is_flag=True, help="Give up an append that has not finished, while the manifest still stands.")
 @click.option("--workers", type=int, help="Worker processes (default: all cores).")
 @click.option("--engine", type=click.Choice(["local", "ray"]), help="Where the work runs (default: local).")
 @set_option
 def append_command(
-    out: Path, data: tuple[str, ...], prefix: str, undo: bool, workers: int | None, engine: str | None, overrides: tuple[str, ...]
+    out: Path,
+    data: tuple[str, ...],
+    prefix: str,
+    undo: bool,
+    workers: int | None,
+    engine: str | None,
+    overrides: tuple[str, ...],
 ) -> None:
     """Add the shards of DATA to a finished OUT with OUT's own options; without DATA finish what was begun.
 
@@ -250,7 +314,9 @@ def append_command(
         return
     if set(prefix) & set("/*?[]\\"):
         raise UserError(f"--prefix {prefix!r} cannot stand in a file name", allowed="letters, digits, - and _")
-    manifest = append_shards(out, list(data), [*overrides, *_as_overrides(workers=workers, engine=engine)], prefix=prefix)
+    manifest = append_shards(
+        out, list(data), [*overrides, *_as_overrides(workers=workers, engine=engine)], prefix=prefix
+    )
     print_summary(manifest, out)
 
 
@@ -258,12 +324,30 @@ def append_command(
 @click.argument("data", nargs=-1, required=True)
 @click.option("--kind", type=click.Choice(get_args(TokenizerKind)), required=True, help="What to train.")
 @click.option(
-    "--vocab-size", type=click.IntRange(min=1), default=32_768, show_default=True, help="Tokens; catlip has as many as pass --min-count."
+    "--vocab-size",
+    type=click.IntRange(min=1),
+    default=32_768,
+    show_default=True,
+    help="Tokens; catlip has as many as pass --min-count.",
 )
-@click.option("--min-count", type=click.IntRange(min=1), help="Least count of a word or synset (default: 2; catlip: 500 captions).")
-@click.option("--wordnet", default="auto", show_default=True, help="For catlip: the folder with index.noun and data.noun.")
-@click.option("--caption-key", metavar="KEYS", help="Where captions stand, e.g. txt,json:caption (default: build.caption_key).")
-@click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The file to write; labels.tokenizer then names it.")
+@click.option(
+    "--min-count",
+    type=click.IntRange(min=1),
+    help="Least count of a word or synset (default: 2; catlip: 500 captions).",
+)
+@click.option(
+    "--wordnet", default="auto", show_default=True, help="For catlip: the folder with index.noun and data.noun."
+)
+@click.option(
+    "--caption-key", metavar="KEYS", help="Where captions stand, e.g. txt,json:caption (default: build.caption_key)."
+)
+@click.option(
+    "--out",
+    "target",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The file to write; labels.tokenizer then names it.",
+)
 @config_option
 @set_option
 def train_tokenizer_command(
@@ -301,7 +385,9 @@ def train_tokenizer_command(
 @click.option("--formula", type=click.Choice(get_args(Formula)), help="Default: the one that OUT was built with.")
 @click.option("--recount", is_flag=True, help="Count the label files anew instead of summing the counts that are kept.")
 @click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The Parquet file to write.")
-def idf_command(outs: tuple[Path, ...], shards: str | None, formula: Formula | None, recount: bool, target: Path) -> None:
+def idf_command(
+    outs: tuple[Path, ...], shards: str | None, formula: Formula | None, recount: bool, target: Path
+) -> None:
     """Sum the IDF table of some shards, or of several OUTs together, from the counts that are kept for every shard."""
     from preprocess.counts import sum_idf
 

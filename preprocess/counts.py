@@ -26,7 +26,8 @@ from labels.manifest import COUNTS, TOKENS, Manifest, ShardPart, read_manifest
 from labels.settings import Formula
 from labels.storage import Layout, UserError, is_remote, local_copy, whole_file, write_whole
 
-# The tokenizer's fingerprint apart, what decides which label a caption gets: counts that differ in one of these are of different things.
+# The tokenizer's fingerprint apart, what decides which label a caption gets: counts that differ in one of these are of
+# different things.
 _SAME_OPTIONS = ("context", "stop_words", "ngrams")
 
 
@@ -68,7 +69,8 @@ class ShardCounts:
         """The count file: token_id int32, document_frequency int64, of the tokens that occur, ascending.
 
         Returns:
-            bytes of the file. The marker holds them, so that a file cut by a power failure is seen: it is not synced to the disk,
+            bytes of the file. The marker holds them, so that a file cut by a power failure is seen: it is not synced to
+                the disk,
             since it is quickly made again.
         """
         self._count()
@@ -81,13 +83,18 @@ class ShardCounts:
 
 @cache
 def _own_connection() -> duckdb.DuckDBPyConnection:
-    """One connection for each process: to open one takes as long as to count ten thousand captions. One core for each worker."""
+    """One connection for each process: to open one takes as long as to count ten thousand captions. One core for each
+    worker.
+    """
     # One bit more, for nulls.
-    return duckdb.connect(config={"threads": 1, "memory_limit": _SHARD_MEMORY, "perfect_ht_threshold": _COUNTED_BITS + 1})
+    return duckdb.connect(
+        config={"threads": 1, "memory_limit": _SHARD_MEMORY, "perfect_ht_threshold": _COUNTED_BITS + 1}
+    )
 
 
 def sum_counts(files: Sequence[Path], vocabulary: int, memory: str, spill: Path) -> np.ndarray:
-    """Document frequency int64 [V] over the shards whose count files are given: exact, since each caption is in one shard.
+    """Document frequency int64 [V] over the shards whose count files are given: exact, since each caption is in one
+    shard.
 
     Args:
         files: count files.
@@ -100,7 +107,9 @@ def sum_counts(files: Sequence[Path], vocabulary: int, memory: str, spill: Path)
     """
     if not files:
         return np.zeros(vocabulary, np.int64)
-    query = "SELECT token_id, sum(document_frequency)::BIGINT AS document_frequency FROM read_parquet($1) GROUP BY token_id"
+    query = (
+        "SELECT token_id, sum(document_frequency)::BIGINT AS document_frequency FROM read_parquet($1) GROUP BY token_id"
+    )
     return _frequencies(query, files, vocabulary, memory, spill)
 
 
@@ -119,7 +128,9 @@ def _frequencies(query: str, files: Sequence[Path], vocabulary: int, memory: str
                 con.register_filesystem(files[0].fs)  # type: ignore[attr-defined]  # a UPath
             counted = con.sql(query, params=[[str(file) for file in files]]).to_arrow_table()
     except duckdb.OutOfMemoryException as error:
-        raise UserError(f"build.duckdb_memory = {memory} is too little to count in: {error}", mend="raise it, e.g. to 1GiB") from None
+        raise UserError(
+            f"build.duckdb_memory = {memory} is too little to count in: {error}", mend="raise it, e.g. to 1GiB"
+        ) from None
     frequency = np.zeros(vocabulary, np.int64)
     frequency[counted["token_id"].to_numpy()] = counted["document_frequency"].to_numpy()
     return frequency
@@ -149,8 +160,10 @@ def write_idf_duckdb(
 ) -> None:
     """idf.duckdb: tables tokens, corpus, shards, and the view labels over the Parquet files.
 
-    The view names the files relative to the output folder, so that this can be moved: `preprocess sql` sets the search path, and the
-    DuckDB shell is started inside the folder. DuckDB puts random identifiers into its files; their content is the same each time.
+    The view names the files relative to the output folder, so that this can be moved: `preprocess sql` sets the search
+        path, and the
+    DuckDB shell is started inside the folder. DuckDB puts random identifiers into its files; their content is the same
+    each time.
 
     `tokens`: token ids in all label files; None (markers of earlier versions do not say it) counts them.
     """
@@ -181,7 +194,9 @@ def write_idf_duckdb(
                 " $2 AS formula, $3 AS tokenizer, $4 AS tokenizer_fingerprint",
                 [captions, formula, tokenizer, fingerprint, token_count],
             )
-            con.execute("CREATE TABLE shards (shard VARCHAR, rows BIGINT, quarantined BIGINT, reasons MAP(VARCHAR, BIGINT))")
+            con.execute(
+                "CREATE TABLE shards (shard VARCHAR, rows BIGINT, quarantined BIGINT, reasons MAP(VARCHAR, BIGINT))"
+            )
             for shard in shards:
                 reasons = Counter(shard.quarantined)
                 con.execute(
@@ -229,7 +244,8 @@ def sum_idf(
     recount: bool = False,
     memory: str = "1GiB",
 ) -> Summed:
-    """Write one IDF table of several output folders: token_id, token, document_frequency, idf, one row for each vocabulary entry.
+    """Write one IDF table of several output folders: token_id, token, document_frequency, idf, one row for each
+    vocabulary entry.
 
     Args:
         outs: finished output folders of one tokenizer and one set of labels.
@@ -240,13 +256,19 @@ def sum_idf(
         memory: DuckDB's limit.
 
     Raises:
-        UserError: an output folder is not finished, given twice, or has other labels than the first; no shard fits; counts are missing.
+        UserError: an output folder is not finished, given twice, or has other labels than the first; no shard fits;
+            counts are missing.
     """
     _check_target(target, outs)
     manifests = [read_manifest(out) for out in outs]
     names = _common_tokens(outs, manifests)
     formula = formula or _common_formula(outs, manifests)
-    chosen = [(out, part) for out, manifest in zip(outs, manifests, strict=True) for part in manifest.shards if _fits(part, shards)]
+    chosen = [
+        (out, part)
+        for out, manifest in zip(outs, manifests, strict=True)
+        for part in manifest.shards
+        if _fits(part, shards)
+    ]
     if not chosen:
         known = [part.name for manifest in manifests for part in manifest.shards]
         raise UserError(
@@ -273,9 +295,13 @@ def _check_target(target: Path, outs: list[Path]) -> None:
     paths = [out if is_remote(out) else out.resolve() for out in outs]
     for path, out in zip(paths, outs, strict=True):
         if paths.count(path) > 1:
-            raise UserError(f"{out} is given twice: its captions would count twice", mend="name every output folder once")
+            raise UserError(
+                f"{out} is given twice: its captions would count twice", mend="name every output folder once"
+            )
         if not is_remote(path) and target.resolve().is_relative_to(path):
-            raise UserError(f"--out {target} lies in {out}, whose files only a build writes", mend="give a file elsewhere")
+            raise UserError(
+                f"--out {target} lies in {out}, whose files only a build writes", mend="give a file elsewhere"
+            )
     if target.suffix != ".parquet" or target.is_dir():
         raise UserError(f"--out {target} is not the name of a Parquet file", allowed="a path that ends in .parquet")
 
@@ -304,7 +330,9 @@ def _common_tokens(outs: list[Path], manifests: list[Manifest]) -> list[str]:
 
 
 def _label_facts(first: Manifest, other: Manifest) -> list[tuple[str, object, object]]:
-    facts: list[tuple[str, object, object]] = [("their tokenizer's fingerprint", first.tokenizer.fingerprint, other.tokenizer.fingerprint)]
+    facts: list[tuple[str, object, object]] = [
+        ("their tokenizer's fingerprint", first.tokenizer.fingerprint, other.tokenizer.fingerprint)
+    ]
     options, others = first.options.get("labels", {}), other.options.get("labels", {})
     return facts + [(f"labels.{key}", options.get(key), others.get(key)) for key in _SAME_OPTIONS]
 
@@ -329,7 +357,9 @@ def _common_formula(outs: list[Path], manifests: list[Manifest]) -> Formula:
 def _count_file(out: Path, part: ShardPart) -> Path:
     path = Layout(out).count_file(part.name)
     if not path.is_file():
-        raise UserError(f"no counts of shard {part.name} at {path}", mend=f"run the build-labels command of {out} again")
+        raise UserError(
+            f"no counts of shard {part.name} at {path}", mend=f"run the build-labels command of {out} again"
+        )
     return path
 
 

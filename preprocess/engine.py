@@ -1,4 +1,5 @@
-"""Run one function over many tasks, in worker processes of this machine or on a Ray cluster; results in any order, and progress.
+"""Run one function over many tasks, in worker processes of this machine or on a Ray cluster; results in any order, and
+progress.
 
 A worker that dies ends a local run with the likely reason; on Ray its task is given to another worker (ray_engine.py).
 """
@@ -22,17 +23,20 @@ from labels.storage import UserError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-# ---- workers: Worker processes of this machine: forked from one server process that has imported and compiled everything once.
+# ---- workers: Worker processes of this machine: forked from one server process that has imported and compiled
+# everything once.
 #
-# The server is started early, so that it gets ready on another core while the main process still looks at its input. It is a process of
-# its own, because a fork of the main process would take along the locks of its threads.
+# The server is started early, so that it gets ready on another core while the main process still looks at its input. It
+# is a process of its own, because a fork of the main process would take along the locks of its threads.
 
 
 _PRELOAD = "preprocess.preload"
 
 
 def start_server() -> bool:
-    """Start the server unless it runs already; False if it cannot be: where temporary files have too long a path for a socket."""
+    """Start the server unless it runs already; False if it cannot be: where temporary files have too long a path for a
+    socket.
+    """
     multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOAD])
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"  # a module of the current folder is not to stand in for an installed one
@@ -67,7 +71,8 @@ def one_core() -> None:
 
 
 def _begin_worker(environment: dict[str, str]) -> None:
-    """In a worker: end as soon as the parent does, also when it is killed, so that no orphan writes beside the next run.
+    """In a worker: end as soon as the parent does, also when it is killed, so that no orphan writes beside the next
+    run.
 
     Args:
         environment: the parent's; the server has that of the moment at which it was started.
@@ -106,11 +111,13 @@ def run_tasks(
     """Yield `function(task)` for every task as each ends.
 
     Args:
-        function: importable by name; what it raises is raised again by this generator, after the waiting tasks were cancelled.
+        function: importable by name; what it raises is raised again by this generator, after the waiting tasks were
+            cancelled.
         tasks: picklable; on Ray a task may run again after its node was lost, also while the lost one still runs.
         workers: processes; 1 runs in this process. A Ray cluster that runs already is used with all its CPUs instead.
         engine: `local`: processes of this machine; `ray`: a Ray cluster.
-        shared: a file of the output folder that every machine has to see with the same content; None for an object store.
+        shared: a file of the output folder that every machine has to see with the same content; None for an object
+            store.
 
     Raises:
         UserError: a worker process died, with what usually kills one; a node of the cluster lacks something.
@@ -170,7 +177,9 @@ class Meter:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
         elif kind is None:

@@ -136,7 +136,9 @@ def estimate(sources: list[str], out: Path, settings: Pipeline, *, samples: int 
     return extrapolate(sample, settings, workers=workers, samples=samples, free_bytes=free)
 
 
-def measure(sources: list[str], folder: Path, settings: Pipeline, count: int, samples: int | None, betons: bool) -> Sample:
+def measure(
+    sources: list[str], folder: Path, settings: Pipeline, count: int, samples: int | None, betons: bool
+) -> Sample:
     """Build `count` shards in an empty folder, each stage timed. `start_s`: minus the work."""
     shards = find_shards(sources).shards
     chosen = choose_shards(shards, count)
@@ -256,7 +258,9 @@ def elapsed(seconds: float, total: float, tasks: int, workers: int, largest: flo
     return seconds * max(ceil(tasks / workers) * total / tasks, largest)
 
 
-def extrapolate(sample: Sample, settings: Pipeline, *, workers: int, samples: int | None, free_bytes: int | None) -> Estimate:
+def extrapolate(
+    sample: Sample, settings: Pipeline, *, workers: int, samples: int | None, free_bytes: int | None
+) -> Estimate:
     """From measured shards to all of DATA, or to `samples` label rows in shards like these."""
     factor = sample.factor(samples)
     count, total, largest = ceil(len(sample.shards) * factor), sum(sample.shards) * factor, max(sample.shards)

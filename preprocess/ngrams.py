@@ -1,4 +1,5 @@
-"""N-gram labels (`labels.ngrams` = 2): the most informative pairs of neighbouring words as extra classes, next to the single tokens.
+"""N-gram labels (`labels.ngrams` = 2): the most informative pairs of neighbouring words as extra classes, next to the
+single tokens.
 
     label files (token_ids) -> pairs of whole words, each once per caption (compiled) -> counted and ranked by DuckDB -> pairs.parquet
     token_ids + pairs.parquet -> pair classes of each row -> appended to its label_ids: label file, count file and marker written again
@@ -37,10 +38,11 @@ from preprocess.stage import (
     write_marker,
 )
 
-# ---- word_pairs: Pairs of neighbouring whole words in rows of token ids, compiled: what preprocess/ngrams.py counts and looks up.
+# ---- word_pairs: Pairs of neighbouring whole words in rows of token ids, compiled: what preprocess/ngrams.py counts
+# and looks up.
 #
-# A border lies before a row's first token, behind its last, and between neighbours a, b where ends[a] or starts[b]. A token with a
-# border on both sides is a whole word.
+# A border lies before a row's first token, behind its last, and between neighbours a, b where ends[a] or starts[b]. A
+# token with a border on both sides is a whole word.
 #
 # Shapes: V token classes, P pairs, N captions, T ids in all. Ids must lie in 0 .. V - 1: nothing here checks it.
 
@@ -58,7 +60,9 @@ def _whole(ids: np.ndarray, begin: Any, end: Any, at: Any, starts: np.ndarray, e
 
 
 @njit(nogil=True, cache=True)
-def count_words(ids: np.ndarray, offsets: np.ndarray, starts: np.ndarray, ends: np.ndarray, frequency: np.ndarray) -> None:
+def count_words(
+    ids: np.ndarray, offsets: np.ndarray, starts: np.ndarray, ends: np.ndarray, frequency: np.ndarray
+) -> None:
     """Add to frequency, int64 [V], in how many rows each token is a whole word.
 
     Args:
@@ -160,7 +164,11 @@ def known_pairs(
         begin, end, first = offsets[row], offsets[row + 1], stop
         for at in range(begin, end - 1):
             place = _find(seconds, begins[ids[at]], begins[ids[at] + 1], ids[at + 1])
-            if place >= 0 and _whole(ids, begin, end, at, starts, ends) and _whole(ids, begin, end, at + 1, starts, ends):
+            if (
+                place >= 0
+                and _whole(ids, begin, end, at, starts, ends)
+                and _whole(ids, begin, end, at + 1, starts, ends)
+            ):
                 found[stop] = classes[place]
                 stop += 1
         stop = _sort_distinct(found, first, stop)
@@ -197,7 +205,9 @@ FROM scored WHERE lift > 1 ORDER BY score DESC, first, second LIMIT $classes
 """
 
 
-def run_pair_stages(build: BuildContext, labelled: list[LabelMarker], fresh: frozenset[str], *, keep: bool) -> list[LabelMarker]:
+def run_pair_stages(
+    build: BuildContext, labelled: list[LabelMarker], fresh: frozenset[str], *, keep: bool
+) -> list[LabelMarker]:
     """Choose the word pairs of all shards and put their classes into every label file; return the label markers then.
 
     Args:
@@ -227,7 +237,9 @@ def run_pair_stages(build: BuildContext, labelled: list[LabelMarker], fresh: fro
     choosing = Stage(None, choose, CorpusMarker, layout.markers, [layout.out])
     [chosen] = run_stage(build, choosing, [CorpusTask("pairs", of, shards, (layout.pairs.name,), keep)], fresh=fresh)
     adding = Stage("word pairs", add_pairs, LabelMarker, layout.markers / "labels", [])
-    return run_stage(build, adding, [PairsTask(shard, layout.out, labels, chosen.sha256) for shard in shards], fresh=fresh)
+    return run_stage(
+        build, adding, [PairsTask(shard, layout.out, labels, chosen.sha256) for shard in shards], fresh=fresh
+    )
 
 
 def class_names(build: BuildContext) -> list[str]:
@@ -249,14 +261,15 @@ def choose_pairs(
 ) -> pa.Table:
     """The most informative pairs of neighbouring whole words of the corpus.
 
-    A border lies between neighbours a, b where ends_word[a] or starts_word[b], and at both ends of a row; a token with a border on
-    both sides is a whole word. With N captions, n(ab) of them holding the pair at least once and n(a), n(b) holding its words as
-    whole words, p = n / N and pmi = log(p(ab) / (p(a) p(b))), pairs are ranked by their count times normalised PMI,
+    A border lies between neighbours a, b where ends_word[a] or starts_word[b], and at both ends of a row; a token with
+    a border on both sides is a whole word. With N captions, n(ab) of them holding the pair at least once and n(a), n(b)
+    holding its words as whole words, p = n / N and pmi = log(p(ab) / (p(a) p(b))), pairs are ranked by their count
+    times normalised PMI,
 
         score = n(ab) * pmi / -log p(ab),
 
-    ties by (first, second). Pairs that come no more often than chance (pmi <= 0) are no classes. The result does not depend on the
-    number of threads, or on how the rows are cut into files.
+    ties by (first, second). Pairs that come no more often than chance (pmi <= 0) are no classes. The result does not
+    depend on the number of threads, or on how the rows are cut into files.
 
     Args:
         label_files: label Parquet; their token_ids are read.
@@ -282,7 +295,9 @@ def choose_pairs(
             con.register("words", pa.table({"id": np.arange(len(corpus.words)), "df": corpus.words}))
             return con.sql(_RANK, params={"captions": corpus.captions, "classes": classes}).to_arrow_table().cast(PAIRS)
     except duckdb.OutOfMemoryException as error:
-        raise UserError(f"build.duckdb_memory = {memory} is too little to count pairs in: {error}", mend="raise it, e.g. to 1GiB") from None
+        raise UserError(
+            f"build.duckdb_memory = {memory} is too little to count pairs in: {error}", mend="raise it, e.g. to 1GiB"
+        ) from None
     except duckdb.Error:
         if corpus.error is None:
             raise
@@ -309,7 +324,9 @@ class _Corpus:
         for file in self._files:
             try:
                 with local_copy(file) as local:
-                    for batch in pq.ParquetFile(local, pre_buffer=False).iter_batches(_ROWS_AT_ONCE, columns=["token_ids"]):
+                    for batch in pq.ParquetFile(local, pre_buffer=False).iter_batches(
+                        _ROWS_AT_ONCE, columns=["token_ids"]
+                    ):
                         yield self._count(batch["token_ids"])
             except UserError as error:
                 self.error = error
@@ -355,8 +372,12 @@ def pair_labels(
     return known_pairs(token_ids, offsets.astype(np.int64), starts_word, ends_word, begins, second[order], classes)
 
 
-def append_rows(ids: np.ndarray, offsets: np.ndarray, more: np.ndarray, more_offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row by row, `more` after `ids`: flat ids [T], [T'] with offsets [N + 1] each to ids int32 [T + T'], offsets int64 [N + 1]."""
+def append_rows(
+    ids: np.ndarray, offsets: np.ndarray, more: np.ndarray, more_offsets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row by row, `more` after `ids`: flat ids [T], [T'] with offsets [N + 1] each to ids int32 [T + T'], offsets int64
+    [N + 1].
+    """
     begins = offsets + more_offsets
     joined = np.empty(begins[-1], np.int32)
     joined[np.arange(len(ids)) + np.repeat(more_offsets[:-1], np.diff(offsets))] = ids
@@ -366,7 +387,9 @@ def append_rows(ids: np.ndarray, offsets: np.ndarray, more: np.ndarray, more_off
 
 def pair_names(pairs: pa.Table, tokens: Sequence[str]) -> list[str]:
     """Names of the pair classes: the two tokens, joined by a space."""
-    return [f"{tokens[a]} {tokens[b]}" for a, b in zip(pairs["first"].to_pylist(), pairs["second"].to_pylist(), strict=True)]
+    return [
+        f"{tokens[a]} {tokens[b]}" for a, b in zip(pairs["first"].to_pylist(), pairs["second"].to_pylist(), strict=True)
+    ]
 
 
 def write_pairs(path: Path, pairs: pa.Table) -> None:

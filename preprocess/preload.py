@@ -1,6 +1,8 @@
-"""What the server of worker processes imports and does once, before they are forked from it (see workers.py): nothing for others.
+"""What the server of worker processes imports and does once, before they are forked from it (see workers.py): nothing
+for others.
 
-Loading compiled code costs a second, half of it for numba's own tables; CLIP's tokenizer is the one that most builds take.
+Loading compiled code costs a second, half of it for numba's own tables; CLIP's tokenizer is the one that most builds
+take.
 """
 
 from numba.core.event import TimingListener, install_listener

@@ -1,7 +1,8 @@
 """The engine for a Ray cluster: the same iterator as engine.run_tasks, tasks in, results out in any order.
 
 A task whose worker or node is lost is run again elsewhere. The lost one may still be alive behind a broken network, so
-workers give their temporary files names of their own (labels.storage.own_partials); what they rename has the same bytes.
+workers give their temporary files names of their own (labels.storage.own_partials); what they rename has the same
+bytes.
 """
 
 import importlib.metadata
@@ -44,7 +45,9 @@ class _Home:
     content: bytes
 
 
-def run_on_ray(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, shared: Path | None) -> Iterator[Result]:
+def run_on_ray(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, shared: Path | None
+) -> Iterator[Result]:
     """Yield `function(task)` for every task as each ends, on the cluster of RAY_ADDRESS, else on the one that runs on
     this machine, else on one started here for the time of the call, bound to 127.0.0.1.
 
@@ -139,13 +142,17 @@ def _versions() -> dict[str, str]:
 
 
 def _import_ray() -> ModuleType:
-    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})  # read while ray is imported
+    os.environ.update(
+        {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()}
+    )  # read while ray is imported
     try:
         import ray
         import ray.exceptions
     except ImportError as error:
         raise UserError(
-            f"--engine ray needs the package ray: {error}", allowed="local, or ray where it is installed", mend="pip install 'ray>=2.50'"
+            f"--engine ray needs the package ray: {error}",
+            allowed="local, or ray where it is installed",
+            mend="pip install 'ray>=2.50'",
         ) from None
     return ray
 

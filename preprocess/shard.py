@@ -32,8 +32,9 @@ from preprocess.readers.shards import Shard
 from preprocess.readers.subset import open_subset, select
 from preprocess.stage import LabelMarker, Stage, write_marker
 
-# Measured on web captions (docs/experiments.md): the fastest that is no larger. Packed differences of ids are too dense to
-# compress; dictionaries and statistics take time and save nothing. All of it is read by DuckDB 1.1 and Spark's fast reader.
+# Measured on web captions (docs/experiments.md): the fastest that is no larger. Packed differences of ids are too dense
+# to compress; dictionaries and statistics take time and save nothing. All of it is read by DuckDB 1.1 and Spark's fast
+# reader.
 _KEYS, _SIZES = ("key", "uid"), ("width", "height")
 _IDS = ("token_ids.list.element", "label_ids.list.element")
 _PARQUET: dict[str, Any] = {
@@ -109,7 +110,9 @@ def label_shard(task: LabelTask) -> LabelMarker:
     return marker
 
 
-def label_table(rows: pa.Table, ids: np.ndarray, offsets: np.ndarray, label_ids: np.ndarray, label_offsets: np.ndarray) -> pa.Table:
+def label_table(
+    rows: pa.Table, ids: np.ndarray, offsets: np.ndarray, label_ids: np.ndarray, label_offsets: np.ndarray
+) -> pa.Table:
     """N rows of schema LABELS; nothing is copied but the offsets.
 
     Args:

@@ -3,8 +3,9 @@
     done/<stage>/<name>.json   one marker for each finished task: its files are whole, made from this input with these options
     run_stage: tasks -> read their markers, compare -> run what is missing in workers -> markers of all finished tasks
 
-A worker removes the marker of its task before it writes the task's files, and writes the new one after them. manifest.json says that
-the whole output folder is finished: `remove_manifest` removes it before any file that it names may change.
+A worker removes the marker of its task before it writes the task's files, and writes the new one after them.
+manifest.json says that the whole output folder is finished: `remove_manifest` removes it before any file that it names
+may change.
 """
 
 import json
@@ -21,7 +22,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from labels.manifest import FORMAT_VERSION, BetonPart
 from labels.settings import Pipeline
-from labels.storage import Layout, UserError, fingerprint, is_remote, own_partials, plain_disk_faults, remove_partials, write_json
+from labels.storage import (
+    Layout,
+    UserError,
+    fingerprint,
+    is_remote,
+    own_partials,
+    plain_disk_faults,
+    remove_partials,
+    write_json,
+)
 from labels.tokenizers.tokenizer import Tokenizer
 from preprocess.betons.plan import image_folder
 from preprocess.engine import Meter, run_tasks
@@ -82,8 +92,9 @@ class BuildContext:
 
     @property
     def label_options(self) -> str:
-        """Fingerprint of what decides the rows of one shard: without the IDF formula and the word pairs, which all shards decide,
-        and without the tokenizer's path, since the tokenizer's own fingerprint covers its files, stop words and WordNet.
+        """Fingerprint of what decides the rows of one shard: without the IDF formula and the word pairs, which all
+        shards decide, and without the tokenizer's path, since the tokenizer's own fingerprint covers its files, stop
+        words and WordNet.
         """
         corpus = {"idf", "ngrams", "ngram_classes", "ngram_min_count", "tokenizer", "wordnet", "stop_words"}
         labels = {key: value for key, value in self.options["labels"].items() if key not in corpus}
@@ -99,7 +110,9 @@ class BuildContext:
 
 
 class Marker(BaseModel):
-    """What a finished task writes down. A file that is damaged or of another form counts as no marker: the task runs again."""
+    """What a finished task writes down. A file that is damaged or of another form counts as no marker: the task runs
+    again.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -219,7 +232,9 @@ def _parse(content: bytes, kind: type[M]) -> M | None:
 
 
 def write_marker(path: Path, marker: Marker, faults: list[list[str]] | None = None) -> None:
-    """Write a marker in one step, with the rejected samples: these stay in the file, since they may need more memory than there is."""
+    """Write a marker in one step, with the rejected samples: these stay in the file, since they may need more memory
+    than there is.
+    """
     content = marker.model_dump(exclude_none=True)
     write_json(path, content if faults is None else {**content, "faults": faults})
 
@@ -259,7 +274,9 @@ class Task(Protocol[M]):  # type: ignore[misc]  # M is in is_done alone, but T o
         ...
 
     def is_done(self, marker: M, sizes: Mapping[str, int]) -> bool:
-        """Whether the files that `marker` names are what this task would make. `sizes`: path below the output folder -> bytes."""
+        """Whether the files that `marker` names are what this task would make. `sizes`: path below the output folder ->
+        bytes.
+        """
         ...
 
 
@@ -333,7 +350,11 @@ def run_stage(
         for folder in stage.outputs
         for name, size in file_sizes(folder).items()
     }
-    done = {task.name: markers[task.name] for task in tasks if task.name in markers and task.is_done(markers[task.name], sizes)}
+    done = {
+        task.name: markers[task.name]
+        for task in tasks
+        if task.name in markers and task.is_done(markers[task.name], sizes)
+    }
     own = [task for task in tasks if mine is None or task.name in mine]
     missing = [task for task in own if task.name not in done]
     if any(shard not in fresh for task in missing for shard in task.shards):
@@ -344,7 +365,9 @@ def run_stage(
         done.update((task.name, stage.work(task)) for task in missing)
     else:
         counts = {task.name: task.file_count for task in own}
-        with Meter(stage.title, sum(counts.values()), sum(counts[name] for name in counts.keys() & done.keys())) as meter:
+        with Meter(
+            stage.title, sum(counts.values()), sum(counts[name] for name in counts.keys() & done.keys())
+        ) as meter:
             options_file = None if is_remote(layout.out) else layout.markers / "options.json"
             for marker in run_tasks(stage.work, missing, build.workers, build.settings.build.engine, options_file):
                 done[marker.name] = marker
@@ -370,7 +393,9 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 @contextmanager
 def spill_folder(layout: Layout) -> Iterator[Path]:
-    """Where DuckDB puts what exceeds its memory: in the output folder, or on this machine's disk if that is an object store."""
+    """Where DuckDB puts what exceeds its memory: in the output folder, or on this machine's disk if that is an object
+    store.
+    """
     if is_remote(layout.out):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -387,7 +412,9 @@ def spill_folder(layout: Layout) -> Iterator[Path]:
 
 
 def remove_manifest(layout: Layout) -> None:
-    """The output folder is not finished from here on: called before any file that the manifest names changes. Nothing else removes it."""
+    """The output folder is not finished from here on: called before any file that the manifest names changes. Nothing
+    else removes it.
+    """
     layout.manifest.unlink(missing_ok=True)
 
 
@@ -418,11 +445,14 @@ def remove_leftovers(layout: Layout) -> None:
 def check_same_options(build: BuildContext, *, alone: bool) -> None:
     """Refuse other options than those that the output folder was begun with, once a shard was labelled with them.
 
-    `alone`: no other process may write, so options with which no shard was labelled (they named a missing column) are replaced.
+    `alone`: no other process may write, so options with which no shard was labelled (they named a missing column) are
+        replaced.
     """
     path = build.layout.markers / "options.json"
     before = _read_json(path)
-    if before is None or (alone and before != build.options and not any((build.layout.markers / "labels").glob("*.json"))):
+    if before is None or (
+        alone and before != build.options and not any((build.layout.markers / "labels").glob("*.json"))
+    ):
         with own_partials():  # several members of an array job may write it at the same moment
             write_json(path, build.options)
     elif before != build.options:
@@ -436,7 +466,9 @@ def check_same_options(build: BuildContext, *, alone: bool) -> None:
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(before.keys() | now.keys())
-        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+        return [
+            line for key in keys for line in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+        ]
     return [] if before == now else [f"{path} was {before!r}, is now {now!r}"]
 
 
@@ -446,10 +478,11 @@ ImageOutput = Literal["betons", "places", "none"]
 
 @dataclass(frozen=True)
 class BuildInputs:
-    """done/inputs.json: which shards an output folder was made from, so that more can be added and a damaged file rebuilt.
+    """done/inputs.json: which shards an output folder was made from, so that more can be added and a damaged file
+    rebuilt.
 
-    The manifest names no path of a machine; this file does, as the markers do. `batches`: the shards of build-labels, then those of
-    every append.
+    The manifest names no path of a machine; this file does, as the markers do. `batches`: the shards of build-labels,
+    then those of every append.
     """
 
     images: ImageOutput

@@ -3,8 +3,8 @@
     captions -> normalise, cut into words -> the library's trainer -> tokenizer.json (bpe, wordpiece, unigram, wordlevel)
     captions -> synset of every noun -> those in enough captions -> CatLIP vocabulary (catlip)
 
-The same captions in the same order give the same file. All of them are lower-cased, as CLIP's are. Unigram is trained by
-`sentencepiece`, since the trainer of `tokenizers` gives another result each time.
+The same captions in the same order give the same file. All of them are lower-cased, as CLIP's are. Unigram is trained
+by `sentencepiece`, since the trainer of `tokenizers` gives another result each time.
 """
 
 import io
@@ -31,7 +31,13 @@ _MAX_SENTENCES = 5_000_000
 
 
 def train_tokenizer(
-    captions: Captions, kind: TokenizerKind, *, out: Path, vocab_size: int = 32_768, min_count: int | None = None, wordnet: str = "auto"
+    captions: Captions,
+    kind: TokenizerKind,
+    *,
+    out: Path,
+    vocab_size: int = 32_768,
+    min_count: int | None = None,
+    wordnet: str = "auto",
 ) -> int:
     """Train a tokenizer and write its file, in one step.
 
@@ -40,8 +46,8 @@ def train_tokenizer(
         kind: of tokenizer. `bpe` over bytes, `wordpiece` as BERT's, `unigram` and `wordlevel` with NFKC.
         out: the file, a tokenizer.json or, for catlip, a vocabulary.
         vocab_size: at most so many tokens; catlip has as many as are frequent.
-        min_count: bpe, wordpiece: how often a pair must come to be merged; wordlevel: a word to be a token (both 2 if None);
-            catlip: how many captions a synset must be in (500 if None). unigram has no use for it.
+        min_count: bpe, wordpiece: how often a pair must come to be merged; wordlevel: a word to be a token (both 2 if
+            None); catlip: how many captions a synset must be in (500 if None). unigram has no use for it.
         wordnet: `labels.wordnet`, for catlip.
 
     Returns:
@@ -56,7 +62,10 @@ def train_tokenizer(
     counted = _Counted(captions)
     engine = _TRAINERS[kind](counted, vocab_size, least)
     if not counted.captions:
-        raise UserError("train-tokenizer: there are no captions in the input", mend="give a folder of shards or a table with captions")
+        raise UserError(
+            "train-tokenizer: there are no captions in the input",
+            mend="give a folder of shards or a table with captions",
+        )
     write_whole(out, lambda partial: partial.write_text(engine.to_str(pretty=True) + "\n", encoding="utf8"))
     return engine.get_vocab_size()
 
@@ -83,7 +92,9 @@ def _train_bpe(captions: _Counted, vocab_size: int, min_count: int) -> Engine:
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
     engine.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_count, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=min_count, initial_alphabet=alphabet, show_progress=False
+    )
     engine.train_from_iterator(captions, trainer)
     return engine
 
@@ -91,8 +102,9 @@ def _train_bpe(captions: _Counted, vocab_size: int, min_count: int) -> Engine:
 def _train_wordpiece(captions: _Counted, vocab_size: int, min_count: int) -> Engine:
     """As BERT's, uncased.
 
-    The trainer numbers the characters inside words as it meets them in a hash table, and equal counts are decided by number. So
-    the alphabet is found first, in a pass of its own, and given to it as tokens that are there from the beginning.
+    The trainer numbers the characters inside words as it meets them in a hash table, and equal counts are decided by
+    number. So the alphabet is found first, in a pass of its own, and given to it as tokens that are there from the
+    beginning.
     """
     normalizer = normalizers.BertNormalizer(lowercase=True)
     letters = Counter[str]()
@@ -101,7 +113,9 @@ def _train_wordpiece(captions: _Counted, vocab_size: int, min_count: int) -> Eng
     letters = {letter: count for letter, count in letters.items() if not letter.isspace()}
     alphabet = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:_MAX_ALPHABET])
     inner = ["##" + letter for letter in alphabet]
-    _check_size(vocab_size, 1 + 2 * len(alphabet), f"{len(alphabet)} characters, each at the beginning of a word and inside")
+    _check_size(
+        vocab_size, 1 + 2 * len(alphabet), f"{len(alphabet)} characters, each at the beginning of a word and inside"
+    )
     trained = Engine(models.WordPiece(unk_token="[UNK]"))
     trained.normalizer, trained.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
@@ -116,7 +130,11 @@ def _train_wordpiece(captions: _Counted, vocab_size: int, min_count: int) -> Eng
     trained.train_from_iterator(captions, trainer)
     # Made anew: to the trained one the characters inside words are special tokens.
     engine = Engine(models.WordPiece(trained.get_vocab(with_added_tokens=False) or {"[UNK]": 0}, unk_token="[UNK]"))
-    engine.normalizer, engine.pre_tokenizer, engine.decoder = normalizer, pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    engine.normalizer, engine.pre_tokenizer, engine.decoder = (
+        normalizer,
+        pre_tokenizers.BertPreTokenizer(),
+        decoders.WordPiece(),
+    )
     engine.add_special_tokens(["[UNK]"])
     return engine
 
@@ -127,14 +145,17 @@ def _train_unigram(captions: _Counted, vocab_size: int, min_count: int) -> Engin
         import sentencepiece  # pyright: ignore[reportMissingImports] - wanted by this kind alone
     except ImportError:
         raise UserError(
-            "train-tokenizer: --kind unigram needs sentencepiece, which is not installed", mend="pip install sentencepiece"
+            "train-tokenizer: --kind unigram needs sentencepiece, which is not installed",
+            mend="pip install sentencepiece",
         ) from None
     normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(0)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(normalizer.normalize_str(caption).replace("\n", " ") for batch in captions for caption in batch),
+            sentence_iterator=(
+                normalizer.normalize_str(caption).replace("\n", " ") for batch in captions for caption in batch
+            ),
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size,
@@ -147,11 +168,15 @@ def _train_unigram(captions: _Counted, vocab_size: int, min_count: int) -> Engin
     except (RuntimeError, OSError) as error:
         if not captions.captions:
             return Engine(models.Unigram())
-        raise UserError(f"train-tokenizer: sentencepiece cannot train on these captions: {error}", mend="another --vocab-size") from None
+        raise UserError(
+            f"train-tokenizer: sentencepiece cannot train on these captions: {error}", mend="another --vocab-size"
+        ) from None
     trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     controls = {number for number in range(trained.get_piece_size()) if trained.is_control(number)}
     pieces = [
-        (trained.id_to_piece(number), trained.get_score(number)) for number in range(trained.get_piece_size()) if number not in controls
+        (trained.id_to_piece(number), trained.get_score(number))
+        for number in range(trained.get_piece_size())
+        if number not in controls
     ]
     engine = Engine(models.Unigram(pieces, unk_id=0))
     engine.normalizer = normalizer
@@ -166,7 +191,9 @@ def _train_wordlevel(captions: _Counted, vocab_size: int, min_count: int) -> Eng
     engine = Engine(models.WordLevel(unk_token="[UNK]"))
     engine.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     engine.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, min_frequency=min_count, special_tokens=["[UNK]"], show_progress=False)
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size, min_frequency=min_count, special_tokens=["[UNK]"], show_progress=False
+    )
     engine.train_from_iterator(captions, trainer)
     return engine
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from shard_factory import build, healthy, sample, write_tar
 
 
@@ -22,7 +23,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Two shards of 12 and 9 good samples; one bad caption and one bad image. Not to be changed: see `built`."""
     folder = tmp_path_factory.mktemp("finished")
     write_tar(folder / "data" / "00000000.tar", [*healthy(12), *sample("000000100", b"\xff\xfe")])
-    write_tar(folder / "data" / "00000001.tar", [*healthy(9, first=12), *sample("000000101", "a broken image", b"no image")])
+    write_tar(
+        folder / "data" / "00000001.tar", [*healthy(9, first=12), *sample("000000101", "a broken image", b"no image")]
+    )
     build(folder / "data", folder / "out")
     return Built(folder / "data", folder / "out")
 

@@ -1,4 +1,6 @@
-"""Tests for examples/openclipart/ablations.py: two cells with two seeds on tiny drawings, stopped and run again; lanes that fail or die."""
+"""Tests for examples/openclipart/ablations.py: two cells with two seeds on tiny drawings, stopped and run again; lanes
+that fail or die.
+"""
 
 import json
 import multiprocessing
@@ -10,9 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+
 from beton_factory import write_shards
 from example_scripts import SCRIPTS, script
-
 from labels.storage import UserError
 
 ablation_grid = script("ablation_grid")
@@ -57,7 +59,9 @@ def write_grid(folder: Path, **changes: Any) -> Path:
     return folder / "grid.yaml"
 
 
-def test_stopped_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_and_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_shards(tmp_path / "data" / "train", [40])
     write_shards(tmp_path / "data" / "test", [12])
     grid, work = write_grid(tmp_path), tmp_path / "work"
@@ -99,7 +103,11 @@ def test_stopped_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     probes = [[probe(cell, seed) for seed in (0, 1)] for cell in ("small", "smaller")]
     mean, std = (sum(probes[0]) / 2, abs(probes[0][0] - probes[0][1]) / 2**0.5)
     tables = (work / "tables.md").read_text()
-    assert "Finished: 4 of 4" in tables and f"| 24 | {100 * mean:.1f} ± {100 * std:.1f} |" in tables and "| 50.0 |" in tables
+    assert (
+        "Finished: 4 of 4" in tables
+        and f"| 24 | {100 * mean:.1f} ± {100 * std:.1f} |" in tables
+        and "| 50.0 |" in tables
+    )
     assert f"{100 * (sum(probes[1]) - sum(probes[0])) / 2:+.1f} ±" in tables
     found = json.loads((work / "results.json").read_text())["cells"]["small"]["probe"]
     assert found["mean"] == pytest.approx(mean) and found["seeds"] == {"0": probes[0][0], "1": probes[0][1]}
@@ -146,7 +154,9 @@ def test_results_made_in_another_way_are_outdated(tmp_path: Path) -> None:
 
     first, same = units(), units()
     assert [unit.name for unit in first] == ["small, seed 0", "smaller, seed 0", "small, seed 1", "smaller, seed 1"]
-    assert [unit.fingerprint for unit in first] == [unit.fingerprint for unit in same] and len({unit.fingerprint for unit in first}) == 4
+    assert [unit.fingerprint for unit in first] == [unit.fingerprint for unit in same] and len(
+        {unit.fingerprint for unit in first}
+    ) == 4
     other = units(cells={"small": {"set": {"train.loss.idf": False}}, "smaller": {}})
     assert not {unit.fingerprint for unit in first} & {unit.fingerprint for unit in other[::2]}
     assert other[1].fingerprint == first[0].fingerprint  # a name decides nothing
@@ -156,7 +166,10 @@ def test_results_made_in_another_way_are_outdated(tmp_path: Path) -> None:
     ("changes", "told"),
     [
         ({"cells": {"small": {"loss": "bce"}}}, "cells.small.loss"),
-        ({"tables": [{"title": "", "setting": "", "published": "", "rows": [{"name": "", "cell": "large"}]}]}, "the cell 'large'"),
+        (
+            {"tables": [{"title": "", "setting": "", "published": "", "rows": [{"name": "", "cell": "large"}]}]},
+            "the cell 'large'",
+        ),
         ({"cells": {"small": {"labels": "none"}, "smaller": {}}}, "the label set 'none'"),
     ],
 )
@@ -180,4 +193,7 @@ def test_the_file_of_the_paper_is_sound(tmp_path: Path) -> None:
 
 def test_differences_are_of_the_same_seeds() -> None:
     assert ablation_tables.difference({0: 0.5, 1: 0.6, 2: 0.1}, {0: 0.4, 1: 0.55}) == "-7.5 ± 2.5"
-    assert ablation_tables.difference({0: 0.5}, {0: 0.6, 1: 0.0}) == "+10.0" and ablation_tables.difference({}, {0: 1.0}) == "-"
+    assert (
+        ablation_tables.difference({0: 0.5}, {0: 0.6, 1: 0.0}) == "+10.0"
+        and ablation_tables.difference({}, {0: 1.0}) == "-"
+    )

@@ -1,4 +1,6 @@
-"""docs/cookbook.md: every query runs, in `preprocess sql` and in the plain shell, and its printed answer has the query's columns."""
+"""docs/cookbook.md: every query runs, in `preprocess sql` and in the plain shell, and its printed answer has the
+query's columns.
+"""
 
 import csv
 import io
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Built
+
 from shard_factory import preprocess
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "cookbook.md").read_text(encoding="utf8")
@@ -61,7 +64,9 @@ def test_some_answers_by_hand(finished: Built) -> None:
     found = answer("One sample by its uid", (uid[1], f"{1:032x}"))
     assert found == [["000000001", "32", "32", "two</w> dogs</w> ,</w> a</w> cat</w> and</w> the</w> sea</w> 1</w>"]]
     # "a red cat" and "two dogs, a cat and the sea": 8 captions with cat, 4 of them with red, which comes nowhere else.
-    assert ["red</w>", "4", str(round(22 / 8, 1))] in answer("What comes with a token", ("flower", "cat"), (">= 5", ">= 4"))
+    assert ["red</w>", "4", str(round(22 / 8, 1))] in answer(
+        "What comes with a token", ("flower", "cat"), (">= 5", ">= 4")
+    )
     # Of neighbouring whole words, "two dogs" occurs in 4 captions, and each of its words only there: NPMI is 1.
     pairs = answer("Word pairs", (">= 20", ">= 4"), ("LIMIT 8", "LIMIT 100"))
     assert ["two</w> dogs</w>", "4", "4.0"] in pairs

@@ -8,20 +8,36 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from beton_factory import WORDS, photo
 from click.testing import CliRunner
-from doc_commands import GROUPS, PAGES, ROOT, Block, api_row, blocks, check, check_inline, commands, inline_commands, own_command, parse
 from PIL import Image
 
+from beton_factory import WORDS, photo
+from doc_commands import (
+    GROUPS,
+    PAGES,
+    ROOT,
+    Block,
+    api_row,
+    blocks,
+    check,
+    check_inline,
+    commands,
+    inline_commands,
+    own_command,
+    parse,
+)
 from labels.config import load_pipeline
 from labels.storage import UserError
 from train.evals.suite import Suite
 
 # The tutorial's own model and budget, made small: (what the page says, what is run).
 SMALLER = (
-    ("samples: 100k", "samples: 128"), ("batch_size: 64", "batch_size: 32"), ("warmup_samples: 8k", "warmup_samples: 32"),
-    ("depth: 4, embed_dim: 192, num_heads: 3", "depth: 1, embed_dim: 24, num_heads: 2"), ("image_size: 64", "image_size: 32"),
-)  # fmt: skip
+    ("samples: 100k", "samples: 128"),
+    ("batch_size: 64", "batch_size: 32"),
+    ("warmup_samples: 8k", "warmup_samples: 32"),
+    ("depth: 4, embed_dim: 192, num_heads: 3", "depth: 1, embed_dim: 24, num_heads: 2"),
+    ("image_size: 64", "image_size: 32"),
+)
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 OTHERS = [page for page in PAGES if page != TUTORIAL and any(block.run for block in blocks(page))]
 MOVING = pytest.mark.xfail(reason="the page names modules at the places they are about to be moved to", strict=True)
@@ -91,7 +107,9 @@ def test_the_tutorial_leaves_what_it_promises(folder: Path) -> None:
     assert (folder / "results" / "probe.json").is_file() and (folder / "results" / "suite" / "table.md").is_file()
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, marks=MOVING) if page.name == "api.md" else page for page in OTHERS], ids=page_id)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=MOVING) if page.name == "api.md" else page for page in OTHERS], ids=page_id
+)
 def test_what_other_pages_run(folder: Path, page: Path) -> None:
     assert_page_runs(page)
 
@@ -141,7 +159,9 @@ def test_a_wrong_command_would_be_seen(text: str) -> None:
         check(words)
 
 
-@pytest.mark.parametrize("code", ["--set labels.stop_word=remove", "--lunch", "train lunch", "preprocess verify OUT --all"])
+@pytest.mark.parametrize(
+    "code", ["--set labels.stop_word=remove", "--lunch", "train lunch", "preprocess verify OUT --all"]
+)
 def test_a_wrong_word_in_a_sentence_would_be_seen(code: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"Say `{code}`.")
@@ -151,7 +171,9 @@ def test_a_wrong_word_in_a_sentence_would_be_seen(code: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=MOVING) if page.name == "README.md" and page.parent == ROOT else page for page in PAGES], ids=page_id
+    "page",
+    [pytest.param(page, marks=MOVING) if page.name == "README.md" and page.parent == ROOT else page for page in PAGES],
+    ids=page_id,
 )
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf8")):

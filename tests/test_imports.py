@@ -40,7 +40,11 @@ def test_the_walls_stand(package: str) -> None:
 @pytest.mark.parametrize("package", ["labels", "train"])
 def test_a_training_node_needs_no_package_for_text(package: str) -> None:
     for module in (ROOT / package).rglob("*.py"):
-        head = [node for node in ast.parse(module.read_text(encoding="utf8")).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        head = [
+            node
+            for node in ast.parse(module.read_text(encoding="utf8")).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
         names = {name for node in head for name in imported(ast.unparse(node))}
         assert not names & {"duckdb", "ftfy", "tokenizers", "regex"}, module
 

@@ -51,7 +51,9 @@ def tree(tmp_path: Path) -> Path:
 def call(root: Path, **environment: str) -> tuple[int, int, Path]:
     """In a process of its own: the kernel's result, how often it came from the cache, and the cache's folder."""
     variables = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
-    done = subprocess.run([sys.executable, "-c", CALL], cwd=root, env=variables | environment, text=True, capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CALL], cwd=root, env=variables | environment, text=True, capture_output=True, check=True
+    )
     result, hits, folder = json.loads(done.stdout)
     return result, hits, Path(folder)
 
@@ -112,5 +114,11 @@ def test_the_stamp_reaches_what_the_decoder_is_made_of() -> None:
         file = waiting.pop()
         files.add(str(file.relative_to(ROOT)))
         waiting += [path for path in native._read_source(file)[1] if str(path.relative_to(ROOT)) not in files]
-    assert {"train/data/decode.py", "train/data/resize.py", "labels/beton.py", "labels/manifest.py", "labels/native.py"} <= files
+    assert {
+        "train/data/decode.py",
+        "train/data/resize.py",
+        "labels/beton.py",
+        "labels/manifest.py",
+        "labels/native.py",
+    } <= files
     assert len(source_stamp(ROOT / "train/data/decode.py")) == 64

@@ -1,6 +1,8 @@
-"""What CONTRIBUTING.md says of a loss, a family of tokenizers and an evaluator: one new file in the tree, and all commands know it.
+"""What CONTRIBUTING.md says of a loss, a family of tokenizers and an evaluator: one new file in the tree, and all
+commands know it.
 
-A folder with one new file is added to the `__path__` of each package of kinds, as if the file stood there; nothing else is changed.
+A folder with one new file is added to the `__path__` of each package of kinds, as if the file stood there; nothing else
+is changed.
 """
 
 import json
@@ -13,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
-from image_folders import write_folders
-from shard_factory import sample, write_tar
 
+from image_folders import write_folders
 from labels.storage import UserError
+from shard_factory import sample, write_tar
 from train.cli import cli
 from train.evals import protocol
 from train.evals.protocol import load_protocol, protocol_names
@@ -147,15 +149,26 @@ for package in {list(ADDED)}:
     importlib.import_module(package).__path__.append(str(Path(__file__).parent / package))
 """
 TRAIN = {
-    "samples": 64, "batch_size": 16, "loss": {"name": "brier"}, "optimizer": {"warmup_samples": 16},
-    "model": {"trunk": "vit_tiny_patch16_224", "trunk_args": {"depth": 1, "embed_dim": 24, "num_heads": 2}, "image_size": 32},
-    "runtime": {"threads": 1}, "data": {"threads": 1}, "log": {"tensorboard": False},
-}  # fmt: skip
+    "samples": 64,
+    "batch_size": 16,
+    "loss": {"name": "brier"},
+    "optimizer": {"warmup_samples": 16},
+    "model": {
+        "trunk": "vit_tiny_patch16_224",
+        "trunk_args": {"depth": 1, "embed_dim": 24, "num_heads": 2},
+        "image_size": 32,
+    },
+    "runtime": {"threads": 1},
+    "data": {"threads": 1},
+    "log": {"tensorboard": False},
+}
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the three files, sitecustomize.py that adds them in every process, `data`, `labelled` and pipeline.yaml."""
+    """A folder with the three files, sitecustomize.py that adds them in every process, `data`, `labelled` and
+    pipeline.yaml.
+    """
     tree = tmp_path_factory.mktemp("one_file")
     for package, (name, text) in ADDED.items():
         assert not ROOT.joinpath(*package.split("."), name).exists()
@@ -163,18 +176,23 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (tree / package / name).write_text(text)
     (tree / "sitecustomize.py").write_text(EXTEND)
     write_tar(
-        tree / "data" / "00000.tar", [member for number in range(16) for member in sample(f"{number:05d}", f"cab {'ef'[number % 2]}")]
+        tree / "data" / "00000.tar",
+        [member for number in range(16) for member in sample(f"{number:05d}", f"cab {'ef'[number % 2]}")],
     )
     for part, start in (("train", 0), ("test", 8)):
         write_folders(tree / "labelled" / part, {"ab": 4, "yz": 4}, start)
-    (tree / "pipeline.yaml").write_text(yaml.safe_dump({"labels": {"tokenizer": "letters"}, "build": {"workers": 1}, "train": TRAIN}))
+    (tree / "pipeline.yaml").write_text(
+        yaml.safe_dump({"labels": {"tokenizer": "letters"}, "build": {"workers": 1}, "train": TRAIN})
+    )
     return tree
 
 
 def run(tree: Path, *words: str, told: int = 0) -> str:
     """What a command says; its exit code is `told`."""
     environment = {**os.environ, "PYTHONPATH": f"{tree}:{ROOT}", "COLUMNS": "200"}
-    done = subprocess.run([sys.executable, *words], cwd=tree, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tree, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == told, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -184,7 +202,9 @@ def test_evaluators_bear_the_names_of_their_files() -> None:
 
 
 def test_a_command_that_takes_captions_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "load_protocol", lambda _: load_protocol("caption"))  # in the place of one without a command of its own
+    monkeypatch.setattr(
+        protocol, "load_protocol", lambda _: load_protocol("caption")
+    )  # in the place of one without a command of its own
     for named in ([], ["--train", "a", "--test", "b"]):
         with pytest.raises(UserError, match="the data is not named\n  allowed: --data coco:DIR"):
             CliRunner().invoke(cli, ["knn", "--encoder", "pixels:2", *named], catch_exceptions=False)
@@ -193,24 +213,52 @@ def test_a_command_that_takes_captions_asks_for_them(monkeypatch: pytest.MonkeyP
 def test_a_new_file_of_each_kind_is_known_to_all_commands(tree: Path) -> None:
     run(tree, "-m", "preprocess", "build-labels", "data", "--out", "out")
     rows = pq.read_table(tree / "out" / "labels" / "00000.parquet")
-    assert rows["token_ids"].to_pylist()[:2] == [[2, 0, 1, 4], [2, 0, 1, 5]] and rows["label_ids"].to_pylist()[0] == [0, 1, 2, 4]
+    assert rows["token_ids"].to_pylist()[:2] == [[2, 0, 1, 4], [2, 0, 1, 5]] and rows["label_ids"].to_pylist()[0] == [
+        0,
+        1,
+        2,
+        4,
+    ]
     assert json.loads((tree / "out" / "manifest.json").read_text())["tokenizer"]["name"] == "letters"
 
     run(tree, "-m", "train", "run", "--beton", "out", "--out", "run")
-    losses = [json.loads(line)["loss"] for line in (tree / "run" / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tree / "run" / "metrics.jsonl").read_text().splitlines()
+        if '"loss"' in line
+    ]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
-    measured = ["--data", "folders:labelled", "--encoder", "pixels:2", "--encoder", "run:run", "--set", "centroid.power=1"]
+    measured = [
+        "--data",
+        "folders:labelled",
+        "--encoder",
+        "pixels:2",
+        "--encoder",
+        "run:run",
+        "--set",
+        "centroid.power=1",
+    ]
     printed = run(tree, "-m", "train", "centroid", *measured, "--out", "results/centroid.json")
     found = json.loads((tree / "results" / "centroid.json").read_text())
-    assert found["protocol"] == "nearest mean, power 1" and found["settings"] == {"power": 1, "seeds": [0]} and "pixels:2" in printed
+    assert (
+        found["protocol"] == "nearest mean, power 1"
+        and found["settings"] == {"power": 1, "seeds": [0]}
+        and "pixels:2" in printed
+    )
     assert [row["top1"] for row in found["results"] if row["encoder"] == "pixels:2"] == [1.0]
 
-    suite = {"encoders": ["pixels:2"], "data": ["folders:labelled"], "protocols": ["knn", {"protocol": "centroid", "set": {"power": 3}}]}
+    suite = {
+        "encoders": ["pixels:2"],
+        "data": ["folders:labelled"],
+        "protocols": ["knn", {"protocol": "centroid", "set": {"power": 3}}],
+    }
     (tree / "suite.yaml").write_text(yaml.safe_dump(suite))
     run(tree, "-m", "train", "eval", "--suite", "suite.yaml", "--out", "results/suite", "--set", "knn.k=[3]")
     assert "| 3-nn | 3-nn majority | nearest mean |" in (tree / "results" / "suite" / "table.md").read_text()
-    cells = [json.loads(file.read_text())["settings"] for file in (tree / "results" / "suite" / "results").glob("*.json")]
+    cells = [
+        json.loads(file.read_text())["settings"] for file in (tree / "results" / "suite" / "results").glob("*.json")
+    ]
     assert {"power": 3, "seeds": [0]} in cells
     run(tree, "-m", "train", "report", "run", "--results", "results", "--out", "run.html")
     page = (tree / "run.html").read_text("utf8")
@@ -254,8 +302,15 @@ for overrides in (["train.loss.name=briar"], ["centriod.power=1"]):
 print([name for name in ("torch", "train.losses.kinds.brier", "train.evals.kinds.centroid", "preprocess") if name in sys.modules])
 """
     told = run(tree, "-c", script)
-    assert "  centroid   The class whose mean is nearest.\n" in told and "second paragraph" not in told and told.endswith("[]\n")
-    assert "train.loss.name: 'briar' is not allowed: Input should be 'asl', 'bce', 'brier', 'soft_margin', 'softmax' or 'two_way'" in told
+    assert (
+        "  centroid   The class whose mean is nearest.\n" in told
+        and "second paragraph" not in told
+        and told.endswith("[]\n")
+    )
+    assert (
+        "train.loss.name: 'briar' is not allowed: Input should be 'asl', 'bce', 'brier', 'soft_margin', 'softmax' or 'two_way'"
+        in told
+    )
     assert "centriod: unknown key; did you mean 'centroid'?" in told
     partial = ["run", "--beton", "out", "--out", "partial", "--set", "train.runtime.accumulation=2"]
     assert "loss.name is brier, which compares all samples of a batch" in run(tree, "-m", "train", *partial, told=2)

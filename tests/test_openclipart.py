@@ -15,8 +15,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from example_scripts import script
 from PIL import Image
+
+from example_scripts import script
 
 clipart_caption = script("clipart_caption")
 clipart_image = script("clipart_image")
@@ -156,7 +157,9 @@ def test_caption_survives_broken_xml(breakage: tuple[str, str]) -> None:
 
 
 def test_caption_never_expands_an_entity_bomb() -> None:
-    entities = '<!ENTITY a "lol">' + "".join(f'<!ENTITY {chr(98 + index)} "{f"&{chr(97 + index)};" * 10}">' for index in range(12))
+    entities = '<!ENTITY a "lol">' + "".join(
+        f'<!ENTITY {chr(98 + index)} "{f"&{chr(97 + index)};" * 10}">' for index in range(12)
+    )
     svg = f"<!DOCTYPE svg [{entities}]>" + svg_text("calm", ("&m;",))
     start = time.monotonic()
     assert caption_of(svg) == ("calm. &m;", True)
@@ -255,7 +258,9 @@ def test_transparent_parts_turn_white(mode: str, tmp_path: Path) -> None:
     ("size", "wanted"),
     [((1200, 300), (512, 128)), ((40, 20), (40, 20)), ((3000, 2), (512, 1)), ((512, 512), (512, 512))],
 )
-def test_longest_side_is_capped_and_nothing_enlarged(size: tuple[int, int], wanted: tuple[int, int], tmp_path: Path) -> None:
+def test_longest_side_is_capped_and_nothing_enlarged(
+    size: tuple[int, int], wanted: tuple[int, int], tmp_path: Path
+) -> None:
     picture, jpeg = picture_of(tmp_path / "a.png", Image.new("RGB", size, (9, 99, 199)))
     assert jpeg.size == wanted == (picture.width, picture.height)
     assert size == (picture.original_width, picture.original_height)
@@ -279,8 +284,11 @@ def test_layout(tree: Path, tmp_path: Path) -> None:
     assert names == sorted(f"0000000{i}{end}" for i in range(3) for end in (".tar", ".parquet", "_stats.json"))
     members = shard_members(shards / "00000001.tar")
     assert [name for name, _ in members[:4]] == [
-        "000000010000.jpg", "000000010000.txt", "000000010000.json", "000000010001.jpg",
-    ]  # fmt: skip
+        "000000010000.jpg",
+        "000000010000.txt",
+        "000000010000.json",
+        "000000010001.jpg",
+    ]
     fields = json.loads(members[2][1])
     assert fields["key"] == "000000010000"
     assert fields["caption"] == members[1][1].decode()
@@ -329,7 +337,9 @@ def test_second_run_is_done_already(tree: Path, tmp_path: Path, capsys: pytest.C
     assert "done already" in capsys.readouterr().out
 
 
-def test_other_options_or_lost_shards_are_made_anew(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_options_or_lost_shards_are_made_anew(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     run(tree, out)
     whole = all_bytes(out)
@@ -402,7 +412,9 @@ def test_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mon
         clipart_packages.fetch_tree(tmp_path / "cache")
 
 
-def test_missing_tools_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_tools_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert make_shards.main(["--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err

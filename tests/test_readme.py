@@ -1,11 +1,14 @@
-"""README.md: short, with a picture and a reading tour of files that exist. Its commands: test_docs.py; SQL: test_cookbook.py."""
+"""README.md: short, with a picture and a reading tour of files that exist. Its commands: test_docs.py; SQL:
+test_cookbook.py.
+"""
 
 import re
 from pathlib import Path
 
 import pytest
-from doc_commands import blocks
 from PIL import Image
+
+from doc_commands import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")

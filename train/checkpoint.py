@@ -7,7 +7,8 @@ RUN/checkpoints/samples-000000123456/
     optimizer.safetensors  first and second moments and step, by parameter name
     state.json             samples seen, counts, loss scale, and the fingerprints that must match on resume
 
-All tensors are whole, also of a model that FSDP splits: they are gathered one by one to the first rank's memory. So a run can be
+All tensors are whole, also of a model that FSDP splits: they are gathered one by one to the first rank's memory. So a
+    run can be
 resumed with another number of ranks, or the other kind of parallelism.
 """
 
@@ -31,12 +32,22 @@ from labels.storage import TEMPORARY_SUFFIX, UserError, fsync_directory, plain_d
 from train.distributed import laid_out_like, whole
 from train.loop import TrainState
 
-# ---- weights: Weights from files: read without running code, loaded without a key left over, and told apart by a fingerprint.
+# ---- weights: Weights from files: read without running code, loaded without a key left over, and told apart by a
+# fingerprint.
 
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _KEYS_SHOWN = 6
-_DAMAGES = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError)
+_DAMAGES = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+)
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
@@ -76,7 +87,9 @@ def load_exactly(net: nn.Module, tensors: dict[str, torch.Tensor], file: Path) -
 
 
 @torch.no_grad()
-def copy_exactly(wanted: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], file: Path, what: str = "this run") -> None:
+def copy_exactly(
+    wanted: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], file: Path, what: str = "this run"
+) -> None:
     """Copy `tensors` over `wanted`, in place: the same names and shapes in both; a split tensor takes its part.
 
     Raises:
@@ -212,9 +225,14 @@ def snapshot(train_state: TrainState, on_this_rank: bool) -> Tensors:
     def keep(file: str, name: str, tensor: torch.Tensor) -> None:
         gathered = whole(tensor.detach())
         if on_this_rank:
-            tensors.setdefault(file, {})[name] = gathered.cpu().contiguous() if gathered.is_cuda else gathered.clone().contiguous()
+            tensors.setdefault(file, {})[name] = (
+                gathered.cpu().contiguous() if gathered.is_cuda else gathered.clone().contiguous()
+            )
 
-    for file, state in (("{}", train_state.model.state_dict()), ("{}_ema", train_state.ema.average if train_state.ema else {})):
+    for file, state in (
+        ("{}", train_state.model.state_dict()),
+        ("{}_ema", train_state.ema.average if train_state.ema else {}),
+    ):
         for name, tensor in state.items():
             child, _, rest = name.partition(".")
             keep(file.format(child), rest, tensor)
@@ -253,8 +271,14 @@ def load_checkpoint(folder: Path, train_state: TrainState, state: State) -> None
             path = folder / f"{name}.safetensors"
             load_exactly(child, read_weights(path), path)
     if train_state.ema:
-        parts = {name: folder / f"{name}_ema.safetensors" for name, child in train_state.model.named_children() if child.state_dict()}
-        averages = {f"{name}.{key}": tensor for name, path in parts.items() for key, tensor in read_weights(path).items()}
+        parts = {
+            name: folder / f"{name}_ema.safetensors"
+            for name, child in train_state.model.named_children()
+            if child.state_dict()
+        }
+        averages = {
+            f"{name}.{key}": tensor for name, path in parts.items() for key, tensor in read_weights(path).items()
+        }
         copy_exactly(train_state.ema.average, averages, folder / "*_ema.safetensors")
     path = folder / "optimizer.safetensors"
     copy_exactly(_moments(train_state), read_weights(path), path)
@@ -265,6 +289,8 @@ def load_checkpoint(folder: Path, train_state: TrainState, state: State) -> None
 def _moments(train_state: TrainState) -> dict[str, torch.Tensor]:
     """The optimiser's tensors by their names in a checkpoint; train/optim.py has made them for every trained parameter."""
     named = {
-        name: train_state.optimizer.state[parameter] for name, parameter in train_state.model.named_parameters() if parameter.requires_grad
+        name: train_state.optimizer.state[parameter]
+        for name, parameter in train_state.model.named_parameters()
+        if parameter.requires_grad
     }
     return {f"{moment}.{name}": state[moment] for name, state in named.items() for moment in _MOMENTS}

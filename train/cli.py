@@ -18,7 +18,8 @@ from labels.storage import UserError, local_out, out_path, write_whole
 from train import options
 from train.evals.commands import register
 
-# ---- commands: The commands of `train bench`: parse, call, report. What is imported inside takes a second: not for --help.
+# ---- commands: The commands of `train bench`: parse, call, report. What is imported inside takes a second: not for
+# --help.
 
 
 Bench = Callable[..., tuple[dict[str, Any], list[str]]]
@@ -30,7 +31,9 @@ def _bench(command: Callable[..., None]) -> Callable[..., None]:
         options.config,
         options.recipe,
         click.option("--json", "as_json", is_flag=True, help="For programs."),
-        click.option("--seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Of each measurement."),
+        click.option(
+            "--seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Of each measurement."
+        ),
         options.betons,
     ):
         command = option(command)
@@ -38,9 +41,12 @@ def _bench(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _rates = click.option(
-    "--rate", "rates", multiple=True, type=click.FloatRange(min=0, min_open=True),
+    "--rate",
+    "rates",
+    multiple=True,
+    type=click.FloatRange(min=0, min_open=True),
     help="Samples/s of a device to judge (default: those of the configured model on usual GPUs). Repeatable.",
-)  # fmt: skip
+)
 
 
 @click.group("bench")
@@ -62,7 +68,9 @@ def loader_command(**arguments: Any) -> None:
 @_rates
 @_bench
 def disk_command(**arguments: Any) -> None:
-    """The disk alone: in the loader's blocks, in single samples, and from the page cache. Empties the page cache of the set's files."""
+    """The disk alone: in the loader's blocks, in single samples, and from the page cache. Empties the page cache of the
+    set's files.
+    """
     from train.bench.disk import bench_disk
 
     _run(bench_disk, arguments)
@@ -85,7 +93,10 @@ def _run(measure: Bench, arguments: dict[str, Any]) -> None:
     pipeline = load_pipeline(arguments["config"], arguments["overrides"], arguments["recipe"])
     settings = pipeline.train
     chosen = options.chosen(pipeline, arguments["betons"], arguments["labels"], arguments["idf"], "train bench")
-    with redirect_stdout(sys.stderr), distributed_world(settings.runtime) as world:  # what is said on the way is no result
+    with (
+        redirect_stdout(sys.stderr),
+        distributed_world(settings.runtime) as world,
+    ):  # what is said on the way is no result
         alone = World(0, 1, world.device)
         betons = open_data(chosen, settings.data, alone, lambda: False)
         assert betons is not None  # nobody asks to stop
@@ -109,7 +120,9 @@ def _training(command: Callable[..., None]) -> Callable[..., None]:
 @click.command("clip")
 @_training
 def clip(**arguments: Any) -> None:
-    """Pre-train the same trunk by CLIP's loss, on the same images and their captions' tokens in order; the baseline of `train run`."""
+    """Pre-train the same trunk by CLIP's loss, on the same images and their captions' tokens in order; the baseline of
+    `train run`.
+    """
     from train.clip import train_clip  # torch takes a second: not for --help
 
     _run_command("clip", arguments, train_clip)
@@ -120,7 +133,9 @@ def clip(**arguments: Any) -> None:
 @click.option("--weights", metavar="FILE", help="Weight file of a timm: or open_clip: encoder.")
 @_training
 def lit(encoder: str, weights: str | None, **arguments: Any) -> None:
-    """Train a text tower for a frozen ENCODER (a run, run:RUN, timm:NAME, ...), so that `zeroshot` and `retrieval` can ask it."""
+    """Train a text tower for a frozen ENCODER (a run, run:RUN, timm:NAME, ...), so that `zeroshot` and `retrieval` can
+    ask it.
+    """
     from train.encoders.encoder import EncoderSpec
     from train.evals.lit import train_lit
 
@@ -152,11 +167,24 @@ _PATH = click.Path(path_type=Path)
 @click.option("--weights", metavar="FILE", help="Weight file of a timm: or open_clip: encoder.")
 @click.option("--layer", type=int, help="onnx: features of this block (default: the model's own output).")
 @click.option("--pool", metavar="avg|cls|cls+avg", help="onnx: pool of the patches, the class token, or both.")
-@click.option("--results", multiple=True, type=_PATH, help="Result JSONs for the card, or folders (default: those in the run). Repeatable.")
+@click.option(
+    "--results",
+    multiple=True,
+    type=_PATH,
+    help="Result JSONs for the card, or folders (default: those in the run). Repeatable.",
+)
 def export(
-    encoder: str, format_name: str, out: Path, weights: str | None, layer: int | None, pool: str | None, results: tuple[Path, ...]
+    encoder: str,
+    format_name: str,
+    out: Path,
+    weights: str | None,
+    layer: int | None,
+    pool: str | None,
+    results: tuple[Path, ...],
 ) -> None:
-    """Write ENCODER (run:RUN, timm:NAME, open_clip:NAME, hf:DIR) for another library, check it by loading it back, and write its card."""
+    """Write ENCODER (run:RUN, timm:NAME, open_clip:NAME, hf:DIR) for another library, check it by loading it back, and
+    write its card.
+    """
     from train.encoders.encoder import EncoderSpec  # torch takes a second: not for --help
     from train.export.export import export_encoder
 
@@ -168,27 +196,51 @@ def export(
 
 @click.command("llava")
 @click.option(
-    "--data", required=True, metavar="FILE|KIND:DIR", help="LLaVA's json, or captions: coco:, karpathy:, flickr30k: or pairs:DIR."
+    "--data",
+    required=True,
+    metavar="FILE|KIND:DIR",
+    help="LLaVA's json, or captions: coco:, karpathy:, flickr30k: or pairs:DIR.",
 )
 @click.option("--images", type=_PATH, help="Folder that the json's images lie below (default: the json's own).")
-@click.option("--encoder", required=True, metavar="SPEC", help="The tower: run:RUN, timm:NAME, or hf:DIR of `train export --format hf`.")
+@click.option(
+    "--encoder",
+    required=True,
+    metavar="SPEC",
+    help="The tower: run:RUN, timm:NAME, or hf:DIR of `train export --format hf`.",
+)
 @click.option("--weights", metavar="FILE", help="Weight file of a timm: encoder.")
 @click.option(
-    "--language-model", required=True, type=_PATH, metavar="DIR", help="Folder of any causal language model in Hugging Face's form."
+    "--language-model",
+    required=True,
+    type=_PATH,
+    metavar="DIR",
+    help="Folder of any causal language model in Hugging Face's form.",
 )
-@click.option("--out", required=True, type=_PATH, help="Folder of the whole model; beside it <name>.work/, where it goes on.")
+@click.option(
+    "--out", required=True, type=_PATH, help="Folder of the whole model; beside it <name>.work/, where it goes on."
+)
 @options.config
 @options.overrides
 def llava(
-    data: str, images: Path | None, encoder: str, weights: str | None, language_model: Path, out: Path, config: Path | None,
+    data: str,
+    images: Path | None,
+    encoder: str,
+    weights: str | None,
+    language_model: Path,
+    out: Path,
+    config: Path | None,
     overrides: tuple[str, ...],
-) -> None:  # fmt: skip
-    """Train LLaVA-1.5's projector on a frozen tower and language model; prints lmms-eval's command for the paper's benchmarks."""
+) -> None:
+    """Train LLaVA-1.5's projector on a frozen tower and language model; prints lmms-eval's command for the paper's
+    benchmarks.
+    """
     from train.encoders.encoder import EncoderSpec  # torch takes a second: not for --help
     from train.llava.train import train_llava
     from train.loop import STOPPED_EXIT_CODE
 
-    if not train_llava(EncoderSpec(encoder, weights), language_model, data, images, load_pipeline(config, overrides), out):
+    if not train_llava(
+        EncoderSpec(encoder, weights), language_model, data, images, load_pipeline(config, overrides), out
+    ):
         print(f"stopped and saved; the same command resumes {out.name}.work")
         sys.exit(STOPPED_EXIT_CODE)
 
@@ -199,11 +251,19 @@ def llava(
 @click.command("report")
 @click.argument("runs", nargs=-1, required=True, type=_PATH, metavar="RUN...")
 @click.option(
-    "--results", multiple=True, type=_PATH, metavar="FILE|DIR",
+    "--results",
+    multiple=True,
+    type=_PATH,
+    metavar="FILE|DIR",
     help="Result JSONs of probe, fewshot, finetune, caption, eval etc., or a folder of them. Repeatable.",
-)  # fmt: skip
+)
 @click.option(
-    "--out", "page", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE", help="The HTML file to write."
+    "--out",
+    "page",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    metavar="FILE",
+    help="The HTML file to write.",
 )
 def report(runs: tuple[Path, ...], results: tuple[Path, ...], page: Path) -> None:
     """Write one HTML file about runs: loss, speed, recipes, results next to the paper's. It opens without a network."""
@@ -239,14 +299,24 @@ cli.add_command(llava)
 @cli.command("run")
 @options.betons
 @click.option("--out", "run", type=click.Path(path_type=Path), help="Folder of the run (default: paths.run).")
-@click.option("--synthetic", is_flag=True, help="Random images made once on the device, no checkpoints: what the model alone can do.")
+@click.option(
+    "--synthetic",
+    is_flag=True,
+    help="Random images made once on the device, no checkpoints: what the model alone can do.",
+)
 @options.recipe
 @options.config
 @options.overrides
 def run_command(
-    betons: tuple[str, ...], labels: tuple[str, ...], idf: Path | None, run: Path | None, synthetic: bool, recipe: str | None,
-    config: Path | None, overrides: tuple[str, ...],
-) -> None:  # fmt: skip
+    betons: tuple[str, ...],
+    labels: tuple[str, ...],
+    idf: Path | None,
+    run: Path | None,
+    synthetic: bool,
+    recipe: str | None,
+    config: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
     """Pre-train by classification, or resume an interrupted run: the same command again."""
     from train.loop import STOPPED_EXIT_CODE
     from train.trainer import synthetic_run, train_run  # torch takes a second: not for --help
@@ -265,25 +335,43 @@ def run_command(
 
 
 @cli.command("plan")
-@click.option("--beton", is_flag=False, flag_value="", metavar="[OUT]", help="OUT of build-labels, for epochs and classes.")
-@click.option("--method", type=click.Choice(["run", "clip", "lit"]), default="run", show_default=True, help="Of which command.")
+@click.option(
+    "--beton", is_flag=False, flag_value="", metavar="[OUT]", help="OUT of build-labels, for epochs and classes."
+)
+@click.option(
+    "--method", type=click.Choice(["run", "clip", "lit"]), default="run", show_default=True, help="Of which command."
+)
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks of the planned run.")
 @click.option(
-    "--rate", "rates", multiple=True, type=click.FloatRange(min=0, min_open=True),
+    "--rate",
+    "rates",
+    multiple=True,
+    type=click.FloatRange(min=0, min_open=True),
     help="Samples/s over all devices. Repeatable (default: 1000, 10000, 100000, or what --measure finds).",
-)  # fmt: skip
+)
 @click.option(
-    "--measure", is_flag=False, flag_value=20.0, type=click.FloatRange(min=0.1), metavar="[SECONDS]",
+    "--measure",
+    is_flag=False,
+    flag_value=20.0,
+    type=click.FloatRange(min=0.1),
+    metavar="[SECONDS]",
     help="Train so long on this machine, for a rate and for what a run takes beside its steps (no value: 20). Nothing is kept.",
-)  # fmt: skip
+)
 @click.option("--price-per-device-hour", "price", type=click.FloatRange(min=0), help="In any currency.")
 @options.recipe
 @options.config
 @options.overrides
 def plan_command(
-    beton: str | None, method: str, devices: int, rates: tuple[float, ...], measure: float | None, price: float | None,
-    recipe: str | None, config: Path | None, overrides: tuple[str, ...],
-) -> None:  # fmt: skip
+    beton: str | None,
+    method: str,
+    devices: int,
+    rates: tuple[float, ...],
+    measure: float | None,
+    price: float | None,
+    recipe: str | None,
+    config: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
     """What a run would take: steps, epochs, operations, memory, disk, messages, hours, cost."""
     begun = time.perf_counter()
     import torch
@@ -295,7 +383,9 @@ def plan_command(
     pipeline = load_pipeline(config, overrides, recipe)
     if measure is not None and (beton is None or method != "run"):
         raise UserError(
-            "--measure trains as `train run` does, on betons", allowed="--method run with --beton OUT", mend="add --beton, or give --rate"
+            "--measure trains as `train run` does, on betons",
+            allowed="--method run with --beton OUT",
+            mend="add --beton, or give --rate",
         )
     vocabulary, _, samples = head_size(pipeline, beton)
     device = torch.device("cuda" if torch.cuda.is_available() and pipeline.train.runtime.device != "cpu" else "cpu")
@@ -305,11 +395,21 @@ def plan_command(
     check_accumulation(pipeline.train)
     pace = None
     if measure is not None and beton is not None:
-        pace = measure_pace(options.chosen(pipeline, [beton], (), None, "train plan"), pipeline.train, devices, measure, begun)
+        pace = measure_pace(
+            options.chosen(pipeline, [beton], (), None, "train plan"), pipeline.train, devices, measure, begun
+        )
     plan = plan_lines(
-        pipeline.train, vocabulary=vocabulary, dataset_samples=samples, devices=devices,
-        rates=rates or (() if pace else (1e3, 1e4, 1e5)), device=device, tower=tower, locked=method == "lit", pace=pace, price=price,
-    )  # fmt: skip
+        pipeline.train,
+        vocabulary=vocabulary,
+        dataset_samples=samples,
+        devices=devices,
+        rates=rates or (() if pace else (1e3, 1e4, 1e5)),
+        device=device,
+        tower=tower,
+        locked=method == "lit",
+        pace=pace,
+        price=price,
+    )
     print("\n".join(plan))
 
 
@@ -336,7 +436,12 @@ def predict_command(run: Path, images: tuple[Path, ...], top: int) -> None:
 @click.argument("out")
 @click.argument("sample", metavar="KEY|UID")
 @click.option(
-    "--checkpoint", "run", type=click.Path(path_type=Path), metavar="RUN", required=True, help="A run, or one checkpoint's folder."
+    "--checkpoint",
+    "run",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    required=True,
+    help="A run, or one checkpoint's folder.",
 )
 @click.option("--shard", metavar="NAME", help="The shard to search, if several have the key.")
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Predicted tokens to show.")

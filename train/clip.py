@@ -1,4 +1,6 @@
-"""`train clip` and `train lit` as methods of train/trainer.py: the same loader, loop, metrics and checkpoints as `train run`."""
+"""`train clip` and `train lit` as methods of train/trainer.py: the same loader, loop, metrics and checkpoints as `train
+run`.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,9 @@ def train_clip(chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
 
 
 def check_whole_batches(settings: Train, command: str) -> None:
-    """Refuse gradient accumulation: each part would be compared with itself alone, which is a smaller batch, not the same one."""
+    """Refuse gradient accumulation: each part would be compared with itself alone, which is a smaller batch, not the
+    same one.
+    """
     if settings.runtime.accumulation > 1:
         raise UserError(
             f"`{command}` compares every image with all captions of its batch, and train.runtime.accumulation "

@@ -1,8 +1,10 @@
-"""What training a model costs: parameters, operations and activations of a sample, messages between ranks; for MFU, announcement and plan.
+"""What training a model costs: parameters, operations and activations of a sample, messages between ranks; for MFU,
+announcement and plan.
 
-Operations are counted, not guessed: torch's FlopCounterMode over one forward pass of the trunk without data (meta device). The backward
-pass is twice that, for the gradients of inputs and weights (the counter's own number is many times too high where convolutions are
-grouped). The head is a matrix product like the others, however the loss cuts it into chunks.
+Operations are counted, not guessed: torch's FlopCounterMode over one forward pass of the trunk without data (meta
+    device). The backward
+pass is twice that, for the gradients of inputs and weights (the counter's own number is many times too high where
+convolutions are grouped). The head is a matrix product like the others, however the loss cuts it into chunks.
 """
 
 from collections.abc import Callable
@@ -19,18 +21,34 @@ from train.model import build_head, build_trunk, set_up_trunk
 from train.optim import autocast_dtype
 from train.text_tower import build_text_tower
 
-# Dense bf16 matrix products, TFLOP/s, by a part of the device's name, the longer names first (vendors' data sheets). TF32 is half of it.
+# Dense bf16 matrix products, TFLOP/s, by a part of the device's name, the longer names first (vendors' data sheets).
+# TF32 is half of it.
 _PEAK_TFLOPS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "GH200": 989, "H100": 989, "H200": 989, "H800": 989, "B200": 2250, "A100": 312, "A800": 312,
-    "L40S": 362, "L4": 121, "A40": 150, "A10": 125, "RTX A6000": 155, "RTX 4090": 165, "RTX 3090": 71,
-}  # fmt: skip
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "GH200": 989,
+    "H100": 989,
+    "H200": 989,
+    "H800": 989,
+    "B200": 2250,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A40": 150,
+    "A10": 125,
+    "RTX A6000": 155,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
 
 _FEW_TOKENS = 2  # the vocabulary does not count: an embedding keeps no more for more of it
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a model: numbers of parameters, and `flops` of a sample, forward and backward (a multiplication and an addition are two).
+    """Of a model: numbers of parameters, and `flops` of a sample, forward and backward (a multiplication and an
+    addition are two).
 
     Attributes:
         head: all beside the trunk; `head_name`: what that is.
@@ -100,8 +118,11 @@ def _device(net: nn.Module) -> torch.device:
     return next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
 
 
-def activation_bytes(settings: Train, device: torch.device, text: TextTower | None = None, *, frozen: bool = False) -> int:
-    """What is kept of one sample for its backward pass, counted on the CPU, in the precision that `device` would compute in.
+def activation_bytes(
+    settings: Train, device: torch.device, text: TextTower | None = None, *, frozen: bool = False
+) -> int:
+    """What is kept of one sample for its backward pass, counted on the CPU, in the precision that `device` would
+    compute in.
 
     Args:
         settings: `train`.
@@ -117,7 +138,9 @@ def activation_bytes(settings: Train, device: torch.device, text: TextTower | No
     if text:
         tower = build_text_tower(text, _FEW_TOKENS).train()
         tower.set_grad_checkpointing(settings.model.grad_checkpointing)
-        found += _kept_bytes(lambda samples: tower(torch.zeros(samples, text.context, dtype=torch.int64)), settings, device)
+        found += _kept_bytes(
+            lambda samples: tower(torch.zeros(samples, text.context, dtype=torch.int64)), settings, device
+        )
     return found
 
 
@@ -143,7 +166,9 @@ def _kept_bytes(forward: Callable[[int], torch.Tensor], settings: Train, device:
 
 
 def messages(costs: Costs, settings: Train, ranks: int, device: torch.device) -> str:
-    """What one step sends between ranks, how much of it is the head's, whole or split by class, and which of the two is done."""
+    """What one step sends between ranks, how much of it is the head's, whole or split by class, and which of the two is
+    done.
+    """
     gradients, head = 4 * costs.parameters, 4 * costs.head
     if settings.runtime.parallel == "fsdp":
         times, how = 3, "weights gathered twice, gradients reduced once"
@@ -151,7 +176,10 @@ def messages(costs: Costs, settings: Train, ranks: int, device: torch.device) ->
         times, how = 2, "gradients reduced and spread"
     sent, choice = times * (ranks - 1) / ranks * gradients / 2**20, ""
     if costs.width is not None:
-        shape = ((costs.head - 2 * costs.width) // (costs.width + 1), costs.width)  # the head is LayerNorm(W), weight [V, W] and bias [V]
+        shape = (
+            (costs.head - 2 * costs.width) // (costs.width + 1),
+            costs.width,
+        )  # the head is LayerNorm(W), weight [V, W] and bias [V]
         whole, split = (bytes_ / 2**20 for bytes_ in head_messages(*shape, settings, ranks, device))
         is_split = splits_vocabulary(*shape, settings, ranks, device)
         if is_split:
@@ -166,11 +194,15 @@ def messages(costs: Costs, settings: Train, ranks: int, device: torch.device) ->
     )
 
 
-def head_messages(vocabulary: int, width: int, settings: Train, ranks: int, device: torch.device) -> tuple[float, float]:
+def head_messages(
+    vocabulary: int, width: int, settings: Train, ranks: int, device: torch.device
+) -> tuple[float, float]:
     """Bytes that a rank sends a step for the head: when it is whole, and when it is split by class.
 
-    Whole: its gradient reduced and spread (DDP), or its weights gathered and the gradient reduced (FSDP). Split: the features of the batch
-    gathered, in the type of the products, and their gradients reduced, in float32. Label ids and the sums of a row are left out.
+    Whole: its gradient reduced and spread (DDP), or its weights gathered and the gradient reduced (FSDP). Split: the
+        features of the batch
+    gathered, in the type of the products, and their gradients reduced, in float32. Label ids and the sums of a row are
+    left out.
     """
     element = 4 if autocast_dtype(settings.runtime.precision, device) is None else 2
     others = (ranks - 1) / ranks

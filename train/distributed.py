@@ -53,7 +53,8 @@ class World:
 
 @contextmanager
 def distributed_world(runtime: Runtime) -> Iterator[World]:
-    """Join the process group that torchrun's variables describe; without them, a world of one. Inside another `world`, that one.
+    """Join the process group that torchrun's variables describe; without them, a world of one. Inside another `world`,
+    that one.
 
     Raises:
         UserError: CUDA is asked for and not there, or there are more ranks than GPUs.
@@ -61,7 +62,9 @@ def distributed_world(runtime: Runtime) -> Iterator[World]:
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:
         raise UserError(
-            "train.runtime.device is cuda, but torch sees no CUDA device", allowed="auto, cpu", mend="--set train.runtime.device=cpu"
+            "train.runtime.device is cuda, but torch sees no CUDA device",
+            allowed="auto, cpu",
+            mend="--set train.runtime.device=cpu",
         )
     on_gpu = available and runtime.device != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
@@ -97,7 +100,9 @@ def _group(device: torch.device) -> Iterator[World]:
 
 @contextmanager
 def _tf32(wanted: bool) -> Iterator[None]:
-    """fp32 products in TF32, as in the reference, for a while: features that are extracted afterwards must not change by it."""
+    """fp32 products in TF32, as in the reference, for a while: features that are extracted afterwards must not change
+    by it.
+    """
     before = torch.get_float32_matmul_precision()
     if wanted:
         torch.set_float32_matmul_precision("high")
@@ -107,20 +112,22 @@ def _tf32(wanted: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-# ---- parallel: One model over many ranks: DDP (weights whole everywhere) or FSDP2 (weights split), and what differs between them; under either, a layer
-# split by its outputs, each of which belongs to one rank alone.
+# ---- parallel: One model over many ranks: DDP (weights whole everywhere) or FSDP2 (weights split), and what differs
+# between them; under either, a layer split by its outputs, each of which belongs to one rank alone.
 #
-# The loop and the checkpoints see neither: they call what `spread` returns, and take tensors apart and together with the functions here.
+# The loop and the checkpoints see neither: they call what `spread` returns, and take tensors apart and together with
+# the functions here.
 
 
 def spread(model: nn.Module, parallel: str, world: World, split: nn.Linear | None = None) -> nn.Module:
     """What the loop calls in place of `model`, whose parameters FSDP splits in place.
 
     Args:
-        model: on the device of `world`, with the same weights on every rank; its forward gives the mean loss of a rank's samples.
+        model: on the device of `world`, with the same weights on every rank; its forward gives the mean loss of a
+            rank's samples.
         parallel: `ddp` or `fsdp`. A world of one is left as it is.
-        split: a layer of `model` whose outputs are divided among the ranks: neither its weights nor their gradients are exchanged, and its
-            caller works with this rank's part (train/losses/distributed.py). None: there is none.
+        split: a layer of `model` whose outputs are divided among the ranks: neither its weights nor their gradients are
+            exchanged, and its caller works with this rank's part (train/losses/distributed.py). None: there is none.
     """
     if world.size == 1:
         return model
@@ -137,7 +144,9 @@ def spread(model: nn.Module, parallel: str, world: World, split: nn.Linear | Non
     # Buffers matter where batch norm is: then all ranks take the first one's, which a checkpoint keeps.
     buffers = any(isinstance(module, _BatchNorm) for module in model.modules())
     devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=buffers, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        model, device_ids=devices, forward_sync_buffers=buffers, gradient_as_bucket_view=True
+    )
 
 
 def _split_outputs(layer: nn.Linear, mesh: DeviceMesh) -> None:
@@ -159,7 +168,9 @@ def repeated_blocks(net: nn.Module) -> dict[str, nn.Module]:
     for name, module in net.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1 and not name.startswith(inside):
             children = module.named_children()
-            blocks |= {f"{name}.{key}".lstrip("."): child for key, child in children if any(True for _ in child.parameters())}
+            blocks |= {
+                f"{name}.{key}".lstrip("."): child for key, child in children if any(True for _ in child.parameters())
+            }
             inside = (*inside, f"{name}." if name else "")
     return blocks
 
@@ -176,7 +187,9 @@ def gradients_exchanged(spread_model: nn.Module, now: bool) -> Iterator[None]:
     yield
 
 
-def loss_and_gradient_norm(loss: torch.Tensor, parameters: Iterable[torch.Tensor], world: World) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_and_gradient_norm(
+    loss: torch.Tensor, parameters: Iterable[torch.Tensor], world: World
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of `loss` over all ranks and norm of the whole gradient, the same on every rank and left on the device.
 
     Args:

@@ -89,7 +89,8 @@ def run_loop(
     """Train until the budget is spent or somebody asks to stop.
 
     Args:
-        batches: dataclasses of tensors [B, ...] with a count `bad`; one a step, beginning with step `budget.first_step`.
+        batches: dataclasses of tensors [B, ...] with a count `bad`; one a step, beginning with step
+            `budget.first_step`.
         inputs: makes the model's two arguments from a batch or a part of it.
         train_state: what is trained.
         settings: the `train` section.
@@ -132,13 +133,17 @@ def run_loop(
 
 
 def _seed(number: int, device: torch.device) -> None:
-    """torch.manual_seed for the devices in use; that one asks all others too, which costs a millisecond where there is no GPU."""
+    """torch.manual_seed for the devices in use; that one asks all others too, which costs a millisecond where there is
+    no GPU.
+    """
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
         torch.cuda.manual_seed(number)
 
 
-def _gradients(batch: Any, inputs: Inputs, train_state: TrainState, settings: Train, device: torch.device) -> torch.Tensor:
+def _gradients(
+    batch: Any, inputs: Inputs, train_state: TrainState, settings: Train, device: torch.device
+) -> torch.Tensor:
     """Add up the gradients of a batch, part by part; returns its mean loss on this rank, left on the device."""
     parts, dtype = settings.runtime.accumulation, autocast_dtype(settings.runtime.precision, device)
     total = torch.zeros((), device=device)
@@ -169,7 +174,9 @@ def micro_batches(batch: Any, parts: int) -> Iterator[Any]:
 def _update(
     train_state: TrainState, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor, clip: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Change the weights, unless loss or gradient is not finite; returns the gradient's true norm and 1.0 where it was skipped."""
+    """Change the weights, unless loss or gradient is not finite; returns the gradient's true norm and 1.0 where it was
+    skipped.
+    """
     divisor = None
     if train_state.scale is not None:
         norm, divisor = norm / train_state.scale.value, train_state.scale.value
@@ -178,8 +185,8 @@ def _update(
     skipped = 1.0 - (loss.isfinite() & norm.isfinite()).float()
     for group in train_state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)  # less in a trunk's first layers, where it is fine-tuned
-    # The two attributes through which fused optimisers serve GradScaler: gradients are divided by the one, the other skips the step. On a
-    # CPU there is nothing to wait for, and the step without a test is faster.
+    # The two attributes through which fused optimisers serve GradScaler: gradients are divided by the one, the other
+    # skips the step. On a CPU there is nothing to wait for, and the step without a test is faster.
     ask = loss.device.type != "cpu"
     train_state.optimizer.grad_scale, train_state.optimizer.found_inf = divisor, skipped if ask else None  # type: ignore[attr-defined]
     if ask or not skipped:
@@ -192,7 +199,9 @@ def _update(
 
 
 class _Due:
-    """What is to be done after a step. Ranks have to agree, which waits for the device: alone at every step, together now and then."""
+    """What is to be done after a step. Ranks have to agree, which waits for the device: alone at every step, together
+    now and then.
+    """
 
     def __init__(self, settings: Train, budget: Budget, world: World) -> None:
         self._steps, self._world, self._every_s = budget.steps, world, settings.log.every_seconds
@@ -200,7 +209,9 @@ class _Due:
         self._save_s = 60 * (settings.checkpoint.every_minutes or float("inf"))
         self._saved = time.monotonic()
 
-    def __call__(self, finished: int, stopping: Callable[[], bool], seconds_since_log: float) -> tuple[bool, bool, bool]:
+    def __call__(
+        self, finished: int, stopping: Callable[[], bool], seconds_since_log: float
+    ) -> tuple[bool, bool, bool]:
         """After `finished` steps: whether to stop, to save, to write a log line."""
         ask = self._world.size == 1 or finished % _ASK_EVERY_STEPS == 0
         late = time.monotonic() - self._saved >= self._save_s

@@ -1,8 +1,9 @@
 """metrics.jsonl and the log line.
 
-metrics.jsonl has a line for every step ({"step", "samples", "loss", "lr", "grad_norm"}; a step that was skipped has null for a loss or
-norm that is not finite, and "skipped": true) and, every N seconds, one with throughput ({"step", "samples", "samples_per_s", "data_wait",
-"eta_s", ...}). Losses are copied from the device only then, so that no step waits for them.
+metrics.jsonl has a line for every step ({"step", "samples", "loss", "lr", "grad_norm"}; a step that was skipped has
+null for a loss or norm that is not finite, and "skipped": true) and, every N seconds, one with throughput ({"step",
+"samples", "samples_per_s", "data_wait", "eta_s", ...}). Losses are copied from the device only then, so that no step
+waits for them.
 """
 
 import json
@@ -20,7 +21,8 @@ from labels.settings import Log, Train
 from labels.storage import UserError, fingerprint, write_whole
 from train.distributed import World
 
-# ---- trackers: Where metrics go besides metrics.jsonl: TensorBoard's event files, Weights & Biases. Both take the same lines.
+# ---- trackers: Where metrics go besides metrics.jsonl: TensorBoard's event files, Weights & Biases. Both take the same
+# lines.
 
 
 class Tracker(Protocol):
@@ -120,9 +122,17 @@ class Metrics:
     """
 
     def __init__(
-        self, run: Path, world: World, settings: Train, *, steps: int, first_step: int, skipped: tuple[int, int], speed: Speed,
+        self,
+        run: Path,
+        world: World,
+        settings: Train,
+        *,
+        steps: int,
+        first_step: int,
+        skipped: tuple[int, int],
+        speed: Speed,
         trackers: list[Tracker],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._world, self._settings, self._steps, self._step, self._speed = world, settings, steps, first_step, speed
         self.skipped, self.skipped_in_a_row = skipped
         self._pending: list[tuple[torch.Tensor, float]] = []
@@ -133,8 +143,12 @@ class Metrics:
             _drop_lines_after(path, first_step)
             self._file = open(path, "a", encoding="utf8")  # noqa: SIM115  (closed by close)
 
-    def record(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor, lr: float, waited_s: float, bad: int) -> None:
-        """One step: loss, gradient norm and whether it was skipped (scalars left on the device), rate, seconds waited, bad images."""
+    def record(
+        self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor, lr: float, waited_s: float, bad: int
+    ) -> None:
+        """One step: loss, gradient norm and whether it was skipped (scalars left on the device), rate, seconds waited,
+        bad images.
+        """
         self._pending.append((torch.stack([loss.double(), norm.double(), skipped.double()]), lr))
         self._waited += waited_s
         self._bad_images += bad
@@ -180,9 +194,12 @@ class Metrics:
     def _step_line(self, loss: float, norm: float, skipped: float, lr: float) -> dict[str, Any]:
         self._step += 1
         line = {
-            "step": self._step, "samples": self._step * self._settings.batch_size, "loss": loss if math.isfinite(loss) else None,
-            "lr": lr, "grad_norm": norm if math.isfinite(norm) else None,
-        }  # fmt: skip
+            "step": self._step,
+            "samples": self._step * self._settings.batch_size,
+            "loss": loss if math.isfinite(loss) else None,
+            "lr": lr,
+            "grad_norm": norm if math.isfinite(norm) else None,
+        }
         if skipped:
             line["skipped"] = True
         self.skipped += bool(skipped)
@@ -195,11 +212,17 @@ class Metrics:
         rate = max(done / seconds, 1e-9)
         bad_images, waited = self._world.total(self._bad_images, self._waited)
         line = {
-            "step": self._step, "samples": self._step * self._settings.batch_size, "samples_per_s": rate,
-            "samples_per_s_per_device": rate / size, "data_wait": waited / size / seconds, "mfu": self._speed.utilisation(rate / size),
-            "memory_gib": peak_memory_gib(self._world.device), "skipped_steps": self.skipped, "bad_images": round(bad_images),
+            "step": self._step,
+            "samples": self._step * self._settings.batch_size,
+            "samples_per_s": rate,
+            "samples_per_s_per_device": rate / size,
+            "data_wait": waited / size / seconds,
+            "mfu": self._speed.utilisation(rate / size),
+            "memory_gib": peak_memory_gib(self._world.device),
+            "skipped_steps": self.skipped,
+            "bad_images": round(bad_images),
             "eta_s": (self._steps - self._step) * self._settings.batch_size / rate,
-        }  # fmt: skip
+        }
         self._mark, self._marked_step, self._waited = now, self._step, 0.0
         return {name: value for name, value in line.items() if value is not None}
 
@@ -216,14 +239,18 @@ class Metrics:
     def _line(self, last: dict[str, Any], throughput: dict[str, Any]) -> str:
         loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
         words = [
-            f"step {self._step}/{self._steps}", f"samples {throughput['samples']:,}", f"loss {loss}", f"lr {last['lr']:.2e}",
-            f"{throughput['samples_per_s']:,.0f} samples/s", f"{throughput['samples_per_s_per_device']:,.0f} per device",
+            f"step {self._step}/{self._steps}",
+            f"samples {throughput['samples']:,}",
+            f"loss {loss}",
+            f"lr {last['lr']:.2e}",
+            f"{throughput['samples_per_s']:,.0f} samples/s",
+            f"{throughput['samples_per_s_per_device']:,.0f} per device",
             f"data wait {throughput['data_wait']:.1%}",
             *([f"MFU {throughput['mfu']:.1%}"] if "mfu" in throughput else []),
             f"memory {throughput['memory_gib']:.1f} GiB",
             *([f"skipped {self.skipped}"] if self.skipped else []),
             f"ETA {throughput['eta_s']:,.0f} s",
-        ]  # fmt: skip
+        ]
         return "  ".join(words)
 
 

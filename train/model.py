@@ -33,7 +33,9 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "vit_s16": Preset("vit_base_patch16_clip_224", {"embed_dim": 384, "num_heads": 6}),  # timm has no small one of CLIP's kind
+    "vit_s16": Preset(
+        "vit_base_patch16_clip_224", {"embed_dim": 384, "num_heads": 6}
+    ),  # timm has no small one of CLIP's kind
     "vit_b16": Preset("vit_base_patch16_clip_224", {}),
     "vit_l16": Preset("vit_large_patch14_clip_224", {"patch_size": 16}),
     "vit_l14": Preset("vit_large_patch14_clip_224", {}),
@@ -44,8 +46,8 @@ PRESETS = {
 
 @torch.no_grad()
 def begin_as_reference(vit: VisionTransformer) -> None:
-    """Draw a ViT's first weights as the reference does: tokens and positions from N(0, W^-1/2), query, key and value by Xavier,
-    all other layers as torch draws them, biases of the attention 0.
+    """Draw a ViT's first weights as the reference does: tokens and positions from N(0, W^-1/2), query, key and value by
+    Xavier, all other layers as torch draws them, biases of the attention 0.
     """
     for tokens in (vit.cls_token, vit.pos_embed):
         nn.init.normal_(tokens, std=vit.embed_dim**-0.5)  # type: ignore[arg-type]
@@ -91,7 +93,8 @@ def trunk_arguments(model: Model) -> tuple[str, dict[str, Any]]:
         near = timm.list_models(f"*{model.trunk.split('_')[0]}*")[:5]
         raise UserError(
             f"timm has no model named {model.trunk!r}",
-            allowed=f"{', '.join(PRESETS)}, or any name of timm.list_models()" + (f", e.g. {', '.join(near)}" if near else ""),
+            allowed=f"{', '.join(PRESETS)}, or any name of timm.list_models()"
+            + (f", e.g. {', '.join(near)}" if near else ""),
             mend="set train.model.trunk",
         )
     arguments: dict[str, Any] = {**preset.arguments, **model.trunk_args}
@@ -108,7 +111,8 @@ def is_vit(model: Model) -> bool:
 
 
 def set_up_trunk(trunk: nn.Module, model: Model) -> None:
-    """What of `train.model` decides how, not what, a trunk computes: gradient checkpointing and compilation, both in place.
+    """What of `train.model` decides how, not what, a trunk computes: gradient checkpointing and compilation, both in
+    place.
 
     Raises:
         UserError: gradient checkpointing is asked for and timm has none for this architecture.
@@ -118,7 +122,8 @@ def set_up_trunk(trunk: nn.Module, model: Model) -> None:
             trunk.set_grad_checkpointing(True)  # type: ignore[operator]
         except (AttributeError, AssertionError):
             raise UserError(
-                f"timm has no gradient checkpointing for {model.trunk!r}", mend="--set train.model.grad_checkpointing=false"
+                f"timm has no gradient checkpointing for {model.trunk!r}",
+                mend="--set train.model.grad_checkpointing=false",
             ) from None
     if model.compile:
         trunk.compile()

@@ -19,7 +19,10 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     decayed, exempt = (list(named.values()) for named in by_decay(model))
     # The fused step takes split and whole tensors one kind at a time.
     groups = [
-        {"params": [parameter for parameter in members if isinstance(parameter, DTensor) == split], "weight_decay": decay}
+        {
+            "params": [parameter for parameter in members if isinstance(parameter, DTensor) == split],
+            "weight_decay": decay,
+        }
         for members, decay in ((decayed, settings.weight_decay), (exempt, 0.0))
         for split in (False, True)
     ]
@@ -27,16 +30,21 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
 
 
 def adamw(groups: list[dict[str, Any]], settings: Optimizer) -> torch.optim.AdamW:
-    """AdamW over groups of parameters that tell their weight decay and, if another than 1, the factor `lr_scale` on the loop's rate.
+    """AdamW over groups of parameters that tell their weight decay and, if another than 1, the factor `lr_scale` on the
+    loop's rate.
 
-    Fused, since only that form skips a step that the device itself found not to be finite (`found_inf`). The moments are made at once,
-    for parameters too that never get a gradient: a checkpoint then always has all of them.
+    Fused, since only that form skips a step that the device itself found not to be finite (`found_inf`). The moments
+    are made at once, for parameters too that never get a gradient: a checkpoint then always has all of them.
     """
     betas = (settings.betas[0], settings.betas[1])
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
     for parameter in (parameter for group in groups for parameter in group["params"]):
         step = torch.zeros((), device=parameter.device)
-        optimizer.state[parameter] = {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        optimizer.state[parameter] = {
+            "step": step,
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
     return optimizer
 
 
@@ -74,7 +82,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 class LossScale:
     """fp16's dynamic loss scale: halved after a step that was not finite, doubled after 2,000 good ones.
 
-    The rule is torch.amp.GradScaler's; the finite test and the skipped step are the loop's own, the same in every precision.
+    The rule is torch.amp.GradScaler's; the finite test and the skipped step are the loop's own, the same in every
+    precision.
 
     Args:
         device: where both numbers live, so that no step waits for them.
@@ -101,7 +110,8 @@ class LossScale:
         self._good.fill_(state[1])
 
 
-# ---- ema: A moving average of the weights, kept beside them in fp32 and saved with them; off by default, as in the paper.
+# ---- ema: A moving average of the weights, kept beside them in fp32 and saved with them; off by default, as in the
+# paper.
 
 
 class Ema:
@@ -109,7 +119,8 @@ class Ema:
 
     Args:
         model: as it is trained, after FSDP has split it; the averages are split alike.
-        decay: of the average. The first steps decay faster, by min(decay, (1 + step) / (10 + step)), so that the random beginning fades.
+        decay: of the average. The first steps decay faster, by min(decay, (1 + step) / (10 + step)), so that the random
+            beginning fades.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -19,7 +19,8 @@ from train.distributed import local
 from train.losses.contrastive import contrastive_loss
 from train.losses.distributed import everyone
 
-# ---- tokens: Captions as a text tower takes them: start, tokens in their order, end, zeros; whatever tokenizer the labels were made with.
+# ---- tokens: Captions as a text tower takes them: start, tokens in their order, end, zeros; whatever tokenizer the
+# labels were made with.
 #
 # B batch, K label limit, L context.
 
@@ -29,7 +30,9 @@ _PAD = 0
 
 
 class Specials(NamedTuple):
-    """Ids of `start` and `end`, and the `vocabulary` with both. `end` is the largest: open_clip's towers pool there (`argmax`)."""
+    """Ids of `start` and `end`, and the `vocabulary` with both. `end` is the largest: open_clip's towers pool there
+    (`argmax`).
+    """
 
     start: int
     end: int
@@ -150,8 +153,14 @@ def build_text_tower(settings: TextTower, vocabulary: int) -> Any:
     try:
         from open_clip.transformer import TextTransformer
     except ImportError:
-        raise UserError("open_clip, whose text tower is taken, is not installed", mend="pip install 'superclass-lean[evals]'") from None
+        raise UserError(
+            "open_clip, whose text tower is taken, is not installed", mend="pip install 'superclass-lean[evals]'"
+        ) from None
     return TextTransformer(
-        context_length=settings.context, vocab_size=vocabulary, width=settings.width, heads=settings.heads, layers=settings.layers,
+        context_length=settings.context,
+        vocab_size=vocabulary,
+        width=settings.width,
+        heads=settings.heads,
+        layers=settings.layers,
         output_dim=settings.embed_dim,
-    )  # fmt: skip
+    )

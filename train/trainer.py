@@ -78,7 +78,9 @@ def classification() -> Method:
     )
 
 
-def train_run(data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path | None = None, method: Method | None = None) -> bool:
+def train_run(
+    data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path | None = None, method: Method | None = None
+) -> bool:
     """Pre-train in the folder `run`, or resume what it holds.
 
     Args:
@@ -126,13 +128,16 @@ def train_run(data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path |
         def batches(first_step: int, steps: int) -> Iterable[Any]:
             return make_loader(betons, settings, first_step, steps, world)
 
-        images = ImageInput(settings.data, world.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
+        images = ImageInput(
+            settings.data, world.device, image_size=settings.model.image_size, seed=settings.runtime.seed
+        )
         shown = pipeline.model_dump(exclude={"recipes"})
         return trainer.train(train_state, batches, method.inputs(images, betons), shown, costs)
 
 
 def synthetic_run(run: Path, pipeline: Pipeline, vocabulary: int, label_limit: int) -> bool:
-    """`train run --synthetic`: the whole budget on random images that are made on the device; no checkpoint is read or written.
+    """`train run --synthetic`: the whole budget on random images that are made on the device; no checkpoint is read or
+    written.
 
     Returns:
         True when the budget is spent, False when a signal stopped it.
@@ -142,7 +147,10 @@ def synthetic_run(run: Path, pipeline: Pipeline, vocabulary: int, label_limit: i
         check_batch_divides(settings, world.size)
         state = State(samples_seen=0, number=0, labels="", idf="", betons="", options="", vocabulary=vocabulary)
         trainer = Trainer(run, settings, None, state, world, stopping)
-        train_state, costs = make_train_state(settings, torch.ones(vocabulary), world), model_costs(settings.model, vocabulary)
+        train_state, costs = (
+            make_train_state(settings, torch.ones(vocabulary), world),
+            model_costs(settings.model, vocabulary),
+        )
         if world.is_first:
             trainer.log_start(train_state.model, costs, f"random images, {vocabulary:,} classes")
 
@@ -205,7 +213,13 @@ class Trainer:
     """
 
     def __init__(
-        self, run: Path, settings: Train, checkpoint: Path | None, state: State, world: World, stopping: Callable[[], bool]
+        self,
+        run: Path,
+        settings: Train,
+        checkpoint: Path | None,
+        state: State,
+        world: World,
+        stopping: Callable[[], bool],
     ) -> None:
         self._run, self._settings, self._world, self._stopping = run, settings, world, stopping
         self._checkpoint, self._state = checkpoint, state
@@ -290,7 +304,9 @@ class Trainer:
 
             try:
                 with closing(iter(batches(budget.first_step, budget.steps))) as iterator:  # type: ignore[type-var]
-                    return run_loop(iterator, inputs, train_state, settings, budget, world, metrics, save, self._stopping)
+                    return run_loop(
+                        iterator, inputs, train_state, settings, budget, world, metrics, save, self._stopping
+                    )
             finally:
                 metrics.close()
 
@@ -395,7 +411,9 @@ def resume_point(run: Path, betons: BetonSet, settings: Train, method: Method) -
         return None, State.model_validate(start | {"method": method.name} | betons.identity)
     state = read_state(folders[-1])
     if state.method != method.name:
-        raise UserError(f"{run} holds a run of the method {state.method}, not of `{method.command}`", mend="give another --out")
+        raise UserError(
+            f"{run} holds a run of the method {state.method}, not of `{method.command}`", mend="give another --out"
+        )
     differs = {
         "labels": ("with other labels: fingerprint", betons.labels_out),
         "idf": ("with another IDF table: SHA-256", betons.labels_out),
@@ -441,4 +459,8 @@ def _kept(settings: Train, kept: dict[str, Any]) -> dict[str, Any]:
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = (yaml.safe_dump(part, default_flow_style=None).splitlines() for part in (before, now))
-    return [f"was `{was.strip()}`, is now `{is_now.strip()}`" for was, is_now in zip(old, new, strict=False) if was != is_now]
+    return [
+        f"was `{was.strip()}`, is now `{is_now.strip()}`"
+        for was, is_now in zip(old, new, strict=False)
+        if was != is_now
+    ]

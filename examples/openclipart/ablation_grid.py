@@ -113,7 +113,10 @@ def read_grid(file: Path) -> Grid:
         ) from None
     named = [row.cell for table in grid.tables for row in table.rows]
     named += [cell for plot in grid.plots for cells in plot.lines.values() for cell in cells]
-    for kind, known, names in (("cell", grid.cells, named), ("label set", grid.labels, [cell.labels for cell in grid.cells.values()])):
+    for kind, known, names in (
+        ("cell", grid.cells, named),
+        ("label set", grid.labels, [cell.labels for cell in grid.cells.values()]),
+    ):
         if unknown := [name for name in names if name is not None and name not in known]:
             raise UserError(f"{file} names the {kind} {unknown[0]!r}, which it does not have", allowed=", ".join(known))
     return grid
@@ -121,7 +124,8 @@ def read_grid(file: Path) -> Grid:
 
 @dataclass(frozen=True)
 class Unit:
-    """One cell with one seed: the command lines of `train`, their output, and a fingerprint of everything that determines it.
+    """One cell with one seed: the command lines of `train`, their output, and a fingerprint of everything that
+    determines it.
 
     run: folder of the training. results: JSON of each evaluation. file: the result, written last. cost: for the ETA.
     """
@@ -151,7 +155,9 @@ class Planner:
 
     def units(self) -> list[Unit]:
         """All units; the first seed of all cells first."""
-        seeds_of = {name: cell.seeds if cell.seeds is not None else self.grid.seeds for name, cell in self.grid.cells.items()}
+        seeds_of = {
+            name: cell.seeds if cell.seeds is not None else self.grid.seeds for name, cell in self.grid.cells.items()
+        }
         seeds = dict.fromkeys(seed for cell_seeds in (self.grid.seeds, *seeds_of.values()) for seed in cell_seeds)
         return [self._unit(name, seed) for seed in seeds for name in seeds_of if seed in seeds_of[name]]
 
@@ -165,16 +171,32 @@ class Planner:
 
     def _unit(self, name: str, seed: int) -> Unit:
         cell, settings = self.grid.cells[name], self.settings(name)
-        parts = [VERSION, settings.model_dump(exclude={"recipes", "paths"}), cell.method, cell.zeroshot, seed, self.grid.lit]
+        parts = [
+            VERSION,
+            settings.model_dump(exclude={"recipes", "paths"}),
+            cell.method,
+            cell.zeroshot,
+            seed,
+            self.grid.lit,
+        ]
         labels = self.grid.labels[cell.labels or self.grid.first_labels]
         mark = fingerprint([*parts, labels.model_dump(), self.grid.evaluation.model_dump()])
         run = self.work / "runs" / f"{name}-seed{seed}-{mark[:8]}"
-        results: dict[str, Path] = {metric: run / f"{metric}.json" for metric in ("probe", "fewshot", *(["zeroshot"] * cell.zeroshot))}
+        results: dict[str, Path] = {
+            metric: run / f"{metric}.json" for metric in ("probe", "fewshot", *(["zeroshot"] * cell.zeroshot))
+        }
         trainings = 0 if cell.method == "untrained" else 2 if cell.zeroshot and cell.method == "superclass" else 1
         return Unit(
-            name, seed, run, self.work / "cells" / f"{name}-seed{seed}.json", self.work / "logs" / f"{name}-seed{seed}.txt", mark,
-            tuple(self._commands(cell, seed, run, results)), results, _EVALUATION_SAMPLES + trainings * settings.train.samples,
-        )  # fmt: skip
+            name,
+            seed,
+            run,
+            self.work / "cells" / f"{name}-seed{seed}.json",
+            self.work / "logs" / f"{name}-seed{seed}.txt",
+            mark,
+            tuple(self._commands(cell, seed, run, results)),
+            results,
+            _EVALUATION_SAMPLES + trainings * settings.train.samples,
+        )
 
     def _commands(self, cell: Cell, seed: int, run: Path, results: dict[str, Path]) -> Iterator[tuple[str, ...]]:
         config = ("--config", str(self.config))

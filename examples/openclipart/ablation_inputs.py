@@ -39,7 +39,8 @@ def write_settings(grid: Grid, work: Path) -> None:
 
 
 def make_labels(grid: Grid, name: str, data: Path, work: Path) -> None:
-    """Build a label set with `preprocess train-tokenizer` and `build-labels`, which are resumable; betons only for the first set.
+    """Build a label set with `preprocess train-tokenizer` and `build-labels`, which are resumable; betons only for the
+    first set.
 
     Raises:
         UserError: a command failed; its output is above.
@@ -66,9 +67,11 @@ def _preprocess(*words: str) -> None:
 
 
 def make_evaluation_set(settings: EvaluationSet, data: Path, folder: Path) -> None:
-    """Write both parts with their classes, each image shrunk to a shorter side of `settings.side` pixels; skipped if it exists.
+    """Write both parts with their classes, each image shrunk to a shorter side of `settings.side` pixels; skipped if it
+    exists.
 
-    Excluded: classes with fewer than `settings.least` training drawings, and training drawings that equal a test drawing at that size.
+    Excluded: classes with fewer than `settings.least` training drawings, and training drawings that equal a test
+        drawing at that size.
 
     Raises:
         UserError: no shards with classes in DATA/train or DATA/test.
@@ -79,13 +82,22 @@ def make_evaluation_set(settings: EvaluationSet, data: Path, folder: Path) -> No
     parts = {part: list(_drawings(data / part, settings.side)) for part in _PARTS}
     counts, tested = Counter(name for _, name in parts["train"]), {image for image, _ in parts["test"]}
     for part, drawings in parts.items():
-        used = [(image, name) for image, name in drawings if counts[name] >= settings.least and (part == "test" or image not in tested)]
+        used = [
+            (image, name)
+            for image, name in drawings
+            if counts[name] >= settings.least and (part == "test" or image not in tested)
+        ]
         if not used:
-            raise UserError(f"{data / part} has no shards with drawings of classes", mend="name the folder that make_shards.py wrote")
+            raise UserError(
+                f"{data / part} has no shards with drawings of classes",
+                mend="name the folder that make_shards.py wrote",
+            )
         table = pa.table({"image": [image for image, _ in used], "class": [name for _, name in used]}, schema=_SCHEMA)
         write_whole(folder / f"{part}.parquet", lambda partial, table=table: pq.write_table(table, partial))
         parts[part] = used
-    found: dict[str, Any] = {part: dict(sorted(Counter(name for _, name in drawings).items())) for part, drawings in parts.items()}
+    found: dict[str, Any] = {
+        part: dict(sorted(Counter(name for _, name in drawings).items())) for part, drawings in parts.items()
+    }
     write_json(marker, {"settings": settings.model_dump(), **found})
 
 

@@ -1,6 +1,7 @@
 """Results of all finished units -> WORK/results.json, tables.md and plots.
 
-Every accuracy is a mean over seeds with the standard deviation (n - 1); a difference is paired by seed, with its standard error.
+Every accuracy is a mean over seeds with the standard deviation (n - 1); a difference is paired by seed, with its
+standard error.
 """
 
 import math
@@ -48,7 +49,9 @@ def _seeds(values: dict[int, float]) -> dict[str, Any]:
 
 def table_lines(table: Table, values: Values) -> str:
     """A table in Markdown, with dashes for unfinished cells."""
-    columns = [metric for metric in METRICS if any(metric in values.get(row.cell, {}) for row in table.rows)] or ["probe"]
+    columns = [metric for metric in METRICS if any(metric in values.get(row.cell, {}) for row in table.rows)] or [
+        "probe"
+    ]
     published = [metric for metric in METRICS if any(metric in row.published for row in table.rows)]
     heads = [
         *(METRICS[metric] for metric in columns),
@@ -107,12 +110,21 @@ def draw_plots(grid: Grid, planner: Planner, units: Sequence[Unit]) -> list[Path
         ticks: set[float] = set()
         for name, cells in plot.lines.items():
             points = [
-                (_value(planner, cell, plot.key), *_summary(list(values[cell]["probe"].values()))) for cell in cells if cell in values
+                (_value(planner, cell, plot.key), *_summary(list(values[cell]["probe"].values())))
+                for cell in cells
+                if cell in values
             ]
             if points:
                 x, mean, std = zip(*points, strict=True)
                 ticks |= set(x)
-                axes.errorbar(x, [100 * value for value in mean], [100 * (value or 0) for value in std], marker="o", capsize=3, label=name)
+                axes.errorbar(
+                    x,
+                    [100 * value for value in mean],
+                    [100 * (value or 0) for value in std],
+                    marker="o",
+                    capsize=3,
+                    label=name,
+                )
         if not ticks:
             plt.close(figure)
             continue

@@ -1,4 +1,5 @@
-"""The paper's ablations on the demo's data: every cell of a file with every seed, tables with means and standard deviations, plots.
+"""The paper's ablations on the demo's data: every cell of a file with every seed, tables with means and standard
+deviations, plots.
 
 DATA/{train,test} -> WORK/labels, evaluation (ablation_inputs.py) -> WORK/cells/<cell>-seed<n>.json (ablation_units.py)
                   -> WORK/results.json, tables.md, *.png (ablation_tables.py)
@@ -37,7 +38,11 @@ class Reporter:
         if fault is not None:
             self.faults[unit.name] = f"{fault}; see {unit.log}"
         result = finished(unit)
-        what = ", ".join(f"{name} {value:.1%}" for name, value in result["metrics"].items() if name != "majority") if result else "failed"
+        what = (
+            ", ".join(f"{name} {value:.1%}" for name, value in result["metrics"].items() if name != "majority")
+            if result
+            else "failed"
+        )
         seconds = f", {result['seconds']:.0f} s" if result else ""
         print(f"[{self._done}/{len(self._units)}] {unit.name}: {what}{seconds}; ETA {left / 60:.0f} min", flush=True)
         write_tables(self._planner.grid, self._planner, self._units)
@@ -84,13 +89,22 @@ def _labelled(planner: Planner, missing: Sequence[Unit], data: Path, reporter: R
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="The paper's ablations on the demo's data. Resumable: run the same command again.")
-    parser.add_argument(
-        "--grid", type=Path, default=_HERE / "ablations.yaml", help="cells, seeds, tables (default: ablations.yaml next to this file)"
+    parser = argparse.ArgumentParser(
+        description="The paper's ablations on the demo's data. Resumable: run the same command again."
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and test/, as make_shards.py writes it")
+    parser.add_argument(
+        "--grid",
+        type=Path,
+        default=_HERE / "ablations.yaml",
+        help="cells, seeds, tables (default: ablations.yaml next to this file)",
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with train/ and test/, as make_shards.py writes it"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of results")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at once, a core each (default: cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="cells at once, a core each (default: cores)"
+    )
     chosen = parser.parse_args(arguments)
     try:
         return run(chosen.grid, chosen.data, chosen.out, max(chosen.jobs, 1))

@@ -48,7 +48,9 @@ def parse_caption(svg: bytes) -> str:
     for _, element in ElementTree.iterparse(io.BytesIO(svg), events=("end",)):
         if element.tag.rpartition("}")[2] == "Work":
             # Only direct children: an Agent inside the Work has a title too.
-            text = join_caption(texts(element, "{*}title"), texts(element, "{*}subject//{*}li"), texts(element, "{*}description"))
+            text = join_caption(
+                texts(element, "{*}title"), texts(element, "{*}subject//{*}li"), texts(element, "{*}description")
+            )
             if text:
                 return text
     return ""

@@ -63,7 +63,9 @@ def exit_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def map_with_progress(label: str, function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+def map_with_progress(
+    label: str, function: Callable[[Item], Result], items: Sequence[Item], workers: int
+) -> Iterator[Result]:
     """The results in the order of the items, whatever the number of workers."""
     progress = Progress(label, len(items))
     if workers == 1:

@@ -87,7 +87,9 @@ def prepare_part_folder(out: Path) -> Path:
 
 
 def publish(part: Path, out: Path) -> None:
-    """Moves the finished splits into place, the marker last; until then the part folder marks the output as this script's."""
+    """Moves the finished splits into place, the marker last; until then the part folder marks the output as this
+    script's.
+    """
     (out / MARKER).unlink(missing_ok=True)
     for split in SPLITS:
         shutil.rmtree(out / split, ignore_errors=True)

@@ -32,7 +32,11 @@ def plot_loss(run: Path, path: Path) -> tuple[float, float]:
     figure, axes = plt.subplots(figsize=(7, 4), dpi=130)
     axes.plot(samples, losses, color=FAINT, linewidth=0.8, label="every step")
     axes.plot(
-        np.convolve(samples, np.ones(width) / width, mode="valid"), smooth, color=ACCENT, linewidth=1.8, label=f"mean of {width} steps"
+        np.convolve(samples, np.ones(width) / width, mode="valid"),
+        smooth,
+        color=ACCENT,
+        linewidth=1.8,
+        label=f"mean of {width} steps",
     )
     axes.set(xlabel="samples seen", ylabel="loss (nats)", title="Pre-training by classification: loss")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -55,10 +59,14 @@ def plot_idf(out: Path, path: Path) -> None:
     axes.semilogx(ranks, idf, color=ACCENT, linewidth=1.8)
     # Whole words only, evenly spaced on the logarithmic axis, names above and below the curve in turn.
     words = [
-        rank for rank in range(len(order)) if tokens[rank].endswith("</w>") and tokens[rank][:-4].isascii() and tokens[rank][0].isalpha()
+        rank
+        for rank in range(len(order))
+        if tokens[rank].endswith("</w>") and tokens[rank][:-4].isascii() and tokens[rank][0].isalpha()
     ]
     wanted = np.geomspace(1, len(order), NAMED_TOKENS)
-    for number, rank in enumerate(sorted({min(words, key=lambda word: abs(np.log((word + 1) / position))) for position in wanted})):
+    for number, rank in enumerate(
+        sorted({min(words, key=lambda word: abs(np.log((word + 1) / position))) for position in wanted})
+    ):
         above = number % 2 == 0
         axes.plot(rank + 1, idf[rank], "o", color=ACCENT, markersize=3)
         axes.annotate(
@@ -69,7 +77,11 @@ def plot_idf(out: Path, path: Path) -> None:
             ha="right" if above else "left",
             fontsize=8,
         )
-    axes.set(xlabel="rank of the token by document frequency", ylabel="IDF (nats)", title="Inverse document frequency of caption tokens")
+    axes.set(
+        xlabel="rank of the token by document frequency",
+        ylabel="IDF (nats)",
+        title="Inverse document frequency of caption tokens",
+    )
     axes.margins(x=0.12, y=0.12)
     axes.grid(alpha=0.25)
     figure.tight_layout()

@@ -1,9 +1,10 @@
 """Captions without stop words, and tokens as people read them.
 
-`remove_stop_words` (`labels.stop_words: remove`): a caption without the 179 English stop words of NLTK. The list is the English one of
-NLTK's public stopwords corpus (nltk_data, after Porter and others), as it stood with 179 words; it is a list of common words without a
-licence of its own, kept in labels/tokenizers/vocab/stop_words_en.txt, one a line.
-`text_of`, `name_of`: the marks that vocabularies put at word borders, and their bytes as characters, turned into text.
+`remove_stop_words` (`labels.stop_words: remove`): a caption without the 179 English stop words of NLTK. The list is the
+    English one of
+NLTK's public stopwords corpus (nltk_data, after Porter and others), as it stood with 179 words; it is a list of common
+words without a licence of its own, kept in labels/tokenizers/vocab/stop_words_en.txt, one a line. `text_of`, `name_of`:
+the marks that vocabularies put at word borders, and their bytes as characters, turned into text.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _REPLACEMENT = "\ufffd"
 
 @cache
 def _word() -> regex.Pattern[str]:
-    """A word: letters with apostrophes inside, no digit, mark or underscore next to it. Possessive, so that no part of a word is one."""
+    """A word: letters with apostrophes inside, no digit, mark or underscore next to it. Possessive, so that no part of
+    a word is one.
+    """
     import regex
 
     return regex.compile(r"(?<![\p{L}\p{M}\p{N}_])\p{L}++(?:['’]\p{L}++)*+(?![\p{M}\p{N}_])")
@@ -35,7 +38,8 @@ def stop_words() -> frozenset[str]:
 
 
 def is_stop_word(word: str) -> bool:
-    """Whether one of CLIP's words is dropped: it is in the list, or is without its apostrophe (`don't` comes as `don` and `'t`).
+    """Whether one of CLIP's words is dropped: it is in the list, or is without its apostrophe (`don't` comes as `don`
+    and `'t`).
 
     Args:
         word: as CLIP's pattern cuts it from cleaned, lower-cased text.
@@ -79,12 +83,18 @@ def text_of(tokens: Sequence[str], tokenizer: str) -> str:
     if any(_BYTE_SPACE in token for token in tokens):
         return _from_bytes(tokens).strip()
     if any(_MARK in token for token in tokens):
-        return decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]).decode(list(tokens)).strip()
+        return (
+            decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
+            .decode(list(tokens))
+            .strip()
+        )
     return ("" if tokenizer in ("bpe", "unigram") else " ").join(tokens)
 
 
 def name_of(token: str, tokenizer: str) -> str:
-    """One label's name: a word, or a part of one with `…` where the word goes on; bytes that are no character stay as they are."""
+    """One label's name: a word, or a part of one with `…` where the word goes on; bytes that are no character stay as
+    they are.
+    """
     if tokenizer == "clip" and " " in token:  # a pair of words
         return " ".join(name_of(part, tokenizer) for part in token.split(" "))
     if tokenizer == "clip":
@@ -94,7 +104,11 @@ def name_of(token: str, tokenizer: str) -> str:
         return "…" + token.removeprefix(_INSIDE)
     if token.startswith(_MARK) or token.endswith(_END):
         return token.removeprefix(_MARK).removesuffix(_END) or token
-    return text if (text := _from_bytes([token]).strip()) and token.startswith(_BYTE_SPACE) and _REPLACEMENT not in text else token
+    return (
+        text
+        if (text := _from_bytes([token]).strip()) and token.startswith(_BYTE_SPACE) and _REPLACEMENT not in text
+        else token
+    )
 
 
 def _from_bytes(tokens: Sequence[str]) -> str:

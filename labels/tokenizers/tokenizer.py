@@ -3,8 +3,9 @@
     labels.tokenizer: a name | a file | a folder | a hub name -> `find_file`, `find_source` -> `load_engine`, of the tokenizers library
     labels section -> `make_tokenizer`: the first family of labels/tokenizers/kinds that takes it -> a `Tokenizer`: captions -> ids
 
-A tokenizer's ids are always those of the reference (open_clip for `clip`, the tokenizers library for all others); tests compare them.
-`tokenizers`, `ftfy` and `regex` are imported where they are used: a training node imports labels/ without them.
+A tokenizer's ids are always those of the reference (open_clip for `clip`, the tokenizers library for all others); tests
+compare them. `tokenizers`, `ftfy` and `regex` are imported where they are used: a training node imports labels/ without
+them.
 """
 
 from __future__ import annotations
@@ -54,11 +55,15 @@ class Tokenizer(Protocol):
 
     @property
     def whole_words(self) -> tuple[np.ndarray, np.ndarray]:
-        """starts_word, ends_word, bool [V] each: a word border lies between ids a and b if ends_word[a] or starts_word[b]."""
+        """starts_word, ends_word, bool [V] each: a word border lies between ids a and b if ends_word[a] or
+        starts_word[b].
+        """
         ...
 
     def clean(self, caption: str) -> str:
-        """The text that is cut into tokens: a caption after cleaning and without removed stop words. For people; ids do without."""
+        """The text that is cut into tokens: a caption after cleaning and without removed stop words. For people; ids do
+        without.
+        """
         ...
 
     def encode_rows(self, captions: Captions, limit: int) -> Rows:
@@ -141,7 +146,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def load_engine(source: Path | str) -> tokenizers.Tokenizer:
-    """The tokenizer in a file or on the hub, as it would tokenize training text: without truncation, padding and dropout.
+    """The tokenizer in a file or on the hub, as it would tokenize training text: without truncation, padding and
+    dropout.
 
     Special tokens that a caption spells are ordinary text to it.
 
@@ -187,11 +193,15 @@ def _from_file(path: Path) -> tokenizers.Tokenizer:
             raise ValueError("it is not JSON")
         return Engine.from_str(json.dumps(value))
     except Exception as error:
-        raise UserError(f"labels.tokenizer: {path} is no tokenizer.json of the tokenizers library: {error}", allowed=ALLOWED) from None
+        raise UserError(
+            f"labels.tokenizer: {path} is no tokenizer.json of the tokenizers library: {error}", allowed=ALLOWED
+        ) from None
 
 
 def _from_vocabulary(path: Path) -> tokenizers.Tokenizer:
-    """BERT's WordPiece: a vocab.txt, one token a line, with what a tokenizer_config.json next to it says of its normaliser."""
+    """BERT's WordPiece: a vocab.txt, one token a line, with what a tokenizer_config.json next to it says of its
+    normaliser.
+    """
     from tokenizers import Tokenizer as Engine
     from tokenizers import models, normalizers, pre_tokenizers
 
@@ -203,8 +213,14 @@ def _from_vocabulary(path: Path) -> tokenizers.Tokenizer:
         tokens.pop()
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if "[UNK]" not in vocabulary:
-        raise UserError(f"labels.tokenizer: {path} is no vocab.txt: it has no line [UNK]", allowed="BERT's form, one token a line")
-    options = read_json(path.with_name("tokenizer_config.json")) if path.with_name("tokenizer_config.json").is_file() else None
+        raise UserError(
+            f"labels.tokenizer: {path} is no vocab.txt: it has no line [UNK]", allowed="BERT's form, one token a line"
+        )
+    options = (
+        read_json(path.with_name("tokenizer_config.json"))
+        if path.with_name("tokenizer_config.json").is_file()
+        else None
+    )
     options = options or {}
     engine = Engine(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     engine.normalizer = normalizers.BertNormalizer(

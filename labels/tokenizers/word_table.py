@@ -4,8 +4,10 @@
                               | slow captions -> the tokenizer's own slow path --v
                               +----------------------------------------------> gather -> ids, offsets, label_ids, label_offsets
 
-The table stays in the process: captions repeat their words, so that hardly any piece is new after the first shard. It is bounded, and
-starts over when it is full, which changes no id. The kernels are imported at the first caption: numba takes longer than all else.
+The table stays in the process: captions repeat their words, so that hardly any piece is new after the first shard. It
+    is bounded, and
+starts over when it is full, which changes no id. The kernels are imported at the first caption: numba takes longer than
+    all else.
 
 Shapes: N captions, T token ids, T' label ids, R rows of a block, L ids a caption at most, M missing pieces.
 """
@@ -23,7 +25,8 @@ import pyarrow as pa
 if TYPE_CHECKING:
     from labels.tokenizers.kernels.table import Words
 
-# An id stands for a byte or more of the caption, save where cleaning or normalising makes it longer; by at most this factor.
+# An id stands for a byte or more of the caption, save where cleaning or normalising makes it longer; by at most this
+# factor.
 MAX_GROWTH = 8
 
 _FIRST_SLOTS = 1 << 16
@@ -62,8 +65,12 @@ class FastPath(ABC):
         self._rows = np.empty(0, dtype=np.int32)
 
     @abstractmethod
-    def _encode(self, text: np.ndarray, offsets: np.ndarray, pending: np.ndarray, rows: np.ndarray, counts: np.ndarray) -> int:
-        """Fill rows int32 [R, L] and counts int64 [R] of the `pending` captions; the number of pieces put into self._missing."""
+    def _encode(
+        self, text: np.ndarray, offsets: np.ndarray, pending: np.ndarray, rows: np.ndarray, counts: np.ndarray
+    ) -> int:
+        """Fill rows int32 [R, L] and counts int64 [R] of the `pending` captions; the number of pieces put into
+        self._missing.
+        """
 
     @abstractmethod
     def _learn(self, text: np.ndarray, missing: np.ndarray) -> None:
@@ -168,7 +175,9 @@ class FastPieces(FastPath):
         self._learn_pieces = learn
         self._flags = flags
 
-    def _encode(self, text: np.ndarray, offsets: np.ndarray, pending: np.ndarray, rows: np.ndarray, counts: np.ndarray) -> int:
+    def _encode(
+        self, text: np.ndarray, offsets: np.ndarray, pending: np.ndarray, rows: np.ndarray, counts: np.ndarray
+    ) -> int:
         from labels.tokenizers.kernels.pieces import encode_pieces
 
         return encode_pieces(self._words, text, offsets, pending, self._flags, rows, counts, self._missing)
@@ -181,7 +190,9 @@ class FastPieces(FastPath):
         pieces = list({bytes(data[begin:end]) for begin, end in missing.tolist()})
         found = self._learn_pieces([piece.decode("utf8") for piece in pieces])
         # The rows have no room for more ids than MAX_GROWTH a byte.
-        safe = [ids is not None and len(ids) <= MAX_GROWTH * len(piece) for piece, ids in zip(pieces, found, strict=True)]
+        safe = [
+            ids is not None and len(ids) <= MAX_GROWTH * len(piece) for piece, ids in zip(pieces, found, strict=True)
+        ]
         kept = [ids if ids and good else [] for ids, good in zip(found, safe, strict=True)]
         add_known(
             self._words,

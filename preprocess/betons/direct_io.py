@@ -1,7 +1,9 @@
-"""A file written front to back past the page cache, where its file system can: for bytes that this process will not read again.
+"""A file written front to back past the page cache, where its file system can: for bytes that this process will not
+read again.
 
-A page of the cache costs its allocation, a copy, and whatever it drives out, the tars that are still to be read among it. Straight to the
-disk a gigabyte took a twentieth to a fifth of the processor time, and left nothing for fsync to wait for (docs/experiments.md).
+A page of the cache costs its allocation, a copy, and whatever it drives out, the tars that are still to be read among
+it. Straight to the disk a gigabyte took a twentieth to a fifth of the processor time, and left nothing for fsync to
+wait for (docs/experiments.md).
 """
 
 import errno
@@ -25,7 +27,9 @@ def aligned_buffer(size: int) -> np.ndarray:
 
 
 class DirectFile:
-    """Written anew by `write`. What is not aligned, in practice the end, and file systems without such writes go through the cache."""
+    """Written anew by `write`. What is not aligned, in practice the end, and file systems without such writes go
+    through the cache.
+    """
 
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -40,7 +44,9 @@ class DirectFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._descriptor)
 
     def write(self, block: np.ndarray) -> None:

@@ -17,7 +17,8 @@ from labels.storage import UserError
 
 # ---- jpegs: What a JPEG's header says, compiled: for one image, or for all images of a shard where they lie.
 #
-# Plain JPEGs, which a beton takes byte for byte, are told from all others here; the others are for preprocess/betons/images.py.
+# Plain JPEGs, which a beton takes byte for byte, are told from all others here; the others are for
+# preprocess/betons/images.py.
 
 
 MAX_SIDE = 65_500  # libjpeg's own limit
@@ -75,7 +76,9 @@ def _number(data: np.ndarray, at: Any) -> Any:
 
 @njit(nogil=True, cache=True)
 def _header(data: np.ndarray, begin: int, end: int) -> Any:
-    """Offset of the frame header from `begin` (-1: none found), width, height, whether it is plain, whether EXIF comes before it."""
+    """Offset of the frame header from `begin` (-1: none found), width, height, whether it is plain, whether EXIF comes
+    before it.
+    """
     exif = False
     if end - begin < 3 or data[begin] != 0xFF or data[begin + 1] != 0xD8 or data[begin + 2] != 0xFF:
         return np.int64(-1), np.int64(0), np.int64(0), False, exif
@@ -120,7 +123,13 @@ def _has_end(data: np.ndarray, begin: int, end: int) -> bool:
 
 @njit(nogil=True, cache=True)
 def _scan(
-    data: np.ndarray, places: np.ndarray, max_pixels: int, shorter: int, needs_end: bool, plain: np.ndarray, size: np.ndarray
+    data: np.ndarray,
+    places: np.ndarray,
+    max_pixels: int,
+    shorter: int,
+    needs_end: bool,
+    plain: np.ndarray,
+    size: np.ndarray,
 ) -> None:
     """Fill plain bool [N] and size int64 [2, N]."""
     for row in range(len(places)):
@@ -158,8 +167,9 @@ class BadImage(Exception):
 def prepare(data: bytes, settings: Build) -> tuple[bytes, int, int]:
     """The JPEG bytes that go into the beton, with width and height in pixels.
 
-    Plain RGB JPEGs (8 bits, 3 components, upright, with their end mark) that are not to be shrunk are returned untouched. The rest is
-    decoded and written as JPEG: transparency on white, EXIF orientation applied, 16-bit and palette images reduced.
+    Plain RGB JPEGs (8 bits, 3 components, upright, with their end mark) that are not to be shrunk are returned
+    untouched. The rest is decoded and written as JPEG: transparency on white, EXIF orientation applied, 16-bit and
+    palette images reduced.
 
     Raises:
         BadImage: no image, cut short, or more than `max_pixels` pixels.
@@ -191,7 +201,9 @@ def lying(data: bytes, settings: Build) -> tuple[int, int]:
         if header is not None and header.plain and data.find(_END_OF_IMAGE, header.frame_at) < 0:
             image.load()  # tells what is missing
             found += ", without its end mark"
-    raise BadImage("not a plain JPEG", f"{found}; with --no-images only upright 8-bit RGB JPEGs can be read where they lie")
+    raise BadImage(
+        "not a plain JPEG", f"{found}; with --no-images only upright 8-bit RGB JPEGs can be read where they lie"
+    )
 
 
 def is_plain(data: bytes, header: Jpeg, settings: Build) -> bool:
@@ -203,7 +215,9 @@ def is_plain(data: bytes, header: Jpeg, settings: Build) -> bool:
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height in pixels from an image file of any allowed format, or its beginning; None if that does not tell."""
+    """Width and height in pixels from an image file of any allowed format, or its beginning; None if that does not
+    tell.
+    """
     header = jpeg_header(data)
     if header is not None:
         return header.width, header.height
@@ -231,7 +245,9 @@ def _orientation(data: bytes) -> int:
 
 @contextmanager
 def _open(data: bytes) -> Iterator[Image.Image]:
-    """An image of the allowed formats, for the block; PIL's own limit of pixels is off, `max_pixels` is the one that counts."""
+    """An image of the allowed formats, for the block; PIL's own limit of pixels is off, `max_pixels` is the one that
+    counts.
+    """
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -294,13 +310,15 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return image.convert("I").point(lambda value: value / 256.0).convert("L")
 
 
-# ---- decode_check: `build.decode_check: full`: every plain JPEG is decoded once, at an eighth of its size; what the decoder warns of is a fault.
+# ---- decode_check: `build.decode_check: full`: every plain JPEG is decoded once, at an eighth of its size; what the
+# decoder warns of is a fault.
 #
 # PIL says nothing of damage in the middle of a JPEG, so the decoder is libturbojpeg, the loader's own.
 
 
 _SHRINK = 8
-# Warnings of libjpeg that leave every pixel as it was meant (jerror.h: EXTRANEOUS_DATA, JFIF_MAJOR, ADOBE_XFORM, BOGUS_PROGRESSION).
+# Warnings of libjpeg that leave every pixel as it was meant (jerror.h: EXTRANEOUS_DATA, JFIF_MAJOR, ADOBE_XFORM,
+# BOGUS_PROGRESSION).
 _HARMLESS = ("extraneous bytes before marker", "JFIF revision", "Adobe color transform", "Inconsistent progression")
 
 
@@ -323,13 +341,27 @@ class DecodeCheck:
         self._pixels = np.empty(0, np.uint8)
 
     def fault(self, address: int, size: int, width: int, height: int) -> str | None:
-        """What the decoder says of the JPEG of `size` bytes at `address`; None if it is sound. `width`, `height`: in its header."""
+        """What the decoder says of the JPEG of `size` bytes at `address`; None if it is sound. `width`, `height`: in
+        its header.
+        """
         across, down = -(-width // _SHRINK), -(-height // _SHRINK)
         if len(self._pixels) < 3 * across * down:
             self._pixels = np.empty(3 * across * down, np.uint8)
-        library, handle, pixels = self._decompressor.library, ctypes.c_void_p(self._decompressor.handle), self._pixels.ctypes.data
+        library, handle, pixels = (
+            self._decompressor.library,
+            ctypes.c_void_p(self._decompressor.handle),
+            self._pixels.ctypes.data,
+        )
         failed = library.tjDecompress2(
-            handle, ctypes.c_void_p(address), ctypes.c_ulong(size), ctypes.c_void_p(pixels), across, 3 * across, down, RGB, 0
+            handle,
+            ctypes.c_void_p(address),
+            ctypes.c_ulong(size),
+            ctypes.c_void_p(pixels),
+            across,
+            3 * across,
+            down,
+            RGB,
+            0,
         )
         if not failed:
             return None

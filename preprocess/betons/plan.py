@@ -1,4 +1,5 @@
-"""Which rows stand in which beton: a pure function of the shards' rows and the settings, known before any image is read.
+"""Which rows stand in which beton: a pure function of the shards' rows and the settings, known before any image is
+read.
 
 shards with rows -> windows of `shuffle_window` neighbours -> groups, the unit of work: one beton's worth of windows, or one larger window
                  -> the group's rows, each window's shuffled -> `files` even stretches, a beton each
@@ -22,7 +23,9 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Member:
-    """A shard that has rows. `number`: its position among the manifest's shards; `bytes`: its part in the size of a beton."""
+    """A shard that has rows. `number`: its position among the manifest's shards; `bytes`: its part in the size of a
+    beton.
+    """
 
     shard: Shard
     part: ShardPart
@@ -68,7 +71,9 @@ class ImageFolder:
     def numbered(self) -> list[tuple[int, Path]]:
         """Number and path of its files and markers, whole or not; files with other names are not a build's."""
         paths = [*self.files.glob(f"*{self.suffix}"), *self.markers.glob("*.json")]
-        return [(int(path.stem), path) for path in paths if path.stem.isdecimal() and path.stem == f"{int(path.stem):05d}"]
+        return [
+            (int(path.stem), path) for path in paths if path.stem.isdecimal() and path.stem == f"{int(path.stem):05d}"
+        ]
 
 
 def image_folder(layout: Layout, *, copy: bool) -> ImageFolder:
@@ -79,7 +84,9 @@ def image_folder(layout: Layout, *, copy: bool) -> ImageFolder:
 
 
 def plan_groups(batches: Sequence[Sequence[Member]], settings: Build) -> list[Group]:
-    """All groups in order. No group spans two `batches`: what `preprocess append` adds leaves earlier betons as they are."""
+    """All groups in order. No group spans two `batches`: what `preprocess append` adds leaves earlier betons as they
+    are.
+    """
     groups: list[Group] = []
     for batch in batches:
         for windows in _gathered(
@@ -122,11 +129,17 @@ def row_order(group: Group, settings: Build) -> list[np.ndarray]:
     stretches, first = [], 0
     for window in group.windows:
         index = np.concatenate([np.arange(member.part.rows) + member.part.first_index for member in window])
-        order = np.arange(len(index)) if settings.shuffle_window == 1 else np.argsort(_mixed(index, settings.shuffle_seed), kind="stable")
+        order = (
+            np.arange(len(index))
+            if settings.shuffle_window == 1
+            else np.argsort(_mixed(index, settings.shuffle_seed), kind="stable")
+        )
         stretches.append(first + order)
         first += len(index)
     rows = np.concatenate(stretches)
-    return [rows[len(rows) * file // group.files : len(rows) * (file + 1) // group.files] for file in range(group.files)]
+    return [
+        rows[len(rows) * file // group.files : len(rows) * (file + 1) // group.files] for file in range(group.files)
+    ]
 
 
 def _mixed(index: np.ndarray, seed: int) -> np.ndarray:

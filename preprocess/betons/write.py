@@ -36,16 +36,18 @@ from preprocess.readers.images import Pictures, find_pictures
 from preprocess.readers.scratch import Spool
 from preprocess.stage import GroupMarker, Stage, write_marker
 
-# ---- beton_writer: Writes one .beton file (layout: labels/beton.py) front to back: hashed while it is written, each byte copied once.
+# ---- beton_writer: Writes one .beton file (layout: labels/beton.py) front to back: hashed while it is written, each
+# byte copied once.
 #
-# Samples lie in mapped files (tars, a spool); compiled code copies a page of them at a time into a buffer, a second thread hashes it while
-# this one writes it (preprocess/betons/direct_io.py: past the page cache).
+# Samples lie in mapped files (tars, a spool); compiled code copies a page of them at a time into a buffer, a second
+# thread hashes it while this one writes it (preprocess/betons/direct_io.py: past the page cache).
 
 
 _LARGEST_PAGE = 1 << 26
 _WASTE = 1 / 32
 
-# void* memcpy(void* to, const void* from, size_t bytes): copied as slices, bytes go through numba's loop for arrays of any kind
+# void* memcpy(void* to, const void* from, size_t bytes): copied as slices, bytes go through numba's loop for arrays of
+# any kind
 _copy_bytes = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
 
 
@@ -53,7 +55,8 @@ _copy_bytes = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.ui
 class Samples:
     """N samples in order.
 
-    `files`: what the images lie in, uint8 each; `file`, `offset`, `bytes`: int64 [N], where; `width`, `height`: pixels [N], at most
+    `files`: what the images lie in, uint8 each; `file`, `offset`, `bytes`: int64 [N], where; `width`, `height`: pixels
+        [N], at most
     65,535; `index`: int64 [N], positions of the rows; `labels`: int32 [N, K], padded.
     """
 
@@ -84,7 +87,9 @@ def write_beton(path: Path, samples: Samples) -> tuple[int, str]:
     with DirectFile(path) as file, _Writer(file) as writer:
         writer.put(head)
         last_page = int(starts[-1]) // page_bytes if count else -1
-        bounds = np.searchsorted(starts, np.arange(int(starts[0]) // page_bytes if count else 0, last_page + 2) * page_bytes)
+        bounds = np.searchsorted(
+            starts, np.arange(int(starts[0]) // page_bytes if count else 0, last_page + 2) * page_bytes
+        )
         for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             page = int(starts[first]) // page_bytes
             used = int(starts[end - 1] + sizes[end - 1]) - page * page_bytes
@@ -104,8 +109,8 @@ def write_beton(path: Path, samples: Samples) -> tuple[int, str]:
 def choose_page(sizes: np.ndarray) -> tuple[int, np.ndarray]:
     """Page size in bytes for samples of `sizes` bytes, int64 [N], and where each begins in the file, int64 [N].
 
-    The smallest page whose unused ends take less than a 32nd of the file; of those up to 64 MiB the best, if none is that good. A
-    sample never crosses the border of two pages: stock FFCV reads it from one.
+    The smallest page whose unused ends take less than a 32nd of the file; of those up to 64 MiB the best, if none is
+    that good. A sample never crosses the border of two pages: stock FFCV reads it from one.
 
     Raises:
         ValueError: a sample is larger than any page.
@@ -136,7 +141,12 @@ def _head_and_tail(samples: Samples, page_bytes: int, starts: np.ndarray) -> tup
     header[0] = (beton.VERSION, len(beton.FIELD_NAMES), page_bytes, count, table_at)
     metadata = np.zeros(count, beton.METADATA)
     image = metadata["image"]
-    image["mode"], image["width"], image["height"], image["data_ptr"] = beton.JPG_MODE, samples.width, samples.height, starts
+    image["mode"], image["width"], image["height"], image["data_ptr"] = (
+        beton.JPG_MODE,
+        samples.width,
+        samples.height,
+        starts,
+    )
     metadata["labels_ptr"], metadata["index"] = starts + samples.bytes, samples.index
     head = aligned_buffer(first)
     at = 0
@@ -163,7 +173,9 @@ class _Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._hasher.shutdown()
 
     def buffer(self, size: int) -> np.ndarray:
@@ -199,10 +211,19 @@ def _starts(sizes: np.ndarray, first: int, page_bytes: int) -> np.ndarray:
 
 @njit(nogil=True, cache=True)
 def _copy(
-    data: np.ndarray, number: int, file: np.ndarray, offset: np.ndarray, size: np.ndarray, target: np.ndarray, buffer: np.ndarray
+    data: np.ndarray,
+    number: int,
+    file: np.ndarray,
+    offset: np.ndarray,
+    size: np.ndarray,
+    target: np.ndarray,
+    buffer: np.ndarray,
 ) -> None:
     """Those samples whose file is `number`, from `data` into `buffer`."""
-    begin, to = np.int64(data.ctypes.data), np.int64(buffer.ctypes.data)  # signed: an unsigned and a signed integer would add up as floats
+    begin, to = (
+        np.int64(data.ctypes.data),
+        np.int64(buffer.ctypes.data),
+    )  # signed: an unsigned and a signed integer would add up as floats
     for row in range(len(file)):
         if file[row] == number:
             assert 0 <= offset[row] <= len(data) - size[row]
@@ -216,7 +237,8 @@ def _copy_labels(labels: np.ndarray, target: np.ndarray, buffer: np.ndarray) -> 
         buffer[target[row] : target[row] + labels.shape[1]] = labels[row]
 
 
-# ---- settle: Rows of one shard to places in mapped files: plain JPEGs where they lie, converted ones in the spool, or why a row has no image.
+# ---- settle: Rows of one shard to places in mapped files: plain JPEGs where they lie, converted ones in the spool, or
+# why a row has no image.
 
 
 @dataclass(frozen=True)
@@ -271,7 +293,9 @@ def settle(pictures: Pictures, keys: pa.StringArray, settings: Build, spool: Spo
 
 @dataclass(frozen=True)
 class GroupTask:
-    """`options`: fingerprint of what decides the betons' bytes beside the label files'; `copy`: False writes places (`--no-images`)."""
+    """`options`: fingerprint of what decides the betons' bytes beside the label files'; `copy`: False writes places
+    (`--no-images`).
+    """
 
     group: Group
     label_limit: int
@@ -350,10 +374,16 @@ def write_group(task: GroupTask) -> GroupMarker:
         for number, order in enumerate(row_order(group, task.settings), start=group.first):
             kept = order[rows.good[order]]
             with whole_file(task.file(number)) as partial:
-                size, digest = _write_copies(partial, rows, kept) if task.copy else _write_places(partial, group, rows, kept)
+                size, digest = (
+                    _write_copies(partial, rows, kept) if task.copy else _write_places(partial, group, rows, kept)
+                )
             shards = [group.members[member].part.name for member in np.unique(rows.member[order])]
             rejected = _reasons(rows.faults[row][1] for row in order[~rows.good[order]].tolist())
-            files.append(BetonPart(number=number, shards=shards, samples=len(kept), bytes=size, sha256=digest, quarantined=rejected))
+            files.append(
+                BetonPart(
+                    number=number, shards=shards, samples=len(kept), bytes=size, sha256=digest, quarantined=rejected
+                )
+            )
     reasons = _reasons(fault for _, fault in rows.faults.values())
     marker = GroupMarker(options=task.options, **group.wanted, files=files, reasons=reasons)
     faults = [[shard, fault.key, fault.reason, fault.detail] for _, (shard, fault) in sorted(rows.faults.items())]

@@ -158,8 +158,13 @@ def _gallery_samples(layout: Layout, manifest: Manifest, vocabulary: Vocabulary,
 def _faults(layout: Layout, manifest: Manifest) -> list[str]:
     """From one listing of each folder; `preprocess verify` reads everything."""
     labels, betons, places = (file_sizes(folder) for folder in (layout.labels, layout.betons, layout.places))
-    faults = [f"labels/{part.name}.parquet is missing" for part in manifest.shards if f"{part.name}.parquet" not in labels]
-    for folder, suffix, sizes, parts in (("beton", "beton", betons, manifest.betons), ("places", "npy", places, manifest.places)):
+    faults = [
+        f"labels/{part.name}.parquet is missing" for part in manifest.shards if f"{part.name}.parquet" not in labels
+    ]
+    for folder, suffix, sizes, parts in (
+        ("beton", "beton", betons, manifest.betons),
+        ("places", "npy", places, manifest.places),
+    ):
         for part in parts:
             size = sizes.get(f"{part.number:05d}.{suffix}")
             if size != part.bytes:
@@ -187,8 +192,14 @@ def _tiles(summary: Summary) -> Html:
     seen = int((summary.vocabulary.frequency > 0).sum())
     parts = [*manifest.betons, *manifest.places]
     gib = sum(part.bytes for part in parts) / 2**30
-    files = _number(len(parts), "beton", "betons") if manifest.betons else _number(len(parts), "image index", "image indices")
-    mean = float((summary.labels_histogram * np.arange(len(summary.labels_histogram))).sum() / max(manifest.captions, 1))
+    files = (
+        _number(len(parts), "beton", "betons")
+        if manifest.betons
+        else _number(len(parts), "image index", "image indices")
+    )
+    mean = float(
+        (summary.labels_histogram * np.arange(len(summary.labels_histogram))).sum() / max(manifest.captions, 1)
+    )
     width, height = summary.median_size
     samples_note = f"{gib:.2f} GiB in {files}" if parts else "built without images"
     return tiles(
@@ -226,7 +237,8 @@ def _spectrum(summary: Summary) -> Html:
     ranks = np.unique(np.geomspace(1, len(order), _CURVE_POINTS).round().astype(np.int64))
     curve = Series(ranks.tolist(), vocabulary.idf[order[ranks - 1]].tolist())
     marks = [
-        Mark(rank, float(vocabulary.idf[order[rank - 1]]), vocabulary.name(int(order[rank - 1]))) for rank in _named(vocabulary, order)
+        Mark(rank, float(vocabulary.idf[order[rank - 1]]), vocabulary.name(int(order[rank - 1])))
+        for rank in _named(vocabulary, order)
     ]
     chart = line_chart(
         "IDF of tokens by rank",
@@ -243,9 +255,13 @@ def _spectrum(summary: Summary) -> Html:
         label = vocabulary.label(token, 0.0)
         share = _share(label.document_frequency * label.idf, total)
         in_captions = _share(label.document_frequency, manifest.captions)
-        rows.append([tag("code", label.name), token, f"{label.document_frequency:,}", in_captions, f"{label.idf:.3f}", share])
+        rows.append(
+            [tag("code", label.name), token, f"{label.document_frequency:,}", in_captions, f"{label.idf:.3f}", share]
+        )
     columns = ["Token", "#Id", "#Captions", "#Of all captions", "#IDF (nats)", "#Of all weight"]
-    commonest = table(columns, rows, caption=f"The {len(rows)} most frequent tokens; weight is document frequency times IDF")
+    commonest = table(
+        columns, rows, caption=f"The {len(rows)} most frequent tokens; weight is document frequency times IDF"
+    )
     once = int((vocabulary.frequency == 1).sum())
     tail = f"{len(order):,} tokens occur, {once:,} of them in a single caption. “…” marks a part of a word."
     return join([paragraph(text), chart, paragraph(tail, muted=True), details("The most frequent tokens", commonest)])
@@ -253,7 +269,11 @@ def _spectrum(summary: Summary) -> Html:
 
 def _named(vocabulary: Vocabulary, order: np.ndarray) -> list[int]:
     """Ranks of whole words at even distances on the logarithmic axis."""
-    words = [rank for rank, token in enumerate(order.tolist(), 1) if (name := vocabulary.name(token)).isalpha() and len(name) > 1]
+    words = [
+        rank
+        for rank, token in enumerate(order.tolist(), 1)
+        if (name := vocabulary.name(token)).isalpha() and len(name) > 1
+    ]
     if not words:
         return []
     logs = np.log(words)
@@ -296,9 +316,14 @@ def _quarantine(summary: Summary) -> Html:
 
 
 def _examples(reason: Reason) -> Html:
-    rows = [[shard, tag("code", key or "(none)"), tag("span", detail, class_="long")] for shard, key, detail in reason.examples]
+    rows = [
+        [shard, tag("code", key or "(none)"), tag("span", detail, class_="long")]
+        for shard, key, detail in reason.examples
+    ]
     shown = f"{len(rows)} of {reason.samples:,}" if len(rows) < reason.samples else f"{len(rows)}"
-    return details(f"{reason.reason}: {shown}", table(["Shard", "Key", "Detail"], rows, caption=f"Rejected: {reason.reason}"))
+    return details(
+        f"{reason.reason}: {shown}", table(["Shard", "Key", "Detail"], rows, caption=f"Rejected: {reason.reason}")
+    )
 
 
 def _gallery(summary: Summary) -> Html:
@@ -343,15 +368,30 @@ def _shards(summary: Summary) -> Html:
     )
     if summary.faults:
         listed = tag("ul", join(tag("li", tag("code", fault)) for fault in summary.faults[:_SHARDS_TABLED]))
-        text = tag("strong", _number(len(summary.faults), "file is", "files are") + " missing or damaged.", class_="bad")
-        health = join([paragraph(text, " Fix: run preprocess verify on this folder, then its build-labels command again."), listed])
+        text = tag(
+            "strong", _number(len(summary.faults), "file is", "files are") + " missing or damaged.", class_="bad"
+        )
+        health = join(
+            [
+                paragraph(text, " Fix: run preprocess verify on this folder, then its build-labels command again."),
+                listed,
+            ]
+        )
     else:
         files = len(manifest.shards) + len(manifest.betons) + len(manifest.places)
-        health = paragraph(f"All {files:,} files of the manifest are there and have its lengths; preprocess verify reads their content.")
-    order = sorted(range(len(manifest.shards)), key=lambda place: (-_rate(manifest.shards[place], rejected[place]), place))
+        health = paragraph(
+            f"All {files:,} files of the manifest are there and have its lengths; preprocess verify reads their content."
+        )
+    order = sorted(
+        range(len(manifest.shards)), key=lambda place: (-_rate(manifest.shards[place], rejected[place]), place)
+    )
     worst = [_shard_row(manifest.shards[place], rejected[place]) for place in order[:_SHARDS_TABLED]]
-    title = "All shards" if len(worst) == len(manifest.shards) else f"The {len(worst)} shards with most rejected samples"
-    numbers = table(["Shard", "#Rows", "#Rejected", "#Share", "Reasons"], worst, caption=f"{title}, by share without a label row")
+    title = (
+        "All shards" if len(worst) == len(manifest.shards) else f"The {len(worst)} shards with most rejected samples"
+    )
+    numbers = table(
+        ["Shard", "#Rows", "#Rejected", "#Share", "Reasons"], worst, caption=f"{title}, by share without a label row"
+    )
     return join([health, chart, details(title, numbers)])
 
 
@@ -381,13 +421,24 @@ def _options(summary: Summary) -> Html:
         ["tokenizer", f"{manifest.tokenizer.name}, {manifest.tokenizer.fingerprint}"],
         ["IDF formula", manifest.idf_formula],
         ["label limit", manifest.label_limit],
-        *([f"{section}.{key}", value] for section in ("labels", "images") for key, value in manifest.options.get(section, {}).items()),
+        *(
+            [f"{section}.{key}", value]
+            for section in ("labels", "images")
+            for key, value in manifest.options.get(section, {}).items()
+        ),
         ["caption_key", ", ".join(manifest.options.get("caption_key", []))],
         ["subset", manifest.options.get("subset") or "all samples"],
     ]
     shown = [[name, tag("code", _option(value))] for name, value in rows]
-    return details("Options and fingerprints", table(["Key", "Value"], shown, caption="Options that decide the bytes of this folder"))
+    return details(
+        "Options and fingerprints",
+        table(["Key", "Value"], shown, caption="Options that decide the bytes of this folder"),
+    )
 
 
 def _option(value: object) -> str:
-    return short_number(float(value)) if isinstance(value, int) and not isinstance(value, bool) and value >= 1_000_000 else str(value)
+    return (
+        short_number(float(value))
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1_000_000
+        else str(value)
+    )

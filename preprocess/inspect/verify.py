@@ -21,7 +21,8 @@ from preprocess.betons.plan import image_folder
 from preprocess.inspect.sql import open_tables
 from preprocess.stage import CorpusMarker, read_inputs, read_marker
 
-# ---- verify_images: The part of `preprocess verify` that reads betons, or the files of places and the lengths of the tars they point into.
+# ---- verify_images: The part of `preprocess verify` that reads betons, or the files of places and the lengths of the
+# tars they point into.
 
 
 def image_faults(layout: Layout, manifest: Manifest, whole: set[str]) -> list[str]:
@@ -36,7 +37,11 @@ def image_faults(layout: Layout, manifest: Manifest, whole: set[str]) -> list[st
     for parts, copy in ((manifest.betons, True), (manifest.places, False)):
         for part in parts:
             of_part = [shards[name] for name in part.shards]
-            found = _beton_faults(layout, part, manifest, of_part, whole) if copy else _place_faults(layout, part, manifest, of_part)
+            found = (
+                _beton_faults(layout, part, manifest, of_part, whole)
+                if copy
+                else _place_faults(layout, part, manifest, of_part)
+            )
             if found:
                 _drop_marker(layout, part.number, copy=copy)
             faults += found
@@ -52,7 +57,12 @@ def unchanged(path: Path, expected: str) -> Iterator[tuple[Path, list[str]]]:
     with local_copy(path) as file:
         found = sha256_file(file)
         same = found == expected
-        yield file, [] if same else [f"{path}: changed since the build (SHA-256 {found[:16]}..., in the manifest {expected[:16]}...)"]
+        yield (
+            file,
+            []
+            if same
+            else [f"{path}: changed since the build (SHA-256 {found[:16]}..., in the manifest {expected[:16]}...)"],
+        )
 
 
 def lists_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -65,12 +75,18 @@ def lists_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 def _drop_marker(layout: Layout, number: int, *, copy: bool) -> None:
     """Drop the marker of the group that file `number` is of: the last that begins at or before it."""
-    markers = {first: path for first, path in image_folder(layout, copy=copy).numbered() if path.suffix == ".json" and first <= number}
+    markers = {
+        first: path
+        for first, path in image_folder(layout, copy=copy).numbered()
+        if path.suffix == ".json" and first <= number
+    }
     if markers:
         markers[max(markers)].unlink(missing_ok=True)
 
 
-def _beton_faults(layout: Layout, part: BetonPart, manifest: Manifest, shards: list[ShardPart], whole: set[str]) -> list[str]:
+def _beton_faults(
+    layout: Layout, part: BetonPart, manifest: Manifest, shards: list[ShardPart], whole: set[str]
+) -> list[str]:
     path = layout.beton_file(part.number)
     with unchanged(path, part.sha256) as (file, changed):
         if changed:
@@ -84,7 +100,9 @@ def _beton_faults(layout: Layout, part: BetonPart, manifest: Manifest, shards: l
         metadata = data[beton.METADATA_OFFSET : end].view(beton.METADATA)
         if found := _index_faults(path, metadata["index"], shards, manifest):
             return found
-        return _label_faults(layout, path, data, metadata, [shard for shard in shards if shard.name in whole], manifest.label_limit)
+        return _label_faults(
+            layout, path, data, metadata, [shard for shard in shards if shard.name in whole], manifest.label_limit
+        )
 
 
 def _index_faults(path: Path, index: np.ndarray, shards: list[ShardPart], manifest: Manifest) -> list[str]:
@@ -147,7 +165,9 @@ def _source_faults(layout: Layout, manifest: Manifest) -> list[str]:
                 f"{source.path}: missing, but images of {shard.name} lie in it; if it was moved, say where to in {layout.place_sources}"
             )
         elif (size := Path(source.path).stat().st_size) != shard.source_bytes:
-            faults.append(f"{source.path}: {size} bytes, in the manifest {shard.source_bytes}: images of {shard.name} lie in it")
+            faults.append(
+                f"{source.path}: {size} bytes, in the manifest {shard.source_bytes}: images of {shard.name} lie in it"
+            )
     return faults
 
 
@@ -161,7 +181,9 @@ def verify_build(out: Path) -> list[str]:
     begun = {shard.name for shard in inputs.shards} if inputs else set()
     for path in sorted(layout.labels.glob("*.parquet")):
         if path.stem not in by_name and path.stem in begun:
-            faults.append(f"{path}: of an append that has not finished; `preprocess append {out}` goes on, with --undo gives it up")
+            faults.append(
+                f"{path}: of an append that has not finished; `preprocess append {out}` goes on, with --undo gives it up"
+            )
         elif path.stem not in by_name:
             faults.append(f"{path}: not of this build; move it away")
     whole: set[str] = set()
@@ -258,13 +280,17 @@ def _idf_faults(layout: Layout, manifest: Manifest, frequency: np.ndarray) -> li
     faults = []
     if not np.array_equal(table["document_frequency"].to_numpy(), frequency):
         faults.append(f"{layout.idf_parquet}: its document frequencies are not those of the label files")
-    if not np.allclose(table["idf"].to_numpy(), idf_weights(frequency, manifest.captions, manifest.idf_formula), rtol=1e-12):  # type: ignore[arg-type]
+    if not np.allclose(
+        table["idf"].to_numpy(), idf_weights(frequency, manifest.captions, manifest.idf_formula), rtol=1e-12
+    ):  # type: ignore[arg-type]
         faults.append(f"{layout.idf_parquet}: its idf column does not follow from its document frequencies")
     if not layout.idf_duckdb.is_file():
         return [*faults, f"{layout.idf_duckdb}: missing"]
     try:
         with open_tables(layout.out) as con:
-            same = con.sql("SELECT token_id, token, document_frequency, idf FROM tokens ORDER BY token_id").to_arrow_table()
+            same = con.sql(
+                "SELECT token_id, token, document_frequency, idf FROM tokens ORDER BY token_id"
+            ).to_arrow_table()
             corpus = con.execute("SELECT captions, vocabulary, formula, tokenizer_fingerprint FROM corpus").fetchall()
             shards = con.execute("SELECT shard, rows, reasons FROM shards").fetchall()
             rows = con.execute("SELECT count(*) FROM labels").fetchone()

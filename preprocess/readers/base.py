@@ -18,13 +18,20 @@ class Fault:
     detail: str
 
 
-ROWS = pa.schema([*(LABELS.field(name) for name in ("key", "uid", "width", "height")), pa.field("caption", pa.string(), nullable=False)])
+ROWS = pa.schema(
+    [
+        *(LABELS.field(name) for name in ("key", "uid", "width", "height")),
+        pa.field("caption", pa.string(), nullable=False),
+    ]
+)
 """One row a sample: key string, uid string?, width and height int32? in pixels, caption string."""
 
 
 @dataclass(frozen=True)
 class RowBatch:
-    """`table`: rows of schema ROWS in the shard's order; `faults`: samples of the same stretch of the shard that have no row."""
+    """`table`: rows of schema ROWS in the shard's order; `faults`: samples of the same stretch of the shard that have
+    no row.
+    """
 
     table: pa.Table
     faults: list[Fault]

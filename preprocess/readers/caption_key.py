@@ -1,4 +1,5 @@
-"""Where a sample's caption stands: build.caption_key in, choices out, tried in order; the first that a sample has counts.
+"""Where a sample's caption stands: build.caption_key in, choices out, tried in order; the first that a sample has
+counts.
 
 txt  json:alt  parquet:text  csv:title      a tar's member, a field of its json, a column of its side Parquet or of a table
 txt+json:alt                                one choice of several captions, read as one text

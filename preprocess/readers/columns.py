@@ -64,12 +64,15 @@ def row_sizes(batch: pa.RecordBatch) -> tuple[pa.Int32Array, pa.Int32Array]:
             continue
         sides = [_sides(column) for column in columns if column is not None]
         both = pc.and_(pc.is_valid(sides[0]), pc.is_valid(sides[1]))
-        width, height = (pc.coalesce(old, pc.if_else(both, new, None)) for old, new in zip((width, height), sides, strict=True))
+        width, height = (
+            pc.coalesce(old, pc.if_else(both, new, None)) for old, new in zip((width, height), sides, strict=True)
+        )
     return width, height
 
 
 def row_captions(batch: pa.RecordBatch, choices: Sequence[Choice], path: str) -> tuple[pa.StringArray, Invalid]:
-    """The caption by the first of `choices` that a row has, null where it has none; and rows whose caption is not UTF-8.
+    """The caption by the first of `choices` that a row has, null where it has none; and rows whose caption is not
+    UTF-8.
 
     Args:
         batch: N rows.
@@ -191,12 +194,16 @@ def _identifiers(batch: pa.RecordBatch, name: str, path: str) -> pa.StringArray:
         return pc.cast(column, pa.string())
     if not _is_text(column.type):
         raise UserError(
-            f"{path}: the column {name!r} holds {column.type}", allowed="strings or whole numbers", mend="convert or rename the column"
+            f"{path}: the column {name!r} holds {column.type}",
+            allowed="strings or whole numbers",
+            mend="convert or rename the column",
         )
     texts, invalid = _texts(column)
     if invalid:
         raw = column.cast(pa.binary()).to_pylist()
-        texts = pa.array([value if value is None else value.decode("utf8", "backslashreplace") for value in raw], pa.string())
+        texts = pa.array(
+            [value if value is None else value.decode("utf8", "backslashreplace") for value in raw], pa.string()
+        )
     offsets, _ = offsets_and_bytes(texts)
     if texts.null_count == 0 and (offsets[1:] > offsets[:-1]).all():
         return texts  # a new array would be a copy
@@ -204,7 +211,9 @@ def _identifiers(batch: pa.RecordBatch, name: str, path: str) -> pa.StringArray:
 
 
 def _sides(column: pa.Array) -> pa.Int32Array:
-    """Whole numbers from 1 to 2^31 - 1; whatever else a cell holds is null. A float column is what pandas makes of gaps."""
+    """Whole numbers from 1 to 2^31 - 1; whatever else a cell holds is null. A float column is what pandas makes of
+    gaps.
+    """
     if _is_text(column.type):
         texts = _texts(column)[0]
         number = pc.fill_null(pc.match_substring_regex(texts, r"^[0-9]{1,10}$"), False)
@@ -212,7 +221,9 @@ def _sides(column: pa.Array) -> pa.Int32Array:
     elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         return pa.nulls(len(column), pa.int32())
     numbers = column.cast(pa.float64(), safe=False)
-    good = pc.and_(pc.and_(pc.greater_equal(numbers, 1), pc.less_equal(numbers, _MAX_SIDE)), pc.equal(pc.floor(numbers), numbers))
+    good = pc.and_(
+        pc.and_(pc.greater_equal(numbers, 1), pc.less_equal(numbers, _MAX_SIDE)), pc.equal(pc.floor(numbers), numbers)
+    )
     return pc.cast(pc.if_else(good, numbers, None), pa.int32())
 
 

@@ -23,10 +23,11 @@ from preprocess.readers.table import Table, TableDamaged, identified, identity_c
 from preprocess.readers.tar import REPEATED, Sample, walk, wanted_suffixes
 from preprocess.readers.tar_index import gather_strings, index_data
 
-# ---- tableimages: The images of a table's label rows: a binary column of a Parquet file, or the files that a CSV's column of paths names.
+# ---- tableimages: The images of a table's label rows: a binary column of a Parquet file, or the files that a CSV's
+# column of paths names.
 #
-# Parquet: image, jpg, jpeg, png, webp or img, as bytes or as Hugging Face's struct {bytes, path}; else the only binary column.
-# CSV: path, filepath, image or file; a path is relative to the table's own folder, or a URL.
+# Parquet: image, jpg, jpeg, png, webp or img, as bytes or as Hugging Face's struct {bytes, path}; else the only binary
+# column. CSV: path, filepath, image or file; a path is relative to the table's own folder, or a URL.
 
 
 _BYTES_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
@@ -146,7 +147,8 @@ def _printable(text: str) -> str:
 class Pictures:
     """The images of R rows.
 
-    `data`: uint8 [bytes], mapped; `places`: int64 [R, 2], begin and end of each row's image file in it, begin -1 where there is none;
+    `data`: uint8 [bytes], mapped; `places`: int64 [R, 2], begin and end of each row's image file in it, begin -1 where
+        there is none;
     `faults`: why there is none, by row.
     """
 
@@ -194,7 +196,9 @@ def _of_table(shard: Shard, keys: pa.StringArray, scratch: Path | None) -> Pictu
         return Pictures(spool.view(), places, faults)
 
 
-def _of_tar(shard: Shard, file: BinaryIO, data: np.ndarray, keys: pa.StringArray, choices: tuple[Choice, ...]) -> Pictures:
+def _of_tar(
+    shard: Shard, file: BinaryIO, data: np.ndarray, keys: pa.StringArray, choices: tuple[Choice, ...]
+) -> Pictures:
     wanted = wanted_suffixes(choices)
     index = index_data(data, wanted) if len(data) == shard.bytes else None
     samples, members, cut = (index.keys, index.places, None) if index else _walked(file, len(data), wanted)
@@ -202,7 +206,9 @@ def _of_tar(shard: Shard, file: BinaryIO, data: np.ndarray, keys: pa.StringArray
     first = (images[:, :, 0] >= 0).argmax(axis=1)
     places = images[np.arange(len(images)), first]
     numbers = pc.fill_null(pc.index_in(keys, value_set=samples), -1).to_numpy()
-    of_rows = np.where(numbers[:, None] >= 0, places[numbers], -1) if len(places) else np.full((len(keys), 2), -1, np.int64)
+    of_rows = (
+        np.where(numbers[:, None] >= 0, places[numbers], -1) if len(places) else np.full((len(keys), 2), -1, np.int64)
+    )
     missing = of_rows[:, 0] < 0
     if not reads_side(shard, choices):
         if missing.any():
@@ -217,12 +223,16 @@ def _of_tar(shard: Shard, file: BinaryIO, data: np.ndarray, keys: pa.StringArray
         (missing, *((cut.reason, cut.detail) if cut else ("not in the tar", "the side Parquet has it"))),
         (differs, "caption differs", "the tar's txt is not the side Parquet's caption"),
     )
-    faults = {int(row): Fault(keys[int(row)].as_py(), *words) for which, *words in told for row in np.flatnonzero(which)}
+    faults = {
+        int(row): Fault(keys[int(row)].as_py(), *words) for which, *words in told for row in np.flatnonzero(which)
+    }
     of_rows[differs] = -1
     return Pictures(data, of_rows, faults)
 
 
-def _same_captions(shard: Shard, keys: pa.StringArray, choices: tuple[Choice, ...], texts: pa.LargeBinaryArray) -> np.ndarray:
+def _same_captions(
+    shard: Shard, keys: pa.StringArray, choices: tuple[Choice, ...], texts: pa.LargeBinaryArray
+) -> np.ndarray:
     """bool [R]: whether a row's txt, where it has one, is the caption that the side Parquet had for its key."""
     batches = [batch.table.select(["key", "caption"]) for batch in read_rows(shard, choices)]
     table = pa.concat_tables(batches).combine_chunks()
@@ -232,14 +242,21 @@ def _same_captions(shard: Shard, keys: pa.StringArray, choices: tuple[Choice, ..
 
 
 def _walked(file: BinaryIO, size: int, wanted: tuple[str, ...]) -> tuple[pa.StringArray, np.ndarray, Fault | None]:
-    """Of a tar that only `walk` can read: keys of its S samples, places int64 [S, W, 2] of the wanted members, and what ended it early."""
+    """Of a tar that only `walk` can read: keys of its S samples, places int64 [S, W, 2] of the wanted members, and what
+    ended it early.
+    """
     keys: list[str] = []
     places, cut = [], None
     for sample in walk(file, size):
         if isinstance(sample, Sample):
             keys.append(sample.key)
             found = [sample.members.get(suffix) for suffix in wanted]
-            places.append([(-1, -1) if member is None else (member.offset_data, member.offset_data + member.size) for member in found])
+            places.append(
+                [
+                    (-1, -1) if member is None else (member.offset_data, member.offset_data + member.size)
+                    for member in found
+                ]
+            )
         elif sample.reason != REPEATED:
             cut = sample
     return pa.array(keys, pa.string()), np.array(places, np.int64).reshape(len(keys), len(wanted), 2), cut

@@ -14,7 +14,9 @@ _BATCH_ROWS = 32_768
 
 
 def read_rows(shard: Shard, choices: tuple[Choice, ...]) -> Iterator[RowBatch]:
-    """All samples of a shard in its order: rows, and what has to be left out. See `reads_side` for tars with a side Parquet."""
+    """All samples of a shard in its order: rows, and what has to be left out. See `reads_side` for tars with a side
+    Parquet.
+    """
     if shard.kind != "tar":
         yield from read_table_rows(shard, choices, _BATCH_ROWS)
     elif reads_side(shard, choices):
@@ -24,7 +26,9 @@ def read_rows(shard: Shard, choices: tuple[Choice, ...]) -> Iterator[RowBatch]:
 
 
 def reads_side(shard: Shard, choices: tuple[Choice, ...]) -> bool:
-    """Whether a tar's captions come from its side Parquet: it has keys, and a column that `choices` name before any member of the tar."""
+    """Whether a tar's captions come from its side Parquet: it has keys, and a column that `choices` name before any
+    member of the tar.
+    """
     if shard.kind != "tar" or shard.side is None:
         return False
     first = list(takewhile(lambda choice: not any(item.kind in ("member", "json") for item in choice.items), choices))
@@ -32,7 +36,9 @@ def reads_side(shard: Shard, choices: tuple[Choice, ...]) -> bool:
         names = open_table(_side(shard)).schema.names
     except TableDamaged:
         return False  # the tar itself has all that counts
-    return "key" in names and any(item.name in names for choice in column_choices(first, "parquet") for item in choice.items)
+    return "key" in names and any(
+        item.name in names for choice in column_choices(first, "parquet") for item in choice.items
+    )
 
 
 def _side(shard: Shard) -> Shard:

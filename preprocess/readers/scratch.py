@@ -1,4 +1,5 @@
-"""Bytes that have no place in a local file yet (converted images, remote tars, images in tables): one nameless file of a worker.
+"""Bytes that have no place in a local file yet (converted images, remote tars, images in tables): one nameless file of
+a worker.
 
 So every image of a shard is a place in a mapped file, wherever it came from.
 """
@@ -30,7 +31,9 @@ class Spool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.file.close()
 
     def append(self, data: bytes) -> tuple[int, int]:
@@ -51,7 +54,9 @@ class Spool:
 
 
 def map_file(descriptor: int, size: int) -> np.ndarray:
-    """A local file as uint8 [size], mapped read-only and read ahead all at once: page faults one by one would cost more than the rest."""
+    """A local file as uint8 [size], mapped read-only and read ahead all at once: page faults one by one would cost more
+    than the rest.
+    """
     if size == 0:
         return np.empty(0, np.uint8)
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)

@@ -24,7 +24,9 @@ _ALLOWED = (
 )
 _MEND = "name the folder that img2dataset or DataComp's download script wrote"
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4")
-_COMPRESSED_TABLES = tuple(f".{kind}.{packed}" for kind in ("csv", "tsv") for packed in ("gz", "bz2", "xz", "zst", "lz4", "zip"))
+_COMPRESSED_TABLES = tuple(
+    f".{kind}.{packed}" for kind in ("csv", "tsv") for packed in ("gz", "bz2", "xz", "zst", "lz4", "zip")
+)
 _CHANGE_MARKS = ("mtime", "LastModified", "last_modified", "updated", "created", "ETag", "etag")
 _NAMES_TOLD = 10
 
@@ -49,7 +51,11 @@ class Shard:
     def source(self) -> dict[str, str | int]:
         """What a marker remembers of the shard: if any of it differs, the shard is another one."""
         file: dict[str, str | int] = {"path": self.path, "bytes": self.bytes, "modified": self.modified}
-        side: dict[str, str | int] = {"side": self.side or "", "side_bytes": self.side_bytes, "side_modified": self.side_modified}
+        side: dict[str, str | int] = {
+            "side": self.side or "",
+            "side_bytes": self.side_bytes,
+            "side_modified": self.side_modified,
+        }
         return file | side if self.side else file
 
     def open(self) -> BinaryIO:
@@ -69,11 +75,13 @@ class Found:
 def find_shards(sources: list[str]) -> Found:
     """All shards that `sources` name, in the order of their label files' names.
 
-    A shard's name is its path below the folder that all have in common, without its suffix, with `/` as `--`. In a folder where
-    any shard has its `_stats.json`, one without it is still being downloaded: it is left out, and a note says so.
+    A shard's name is its path below the folder that all have in common, without its suffix, with `/` as `--`. In a
+    folder where any shard has its `_stats.json`, one without it is still being downloaded: it is left out, and a note
+    says so.
 
     Raises:
-        UserError: a source that does not exist, holds no shard, or compressed ones; two shards of one name; none that is complete.
+        UserError: a source that does not exist, holds no shard, or compressed ones; two shards of one name; none that
+            is complete.
     """
     files: dict[str, Shard] = {}
     waiting: set[str] = set()
@@ -82,7 +90,9 @@ def find_shards(sources: list[str]) -> Found:
         files |= {shard.path: shard for shard in complete}
         waiting |= set(incomplete)
     again = "run the same command again when the download has ended"
-    told = f"{len(waiting)} of {len(waiting) + len(files)} shards have no {_STATS} yet and are left out: {_names(waiting)}"
+    told = (
+        f"{len(waiting)} of {len(waiting) + len(files)} shards have no {_STATS} yet and are left out: {_names(waiting)}"
+    )
     if not files:
         raise UserError(told, mend=again)
     return Found(_named(list(files.values())), [f"{told}; {again}"] if waiting else [])
@@ -104,7 +114,9 @@ def _named(files: list[Shard]) -> list[Shard]:
     for file in files:
         name = "--".join(PurePosixPath(file.path).with_suffix("").parts[common:])
         if name in shards:
-            raise UserError(f"{shards[name].path} and {file.path} would both be shard {name}", mend="rename one of them")
+            raise UserError(
+                f"{shards[name].path} and {file.path} would both be shard {name}", mend="rename one of them"
+            )
         shards[name] = replace(file, name=name)
     # Not by the bare name: `a-b.parquet` comes before `a.parquet`, and rows are counted in file-name order.
     return sorted(shards.values(), key=lambda shard: f"{shard.name}.parquet")
@@ -118,7 +130,9 @@ def _expand(source: str) -> tuple[list[Shard], list[str]]:
         raise UserError(f"{source} cannot be opened: {error}", allowed=_ALLOWED) from None
     folder, found = _files(filesystem, source, path)
     _refuse_compressed(source, folder, found)
-    kinds: dict[str, ShardKind] = {name: _KINDS[suffix] for name in found if (suffix := PurePosixPath(name).suffix) in _KINDS}
+    kinds: dict[str, ShardKind] = {
+        name: _KINDS[suffix] for name in found if (suffix := PurePosixPath(name).suffix) in _KINDS
+    }
     stems = {_stem(name) for name, kind in kinds.items() if kind == "tar"}
     if folder and stems:  # other tables of such a folder are metadata
         kinds = {name: kind for name, kind in kinds.items() if kind == "tar"}
@@ -178,7 +192,11 @@ def _beside(filesystem: AbstractFileSystem, names: Iterable[str]) -> set[str]:
     for folder in {_parent(name) for name in names}:
         try:
             listed |= {str(name) for name in filesystem.ls(folder or filesystem.root_marker, detail=False)}
-        except (OSError, NotImplementedError, ValueError):  # a server that lists nothing, such as plain HTTP: each file stands alone
+        except (
+            OSError,
+            NotImplementedError,
+            ValueError,
+        ):  # a server that lists nothing, such as plain HTTP: each file stands alone
             continue
     return listed
 

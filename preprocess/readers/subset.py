@@ -45,12 +45,15 @@ Files = list[tuple[AbstractFileSystem, str]]
 """Filesystem, and the path or URL that DuckDB opens."""
 
 
-def resolve_subset(text: str, metadata: str | None, sources: Sequence[str], target: Path, memory: str, spill: Path) -> str:
+def resolve_subset(
+    text: str, metadata: str | None, sources: Sequence[str], target: Path, memory: str, spill: Path
+) -> str:
     """Write the uids that `text` names to `target`, sorted, as .npy of dtype UIDS, in one step and in bounded memory.
 
     Args:
         text: .npy or .parquet (path or URL), or an SQL condition on the metadata.
-        metadata: folder, glob or file of the metadata's .parquet; None: `metadata/` in or next to the folders of `sources`.
+        metadata: folder, glob or file of the metadata's .parquet; None: `metadata/` in or next to the folders of
+            `sources`.
         sources: what is being labelled.
         target: the file to write; a UPath may be remote.
         memory: DuckDB's limit, e.g. `1GiB`.
@@ -62,7 +65,11 @@ def resolve_subset(text: str, metadata: str | None, sources: Sequence[str], targ
     Raises:
         UserError: `text` is none of the three, cannot be read, holds something else than uids, or selects nothing.
     """
-    with enough_memory(memory), _uids(text, metadata, sources, memory, spill) as (uids, in_order), whole_file(target) as partial:
+    with (
+        enough_memory(memory),
+        _uids(text, metadata, sources, memory, spill) as (uids, in_order),
+        whole_file(target) as partial,
+    ):
         count = _write(partial, uids if in_order else sort_uids(uids, memory, spill))
         if not count:
             raise UserError(f"the subset {text!r} selects no sample", mend="name another subset, or leave it out")
@@ -71,7 +78,9 @@ def resolve_subset(text: str, metadata: str | None, sources: Sequence[str], targ
 
 def open_subset(path: Path) -> np.ndarray:
     """What `resolve_subset` wrote, UIDS [U], mapped read-only; a remote file is read into memory."""
-    return np.load(io.BytesIO(path.read_bytes())) if is_remote(path) else np.load(path, mmap_mode="r", allow_pickle=False)
+    return (
+        np.load(io.BytesIO(path.read_bytes())) if is_remote(path) else np.load(path, mmap_mode="r", allow_pickle=False)
+    )
 
 
 def select(batch: RowBatch, subset: np.ndarray) -> tuple[RowBatch, int]:
@@ -86,7 +95,9 @@ def select(batch: RowBatch, subset: np.ndarray) -> tuple[RowBatch, int]:
 
 
 @contextmanager
-def _uids(text: str, metadata: str | None, sources: Sequence[str], memory: str, spill: Path) -> Iterator[tuple[Iterator[np.ndarray], bool]]:
+def _uids(
+    text: str, metadata: str | None, sources: Sequence[str], memory: str, spill: Path
+) -> Iterator[tuple[Iterator[np.ndarray], bool]]:
     """UIDS in batches, and whether they are sorted already."""
     if text.endswith(".npy"):
         with map_uids(text, _OPTION) as array:
@@ -181,8 +192,16 @@ def open_metadata(files: Files, memory: str, spill: Path) -> Iterator[duckdb.Duc
     """
     names = [name for _, name in files]
     if odd := next((name for name in names if set("*?[") & set(name)), None):
-        raise UserError(f"the path {odd} holds one of * ? [, which DuckDB takes for a pattern", mend="give the folder a name without it")
-    config = {"memory_limit": memory, "temp_directory": str(spill), "preserve_insertion_order": False, "python_enable_replacements": False}
+        raise UserError(
+            f"the path {odd} holds one of * ? [, which DuckDB takes for a pattern",
+            mend="give the folder a name without it",
+        )
+    config = {
+        "memory_limit": memory,
+        "temp_directory": str(spill),
+        "preserve_insertion_order": False,
+        "python_enable_replacements": False,
+    }
     with duckdb.connect(config=config) as con:
         remote = {type(filesystem): filesystem for filesystem, name in files if "://" in name}
         for filesystem in remote.values():
@@ -195,7 +214,9 @@ def open_metadata(files: Files, memory: str, spill: Path) -> Iterator[duckdb.Duc
             table = con.read_parquet(names)  # type: ignore[arg-type]  # a list is allowed
         except duckdb.Error as error:
             raise_if_out_of_memory(error)
-            raise UserError(f"{names[0]} (of {len(names)} files) cannot be read as Parquet: {one_line(error)}") from None
+            raise UserError(
+                f"{names[0]} (of {len(names)} files) cannot be read as Parquet: {one_line(error)}"
+            ) from None
         if "uid" not in table.columns:
             raise UserError(f"{names[0]} has no column uid", allowed=f"its columns are {', '.join(table.columns)}")
         yield table
@@ -207,7 +228,9 @@ def _strings(reader: pa.RecordBatchReader) -> Iterator[pa.StringArray]:
             yield batch.column(0).cast(pa.string())
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         raise_if_out_of_memory(error)
-        raise UserError(f"the metadata cannot be read: {one_line(error)}", mend="download again the file that it names") from None
+        raise UserError(
+            f"the metadata cannot be read: {one_line(error)}", mend="download again the file that it names"
+        ) from None
 
 
 def _below(filesystem: AbstractFileSystem, path: str) -> Files:

@@ -46,12 +46,16 @@ class TableDamaged(Exception):
 
 
 class Table(ABC):
-    """An open_table(). `schema`: names and types of its columns; `rows`: how many it has, None where only reading it tells."""
+    """An open_table(). `schema`: names and types of its columns; `rows`: how many it has, None where only reading it
+    tells.
+    """
 
     def __init__(self, shard: Shard, schema: pa.Schema, rows: int | None) -> None:
         self.shard, self.schema, self.rows = shard, schema, rows
 
-    def batches(self, columns: Iterable[str], batch_rows: int, faults: list[Fault] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
+    def batches(
+        self, columns: Iterable[str], batch_rows: int, faults: list[Fault] | None = None
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
         """All rows in order: the number of a batch's first row in the table, and the batch.
 
         Args:
@@ -141,8 +145,8 @@ def _read(file: pq.ParquetFile, groups: list[int], columns: list[str], batch_row
 
 
 class _Csv(Table):
-    """Arrow gives a table up at a line that is damaged and not UTF-8. A table that is not all UTF-8 is therefore read as
-    Latin-1, in which any bytes are text, and its cells are turned back into what they were."""
+    """Arrow gives a table up at a line that is damaged and not UTF-8. A table that is not all UTF-8 is therefore read
+    as Latin-1, in which any bytes are text, and its cells are turned back into what they were."""
 
     def __init__(self, shard: Shard) -> None:
         self._is_utf8 = _is_utf8(shard)
@@ -155,7 +159,10 @@ class _Csv(Table):
         self.shard = shard
         with self._open([], None) as reader:
             self._read_as = reader.schema.names
-        names = [name if self._is_utf8 else name.encode("latin1").decode("utf8", "backslashreplace") for name in self._read_as]
+        names = [
+            name if self._is_utf8 else name.encode("latin1").decode("utf8", "backslashreplace")
+            for name in self._read_as
+        ]
         super().__init__(shard, pa.schema([(name, pa.binary()) for name in names]), None)
 
     def _stream(self, columns: list[str], batch_rows: int, faults: list[Fault] | None) -> Iterator[pa.RecordBatch]:
@@ -186,7 +193,11 @@ class _Csv(Table):
             parse = pacsv.ParseOptions(delimiter=self._delimiter, newlines_in_values=True, invalid_row_handler=skip)
             kinds = dict.fromkeys(columns, pa.binary())
             convert = pacsv.ConvertOptions(
-                include_columns=columns, column_types=kinds, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
+                include_columns=columns,
+                column_types=kinds,
+                null_values=[""],
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
             )
             with _damage("not a table"):
                 reader = pacsv.open_csv(file, read, parse, convert)
@@ -212,7 +223,9 @@ def _parts(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _from_latin1(column: pa.Array) -> pa.BinaryArray:
-    return pa.array([None if cell is None else cell.decode("utf8").encode("latin1") for cell in column.to_pylist()], pa.binary())
+    return pa.array(
+        [None if cell is None else cell.decode("utf8").encode("latin1") for cell in column.to_pylist()], pa.binary()
+    )
 
 
 @contextmanager
@@ -355,7 +368,8 @@ def read_table_rows(shard: Shard, choices: Sequence[Choice], batch_rows: int) ->
 
     Args:
         shard: of kind parquet or csv.
-        choices: as `parse_caption_key` gives them; items of other kinds, and columns that are not there, count as missing.
+        choices: as `parse_caption_key` gives them; items of other kinds, and columns that are not there, count as
+            missing.
         batch_rows: rows of a batch at most.
 
     Raises:
@@ -381,7 +395,9 @@ def read_table_rows(shard: Shard, choices: Sequence[Choice], batch_rows: int) ->
     # Told after all rows: Arrow reads ahead, so when it meets a line says nothing of the batch that the line is near.
     at_the_end: list[Fault] = []
     samples = _samples(table, wanted, batch_rows, at_the_end)
-    if table.rows is not None and table.rows <= batch_rows:  # as the side Parquet of a tar: read once, for keys and rows
+    if (
+        table.rows is not None and table.rows <= batch_rows
+    ):  # as the side Parquet of a tar: read once, for keys and rows
         samples = list(samples)
         read = samples
         repeats = Repeats(lambda: (keys for keys, _ in read))
@@ -423,7 +439,9 @@ def identified(batch: pa.RecordBatch, first: int, path: str) -> tuple[pa.StringA
     return (keys, batch) if success is None else (keys.filter(success), batch.filter(success))
 
 
-def _samples(table: Table, columns: list[str], batch_rows: int, faults: list[Fault]) -> Iterator[tuple[pa.StringArray, pa.RecordBatch]]:
+def _samples(
+    table: Table, columns: list[str], batch_rows: int, faults: list[Fault]
+) -> Iterator[tuple[pa.StringArray, pa.RecordBatch]]:
     """Keys and rows of all samples; what cannot be read is told in `faults`."""
     try:
         for first, batch in table.batches(columns, batch_rows, faults):
@@ -432,7 +450,9 @@ def _samples(table: Table, columns: list[str], batch_rows: int, faults: list[Fau
         faults.append(error.fault)
 
 
-def _rows(batch: pa.RecordBatch, keys: pa.StringArray, repeats: Repeats | None, choices: Sequence[Choice], path: str) -> RowBatch:
+def _rows(
+    batch: pa.RecordBatch, keys: pa.StringArray, repeats: Repeats | None, choices: Sequence[Choice], path: str
+) -> RowBatch:
     """The samples of a batch that have a caption, and the faults of the others, both in order."""
     captions, invalid = row_captions(batch, choices, path)
     faults: dict[int, tuple[str, str]] = {}
@@ -442,7 +462,9 @@ def _rows(batch: pa.RecordBatch, keys: pa.StringArray, repeats: Repeats | None, 
     faults |= {row: ("caption is not UTF-8", told) for row, told in invalid.items()}
     for row in blank_rows(captions).tolist():
         faults[row] = ("empty caption", f"{captions[row].as_buffer().size} bytes of white space")
-    faults |= dict.fromkeys(repeats.find(keys) if repeats else (), ("repeated key", "the key occurred before in this table"))
+    faults |= dict.fromkeys(
+        repeats.find(keys) if repeats else (), ("repeated key", "the key occurred before in this table")
+    )
     table = pa.Table.from_arrays([keys, row_uids(batch, path), *row_sizes(batch), captions], schema=ROWS)
     if faults:
         kept = np.ones(len(table), bool)

@@ -1,6 +1,8 @@
-"""A tar's captions as rows: compiled where the tar is local and healthy, sample by sample otherwise; the same rows either way.
+"""A tar's captions as rows: compiled where the tar is local and healthy, sample by sample otherwise; the same rows
+either way.
 
-Rows that are anything but plain (no json, damaged json, a caption that is not UTF-8 ...) go through `read_row`, the reference.
+Rows that are anything but plain (no json, damaged json, a caption that is not UTF-8 ...) go through `read_row`, the
+reference.
 """
 
 import io
@@ -80,7 +82,9 @@ def walk(file: BinaryIO, size: int) -> Iterator[Sample | Fault]:
     seen: set[str] = set()
 
     def finished() -> Sample | Fault:
-        return Fault(key, REPEATED, "the key occurred before in this tar") if key in seen else Sample(key, members, file)
+        return (
+            Fault(key, REPEATED, "the key occurred before in this tar") if key in seen else Sample(key, members, file)
+        )
 
     for member in _headers(file, size):
         if isinstance(member, Fault):
@@ -101,7 +105,9 @@ def walk(file: BinaryIO, size: int) -> Iterator[Sample | Fault]:
 
 
 class _Headers:
-    """A tar's bytes as tarfile wants them, for headers alone: a damaged length makes no huge read, and so no huge buffer."""
+    """A tar's bytes as tarfile wants them, for headers alone: a damaged length makes no huge read, and so no huge
+    buffer.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -241,7 +247,9 @@ def _walked(shard: Shard, choices: tuple[Choice, ...]) -> Iterator[RowBatch]:
 
 
 def _table(rows: list[Row]) -> pa.Table:
-    return pa.Table.from_arrays([pa.array([getattr(row, name) for row in rows], ROWS.field(name).type) for name in ROWS.names], schema=ROWS)
+    return pa.Table.from_arrays(
+        [pa.array([getattr(row, name) for row in rows], ROWS.field(name).type) for name in ROWS.names], schema=ROWS
+    )
 
 
 def read_row(sample: SampleLike, choices: tuple[Choice, ...]) -> Row | Fault:
@@ -255,7 +263,11 @@ def read_row(sample: SampleLike, choices: tuple[Choice, ...]) -> Row | Fault:
     if isinstance(caption, Fault):
         return caption
     uid = metadata.get("uid")
-    width, height = _size(metadata.get("width"), metadata.get("height")) or _header_size(sample, sample.image_suffix) or (None, None)
+    width, height = (
+        _size(metadata.get("width"), metadata.get("height"))
+        or _header_size(sample, sample.image_suffix)
+        or (None, None)
+    )
     return Row(sample.key, uid if isinstance(uid, str) else None, width, height, caption)
 
 
@@ -293,7 +305,13 @@ def _caption(sample: SampleLike, metadata: dict[str, Any], choices: tuple[Choice
     for choice in choices:
         found = []
         for item in choice.items:
-            value: Any = sample.read(item.name) if item.kind == "member" else metadata.get(item.name) if item.kind == "json" else None
+            value: Any = (
+                sample.read(item.name)
+                if item.kind == "member"
+                else metadata.get(item.name)
+                if item.kind == "json"
+                else None
+            )
             found += [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str | bytes)]
         if not found:
             continue
@@ -320,7 +338,9 @@ class IndexedSample:
 
     @property
     def image_suffix(self) -> str | None:
-        return next((name for name in IMAGE_SUFFIXES if self.index.places[self.number, self.wanted.index(name), 0] >= 0), None)
+        return next(
+            (name for name in IMAGE_SUFFIXES if self.index.places[self.number, self.wanted.index(name), 0] >= 0), None
+        )
 
     @property
     def suffixes(self) -> list[str]:
@@ -372,10 +392,16 @@ def _plain_rows(
     if caption_places is not None:
         has_all &= caption_places[:, 0] >= 0
     numbers = np.flatnonzero(has_all)
-    metadata = _parse_together(gather_strings(index.data, json_places[numbers]), first.name if first.kind == "json" else None)
+    metadata = _parse_together(
+        gather_strings(index.data, json_places[numbers]), first.name if first.kind == "json" else None
+    )
     if metadata is None:
         return None
-    captions = metadata["caption_field"] if caption_places is None else _utf8(gather_strings(index.data, caption_places[numbers]))
+    captions = (
+        metadata["caption_field"]
+        if caption_places is None
+        else _utf8(gather_strings(index.data, caption_places[numbers]))
+    )
     if captions is None:
         return None
     width, height = metadata["width"], metadata["height"]
@@ -396,7 +422,9 @@ def _utf8(raw: pa.LargeBinaryArray) -> pa.LargeStringArray | None:
 
 
 def _parse_together(raw: pa.LargeBinaryArray, caption_field: str | None) -> pa.Table | None:
-    """uid, width, height (and a caption) of JSON objects, parsed in one go; None if `json.loads` might see any of them otherwise."""
+    """uid, width, height (and a caption) of JSON objects, parsed in one go; None if `json.loads` might see any of them
+    otherwise.
+    """
     texts = _utf8(raw)
     if texts is None or not len(texts):
         return None
@@ -412,7 +440,9 @@ def _parse_together(raw: pa.LargeBinaryArray, caption_field: str | None) -> pa.T
         table = pyarrow.json.read_json(
             io.BytesIO(text),
             pyarrow.json.ReadOptions(use_threads=False, block_size=len(text) + 1),
-            pyarrow.json.ParseOptions(pa.schema(list(columns.items())), newlines_in_values=True, unexpected_field_behavior="ignore"),
+            pyarrow.json.ParseOptions(
+                pa.schema(list(columns.items())), newlines_in_values=True, unexpected_field_behavior="ignore"
+            ),
         ).combine_chunks()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return None

@@ -132,7 +132,9 @@ def _octal(data: np.ndarray, begin: int, end: int) -> int:
 
 @njit(nogil=True, cache=True)
 def _plain_numbers(data: np.ndarray, at: int) -> bool:
-    """Whether mode, owner, group, time and device are written as usual, or empty: else walk() ends there, though they mean nothing here."""
+    """Whether mode, owner, group, time and device are written as usual, or empty: else walk() ends there, though they
+    mean nothing here.
+    """
     for first, last in ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345)):
         for i in range(at + first, at + last):
             if data[i] != 0 and data[i] != 0x20:
@@ -211,7 +213,9 @@ def _same_suffix(data: np.ndarray, first: int, first_end: int, second: int, seco
 
 @njit(nogil=True, cache=True)
 def _name(data: np.ndarray, at: int) -> tuple[int, int]:
-    """Where the name of a member ends, and the first dot of its last part; the end again where it has no key; _ODD for an unusual name."""
+    """Where the name of a member ends, and the first dot of its last part; the end again where it has no key; _ODD for
+    an unusual name.
+    """
     end = base = at
     while end < at + 100 and data[end] != 0:
         if data[end] >= 0x7F or data[end] < 0x20 or data[end] == 0x5C:
@@ -229,7 +233,8 @@ def _name(data: np.ndarray, at: int) -> tuple[int, int]:
 
 @njit(nogil=True, cache=True)
 def _index(data: np.ndarray, members: np.ndarray) -> tuple[int, int]:
-    """Fill members int64 [room, 6]: begin and end of the name, begin of the data, its size, end of the key, number of the sample.
+    """Fill members int64 [room, 6]: begin and end of the name, begin of the data, its size, end of the key, number of
+    the sample.
 
     Returns:
         members that belong to samples, and samples; or _ODD or _FULL instead of the former.
@@ -272,7 +277,11 @@ def _index(data: np.ndarray, members: np.ndarray) -> tuple[int, int]:
         if dot < end - 1:
             if count == len(members):
                 return _FULL, 0
-            new = sample < 0 or dot - at != members[start, 4] - members[start, 0] or not _same_bytes(data, at, members[start, 0], dot - at)
+            new = (
+                sample < 0
+                or dot - at != members[start, 4] - members[start, 0]
+                or not _same_bytes(data, at, members[start, 0], dot - at)
+            )
             if not new:
                 for other in range(start, count):
                     if _same_suffix(data, dot + 1, end, members[other, 4] + 1, members[other, 1]):
@@ -288,7 +297,12 @@ def _index(data: np.ndarray, members: np.ndarray) -> tuple[int, int]:
 
 @njit(nogil=True, cache=True)
 def _place(
-    data: np.ndarray, members: np.ndarray, suffixes: np.ndarray, ends: np.ndarray, places: np.ndarray, first_member: np.ndarray
+    data: np.ndarray,
+    members: np.ndarray,
+    suffixes: np.ndarray,
+    ends: np.ndarray,
+    places: np.ndarray,
+    first_member: np.ndarray,
 ) -> None:
     """Fill places int64 [S, W, 2] and first_member int64 [S + 1]."""
     last = -1

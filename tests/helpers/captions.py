@@ -1,7 +1,5 @@
 """What several tests share: captions."""
 
-
-
 NASTY = [
     "",
     " \t\n ",

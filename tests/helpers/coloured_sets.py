@@ -12,5 +12,7 @@ def colours(folder: Path, labels: tuple[str, ...]) -> None:
     for part, count in (("train", 5), ("test", 3)):
         write_folders(folder / part, dict.fromkeys(labels, count))
         for file in sorted((folder / part).rglob("*.png")):
-            shade = random.integers(0, 120, 3) + 120 * np.array([file.parent.name == colour for colour in ("red", "green", "blue")])
+            shade = random.integers(0, 120, 3) + 120 * np.array(
+                [file.parent.name == colour for colour in ("red", "green", "blue")]
+            )
             file.write_bytes(encoded(tuple(int(value) for value in shade)))

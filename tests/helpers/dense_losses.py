@@ -1,4 +1,5 @@
-"""The losses of METHOD, section 1, as they are written there: dense targets, autograd, float64. What the fused losses are held against.
+"""The losses of METHOD, section 1, as they are written there: dense targets, autograd, float64. What the fused losses
+are held against.
 
 B batch, V vocabulary, K label limit.
 """

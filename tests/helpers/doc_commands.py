@@ -95,7 +95,9 @@ def own_command(words: list[str]) -> tuple[str, list[str]] | None:
     for place, word in enumerate(words):
         if word in GROUPS:
             before = [other for other in words[:place] if "=" not in other and not other.startswith("-")]
-            if not before or (before[0] in ("srun", "torchrun", "python") and set(before[1:]) <= {"torchrun", "python"}):
+            if not before or (
+                before[0] in ("srun", "torchrun", "python") and set(before[1:]) <= {"torchrun", "python"}
+            ):
                 return word, words[place + 1 :]
     return None
 
@@ -129,7 +131,10 @@ def check(words: list[str]) -> None:
         assert (ROOT / words[words.index("python") + 1]).is_file(), words
     elif program == "pip":
         for wanted in re.findall(r"\[([\w,]+)\]", " ".join(words)):
-            assert set(wanted.split(",")) <= tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+            assert (
+                set(wanted.split(","))
+                <= tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+            )
     else:
         assert program in _OTHERS, words
 
@@ -148,15 +153,24 @@ def inline_commands(page: Path) -> list[list[str]]:
 
 
 def check_inline(words: list[str], page: Path) -> None:
-    """Every option that is named exists: in the command that is named, else in any or in a script next to the page; `--set` is sound."""
+    """Every option that is named exists: in the command that is named, else in any or in a script next to the page;
+    `--set` is sound.
+    """
     tops = {name: click.Context(group) for name, group in GROUPS.items()}
     if words[0] not in GROUPS:
-        named = [group.get_command(tops[name], one) for name, group in GROUPS.items() for one in group.list_commands(tops[name])]
+        named = [
+            group.get_command(tops[name], one)
+            for name, group in GROUPS.items()
+            for one in group.list_commands(tops[name])
+        ]
     else:
         named = [GROUPS[words[0]].get_command(tops[words[0]], word) for word in words[1:2]]
     assert all(named), f"no such command: {' '.join(words)}"
     named += [inner for command in named if isinstance(command, click.Group) for inner in command.commands.values()]
-    known = {option for command in named if command for parameter in command.params for option in parameter.opts} | {"--help", "--version"}
+    known = {option for command in named if command for parameter in command.params for option in parameter.opts} | {
+        "--help",
+        "--version",
+    }
     for script in page.parent.glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text("utf8")))
     for place, word in enumerate(words):
@@ -178,4 +192,6 @@ def api_row(name: str) -> str:
 if __name__ == "__main__":  # rewrite the table of docs/api.md from the code
     page = ROOT / "docs" / "api.md"
     lines = page.read_text("utf8").splitlines()
-    page.write_text("\n".join(api_row(line.split("`")[1]) if line.startswith("| `") else line for line in lines) + "\n", "utf8")
+    page.write_text(
+        "\n".join(api_row(line.split("`")[1]) if line.startswith("| `") else line for line in lines) + "\n", "utf8"
+    )

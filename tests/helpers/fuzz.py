@@ -1,9 +1,11 @@
-"""A fuzz run over the tar walker and the label path: mutated tars and captions; a count of what became of their samples.
+"""A fuzz run over the tar walker and the label path: mutated tars and captions; a count of what became of their
+samples.
 
     python tests/helpers/fuzz.py --inputs 100000 [--seed 0]
 
-Every input must end within seconds, raise nothing, give the rows and faults of the reference walk, and have every sample of that
-walk either labelled or counted by a reason. One input in 50 goes through the whole job of a shard, files and marker included.
+Every input must end within seconds, raise nothing, give the rows and faults of the reference walk, and have every
+sample of that walk either labelled or counted by a reason. One input in 50 goes through the whole job of a shard, files
+and marker included.
 """
 
 import argparse
@@ -22,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from shard_factory import Member, healthy, sample, tar_bytes
 
 from labels.settings import Labels
 from labels.storage import Layout
@@ -32,6 +33,7 @@ from preprocess.readers.caption_key import parse_caption_key
 from preprocess.readers.shards import Shard
 from preprocess.readers.tar import read_row, read_tar_rows, walk
 from preprocess.shard import LabelTask, label_shard
+from shard_factory import Member, healthy, sample, tar_bytes
 
 CHOICES = parse_caption_key(["txt", "json:caption"])
 SECONDS = 20
@@ -66,7 +68,9 @@ def caption(draw: random.Random) -> bytes:
     if kind == 1:
         return "".join(chr(draw.randrange(0x110000)) for _ in range(draw.randrange(20))).encode("utf8", "surrogatepass")
     return (
-        draw.choice(["", " "]).join(draw.choices(_PIECES, k=draw.randrange(12))).encode("utf8", "surrogatepass" if kind == 2 else "ignore")
+        draw.choice(["", " "])
+        .join(draw.choices(_PIECES, k=draw.randrange(12)))
+        .encode("utf8", "surrogatepass" if kind == 2 else "ignore")
     )
 
 
@@ -92,12 +96,17 @@ def made(draw: random.Random) -> bytes:
         if draw.random() < 0.5:
             members += healthy(1, first=number, side=8)
         else:
-            members += [*sample(key, caption(draw)), (f"{key}.{draw.choice(['json', 'JSON', 'txt', 'cls'])}", about(draw))]
+            members += [
+                *sample(key, caption(draw)),
+                (f"{key}.{draw.choice(['json', 'JSON', 'txt', 'cls'])}", about(draw)),
+            ]
     draw.random() < 0.1 and draw.shuffle(members)  # type: ignore[func-returns-value]
     if draw.random() < 0.5:
         return tar_bytes(members)
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=draw.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])) as archive:
+    with tarfile.open(
+        fileobj=buffer, mode="w", format=draw.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+    ) as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size, info.mtime = len(data), 1700000000.25 if archive.format == tarfile.PAX_FORMAT else 1700000000  # type: ignore[assignment]
@@ -106,7 +115,9 @@ def made(draw: random.Random) -> bytes:
 
 
 def mutated(draw: random.Random, data: bytes) -> bytes:
-    """A few bytes changed, mostly in headers, whose checksums are mended half of the time; or a stretch cut, doubled or dropped."""
+    """A few bytes changed, mostly in headers, whose checksums are mended half of the time; or a stretch cut, doubled or
+    dropped.
+    """
     if draw.random() < 0.2:
         return data
     out = bytearray(data)
@@ -204,7 +215,9 @@ def main() -> None:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         total = fuzz(arguments.inputs, arguments.seed, Path(folder))
-    print(f"{arguments.inputs:,} inputs, {total.total():,} samples in {time.monotonic() - start:,.0f} s: no crash, no hang, none lost")
+    print(
+        f"{arguments.inputs:,} inputs, {total.total():,} samples in {time.monotonic() - start:,.0f} s: no crash, no hang, none lost"
+    )
     for reason, count in total.most_common():
         print(f"{count:9,}  {reason}")
 

@@ -5,8 +5,13 @@ from pathlib import Path
 from typing import Any
 
 VIT: dict[str, Any] = {
-    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32, "patch_size": 8,
-}  # fmt: skip
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 def write_hf(folder: Path, model: Any, side: int = 32, **processor) -> Path:

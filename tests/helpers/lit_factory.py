@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_folders import write_folders
-from trainer_factory import small_config, small_out
 
+from image_folders import write_folders
 from labels.config import load_pipeline
 from labels.storage import UserError
 from train.clip import train_clip
@@ -15,8 +14,13 @@ from train.encoders.encoder import EncoderSpec
 from train.evals.data.sets import DataSet, load_pair
 from train.evals.lit import train_lit
 from train.trainer import train_run
+from trainer_factory import small_config, small_out
 
-SHORT = ["train.samples=160", "text_tower={embed_dim: 8, width: 16, heads: 2, layers: 1, context: 8}", "train.optimizer.warmup_samples=0"]
+SHORT = [
+    "train.samples=160",
+    "text_tower={embed_dim: 8, width: 16, heads: 2, layers: 1, context: 8}",
+    "train.optimizer.warmup_samples=0",
+]
 
 
 class Runs:
@@ -33,8 +37,11 @@ class Runs:
 
     def lit(self, spec: str, name: str, weights: str | None = None, *overrides: str) -> bool:
         return train_lit(
-            EncoderSpec(spec, weights), self.chosen, self.folder / name, load_pipeline(self.config, [*SHORT, *overrides])
-        )  # fmt: skip
+            EncoderSpec(spec, weights),
+            self.chosen,
+            self.folder / name,
+            load_pipeline(self.config, [*SHORT, *overrides]),
+        )
 
 
 def refused(call: Any, *arguments: Any) -> str:
@@ -46,4 +53,6 @@ def refused(call: Any, *arguments: Any) -> str:
 def three_classes(folder: Path) -> DataSet:
     """Two images of each class to train on, three to test."""
     write_folders(folder / "train", {"red_bird": 2, "the_dog": 2, "sun": 2})
-    return load_pair(folder / "train", write_folders(folder / "test", {"red_bird": 3, "the_dog": 3, "sun": 3}, start=40))
+    return load_pair(
+        folder / "train", write_folders(folder / "test", {"red_bird": 3, "the_dog": 3, "sun": 3}, start=40)
+    )

@@ -32,6 +32,8 @@ def order_of(betons: BetonSet) -> list[int]:
     for path in betons.paths:
         data = np.fromfile(path, np.uint8)
         count = int(data[: beton.HEADER.itemsize].view(beton.HEADER)[0]["num_samples"])
-        indices += data[beton.METADATA_OFFSET :][: count * beton.METADATA.itemsize].view(beton.METADATA)["index"].tolist()
+        indices += (
+            data[beton.METADATA_OFFSET :][: count * beton.METADATA.itemsize].view(beton.METADATA)["index"].tolist()
+        )
     order = Order([betons.samples], (1,), 64, 1024, 3)
     return [indices[sample] for step in range(betons.samples // 4) for sample in order.batch(step, 4, 0, 1)[0]]

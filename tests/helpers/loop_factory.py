@@ -25,9 +25,16 @@ class Made:
 
 
 def settings(*overrides: str) -> Train:
-    """`train` for the tiny model. A large eps: with a small one AdamW makes whole steps of gradients that are nothing but rounding."""
+    """`train` for the tiny model. A large eps: with a small one AdamW makes whole steps of gradients that are nothing
+    but rounding.
+    """
     tiny = "{trunk: vit_b16, trunk_args: {patch_size: 8, depth: 2, embed_dim: 24, num_heads: 2}, image_size: 16}"
-    keys = [f"batch_size={BATCH}", f"samples={BATCH * STEPS}", f"model={tiny}", "optimizer={lr: 1e-3, warmup_samples: 32, eps: 1e-3}"]
+    keys = [
+        f"batch_size={BATCH}",
+        f"samples={BATCH * STEPS}",
+        f"model={tiny}",
+        "optimizer={lr: 1e-3, warmup_samples: 32, eps: 1e-3}",
+    ]
     keys += ["runtime={device: cpu, precision: fp32}", "log={every_seconds: 1000, tensorboard: false}", *overrides]
     return load_pipeline(None, [f"train.{key}" for key in keys]).train
 
@@ -47,7 +54,9 @@ def batches(world: World, spoil: dict[int, float] | None = None) -> list[Made]:
     return made
 
 
-def train_here(run: Path, train: Train, world: World, spoil: dict[int, float] | None = None) -> tuple[TrainState, Tensors]:
+def train_here(
+    run: Path, train: Train, world: World, spoil: dict[int, float] | None = None
+) -> tuple[TrainState, Tensors]:
     """Train on `batches`; the metrics stand in `run`."""
     run.mkdir(parents=True, exist_ok=True)
     train_state = make_train_state(train, torch.linspace(0.5, 3.0, VOCABULARY), world)
@@ -55,9 +64,16 @@ def train_here(run: Path, train: Train, world: World, spoil: dict[int, float] | 
     budget = Budget(STEPS, 2, 0)
     try:
         run_loop(
-            batches(world, spoil), lambda batch: (batch.images, batch.label_ids), train_state, train, budget, world, metrics,
-            save=lambda _: None, stopping=lambda: False,
-        )  # fmt: skip
+            batches(world, spoil),
+            lambda batch: (batch.images, batch.label_ids),
+            train_state,
+            train,
+            budget,
+            world,
+            metrics,
+            save=lambda _: None,
+            stopping=lambda: False,
+        )
     finally:
         metrics.close()
     return train_state, snapshot(train_state, world.is_first)

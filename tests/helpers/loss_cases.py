@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from dense_losses import dense_loss
 from torch import nn
 
+from dense_losses import dense_loss
 from labels.manifest import PAD_ID
 from labels.settings import Loss
 from train.losses.head_loss import HeadLoss
@@ -25,10 +25,14 @@ def some_labels(generator: torch.Generator, rows: int = B, classes: int = V, lim
     return label_ids
 
 
-def some_case(seed: int, rows: int = B, classes: int = V, limit: int = K, width: int = W) -> tuple[Operands, torch.Tensor, torch.Tensor]:
+def some_case(
+    seed: int, rows: int = B, classes: int = V, limit: int = K, width: int = W
+) -> tuple[Operands, torch.Tensor, torch.Tensor]:
     """Float32 operands, labels and IDF weights, a fifth of them 0."""
     generator = torch.Generator().manual_seed(seed)
-    features, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, width), (classes, width), (classes,)))
+    features, weight, bias = (
+        torch.randn(shape, generator=generator) for shape in ((rows, width), (classes, width), (classes,))
+    )
     idf = torch.rand(classes, generator=generator) * 9 * (torch.rand(classes, generator=generator) > 0.2)
     return (features, weight, bias), some_labels(generator, rows, classes, limit), idf
 
@@ -48,7 +52,9 @@ def fused_and_dense(
     return [loss, *gradients(loss, mine)], [dense, *gradients(dense, theirs)]
 
 
-def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor], relative: float = 1e-6, cancelled: float = 1e-12) -> None:
+def assert_near(
+    found: list[torch.Tensor], expected: list[torch.Tensor], relative: float = 1e-6, cancelled: float = 1e-12
+) -> None:
     """Each tensor within `relative` of its largest value; `cancelled` where the parts of a sum may cancel to nothing."""
     for one, other in zip(found, expected, strict=True):
         assert torch.isfinite(one).all()

@@ -1,4 +1,6 @@
-"""What every page has to be: well-formed, readable without a network, with a text for every image; and what Chromium says of it."""
+"""What every page has to be: well-formed, readable without a network, with a text for every image; and what Chromium
+says of it.
+"""
 
 import re
 import shutil

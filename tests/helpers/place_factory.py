@@ -1,4 +1,6 @@
-"""An OUT whose images stay in their tars, made from an OUT with betons over the same tars: the same samples in the same order."""
+"""An OUT whose images stay in their tars, made from an OUT with betons over the same tars: the same samples in the same
+order.
+"""
 
 import json
 import shutil
@@ -25,15 +27,23 @@ def places_of(out: Path, shards: Path, target: Path) -> Path:
         path = shards / f"{part.name}.tar"
         sources[part.name] = Source(str(path.resolve()), path.stat().st_size)
         with tarfile.open(path) as tar:
-            offsets |= {member.name[:-4]: (member.offset_data, member.size) for member in tar if member.name.endswith(".jpg")}
+            offsets |= {
+                member.name[:-4]: (member.offset_data, member.size) for member in tar if member.name.endswith(".jpg")
+            }
         keys += pq.read_table(layout.label_file(part.name))["key"].to_pylist()
     write_sources(layout, sources)
     firsts = [part.first_index for part in manifest.shards]
     parts = []
     for part in manifest.betons:
-        meta = np.fromfile(Layout(out).beton_file(part.number), beton.METADATA, part.samples, offset=beton.METADATA_OFFSET)
+        meta = np.fromfile(
+            Layout(out).beton_file(part.number), beton.METADATA, part.samples, offset=beton.METADATA_OFFSET
+        )
         places = np.zeros(part.samples, PLACE)
-        places["index"], places["width"], places["height"] = meta["index"], meta["image"]["width"], meta["image"]["height"]
+        places["index"], places["width"], places["height"] = (
+            meta["index"],
+            meta["image"]["width"],
+            meta["image"]["height"],
+        )
         places["shard"] = np.searchsorted(firsts, meta["index"], side="right") - 1
         for place in places:
             place["offset"], place["bytes"] = offsets[keys[place["index"]]]

@@ -50,7 +50,9 @@ def jpeg(seed: int = 0, width: int = 32, height: int = 32) -> bytes:
     return encode(Image.fromarray(pixels(seed, width, height)), quality=90)
 
 
-def sample(key: str, text: str | bytes | None = "a cat", image: bytes | None = None, /, **metadata: Any) -> list[Member]:
+def sample(
+    key: str, text: str | bytes | None = "a cat", image: bytes | None = None, /, **metadata: Any
+) -> list[Member]:
     """The members of one sample; `text` None leaves the txt out, no metadata the json."""
     members = [(f"{key}.jpg", jpeg() if image is None else image)]
     if text is not None:
@@ -144,12 +146,17 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 def quarantined(out: Path) -> list[tuple[str, str, str, str]]:
     """Shard, key, stage and reason of every sample left out."""
-    return [(row["shard"], row["key"], row["stage"], row["reason"]) for row in pq.read_table(out / "quarantine.parquet").to_pylist()]
+    return [
+        (row["shard"], row["key"], row["stage"], row["reason"])
+        for row in pq.read_table(out / "quarantine.parquet").to_pylist()
+    ]
 
 
 def contents(out: Path) -> dict[str, Any]:
     """Every file of OUT: its bytes, of idf.duckdb the rows of its tables."""
-    files: dict[str, Any] = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    files: dict[str, Any] = {
+        str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()
+    }
     with duckdb.connect(str(out / "idf.duckdb"), read_only=True) as con:
         files["idf.duckdb"] = [con.execute(f"FROM {table}").fetchall() for table in ("tokens", "corpus", "shards")]
     return files

@@ -1,4 +1,6 @@
-"""FFCV's own Loader, in a process of its own: when its compiled functions are collected, numba's books on all others may break."""
+"""FFCV's own Loader, in a process of its own: when its compiled functions are collected, numba's books on all others
+may break.
+"""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -20,6 +22,8 @@ def read_beton(path: Path, os_cache: bool) -> list[np.ndarray]:
     """Images, label rows and indices of a whole beton, as a stock Loader with no custom field gives them."""
     from ffcv.loader import Loader, OrderOption
 
-    loader = Loader(str(path), batch_size=4, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=os_cache, drop_last=False)
+    loader = Loader(
+        str(path), batch_size=4, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=os_cache, drop_last=False
+    )
     batches = [tuple(np.array(part) for part in batch) for batch in loader]  # copies: the Loader uses its memory again
     return [np.concatenate(part) for part in zip(*batches, strict=True)]

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import torch
-from beton_factory import WORDS, build_out
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from beton_factory import WORDS, build_out
 from train.checkpoint import checkpoint_folders
 
 CONFIG = """
@@ -51,7 +51,11 @@ def lines(run: Path) -> list[dict]:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint."""
     folder = checkpoint_folders(run)[-1]
-    return {f"{path.stem}.{name}": tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        f"{path.stem}.{name}": tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from captions import NASTY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wordnet_factory import write_wordnet
 
+from captions import NASTY
 from labels.arrays import unique_sorted
 from labels.settings import Labels
 from labels.storage import UserError
 from labels.tokenizers.kinds import catlip
 from labels.tokenizers.kinds.catlip import CatlipTokenizer, Nouns, load_nouns
 from labels.tokenizers.tokenizer import make_tokenizer
+from wordnet_factory import write_wordnet
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,21 @@ def test_words_to_synsets(folder: Path, word: str, synset: str | None) -> None:
 
 
 def test_synsets_are_those_named_after_a_lemma(folder: Path) -> None:
-    names = ["box", "cat", "dog", "glass", "glasses", "goose", "jersey", "knife", "lady", "man", "summer", "tee", "work_force"]
+    names = [
+        "box",
+        "cat",
+        "dog",
+        "glass",
+        "glasses",
+        "goose",
+        "jersey",
+        "knife",
+        "lady",
+        "man",
+        "summer",
+        "tee",
+        "work_force",
+    ]
     assert Nouns(folder).synsets == [f"{name}.n.01" for name in names]
 
 
@@ -66,7 +80,9 @@ def assert_same(captions: list[str], tokenizer: CatlipTokenizer, limit: int = 75
     ids, offsets, label_ids, label_offsets = tokenizer.encode_rows(captions, limit)
     slow_ids, slow_offsets = tokenizer.encode_slowly(captions, limit)
     assert ids.dtype == label_ids.dtype == np.int32
-    for caption, (start, end), (slow_start, slow_end) in zip(captions, pairwise(offsets), pairwise(slow_offsets), strict=True):
+    for caption, (start, end), (slow_start, slow_end) in zip(
+        captions, pairwise(offsets), pairwise(slow_offsets), strict=True
+    ):
         assert ids[start:end].tolist() == slow_ids[slow_start:slow_end].tolist(), ascii(caption[:200])
     labels, ends = unique_sorted(ids, offsets, tokenizer.excluded)
     assert np.array_equal(label_ids, labels) and np.array_equal(label_offsets, ends)
@@ -97,7 +113,9 @@ def test_the_fast_path_is_the_slow_one(folder: Path) -> None:
     ]
     for bound in (1, 20, 10**6):
         for without in (False, True):
-            tokenizer = CatlipTokenizer(vocabulary(folder, CHOSEN), str(folder), without_stop_words=without, max_known=bound)
+            tokenizer = CatlipTokenizer(
+                vocabulary(folder, CHOSEN), str(folder), without_stop_words=without, max_known=bound
+            )
             for limit in (0, 1, 3, 75, 10**6):
                 assert_same([*NASTY, *extra], tokenizer, limit)
 
@@ -107,7 +125,25 @@ def test_the_fast_path_is_the_slow_one(folder: Path) -> None:
     captions=st.lists(
         st.lists(
             st.sampled_from(
-                ["cat", "Dogs", "geese", "&amp;", "<", "Ã©", "’s", " ", " ", "\n", "é", "日", "\u00a0", "-", "\x1b", "ＢＯＸ", "&lt;"]
+                [
+                    "cat",
+                    "Dogs",
+                    "geese",
+                    "&amp;",
+                    "<",
+                    "Ã©",
+                    "’s",
+                    " ",
+                    " ",
+                    "\n",
+                    "é",
+                    "日",
+                    "\u00a0",
+                    "-",
+                    "\x1b",
+                    "ＢＯＸ",
+                    "&lt;",
+                ]
             ),
             max_size=12,
         ).map("".join)

@@ -6,11 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import regex
-from captions import NASTY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
+from captions import NASTY
 from labels.tokenizers.kinds import clip
 from labels.tokenizers.kinds.clip import ClipTokenizer, clip_clean
 
@@ -29,7 +29,6 @@ def _open_clip() -> SimpleTokenizer:
 
 
 THEIRS = _open_clip()
-
 
 
 def rows(captions: list[str], limit: int = LIMIT) -> list[list[int]]:
@@ -64,7 +63,24 @@ def test_any_text(caption: str) -> None:
 @given(
     st.lists(
         st.sampled_from(
-            ["&amp;", "amp;", "lt;", "<", "&lt;", "Ã©", "’", "'s", " ", "a", "É", "<end_of_text>", "\u0301", "\u200d", "😀", "1"]
+            [
+                "&amp;",
+                "amp;",
+                "lt;",
+                "<",
+                "&lt;",
+                "Ã©",
+                "’",
+                "'s",
+                " ",
+                "a",
+                "É",
+                "<end_of_text>",
+                "\u0301",
+                "\u200d",
+                "😀",
+                "1",
+            ]
         ),
         max_size=12,
     )
@@ -96,4 +112,6 @@ def test_a_full_word_table_starts_over_without_changing_an_id(monkeypatch: pytes
     for caption, row in zip(captions, expected, strict=True):
         assert small.encode([caption], LIMIT)[0].tolist() == row
         assert small.fast._words.fill[0] <= 40
-    assert small.encode(captions, LIMIT)[0].tolist() == [token for row in expected for token in row], "more words at once than the bound"
+    assert small.encode(captions, LIMIT)[0].tolist() == [token for row in expected for token in row], (
+        "more words at once than the bound"
+    )

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import BaseModel
-from shard_factory import preprocess
 
 from labels.config import dump_yaml, load_pipeline
 from labels.settings import Pipeline, Train
 from labels.storage import UserError
+from shard_factory import preprocess
 from train.evals.protocol import load_protocol, protocol_names
 from train.losses.kinds import check_accumulation
 
@@ -50,7 +50,9 @@ def value_at(settings: Any, key: str) -> Any:
 
 def test_the_file_holds_the_defaults() -> None:
     pipeline = load_pipeline(PIPELINE)
-    assert pipeline.model_copy(update={"evaluators": {}}) == Pipeline() and sorted(pipeline.evaluators) == protocol_names()
+    assert (
+        pipeline.model_copy(update={"evaluators": {}}) == Pipeline() and sorted(pipeline.evaluators) == protocol_names()
+    )
     for evaluation in map(load_protocol, protocol_names()):
         assert evaluation.settings(pipeline) == evaluation.settings(Pipeline())
 
@@ -85,7 +87,9 @@ def test_an_evaluator_names_the_mistakes_in_its_own_section(tmp_path: Path) -> N
 
 def test_sections_of_evaluators_are_laid_over_each_other(tmp_path: Path) -> None:
     """`evaluators.NAME` is the older place of them, and that of the configurations beside results."""
-    pipeline = load_pipeline(written(tmp_path, "evaluators: {knn: {k: [3], temperature: 0.5}}\nprobe:\n"), ["knn.k=[7]"])
+    pipeline = load_pipeline(
+        written(tmp_path, "evaluators: {knn: {k: [3], temperature: 0.5}}\nprobe:\n"), ["knn.k=[7]"]
+    )
     assert pipeline.evaluators == {"knn": {"k": [7], "temperature": 0.5}, "probe": {}}
     dump_yaml(tmp_path / "again.yaml", pipeline)
     assert load_pipeline(tmp_path / "again.yaml") == pipeline
@@ -139,9 +143,15 @@ def test_forms_of_set(tmp_path: Path, override: str, expected: object) -> None:
     [
         ("labels: {idf: smooth, idf: paper}", ["'idf' is given twice", "line 1"]),
         ("labels:\n  idf: smooth\nlabels:\n  idf: paper", ["'labels' is given twice", "line 3"]),
-        ("labels: {idff: smooth}", ["labels.idff: unknown key", "did you mean 'idf'?", "allowed: tokenizer, context, idf"]),
+        (
+            "labels: {idff: smooth}",
+            ["labels.idff: unknown key", "did you mean 'idf'?", "allowed: tokenizer, context, idf"],
+        ),
         ("train: {model: {trnk: x}}", ["train.model.trnk: unknown key", "did you mean 'trunk'?"]),
-        ("lables: {}", ["lables: unknown key", "did you mean 'labels'?", "allowed: paths, labels, build, train, text_tower"]),
+        (
+            "lables: {}",
+            ["lables: unknown key", "did you mean 'labels'?", "allowed: paths, labels, build, train, text_tower"],
+        ),
         ("zzz: 1", ["zzz: unknown key; allowed:"]),
         ("labels: {context: many}", ["labels.context: 'many' is not allowed", "valid integer"]),
         ("labels: {context: 7.5}", ["labels.context: 7.5 is not allowed"]),
@@ -156,10 +166,19 @@ def test_forms_of_set(tmp_path: Path, override: str, expected: object) -> None:
         ("train: {optimizer: {lr: .nan}}", ["train.optimizer.lr: nan is not allowed"]),
         ("train: {data: {std: [1.0, 0.0, 1.0]}}", ["train.data.std.1: 0.0 is not allowed"]),
         ("train: {optimizer: {betas: [0.9, 1.0]}}", ["train.optimizer.betas.1: 1.0 is not allowed"]),
-        ("train: {samples: 1000, batch_size: 100, optimizer: {warmup_samples: 1000}}", ["warmup_samples is 1000", "only 1000 samples"]),
+        (
+            "train: {samples: 1000, batch_size: 100, optimizer: {warmup_samples: 1000}}",
+            ["warmup_samples is 1000", "only 1000 samples"],
+        ),
         ("train: {samples: 10, batch_size: 20, optimizer: {warmup_samples: 0}}", ["samples is 10", "batch_size 20"]),
-        ("train: {runtime: {accumulation: 3}}", ["batch_size is 1024", "runtime.accumulation 3", "a divisor of batch_size"]),
-        ("train: {loss: {name: sofmax}}", ["train.loss.name: 'sofmax' is not allowed: Input should be 'asl', 'bce', ", " or 'two_way'"]),
+        (
+            "train: {runtime: {accumulation: 3}}",
+            ["batch_size is 1024", "runtime.accumulation 3", "a divisor of batch_size"],
+        ),
+        (
+            "train: {loss: {name: sofmax}}",
+            ["train.loss.name: 'sofmax' is not allowed: Input should be 'asl', 'bce', ", " or 'two_way'"],
+        ),
         ("train: {loss: {name: 3}}", ["train.loss.name: 3 is not allowed", "valid string"]),
         ("knm: {k: [1]}", ["knm: unknown key", "did you mean 'knn'?"]),
         ("evaluators: {km: {k: [1]}}", ["there is no evaluator 'km'; allowed: caption, "]),
@@ -219,7 +238,11 @@ def test_a_dumped_configuration_can_be_given_back(tmp_path: Path) -> None:
 def test_the_command_tells_a_mistake_with_exit_code_2(tmp_path: Path) -> None:
     ran = preprocess("build-labels", tmp_path, "--out", tmp_path / "out", "--set", "build.wokers=2")
     assert ran.code == 2
-    assert ran.err.startswith("error: the configuration") and "did you mean 'workers'?" in ran.err and "Traceback" not in ran.err
+    assert (
+        ran.err.startswith("error: the configuration")
+        and "did you mean 'workers'?" in ran.err
+        and "Traceback" not in ran.err
+    )
     assert preprocess("build-labels", tmp_path, "--workers", -1).err.startswith("error: the configuration")
     assert preprocess("build-labels").code == 2
 

@@ -10,11 +10,11 @@ import ftfy
 import numpy as np
 import pyarrow as pa
 import pytest
-from captions import NASTY
 from ftfy.badness import BADNESS_RE, is_bad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from captions import NASTY
 from labels.arrays import unique_sorted
 from labels.tokenizers.kinds import clip
 from labels.tokenizers.kinds.clip import ClipTokenizer, clean_piece, clip_clean
@@ -31,7 +31,12 @@ POINTS = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE00
 VARIED = [
     char
     for char in POINTS
-    if not (0x3400 <= ord(char) < 0xA000 or 0xAC00 <= ord(char) < 0xD7A4 or ord(char) >= 0x17000 or unicodedata.category(char) == "Cn")
+    if not (
+        0x3400 <= ord(char) < 0xA000
+        or 0xAC00 <= ord(char) < 0xD7A4
+        or ord(char) >= 0x17000
+        or unicodedata.category(char) == "Cn"
+    )
     or ord(char) % 50 == 0
 ]
 
@@ -42,7 +47,9 @@ def assert_same(captions: list[str], limit: int = LIMIT, fast: ClipTokenizer = F
     slow_ids, slow_offsets = SLOW.encode_slowly(captions, limit)
     assert ids.dtype == label_ids.dtype == np.int32 and offsets.dtype == label_offsets.dtype == np.int64
     if not np.array_equal(offsets, slow_offsets) or not np.array_equal(ids, slow_ids):
-        for caption, (start, end), (slow_start, slow_end) in zip(captions, pairwise(offsets), pairwise(slow_offsets), strict=True):
+        for caption, (start, end), (slow_start, slow_end) in zip(
+            captions, pairwise(offsets), pairwise(slow_offsets), strict=True
+        ):
             assert ids[start:end].tolist() == slow_ids[slow_start:slow_end].tolist(), ascii(caption[:200])
     slow_labels, slow_label_offsets = unique_sorted(slow_ids, slow_offsets, SLOW.excluded)
     assert np.array_equal(label_ids, slow_labels) and np.array_equal(label_offsets, slow_label_offsets)
@@ -83,16 +90,19 @@ def test_all_pairs_of_ascii() -> None:
 def test_mojibake_characters_in_pairs_between_ascii() -> None:
     """The characters that ftfy's detector is about, each beside each, within a caption that has neighbours for them."""
     chars = sorted(
-        {char for char in POINTS[:0x10000] if not char.isascii() and not char.isalnum() and char in BADNESS_RE.pattern} | set("ÂÃØàâéœŒВЂβ")
+        {char for char in POINTS[:0x10000] if not char.isascii() and not char.isalnum() and char in BADNESS_RE.pattern}
+        | set("ÂÃØàâéœŒВЂβ")
     )
     captions = [f"a {first}{second} a" for first, second in product(chars, chars)]
     assert_same(captions[:: max(1, len(captions) // 4000)])
 
 
 def test_white_space_parts_no_two_characters_that_make_mojibake() -> None:
-    """For every alternative of the detector: what stands for non-ASCII is contiguous; `a ` and ` a` allow all the rest does.
+    """For every alternative of the detector: what stands for non-ASCII is contiguous; `a ` and ` a` allow all the rest
+    does.
 
-    An alternative is pre, core, post: core from the first to the last item that cannot match ASCII. The core lies within one
+    An alternative is pre, core, post: core from the first to the last item that cannot match ASCII. The core lies
+        within one
     piece if none of its items matches white space; pre and post may reach over white space only in ways that the two
     neighbours used by `clean_piece` allow as well.
     """
@@ -105,7 +115,11 @@ def test_white_space_parts_no_two_characters_that_make_mojibake() -> None:
 
     for alternative in map(list, alternatives):
         spaced = [any(matches([item], text) for text in SPACES) for item in alternative]
-        core = [place for place, item in enumerate(alternative) if not any(matches([item], chr(code)) for code in range(128))]
+        core = [
+            place
+            for place, item in enumerate(alternative)
+            if not any(matches([item], chr(code)) for code in range(128))
+        ]
         if alternative[0][0] is re._constants.AT:  # pyright: ignore[reportAttributeAccessIssue]
             # "Ã " at the beginning of a text; the alternative [a-z]\s?[ÃÂ][ ] finds it behind "a ".
             assert matches(alternative, "Ã ") and is_bad("a Ã a") and is_bad("a Â a") and len(alternative) == 3
@@ -113,7 +127,11 @@ def test_white_space_parts_no_two_characters_that_make_mojibake() -> None:
         first, last = core[0], core[-1]
         assert not any(spaced[first : last + 1])
         assert not any(spaced[:first]) or matches(alternative[:first], "a ") or matches(alternative[:first], " ")
-        assert not any(spaced[last + 1 :]) or matches(alternative[last + 1 :], " a") or matches(alternative[last + 1 :], " ")
+        assert (
+            not any(spaced[last + 1 :])
+            or matches(alternative[last + 1 :], " a")
+            or matches(alternative[last + 1 :], " ")
+        )
 
 
 def test_white_space_in_the_mojibake_detector_stands_at_its_edges() -> None:
@@ -121,7 +139,9 @@ def test_white_space_in_the_mojibake_detector_stands_at_its_edges() -> None:
     odd = "ÂÃŒœàØÐÎВГ€£¤°»“”’«‚√≈β0aZ.,?!"
     for piece in map("".join, product(odd, repeat=2)):
         if not is_bad(f"a {piece} a"):
-            for before, after in product(["", "a", "Z", "a.", "é", "Ã", "œ", "0"], ["", "a", "Z", ".", "é", "€", "»", "0"]):
+            for before, after in product(
+                ["", "a", "Z", "a.", "é", "Ã", "œ", "0"], ["", "a", "Z", ".", "é", "€", "»", "0"]
+            ):
                 if not (is_bad(f"a {before} a") or is_bad(f"a {after} a")):
                     assert not is_bad(f"{before} {piece}\n{after}") and not is_bad(f"{before}\t\t{piece}  {after}")
 
@@ -155,7 +175,25 @@ def test_any_text_lone_surrogates_too(captions: list[str], limit: int) -> None:
 
 
 PARTS = [
-    *["&amp;", "&lt;", "&eacute;", "&#27;[31m", "&nbsp;", "＆amp;", "<", "Ã©", "l’été", "–", "©", "ΑΣ", "Σ", "İ", "'S", "'ſ", "don’t"],
+    *[
+        "&amp;",
+        "&lt;",
+        "&eacute;",
+        "&#27;[31m",
+        "&nbsp;",
+        "＆amp;",
+        "<",
+        "Ã©",
+        "l’été",
+        "–",
+        "©",
+        "ΑΣ",
+        "Σ",
+        "İ",
+        "'S",
+        "'ſ",
+        "don’t",
+    ],
     "à\u00a0",
     "e\u0301",
     "\u0301",
@@ -176,15 +214,37 @@ def test_any_ascii(captions: list[str]) -> None:
 
 
 def test_entities_beside_a_tag_are_read_otherwise_than_alone() -> None:
-    """ftfy leaves the entities of what looks like HTML, on that line and all after it, and knows some that html does not."""
+    """ftfy leaves the entities of what looks like HTML, on that line and all after it, and knows some that html does
+    not.
+    """
     pieces = ["P&EACUTE;REZ", "＆EACUTE;", "&amp;amp;amp;amp;lt;", "＆amp;amp;amp;lt;"]
     assert clip_clean(pieces[0]) != clip_clean(f"< {pieces[0]}").removeprefix("< ")
-    assert_same([f"{before}{piece}{after}" for piece in pieces for before in ("", "< ", "<\n", "\n") for after in ("", " <", "\n<", "<")])
+    assert_same(
+        [
+            f"{before}{piece}{after}"
+            for piece in pieces
+            for before in ("", "< ", "<\n", "\n")
+            for after in ("", " <", "\n<", "<")
+        ]
+    )
 
 
 def test_nasty_and_long_captions() -> None:
     """With a limit and without, one by one and all at once."""
-    extra = ["", "   ", "\n", "x" * 16, "x" * 17, "X" * 128, "x" * 129, "é" * 600, "’" * 64, "- " * 5000, "日本語 " * 3000, "a" * 40 + "é"]
+    extra = [
+        "",
+        "   ",
+        "\n",
+        "x" * 16,
+        "x" * 17,
+        "X" * 128,
+        "x" * 129,
+        "é" * 600,
+        "’" * 64,
+        "- " * 5000,
+        "日本語 " * 3000,
+        "a" * 40 + "é",
+    ]
     long_words = [f"{stem}{tail}" for stem in ("z" * 15, "z" * 16, "z" * 40) for tail in ("a", "b", "ab", "ba")]
     for limit in (0, 1, 2, 3, LIMIT, 200, NO_LIMIT):
         assert_same([*NASTY, *extra, *long_words], limit)
@@ -193,7 +253,8 @@ def test_nasty_and_long_captions() -> None:
 @pytest.mark.parametrize("bound", [1, 2, 20, 300])
 def test_cold_warm_and_full_tables(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
     captions = [
-        f"word{number} again{number % 7} café{number} l’eau{number % 5} Tom&amp;Co supercalifragilistic{number}" for number in range(200)
+        f"word{number} again{number % 7} café{number} l’eau{number % 5} Tom&amp;Co supercalifragilistic{number}"
+        for number in range(200)
     ]
     captions += NASTY
     monkeypatch.setattr(clip, "_MAX_KNOWN_WORDS", bound)
@@ -207,7 +268,8 @@ def test_cold_warm_and_full_tables(bound: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_table_that_grows_keeps_its_words() -> None:
     captions = [
-        f"{chr(97 + a)}{chr(97 + b)}{chr(97 + c)}{chr(97 + d)}q" for a, b, c, d in product(range(26), range(26), range(13), range(12))
+        f"{chr(97 + a)}{chr(97 + b)}{chr(97 + c)}{chr(97 + d)}q"
+        for a, b, c, d in product(range(26), range(26), range(13), range(12))
     ]
     grown = ClipTokenizer()
     for start in range(0, len(captions), 20_000):
@@ -221,9 +283,15 @@ def test_arrow_layouts() -> None:
     ids, offsets, label_ids, label_offsets = FAST.encode_rows(captions, LIMIT)
     for kind in (pa.string(), pa.large_string(), pa.string_view()):
         array = pa.array(captions, kind)
-        layouts = [array, pa.chunked_array([array[:5], array[5:5], array[5:]]), pa.concat_arrays([array[7:], array])[len(array) - 7 :]]
+        layouts = [
+            array,
+            pa.chunked_array([array[:5], array[5:5], array[5:]]),
+            pa.concat_arrays([array[7:], array])[len(array) - 7 :],
+        ]
         for layout in layouts:
-            for got, expected in zip(FAST.encode_rows(layout, LIMIT), (ids, offsets, label_ids, label_offsets), strict=True):
+            for got, expected in zip(
+                FAST.encode_rows(layout, LIMIT), (ids, offsets, label_ids, label_offsets), strict=True
+            ):
                 assert np.array_equal(got, expected)
         start, end = offsets[3], offsets[9]
         assert np.array_equal(FAST.encode(array[3:9], LIMIT)[0], ids[start:end])
@@ -242,7 +310,5 @@ def test_more_rows_than_a_block_hold_are_joined() -> None:
 
 
 def test_importing_the_tokenizer_loads_no_compiler() -> None:
-    code = (
-        "import sys, labels.settings as s, labels.tokenizers.tokenizer as t; t.make_tokenizer(s.Labels()); sys.exit('numba' in sys.modules)"
-    )
+    code = "import sys, labels.settings as s, labels.tokenizers.tokenizer as t; t.make_tokenizer(s.Labels()); sys.exit('numba' in sys.modules)"
     assert run([sys.executable, "-c", code], check=False).returncode == 0

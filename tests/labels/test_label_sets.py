@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from guarded_array import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guarded_array import guarded
 from labels.tokenizers.kernels.label_sets import gather
 
 
@@ -39,7 +39,10 @@ def test_every_length(width: int, vocabulary: int) -> None:
 
 
 @settings(deadline=None)
-@given(lists=st.lists(st.lists(st.integers(0, 9) | st.integers(0, (1 << 31) - 1), max_size=140), max_size=12), beside=st.integers(-9, 9))
+@given(
+    lists=st.lists(st.lists(st.integers(0, 9) | st.integers(0, (1 << 31) - 1), max_size=140), max_size=12),
+    beside=st.integers(-9, 9),
+)
 def test_what_lies_behind_a_row_does_not_count(lists: list[list[int]], beside: int) -> None:
     width = max(map(len, lists), default=0)
     rows = np.full((len(lists), width), beside, np.int32)

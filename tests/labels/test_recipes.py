@@ -10,8 +10,8 @@ from labels.settings import RECIPES, Pipeline
 from labels.storage import UserError
 
 PIPELINE = Path(__file__).parents[2] / "pipeline.yaml"
-# Schedules as the method's authors give them: samples, batch, peak rate, warm-up steps, second moment's decay, smallest crop, and
-# shares of jittered and grey images.
+# Schedules as the method's authors give them: samples, batch, peak rate, warm-up steps, second moment's decay, smallest
+# crop, and shares of jittered and grey images.
 PAPER = {
     "superclass-512m": (512_000_000, 16_384, 5e-4, 500, 0.98, 0.9, 0, 0),
     "superclass-1.28b": (1_280_000_000, 16_384, 5e-4, 500, 0.98, 0.9, 0, 0),

@@ -4,10 +4,10 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from captions import NASTY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from captions import NASTY
 from labels.arrays import unique_sorted
 from labels.settings import Labels
 from labels.tokenizers.kinds import clip
@@ -24,7 +24,9 @@ NO_LIMIT = 10**6
 def expected(caption: str, limit: int) -> list[int]:
     """Word by word, by the tokenizer that keeps all."""
     words = [
-        word for word in clip.word_pattern().findall(clip_clean(caption)) if word not in stop_words() and word[1:] not in apostrophes(word)
+        word
+        for word in clip.word_pattern().findall(clip_clean(caption))
+        if word not in stop_words() and word[1:] not in apostrophes(word)
     ]
     return [token for word in words for token in KEEP._engine.encode(word, add_special_tokens=False).ids][:limit]
 
@@ -73,7 +75,11 @@ def test_clips_words() -> None:
 
 
 def test_clip_without_stop_words() -> None:
-    for without, kept in [("A photo of the cat", "photo cat"), ("It's a dog; I'd say don't!", "dog; say !"), ("the the", "")]:
+    for without, kept in [
+        ("A photo of the cat", "photo cat"),
+        ("It's a dog; I'd say don't!", "dog; say !"),
+        ("the the", ""),
+    ]:
         assert FAST.encode([without], 75)[0].tolist() == KEEP.encode([kept], 75)[0].tolist()
     assert FAST.fingerprint != KEEP.fingerprint
     assert make_tokenizer(Labels(stop_words="remove")).fingerprint == FAST.fingerprint
@@ -83,21 +89,26 @@ def test_clip_without_stop_words() -> None:
 def test_every_stop_word_between_anything() -> None:
     words = sorted(stop_words())
     captions = [
-        f"{before}{word}{after} cat" for word, (before, after) in product(words, product(["", "é ", "1", "'"], ["", "1", "'s", "’t", "x"]))
+        f"{before}{word}{after} cat"
+        for word, (before, after) in product(words, product(["", "é ", "1", "'"], ["", "1", "'s", "’t", "x"]))
     ]
     assert_same([*captions, *(caption.upper() for caption in captions), *NASTY])
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, NO_LIMIT])
 def test_removed_words_do_not_count_for_the_limit(limit: int) -> None:
-    assert_same(["the a cat", "cat the", "a", "a a a b c", "x the y the z", "the é of cat", "é the", "don't the cats"], limit)
+    assert_same(
+        ["the a cat", "cat the", "a", "a a a b c", "x the y the z", "the é of cat", "é the", "don't the cats"], limit
+    )
 
 
 @pytest.mark.parametrize("bound", [1, 300])
 def test_cold_warm_and_full_tables(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clip, "_MAX_KNOWN_WORDS", bound)
     small = ClipTokenizer(without_stop_words=True)
-    captions = [f"the word{chr(97 + number % 26)}{'q' * (number % 70)} of café{number} it's don't" for number in range(1500)]
+    captions = [
+        f"the word{chr(97 + number % 26)}{'q' * (number % 70)} of café{number} it's don't" for number in range(1500)
+    ]
     for _ in range(2):
         assert_same(captions, fast=small)
         assert_same(captions[:3], fast=small)
@@ -106,7 +117,12 @@ def test_cold_warm_and_full_tables(bound: int, monkeypatch: pytest.MonkeyPatch) 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.sampled_from([*sorted(stop_words())[:60], " ", " ", "'", "’", "é", "1", "İ", "Σ", "&amp;", "cat", "'S", "'ſ"]), max_size=12)
+    st.lists(
+        st.sampled_from(
+            [*sorted(stop_words())[:60], " ", " ", "'", "’", "é", "1", "İ", "Σ", "&amp;", "cat", "'S", "'ſ"]
+        ),
+        max_size=12,
+    )
 )
 def test_any_mixture(parts: list[str]) -> None:
     assert_same(["".join(parts), " ".join(parts)])

@@ -26,12 +26,36 @@ from labels.tokenizers.tokenizer import find_source, load_engine, make_tokenizer
 NO_LIMIT = 10**6
 MARK = "\u2581"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'’-#[]<>|_ÉéßΣσ日本語漢あア한ْĠ" + MARK
-PIECES = ["ca", "at", "cat", "do", "og", "dog", "th", "he", "the", "é", "ing", "12", "’s", "'s", "日本", "!!", "un", "ca-"]
+PIECES = [
+    "ca",
+    "at",
+    "cat",
+    "do",
+    "og",
+    "dog",
+    "th",
+    "he",
+    "the",
+    "é",
+    "ing",
+    "12",
+    "’s",
+    "'s",
+    "日本",
+    "!!",
+    "un",
+    "ca-",
+]
 POINTS = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
 VARIED = [
     char
     for char in POINTS
-    if not (0x3400 <= ord(char) < 0xA000 or 0xAC00 <= ord(char) < 0xD7A4 or ord(char) >= 0x17000 or unicodedata.category(char) == "Cn")
+    if not (
+        0x3400 <= ord(char) < 0xA000
+        or 0xAC00 <= ord(char) < 0xD7A4
+        or ord(char) >= 0x17000
+        or unicodedata.category(char) == "Cn"
+    )
     or ord(char) % 50 == 0
 ]
 N, P = normalizers, pre_tokenizers
@@ -40,11 +64,15 @@ N, P = normalizers, pre_tokenizers
 def _wordpiece() -> models.WordPiece:
     heads = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *PIECES]
     tokens = dict.fromkeys([*heads, *("##" + head for head in [*LETTERS, *PIECES])])
-    return models.WordPiece({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]", max_input_chars_per_word=30)
+    return models.WordPiece(
+        {token: number for number, token in enumerate(tokens)}, unk_token="[UNK]", max_input_chars_per_word=30
+    )
 
 
 def _wordlevel() -> models.WordLevel:
-    return models.WordLevel({word: number for number, word in enumerate(["[UNK]", "the", "cat", "dog", "a", ".", "日本", "é"])}, "[UNK]")
+    return models.WordLevel(
+        {word: number for number, word in enumerate(["[UNK]", "the", "cat", "dog", "a", ".", "日本", "é"])}, "[UNK]"
+    )
 
 
 def _unigram() -> models.Unigram:
@@ -70,10 +98,14 @@ def _byte_bpe() -> models.BPE:
 
 
 def _mark_bpe() -> models.BPE:
-    return _bpe([*LETTERS], [MARK + "cat", MARK + "the", "dog", MARK + "ing", MARK * 3], unk_token="<unk>", fuse_unk=True)
+    return _bpe(
+        [*LETTERS], [MARK + "cat", MARK + "the", "dog", MARK + "ing", MARK * 3], unk_token="<unk>", fuse_unk=True
+    )
 
 
-def _engine(model: models.Model, normalizer: normalizers.Normalizer | None, cut: pre_tokenizers.PreTokenizer | None) -> Engine:
+def _engine(
+    model: models.Model, normalizer: normalizers.Normalizer | None, cut: pre_tokenizers.PreTokenizer | None
+) -> Engine:
     engine = Engine(model)
     if normalizer is not None:
         engine.normalizer = normalizer
@@ -83,7 +115,9 @@ def _engine(model: models.Model, normalizer: normalizers.Normalizer | None, cut:
 
 
 def _with_added(engine: Engine) -> Engine:
-    engine.add_tokens([AddedToken("<tool>"), AddedToken("Cat", normalized=True), AddedToken("xy", single_word=True, lstrip=True)])
+    engine.add_tokens(
+        [AddedToken("<tool>"), AddedToken("Cat", normalized=True), AddedToken("xy", single_word=True, lstrip=True)]
+    )
     engine.add_special_tokens(["<s>", "[MASK]"])
     return engine
 
@@ -97,7 +131,11 @@ def _precompiled() -> normalizers.Normalizer:
     sentencepiece = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a cat", "the dog"] * 20), model_writer=model, vocab_size=20, hard_vocab_limit=False, minloglevel=2
+        sentence_iterator=iter(["a cat", "the dog"] * 20),
+        model_writer=model,
+        vocab_size=20,
+        hard_vocab_limit=False,
+        minloglevel=2,
     )
     return normalizers.Precompiled(_field(_field(model.getvalue(), 3), 2))
 
@@ -142,7 +180,9 @@ FAST = {
     "added tokens": lambda: _with_added(_engine(_wordpiece(), N.BertNormalizer(), P.BertPreTokenizer())),
     "words": lambda: _engine(_wordlevel(), N.Sequence(NFKC_LOWER), P.Whitespace()),
     "words by white space": lambda: _engine(_wordlevel(), None, P.WhitespaceSplit()),
-    "words, digits apart": lambda: _engine(_wordlevel(), N.StripAccents(), P.Sequence([P.Whitespace(), P.Digits(True), P.Punctuation()])),
+    "words, digits apart": lambda: _engine(
+        _wordlevel(), N.StripAccents(), P.Sequence([P.Whitespace(), P.Digits(True), P.Punctuation()])
+    ),
     "CLIP": lambda: _engine(
         _byte_bpe(),
         N.Sequence([N.NFC(), N.Replace(Regex(r"\s+"), " "), N.Lowercase()]),
@@ -156,7 +196,16 @@ FAST = {
     "T5": lambda: _engine(_unigram(), _precompiled(), P.Sequence([P.WhitespaceSplit(), P.Metaspace()])),
     "ALBERT": lambda: _engine(
         _unigram(),
-        N.Sequence([N.Strip(left=False), N.NFKD(), N.StripAccents(), N.Lowercase(), _precompiled(), N.Replace(Regex(" {2,}"), MARK)]),
+        N.Sequence(
+            [
+                N.Strip(left=False),
+                N.NFKD(),
+                N.StripAccents(),
+                N.Lowercase(),
+                _precompiled(),
+                N.Replace(Regex(" {2,}"), MARK),
+            ]
+        ),
         P.Metaspace(),
     ),
     "bytes": lambda: _engine(_byte_bpe(), None, P.ByteLevel(add_prefix_space=True)),
@@ -176,12 +225,18 @@ PLAIN = {
     "punctuation only": lambda: _engine(_wordpiece(), N.Lowercase(), P.Punctuation()),
     "bytes without a pattern": lambda: _engine(_byte_bpe(), None, P.ByteLevel(use_regex=False)),
     "a merge over the space": lambda: _engine(_bpe([*LETTERS], [f"t{MARK}cat"], unk_token="<unk>"), LLAMA, None),
-    "an unknown pattern": lambda: _engine(_byte_bpe(), None, P.Sequence([_split(r"\w+ \w+"), P.ByteLevel(use_regex=False)])),
-    "words and the space between": lambda: _engine(_byte_bpe(), None, P.Sequence([_split(r"\s+"), P.ByteLevel(use_regex=False)])),
+    "an unknown pattern": lambda: _engine(
+        _byte_bpe(), None, P.Sequence([_split(r"\w+ \w+"), P.ByteLevel(use_regex=False)])
+    ),
+    "words and the space between": lambda: _engine(
+        _byte_bpe(), None, P.Sequence([_split(r"\s+"), P.ByteLevel(use_regex=False)])
+    ),
     "a normaliser over spaces": lambda: _engine(_wordlevel(), N.Replace("a b", "cat"), P.Whitespace()),
     "an added token with a space": lambda: _plain_added(),
     "unigram over the whole": lambda: _engine(_unigram(), None, P.Metaspace(split=False)),
-    "first of several": lambda: _engine(_unigram(), None, P.Sequence([P.WhitespaceSplit(), P.Metaspace(prepend_scheme="first")])),
+    "first of several": lambda: _engine(
+        _unigram(), None, P.Sequence([P.WhitespaceSplit(), P.Metaspace(prepend_scheme="first")])
+    ),
 }
 
 
@@ -215,7 +270,9 @@ def assert_same(captions: list[str], tokenizer: SubwordTokenizer, limit: int = N
         text = caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if tokenizer._without_stop_words:
             text = remove_stop_words(text)
-        expected = [token for token in tokenizer._engine.encode(text, add_special_tokens=False).ids if token not in excluded]
+        expected = [
+            token for token in tokenizer._engine.encode(text, add_special_tokens=False).ids if token not in excluded
+        ]
         assert ids[start:end].tolist() == expected[:limit], ascii(caption[:200])
     expected_labels, expected_offsets = unique_sorted(ids, offsets, tokenizer.excluded)
     assert np.array_equal(label_ids, expected_labels) and np.array_equal(label_offsets, expected_offsets)
@@ -249,7 +306,16 @@ NASTY = [
         f"the{MARK}cat",
         f"{MARK}{MARK} a {MARK}",
     ],
-    *["[MASK] [UNK] <s> <unk> [CLS]", "x[MASK]y", "<tool> a<tool>b <tool", "Cat cat CAT", "xy axy xy.", "a xy b", "` `` ```", "''"],
+    *[
+        "[MASK] [UNK] <s> <unk> [CLS]",
+        "x[MASK]y",
+        "<tool> a<tool>b <tool",
+        "Cat cat CAT",
+        "xy axy xy.",
+        "a xy b",
+        "` `` ```",
+        "''",
+    ],
     *[
         "\u0600 a",
         "\u0600",
@@ -344,7 +410,9 @@ PARTS = [
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([*FAST, *PLAIN]), st.lists(st.lists(st.sampled_from(PARTS), max_size=10).map("".join), max_size=3), st.integers(0, 20)
+    st.sampled_from([*FAST, *PLAIN]),
+    st.lists(st.lists(st.sampled_from(PARTS), max_size=10).map("".join), max_size=3),
+    st.integers(0, 20),
 )
 def test_any_mixture_of_parts(name: str, captions: list[str], limit: int) -> None:
     assert_same([*captions, *(f"the {caption} cat" for caption in captions)], made(name), limit)
@@ -368,7 +436,9 @@ def test_cold_warm_and_full_tables(name: str, bound: int) -> None:
     assert small.fast is not None and small.fast._words.fill[0] <= max(2, 2 * bound)
 
 
-@pytest.mark.parametrize("name", ["BERT uncased", "words", "unigram", "bytes", "bytes, no prefix", "LLaMA", "no cutting", "added tokens"])
+@pytest.mark.parametrize(
+    "name", ["BERT uncased", "words", "unigram", "bytes", "bytes, no prefix", "LLaMA", "no cutting", "added tokens"]
+)
 def test_stop_words_are_removed_from_the_text(name: str) -> None:
     tokenizer = tokenizer_of({**FAST, **PLAIN}[name](), without_stop_words=True)
     captions = ["The cat and a dog", "the the", "I'm THE dog's", "Don’t the-cat a1 á", "it's, not: cats'", *NASTY]
@@ -385,7 +455,11 @@ def test_arrow_layouts_and_nulls() -> None:
         expected = tokenizer.encode_rows(captions, 75)
         for kind in (pa.string(), pa.large_string(), pa.string_view()):
             array = pa.array(captions, kind)
-            for layout in (array, pa.chunked_array([array[:5], array[5:5], array[5:]]), pa.concat_arrays([array[:3], array])[3:]):
+            for layout in (
+                array,
+                pa.chunked_array([array[:5], array[5:5], array[5:]]),
+                pa.concat_arrays([array[:3], array])[3:],
+            ):
                 for got, wanted in zip(tokenizer.encode_rows(layout, 75), expected, strict=True):
                     assert np.array_equal(got, wanted)
         for empty in ([], pa.array([], pa.string()), pa.chunked_array([], pa.string())):
@@ -401,8 +475,16 @@ def test_where_words_begin_and_end() -> None:
         tokens = np.array(tokenizer.tokens, object)
         return set(tokens[starts]), set(tokens[ends])
 
-    assert "cat" in borders("BERT uncased")[0] and "##cat" not in borders("BERT uncased")[0] and not borders("BERT uncased")[1]
-    assert MARK + "cat" in borders("unigram")[0] and "cat" not in borders("LLaMA")[0] and MARK + "cat" in borders("LLaMA")[0]
+    assert (
+        "cat" in borders("BERT uncased")[0]
+        and "##cat" not in borders("BERT uncased")[0]
+        and not borders("BERT uncased")[1]
+    )
+    assert (
+        MARK + "cat" in borders("unigram")[0]
+        and "cat" not in borders("LLaMA")[0]
+        and MARK + "cat" in borders("LLaMA")[0]
+    )
     assert "Ġcat" in borders("bytes")[0] and "dog" not in borders("bytes")[0]
     assert borders("words")[0] == borders("words")[1] == set(made("words").tokens)
     starts, ends = make_tokenizer(Labels()).whole_words
@@ -421,16 +503,23 @@ def _saved(folder: Path, name: str = "tokenizer.json", engine: Engine | None = N
 def test_a_file_a_folder_and_a_hub_name_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = _saved(tmp_path)
     monkeypatch.setattr(
-        tokenizers.Tokenizer, "from_pretrained", lambda name: Engine.from_file(str(file)) if name == "org/my-bert" else None
+        tokenizers.Tokenizer,
+        "from_pretrained",
+        lambda name: Engine.from_file(str(file)) if name == "org/my-bert" else None,
     )
     made_from = [make_tokenizer(Labels(tokenizer=name)) for name in (str(file), str(tmp_path), "org/my-bert")]
-    assert len({tokenizer.fingerprint for tokenizer in made_from}) == 1 and {tokenizer.path for tokenizer in made_from} == {"fast"}
+    assert len({tokenizer.fingerprint for tokenizer in made_from}) == 1 and {
+        tokenizer.path for tokenizer in made_from
+    } == {"fast"}
     ids = [tokenizer.encode(["The cat"], 75)[0].tolist() for tokenizer in made_from]
     assert ids[0] and ids[0] == ids[1] == ids[2]
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
-    prints = [tokenizer_of(load_engine(_saved(tmp_path, f"{name}.json", FAST[name]()))).fingerprint for name in ("words", "BERT uncased")]
+    prints = [
+        tokenizer_of(load_engine(_saved(tmp_path, f"{name}.json", FAST[name]()))).fingerprint
+        for name in ("words", "BERT uncased")
+    ]
     again = tokenizer_of(load_engine(_saved(tmp_path, "other.json", FAST["words"]())))
     engine = FAST["words"]()
     engine.enable_truncation(3)
@@ -445,7 +534,9 @@ def test_a_vocabulary_file_is_berts(tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "##s", "Cat", ",", "cafe", "日"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", "utf8")
     tokenizer = make_tokenizer(Labels(tokenizer=str(tmp_path / "vocab.txt")))
-    assert tokenizer.name == "wordpiece" and tokenizer.tokens == words and tokenizer.excluded.tolist() == [0, 1, 2, 3, 4]
+    assert (
+        tokenizer.name == "wordpiece" and tokenizer.tokens == words and tokenizer.excluded.tolist() == [0, 1, 2, 3, 4]
+    )
     assert tokenizer.encode(["CATS, Café 日日 [MASK] zebra"], 75)[0].tolist() == [5, 6, 8, 9, 10, 10]
     (tmp_path / "cased").mkdir()
     (tmp_path / "cased/vocab.txt").write_text("\r\n".join(words), "utf8")
@@ -457,14 +548,19 @@ def test_a_vocabulary_file_is_berts(tmp_path: Path) -> None:
 def test_ids_that_no_token_has_keep_their_place() -> None:
     model = models.WordLevel({"[UNK]": 0, "cat": 3}, "[UNK]")
     tokenizer = tokenizer_of(_engine(model, None, P.Whitespace()))
-    assert tokenizer.tokens == ["[UNK]", "[no token 1]", "[no token 2]", "cat"] and tokenizer.encode(["cat"], 5)[0].tolist() == [3]
+    assert tokenizer.tokens == ["[UNK]", "[no token 1]", "[no token 2]", "cat"] and tokenizer.encode(["cat"], 5)[
+        0
+    ].tolist() == [3]
 
 
 def test_dropout_is_switched_off(tmp_path: Path) -> None:
     engine = FAST["bytes"]()
     engine.model.dropout = 0.5
     tokenizer = tokenizer_of(load_engine(_saved(tmp_path, engine=engine)))
-    assert tokenizer.encode(["the cat ing dog"] * 50, 75)[0].tolist() == made("bytes").encode(["the cat ing dog"] * 50, 75)[0].tolist()
+    assert (
+        tokenizer.encode(["the cat ing dog"] * 50, 75)[0].tolist()
+        == made("bytes").encode(["the cat ing dog"] * 50, 75)[0].tolist()
+    )
 
 
 def test_refusals_say_what_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

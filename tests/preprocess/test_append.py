@@ -1,4 +1,6 @@
-"""`preprocess append`: new shards behind the old ones, which stay as they are; killed anywhere, never half taken for whole."""
+"""`preprocess append`: new shards behind the old ones, which stay as they are; killed anywhere, never half taken for
+whole.
+"""
 
 import os
 import shutil
@@ -7,10 +9,10 @@ from typing import Any
 
 import pytest
 from conftest import Built
-from shard_factory import build, contents, healthy, preprocess, quarantined, rows, sample, write_tar
 
 from labels import storage
 from labels.manifest import read_manifest
+from shard_factory import build, contents, healthy, preprocess, quarantined, rows, sample, write_tar
 
 ONE_EACH = ("--set", "build.beton_samples=6")
 
@@ -46,7 +48,11 @@ def out(dataset: Built, tmp_path: Path) -> Path:
 
 
 def test_it_is_as_if_all_had_been_built_at_once(dataset: Built, out: Path, tmp_path: Path) -> None:
-    old = {path: (path.stat().st_ino, path.read_bytes()) for folder in ("beton", "labels") for path in (out / folder).iterdir()}
+    old = {
+        path: (path.stat().st_ino, path.read_bytes())
+        for folder in ("beton", "labels")
+        for path in (out / folder).iterdir()
+    }
     more = dataset.data.parent / "more"
     assert "21 label rows from 4 shards" in append(out, more)
     assert {path: (path.stat().st_ino, path.read_bytes()) for path in old} == old, "old files are the very same"
@@ -59,7 +65,10 @@ def test_it_is_as_if_all_had_been_built_at_once(dataset: Built, out: Path, tmp_p
     found = contents(out)
     assert found.keys() == expected.keys()
     assert [name for name in found if not name.startswith("done/") and found[name] != expected[name]] == []
-    assert quarantined(out) == [("00000003", "bad", "labels", "no caption"), ("00000003", "worse", "images", "not an image")]
+    assert quarantined(out) == [
+        ("00000003", "bad", "labels", "no caption"),
+        ("00000003", "worse", "images", "not an image"),
+    ]
     assert preprocess("verify", out).code == 0
 
 
@@ -101,7 +110,9 @@ def test_stopped_at_every_single_rename(dataset: Built, tmp_path: Path, monkeypa
         if (out / "manifest.json").exists():
             assert read_manifest(out) == old
             for part in old.betons:
-                assert (out / "beton" / f"{part.number:05d}.beton").read_bytes() == expected[f"beton/{part.number:05d}.beton"]
+                assert (out / "beton" / f"{part.number:05d}.beton").read_bytes() == expected[
+                    f"beton/{part.number:05d}.beton"
+                ]
             assert (out / "idf.parquet").read_bytes() == (dataset.out / "idf.parquet").read_bytes()
         append(out, *([more] if number % 2 else []) if number else [more])
         assert contents(out) == expected, f"stopped after {number} renames"
@@ -110,11 +121,18 @@ def test_stopped_at_every_single_rename(dataset: Built, tmp_path: Path, monkeypa
 
 def test_undo_gives_up_what_has_not_finished(dataset: Built, out: Path, tmp_path: Path) -> None:
     before = contents(out)
-    write_tar(tmp_path / "bad" / "00000009.tar", [*healthy(1, 90), *(member for key in "abcdefgh" for member in sample(key, None))])
+    write_tar(
+        tmp_path / "bad" / "00000009.tar",
+        [*healthy(1, 90), *(member for key in "abcdefgh" for member in sample(key, None))],
+    )
     told = refused(out, tmp_path / "bad")
     assert "8 of 21 samples are bad" in told and "build.max_bad_fraction" in told
     said = preprocess("verify", out)
-    assert said.code == 1 and f"of an append that has not finished; `preprocess append {out}` goes on, with --undo gives it up" in said.out
+    assert (
+        said.code == 1
+        and f"of an append that has not finished; `preprocess append {out}` goes on, with --undo gives it up"
+        in said.out
+    )
     assert preprocess("append", out, "--undo").out == f"{out}: 1 shards given up\n"
     assert contents(out) == before and preprocess("verify", out).code == 0
 
@@ -147,7 +165,9 @@ def test_a_shard_that_changed_is_not_appended(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "data" / "0.tar", healthy(3))
     build(tmp_path / "data", tmp_path / "out")
     write_tar(tar, healthy(4))
-    assert "has changed since it was built into this output folder as shard 0" in refused(tmp_path / "out", tmp_path / "data")
+    assert "has changed since it was built into this output folder as shard 0" in refused(
+        tmp_path / "out", tmp_path / "data"
+    )
 
 
 def test_word_pairs_stay_those_that_were_chosen(tmp_path: Path) -> None:
@@ -158,5 +178,7 @@ def test_word_pairs_stay_those_that_were_chosen(tmp_path: Path) -> None:
     pairs, old = (tmp_path / "out" / "pairs.parquet").read_bytes(), rows(tmp_path / "out")
     append(tmp_path / "out", tmp_path / "more")
     assert (tmp_path / "out" / "pairs.parquet").read_bytes() == pairs and rows(tmp_path / "out")[:3] == old
-    assert set(old[0]["label_ids"]) <= set(rows(tmp_path / "out")[3]["label_ids"]), "the pair is a class of the new rows too"
+    assert set(old[0]["label_ids"]) <= set(rows(tmp_path / "out")[3]["label_ids"]), (
+        "the pair is a class of the new rows too"
+    )
     assert preprocess("verify", tmp_path / "out").code == 0

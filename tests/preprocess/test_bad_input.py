@@ -6,8 +6,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from conftest import Built
-from image_cases import CUT_PNG, EPS, EXIF_TURNED, png_header
 from PIL import Image
+
+from image_cases import CUT_PNG, EPS, EXIF_TURNED, png_header
+from labels.manifest import read_manifest
+from labels.storage import UserError
 from shard_factory import (
     Member,
     build,
@@ -24,9 +27,6 @@ from shard_factory import (
     write_tar,
 )
 
-from labels.manifest import read_manifest
-from labels.storage import UserError
-
 LENIENT = ("--set", "build.max_bad_fraction=0.9")
 DEEP_JSON = b"[" * 100_000
 GREY_16 = encode(Image.new("I;16", (8, 8), 40_000), "PNG")
@@ -37,7 +37,12 @@ BAD: dict[str, tuple[list[Member], str, str, str]] = {
     "caption of another type": (sample("bad", None, caption=7), "labels", "no caption", "looked for: txt"),
     "no image": ([("bad.txt", b"words"), ("bad.json", b"{}")], "labels", "no image", "members: txt, json"),
     "invalid UTF-8": (sample("bad", b"caf\xe9 \xff"), "labels", "caption is not UTF-8", "position 3"),
-    "lone surrogate": (sample("bad", None, caption="\ud800"), "labels", "caption is not UTF-8", "surrogates not allowed"),
+    "lone surrogate": (
+        sample("bad", None, caption="\ud800"),
+        "labels",
+        "caption is not UTF-8",
+        "surrogates not allowed",
+    ),
     "empty caption": (sample("bad", " \n\t"), "labels", "empty caption", "3 bytes of white space"),
     "broken json": ([*sample("bad"), ("bad.json", b'{"uid": ')], "labels", "json is damaged", "line 1 column"),
     "json that is no object": ([*sample("bad"), ("bad.json", b"[1]")], "labels", "json is damaged", "it holds a list"),
@@ -48,8 +53,18 @@ BAD: dict[str, tuple[list[Member], str, str, str]] = {
     "EPS named jpg": (sample("bad", "a cat", EPS), "images", "not an image", "none of JPEG, PNG"),
     "truncated JPEG": (sample("bad", "a cat", jpeg(1, 90, 90)[:-3000]), "images", "image cut or damaged", "truncated"),
     "truncated PNG": (sample("bad", "a cat", CUT_PNG), "images", "image cut or damaged", "truncated"),
-    "bomb": (sample("bad", "a cat", png_header(60_000, 60_000)), "images", "too many pixels", "60000 x 60000; allowed: 100000000"),
-    "bomb beyond int32": (sample("bad", "a cat", png_header(2**32 - 1, 9)), "images", "too many pixels", "4294967295 x 9"),
+    "bomb": (
+        sample("bad", "a cat", png_header(60_000, 60_000)),
+        "images",
+        "too many pixels",
+        "60000 x 60000; allowed: 100000000",
+    ),
+    "bomb beyond int32": (
+        sample("bad", "a cat", png_header(2**32 - 1, 9)),
+        "images",
+        "too many pixels",
+        "4294967295 x 9",
+    ),
     "too wide": (sample("bad", "a cat", png_header(65_510, 1)), "images", "too many pixels", "65500 a side"),
 }
 GOOD: dict[str, bytes] = {
@@ -116,7 +131,9 @@ def test_a_cut_tar_keeps_what_came_before_and_the_other_shards(
     write_shards(tmp_path / "data", 3, 6)
     (tmp_path / "data" / "00000001.tar").write_bytes(spoil(tar_bytes(healthy(6, 6))))
     build(tmp_path / "data", tmp_path / "out", *LENIENT)
-    assert [(shard, stage, why) for shard, _, stage, why in quarantined(tmp_path / "out")] == [("00000001", "labels", reason)]
+    assert [(shard, stage, why) for shard, _, stage, why in quarantined(tmp_path / "out")] == [
+        ("00000001", "labels", reason)
+    ]
     counts = [shard.rows for shard in read_manifest(tmp_path / "out").shards]
     assert counts[0] == counts[2] == 6 and (0 < counts[1] < 6 if kept else counts[1] == 0)
     assert read_manifest(tmp_path / "out").betons[0].shards == ["00000000", *(["00000001"] if kept else []), "00000002"]
@@ -175,12 +192,18 @@ def _compressed(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        (lambda folder: str(folder / "missing"), ["missing does not exist", "allowed: a folder with .tar files", "mend: name the folder"]),
+        (
+            lambda folder: str(folder / "missing"),
+            ["missing does not exist", "allowed: a folder with .tar files", "mend: name the folder"],
+        ),
         (_empty, ["holds no .tar, .parquet, .csv or .tsv file (0 other files)", "allowed: a folder with .tar files"]),
         (_other_files, ["(2 other files)"]),
         (_compressed, ["holds compressed tars (1, the first: ", "0.tar.gz)", "allowed: plain .tar", "unpack them"]),
         (lambda folder: str(folder / "*.tar"), ["*.tar holds no .tar, .parquet, .csv or .tsv file (0 other files)"]),
-        (lambda folder: "nosuchprotocol://bucket/x", ["nosuchprotocol://bucket/x cannot be opened", "Protocol not known"]),
+        (
+            lambda folder: "nosuchprotocol://bucket/x",
+            ["nosuchprotocol://bucket/x cannot be opened", "Protocol not known"],
+        ),
     ],
     ids=["missing", "empty", "other files", "compressed", "glob of nothing", "protocol"],
 )

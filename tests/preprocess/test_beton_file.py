@@ -16,8 +16,6 @@ from conftest import Built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from shard_factory import build, encode, healthy, pixels, sample, write_tar
-from stock_loader import read_beton, stock_process
 
 from labels import beton
 from labels.arrays import pad_rows
@@ -25,6 +23,8 @@ from labels.manifest import PAD_ID, read_manifest
 from labels.storage import sha256_file
 from preprocess.betons.direct_io import DirectFile, aligned_buffer
 from preprocess.betons.write import Samples, choose_page, write_beton
+from shard_factory import build, encode, healthy, pixels, sample, write_tar
+from stock_loader import read_beton, stock_process
 
 LIMIT = 12
 
@@ -34,7 +34,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Shard 0: small images, one turned into JPEG, one bad. Shard 1: more bytes than a page."""
     folder = tmp_path_factory.mktemp("betons")
     png = encode(Image.fromarray(pixels(77)), "PNG")
-    write_tar(folder / "data" / "0.tar", [*healthy(7), *sample("bad", "a cat", b"junk"), *sample("png", "a dog", png), *healthy(3, 20)])
+    write_tar(
+        folder / "data" / "0.tar",
+        [*healthy(7), *sample("bad", "a cat", b"junk"), *sample("png", "a dog", png), *healthy(3, 20)],
+    )
     write_tar(folder / "data" / "1.tar", healthy(40, 100, side=256))
     build(folder / "data", folder / "out", "--set", f"labels.context={LIMIT}", "--set", "build.beton_samples=40")
     return Built(folder / "data", folder / "out")
@@ -56,7 +59,11 @@ def parsed(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def images_of(tar: Path) -> dict[str, bytes]:
     with tarfile.open(tar) as archive:
-        return {name.removesuffix(".jpg"): archive.extractfile(name).read() for name in archive.getnames() if name.endswith(".jpg")}  # type: ignore[union-attr]
+        return {
+            name.removesuffix(".jpg"): archive.extractfile(name).read()
+            for name in archive.getnames()
+            if name.endswith(".jpg")
+        }  # type: ignore[union-attr]
 
 
 def expected_rows(out: Path, shard: str) -> tuple[list[str], np.ndarray]:
@@ -64,7 +71,9 @@ def expected_rows(out: Path, shard: str) -> tuple[list[str], np.ndarray]:
     table = pq.read_table(out / "labels" / f"{shard}.parquet")
     lists = table["label_ids"].to_pylist()
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in lists])])
-    return table["key"].to_pylist(), pad_rows(np.array([token for row in lists for token in row], np.int32), offsets, LIMIT)
+    return table["key"].to_pylist(), pad_rows(
+        np.array([token for row in lists for token in row], np.int32), offsets, LIMIT
+    )
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -109,7 +118,9 @@ def test_a_stock_ffcv_loader_reads_a_beton_of_two_shuffled_shards(stock: Process
     rows = index.ravel().tolist()
     assert sorted(rows) == [*range(12), *range(13, 33)] and rows != sorted(rows)
     assert len({row < 13 for row in rows[:12]}) == 2, "neighbours come from both"
-    keys, expected = (np.concatenate(parts) for parts in zip(*(expected_rows(tmp_path / "out", name) for name in "01"), strict=True))
+    keys, expected = (
+        np.concatenate(parts) for parts in zip(*(expected_rows(tmp_path / "out", name) for name in "01"), strict=True)
+    )
     assert labels.tolist() == expected[rows].tolist()
     originals = images_of(tmp_path / "data" / "0.tar") | images_of(tmp_path / "data" / "1.tar")
     _, metadata, data = parsed(path)
@@ -122,13 +133,18 @@ def test_a_stock_ffcv_loader_reads_a_beton_of_two_shuffled_shards(stock: Process
 
 
 @pytest.mark.parametrize(("number", "os_cache"), [(0, True), (0, False), (1, True), (1, False)])
-def test_a_stock_ffcv_loader_reads_every_beton(dataset: Built, stock: ProcessPoolExecutor, number: int, os_cache: bool) -> None:
+def test_a_stock_ffcv_loader_reads_every_beton(
+    dataset: Built, stock: ProcessPoolExecutor, number: int, os_cache: bool
+) -> None:
     path = dataset.out / "beton" / f"{number:05d}.beton"
     images, labels, index = stock.submit(read_beton, path, os_cache).result(timeout=300)
     _, metadata, data = parsed(path)
     first = read_manifest(dataset.out).shards[number].first_index
     assert index.ravel().tolist() == metadata["index"].tolist()
-    assert labels.dtype == np.int32 and labels.tolist() == expected_rows(dataset.out, str(number))[1][index.ravel() - first].tolist()
+    assert (
+        labels.dtype == np.int32
+        and labels.tolist() == expected_rows(dataset.out, str(number))[1][index.ravel() - first].tolist()
+    )
     assert (labels == PAD_ID).any()
     for image, row in zip(images, metadata, strict=True):
         with Image.open(io.BytesIO(data[row["image"]["data_ptr"] : row["labels_ptr"]].tobytes())) as picture:
@@ -151,7 +167,9 @@ def samples_of(images: list[bytes], labels: np.ndarray) -> Samples:
     size = np.array([len(image) for image in images], np.int64)
     zeros = np.zeros(len(images), np.int64)
     data = np.frombuffer(b"".join(images), np.uint8)
-    return Samples([data], zeros, np.cumsum(size) - size, size, zeros + 3, zeros + 4, np.arange(len(images)) + 100, labels)
+    return Samples(
+        [data], zeros, np.cumsum(size) - size, size, zeros + 3, zeros + 4, np.arange(len(images)) + 100, labels
+    )
 
 
 @given(
@@ -181,7 +199,9 @@ def test_every_sample_lies_on_one_page_and_the_hash_is_the_files(
 
 
 @pytest.mark.parametrize("refused", ["", "open", "write"])
-def test_a_file_written_past_the_cache_holds_all_bytes(refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_written_past_the_cache_holds_all_bytes(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where its file system has no such writes, and tells so at once or late."""
     direct = [0]
 

@@ -17,7 +17,14 @@ def shards(rows: list[int], first: int = 0, size: int = 0) -> list[Member]:
     for number, count in enumerate(rows):
         name = f"{number:08d}"
         part = ShardPart(
-            name=name, source=name, source_bytes=1, first_index=first, rows=count, labels_sha256="", keys_sha256="", quarantined={}
+            name=name,
+            source=name,
+            source_bytes=1,
+            first_index=first,
+            rows=count,
+            labels_sha256="",
+            keys_sha256="",
+            quarantined={},
         )
         members.append(Member(Shard(name, f"/data/{name}.tar", count * size, ""), part, number, count * size))
         first += count
@@ -26,7 +33,9 @@ def shards(rows: list[int], first: int = 0, size: int = 0) -> list[Member]:
 
 def indices(groups: list[Group], settings: Build) -> list[list[int]]:
     """Positions of the rows of every beton, counted through all shards."""
-    return [(order + group.members[0].part.first_index).tolist() for group in groups for order in row_order(group, settings)]
+    return [
+        (order + group.members[0].part.first_index).tolist() for group in groups for order in row_order(group, settings)
+    ]
 
 
 @given(

@@ -9,6 +9,13 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 from conftest import Built
+
+from labels.config import load_pipeline
+from labels.manifest import LABELS, QUARANTINE, read_manifest
+from labels.storage import Layout
+from labels.tokenizers.kinds.clip import ClipTokenizer
+from preprocess import shard as label_job
+from preprocess.locks import only_writer
 from shard_factory import (
     build,
     contents,
@@ -23,13 +30,6 @@ from shard_factory import (
     write_shards,
     write_tar,
 )
-
-from labels.config import load_pipeline
-from labels.manifest import LABELS, QUARANTINE, read_manifest
-from labels.storage import Layout
-from labels.tokenizers.kinds.clip import ClipTokenizer
-from preprocess import shard as label_job
-from preprocess.locks import only_writer
 
 
 def inodes(out: Path) -> dict[str, int]:
@@ -74,8 +74,13 @@ def test_schemas_are_explicit(finished: Built) -> None:
 
 def test_the_manifest_and_the_configuration_tell_what_was_built(finished: Built) -> None:
     manifest = read_manifest(finished.out)
-    assert [(shard.name, shard.first_index, shard.rows) for shard in manifest.shards] == [("00000000", 0, 12), ("00000001", 12, 10)]
-    assert [(beton.number, beton.shards, beton.samples) for beton in manifest.betons] == [(0, ["00000000", "00000001"], 21)]
+    assert [(shard.name, shard.first_index, shard.rows) for shard in manifest.shards] == [
+        ("00000000", 0, 12),
+        ("00000001", 12, 10),
+    ]
+    assert [(beton.number, beton.shards, beton.samples) for beton in manifest.betons] == [
+        (0, ["00000000", "00000001"], 21)
+    ]
     assert manifest.captions == 22 and manifest.samples == 21 and manifest.label_limit == 75
     assert quarantined(finished.out) == [
         ("00000000", "000000100", "labels", "caption is not UTF-8"),
@@ -167,7 +172,10 @@ def test_a_shard_that_loses_its_last_row_loses_its_beton(tmp_path: Path) -> None
 
 def test_a_shard_that_is_no_longer_given_is_refused(built: Built) -> None:
     found = refused([built.data / "00000001.tar"], built.out)
-    assert "holds label files of 1 shards that are not in the input, the first: 00000000" in found and "--overwrite" in found
+    assert (
+        "holds label files of 1 shards that are not in the input, the first: 00000000" in found
+        and "--overwrite" in found
+    )
     build([str(built.data / "00000001.tar")], built.out, "--overwrite")
     assert [beton.number for beton in read_manifest(built.out).betons] == [0]
     assert sorted(path.name for path in (built.out / "beton").iterdir()) == ["00000.beton"]
@@ -195,7 +203,9 @@ def test_other_options_are_refused_until_overwrite(built: Built, tmp_path: Path,
 def test_options_of_which_nothing_was_made_give_way(tmp_path: Path) -> None:
     table = tmp_path / "pairs.csv"
     table.write_text("path,title\n" + "".join(f"{number}.jpg,a cat\n" for number in range(3)))
-    assert "no column that build.caption_key names" in refused(table, tmp_path / "out", "--caption-key", "csv:titel", "--no-beton")
+    assert "no column that build.caption_key names" in refused(
+        table, tmp_path / "out", "--caption-key", "csv:titel", "--no-beton"
+    )
     build(table, tmp_path / "out", "--caption-key", "csv:title", "--no-beton")
     assert "begun with other options" in refused(table, tmp_path / "out", "--caption-key", "csv:path", "--no-beton")
 
@@ -209,7 +219,10 @@ def test_overwrite_removes_only_what_was_built(built: Built) -> None:
     build(built.data, built.out)
     build(built.data, built.out, "--overwrite", "--no-beton")
     assert all((built.out / name).read_text() == "mine" for name in strays)
-    assert not (built.out / "labels" / "old.parquet.partial").exists() and not (built.out / "beton" / "00000.beton").exists()
+    assert (
+        not (built.out / "labels" / "old.parquet.partial").exists()
+        and not (built.out / "beton" / "00000.beton").exists()
+    )
     (built.out / "labels" / "mine.parquet").write_text("mine")
     assert "have to be moved away" in refused(built.data, built.out, "--overwrite")
     assert (built.out / "labels" / "mine.parquet").read_text() == "mine"
@@ -217,7 +230,14 @@ def test_overwrite_removes_only_what_was_built(built: Built) -> None:
 
 def test_a_half_written_file_is_never_taken_for_whole(built: Built) -> None:
     before = contents(built.out)
-    for name in ("labels/00000000.parquet", "beton/00000.beton", "idf.parquet", "idf.duckdb", "manifest.json", "done/idf.json"):
+    for name in (
+        "labels/00000000.parquet",
+        "beton/00000.beton",
+        "idf.parquet",
+        "idf.duckdb",
+        "manifest.json",
+        "done/idf.json",
+    ):
         shutil.move(built.out / name, built.out / f"{name}.partial")
     found = preprocess("verify", built.out)
     assert found.code == 2 and "has no manifest.json: the build is unfinished" in found.err
@@ -268,7 +288,9 @@ def test_rows_are_counted_in_file_name_order(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "out" / "labels").iterdir())
     shards = read_manifest(tmp_path / "out").shards
     assert [f"{shard.name}.parquet" for shard in shards] == names
-    assert [rows(tmp_path / "out")[shard.first_index]["key"] for shard in shards] == [f"key {shard.name}" for shard in shards]
+    assert [rows(tmp_path / "out")[shard.first_index]["key"] for shard in shards] == [
+        f"key {shard.name}" for shard in shards
+    ]
     assert preprocess("verify", tmp_path / "out").code == 0
 
 

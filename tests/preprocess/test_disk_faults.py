@@ -16,12 +16,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Built
-from shard_factory import build, contents, jpeg, preprocess, refused, sample, write_shards, write_tar
 
 from labels import storage
-from labels.storage import TEMPORARY_SUFFIX, Layout, UserError, own_partials, plain_disk_faults, remove_partials, whole_file, write_json
+from labels.storage import (
+    TEMPORARY_SUFFIX,
+    Layout,
+    UserError,
+    own_partials,
+    plain_disk_faults,
+    remove_partials,
+    whole_file,
+    write_json,
+)
 from preprocess.betons.direct_io import DirectFile
 from preprocess.stage import remove_leftovers
+from shard_factory import build, contents, jpeg, preprocess, refused, sample, write_shards, write_tar
 
 NUMBERS = np.random.default_rng(0).integers(0, 1 << 60, 200_000)
 
@@ -63,7 +72,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 512 KiB of one's own."""
     disk = tmp_path / "small"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
     try:
@@ -97,7 +108,9 @@ def test_a_full_disk_is_told_whoever_writes(small_disk: Path, write: Callable[[P
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_limit_on_file_sizes_is_told_whoever_writes(tmp_path: Path, size_limit: None, write: Callable[[Path], None]) -> None:
+def test_a_limit_on_file_sizes_is_told_whoever_writes(
+    tmp_path: Path, size_limit: None, write: Callable[[Path], None]
+) -> None:
     with (
         pytest.raises(UserError, match=r"made cannot be written: (File too large|No space left)"),
         whole_file(tmp_path / "made") as partial,
@@ -119,12 +132,19 @@ def test_duckdb_that_spills_to_a_full_disk(small_disk: Path) -> None:
 def test_a_build_on_a_full_disk_goes_on_where_there_is_space(tmp_path: Path, small_disk: Path) -> None:
     """Betons are written over holes: the disk fills up while pages are filled, which must be an error and no SIGBUS."""
     data = write_shards(tmp_path / "data", 2, 4)
-    write_tar(data / "big.tar", [member for number in range(9) for member in sample(str(number), "words", jpeg(number, 256, 256))])
+    write_tar(
+        data / "big.tar",
+        [member for number in range(9) for member in sample(str(number), "words", jpeg(number, 256, 256))],
+    )
     build(data, tmp_path / "expected")
     found = refused(data, small_disk / "out")
     assert "cannot be written: No space left on device" in found and "mend: free space there" in found
     out = small_disk / "out"
-    assert list(out.rglob("*.parquet")) and not list(out.rglob(f"*{TEMPORARY_SUFFIX}")) and not (out / "manifest.json").exists()
+    assert (
+        list(out.rglob("*.parquet"))
+        and not list(out.rglob(f"*{TEMPORARY_SUFFIX}"))
+        and not (out / "manifest.json").exists()
+    )
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     build(data, out)
     assert contents(out) == contents(tmp_path / "expected")
@@ -143,7 +163,9 @@ def test_a_build_on_a_full_disk_goes_on_where_there_is_space(tmp_path: Path, sma
     ],
 )
 @pytest.mark.parametrize("where", ["mkdir", "write", "fsync", "rename"])
-def test_every_reason_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, told: str, where: str) -> None:
+def test_every_reason_at_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, told: str, where: str
+) -> None:
     path = tmp_path / "folder" / "made.json"
 
     def fail(*_: object, **__: object) -> None:
@@ -233,10 +255,16 @@ def test_what_killed_processes_left_is_removed(built: Built) -> None:
 def test_a_folder_that_cannot_be_made_is_told_by_what_stands_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "that is not there")
-    for name, why in (("file", "file is a file"), ("file/deeper", "file is a file"), ("link", "link is a link that leads nowhere")):
+    for name, why in (
+        ("file", "file is a file"),
+        ("file/deeper", "file is a file"),
+        ("link", "link is a link that leads nowhere"),
+    ):
         with pytest.raises(UserError) as caught:
             write_json(tmp_path / name / "made.json", {})
-        assert f"no folder {tmp_path / name} can be made: {tmp_path}/{why}" in str(caught.value) and "name another one" in str(caught.value)
+        assert f"no folder {tmp_path / name} can be made: {tmp_path}/{why}" in str(
+            caught.value
+        ) and "name another one" in str(caught.value)
     with pytest.raises(UserError, match="no folder /proc/none can be made: the file system makes none there"):
         write_json(Path("/proc/none/made.json"), {})
 

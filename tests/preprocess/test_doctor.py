@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from shard_factory import preprocess
 
 from preprocess import doctor
+from shard_factory import preprocess
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +27,25 @@ def found(tmp_path: Path, code: int = 0) -> dict[str, dict[str, str]]:
 
 def test_this_machine_is_fit(tmp_path: Path) -> None:
     told = found(tmp_path)
-    assert {"python", "libraries", "libturbojpeg", "cores", "memory", "open files", "free disk", "disk speed"} <= told.keys()
+    assert {
+        "python",
+        "libraries",
+        "libturbojpeg",
+        "cores",
+        "memory",
+        "open files",
+        "free disk",
+        "disk speed",
+    } <= told.keys()
     assert told["libraries"]["state"] == "good" and "duckdb" in told["libraries"]["value"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_library_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "ftfy" else "1.0.0" if name == "duckdb" else version(name))
+    monkeypatch.setattr(
+        doctor, "_version", lambda name: None if name == "ftfy" else "1.0.0" if name == "duckdb" else version(name)
+    )
     told = found(tmp_path, code=1)["libraries"]
     assert told["state"] == "missing" and "ftfy not installed" in told["value"] and "duckdb 1.0.0" in told["value"]
     assert "'ftfy<7,>=6.3'" in told["fix"]

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shard_factory import CAPTIONS, build, refused, rows, sample, write_tar
 
 from labels.idf import idf_weights, read_idf
 from labels.manifest import LABELS, TOKENS
@@ -22,6 +21,7 @@ from labels.settings import Formula
 from labels.storage import UserError
 from labels.tokenizers.kinds.clip import ClipTokenizer
 from preprocess.counts import ShardCounts, document_frequencies, sum_counts, write_idf_parquet
+from shard_factory import CAPTIONS, build, refused, rows, sample, write_tar
 
 SPECIALS = {49406, 49407}
 
@@ -100,7 +100,11 @@ def test_the_built_table_equals_a_naive_count_over_the_captions(tmp_path: Path, 
     frequency = table["document_frequency"].to_numpy()
     assert {token: count for token, count in enumerate(frequency.tolist()) if count} == naive
     everywhere = tokenizer.tokens.index("everywhere</w>")
-    expected = {"smooth": lambda df: math.log(19 / (df + 1)), "paper": lambda df: max(0.0, math.log(18 / (df + 1))), "none": lambda df: 1.0}
+    expected = {
+        "smooth": lambda df: math.log(19 / (df + 1)),
+        "paper": lambda df: max(0.0, math.log(18 / (df + 1))),
+        "none": lambda df: 1.0,
+    }
     assert np.allclose(table["idf"].to_numpy(), [expected[formula](df) for df in frequency], rtol=1e-14)
     assert frequency[everywhere] == 18 and table["idf"][everywhere].as_py() == (1.0 if formula == "none" else 0.0)
     assert read_idf(tmp_path / "out" / "idf.parquet").dtype == np.float32
@@ -118,7 +122,9 @@ def test_the_table_is_closed_once_it_was_read(tmp_path: Path) -> None:
 
 
 def test_the_duckdb_file_tells_the_corpus(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [*sample("0", "a cat"), *sample("1", "a cat cat"), *sample("2", b"\xff"), *sample("3", " ")])
+    write_tar(
+        tmp_path / "a.tar", [*sample("0", "a cat"), *sample("1", "a cat cat"), *sample("2", b"\xff"), *sample("3", " ")]
+    )
     write_tar(tmp_path / "b.tar", [*sample("0", "a dog")])
     build(tmp_path, tmp_path / "out", "--no-beton", "--set", "build.max_bad_fraction=0.5")
     with duckdb.connect(str(tmp_path / "out" / "idf.duckdb"), read_only=True) as con:

@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Built
-from shard_factory import preprocess
 
 from labels.idf import idf_weights
 from labels.manifest import COUNTS, LABELS, TOKENS, Manifest, ShardPart, TokenizerPart, write_manifest
 from labels.settings import Formula
 from labels.storage import Layout, UserError, sha256_file
 from preprocess.counts import ShardCounts, sum_idf, write_idf_parquet
+from shard_factory import preprocess
 
 Rows = list[list[int]]
 TOKENS_OF_ALL = ["a</w>", "cat</w>", "犬", "quote\"'", "never</w>", "<end>"]
@@ -38,14 +38,23 @@ def make_out(
     for name, rows in shards.items():
         empty = [None] * len(rows)
         layout.labels.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table([[""] * len(rows), empty, empty, empty, rows, rows], schema=LABELS), layout.label_file(name))
+        pq.write_table(
+            pa.table([[""] * len(rows), empty, empty, empty, rows, rows], schema=LABELS), layout.label_file(name)
+        )
         counts = ShardCounts()
         counts.add(np.array([label for row in rows for label in row], np.int32))
         counts.write(layout.count_file(name))
         sha256 = sha256_file(layout.label_file(name))
         parts.append(
             ShardPart(
-                name=name, source=name, source_bytes=1, first_index=0, rows=len(rows), labels_sha256=sha256, keys_sha256="", quarantined={}
+                name=name,
+                source=name,
+                source_bytes=1,
+                first_index=0,
+                rows=len(rows),
+                labels_sha256=sha256,
+                keys_sha256="",
+                quarantined={},
             )
         )
     frequency, captions = naive(list(shards.values()), len(names))
@@ -56,7 +65,9 @@ def make_out(
             fingerprint="rows",
             options={"labels": {"context": 75, **options}},
             label_limit=75,
-            tokenizer=TokenizerPart(name="clip", fingerprint=fingerprint, path="fast", vocabulary=len(names), excluded=[5]),
+            tokenizer=TokenizerPart(
+                name="clip", fingerprint=fingerprint, path="fast", vocabulary=len(names), excluded=[5]
+            ),
             captions=captions,
             idf_formula=formula,
             idf_sha256="",
@@ -177,7 +188,9 @@ def test_the_command(outs: list[Path], tmp_path: Path) -> None:
     assert (said.code, said.out) == (0, f"{target}: IDF (paper) of 5 captions in 3 shards\n"), said.err
     frequency, captions = naive([FIRST["00000"], FIRST["00010"], SECOND["00000"]])
     assert pq.read_table(target)["idf"].to_pylist() == idf_weights(frequency, captions, "paper").tolist()
-    assert preprocess("idf", outs[0], "--shards", "00000", "--out", target).out.endswith("IDF (smooth) of 3 captions in 1 shard\n")
+    assert preprocess("idf", outs[0], "--shards", "00000", "--out", target).out.endswith(
+        "IDF (smooth) of 3 captions in 1 shard\n"
+    )
     said = preprocess("idf", outs[0], "--shards", "x*", "--out", target)
     assert said.code == 2 and "error: no shard's name fits --shards x*" in said.err
 

@@ -9,10 +9,9 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_cases import CUT_PNG, EPS, EXIF_TURNED, EXIF_UPRIGHT, EXIF_WRONG, RGB, png_header
 from PIL import Image
-from shard_factory import encode, jpeg, pixels
 
+from image_cases import CUT_PNG, EPS, EXIF_TURNED, EXIF_UPRIGHT, EXIF_WRONG, RGB, png_header
 from labels import native
 from labels.settings import Build, ShorterSide
 from labels.storage import UserError
@@ -20,6 +19,7 @@ from preprocess.betons.images import BadImage, image_size, jpeg_header, lying, p
 from preprocess.betons.write import Settled, settle
 from preprocess.readers.images import Pictures
 from preprocess.readers.scratch import Spool
+from shard_factory import encode, jpeg, pixels
 
 PLAIN = Build(max_pixels=10**6)
 RAMP = np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (24, 1))
@@ -36,8 +36,6 @@ def prepared(data: bytes) -> tuple[bytes, np.ndarray]:
         return found, np.asarray(image).astype(int)
 
 
-
-
 @pytest.mark.parametrize(
     "data",
     [
@@ -50,7 +48,16 @@ def prepared(data: bytes) -> tuple[bytes, np.ndarray]:
         jpeg() + b"\0" * 7,
         jpeg() + b"trailing junk, as cameras write it",
     ],
-    ids=["baseline", "progressive", "4:4:4", "upright", "nonsense orientation", "long header", "zeros after", "junk after"],
+    ids=[
+        "baseline",
+        "progressive",
+        "4:4:4",
+        "upright",
+        "nonsense orientation",
+        "long header",
+        "zeros after",
+        "junk after",
+    ],
 )
 def test_a_plain_rgb_jpeg_is_left_as_it_is(data: bytes) -> None:
     assert prepared(data)[0] == data
@@ -116,8 +123,6 @@ def test_converting_is_the_same_every_time() -> None:
     data = encode(RGB, "PNG")
     assert prepare(data, PLAIN) == prepare(data, PLAIN)
     assert prepare(data, Build(jpeg_quality=30))[0] != prepare(data, PLAIN)[0]
-
-
 
 
 @pytest.mark.parametrize(
@@ -220,9 +225,19 @@ def test_without_a_check_a_cut_jpeg_goes_in_as_it_is() -> None:
 
 
 EXAMPLES = [
-    jpeg(), jpeg()[:-1], jpeg()[:300], encode(RGB, progressive=True), encode(RGB.convert("L")), encode(RGB.convert("CMYK")),
-    encode(RGB, exif=EXIF_TURNED), encode(RGB, exif=EXIF_UPRIGHT), encode(RGB, "PNG"), b"", b"\xff\xd8\xff", jpeg(2, 900, 1200),
-]  # fmt: skip
+    jpeg(),
+    jpeg()[:-1],
+    jpeg()[:300],
+    encode(RGB, progressive=True),
+    encode(RGB.convert("L")),
+    encode(RGB.convert("CMYK")),
+    encode(RGB, exif=EXIF_TURNED),
+    encode(RGB, exif=EXIF_UPRIGHT),
+    encode(RGB, "PNG"),
+    b"",
+    b"\xff\xd8\xff",
+    jpeg(2, 900, 1200),
+]
 
 
 @given(
@@ -241,7 +256,9 @@ def test_the_scan_takes_only_what_is_left_as_it_is(
         if at < len(data):
             data[at] = byte
     image = bytes(data)
-    wanted = Build(max_pixels=10**6, images=ShorterSide(shorter_side=shorter) if shorter else "original", decode_check=check)
+    wanted = Build(
+        max_pixels=10**6, images=ShorterSide(shorter_side=shorter) if shorter else "original", decode_check=check
+    )
     padded = np.frombuffer(b"before" + image + b"\xff\xd9 behind", np.uint8)
     scan = scan_jpegs(padded, np.array([[6, 6 + len(image)], [-1, -1]]), wanted)
     assert not scan.plain[1]
@@ -274,8 +291,17 @@ def test_a_full_check_finds_damage_that_the_header_does_not_tell() -> None:
     images = [whole, bytes(damaged), chatty, encode(RGB, "PNG"), encode(photo, progressive=True)]
     assert settled(images).good.all() and settled(images, decode_check="none").good.all()
     found = settled(images, decode_check="full")
-    assert found.good.tolist() == [True, False, True, True, True] and found.spooled.tolist() == [False, False, False, True, False]
-    assert (found.faults[1].reason, found.faults[1].key) == ("image cut or damaged", "1") and "premature" in found.faults[1].detail
+    assert found.good.tolist() == [True, False, True, True, True] and found.spooled.tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert (found.faults[1].reason, found.faults[1].key) == (
+        "image cut or damaged",
+        "1",
+    ) and "premature" in found.faults[1].detail
 
 
 def test_a_full_check_without_its_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,4 +325,6 @@ def test_what_cannot_lie_in_its_tar_says_what_it_is(data: bytes, told: str) -> N
     assert lying(jpeg(), Build()) == (32, 32)
     with pytest.raises(BadImage) as caught:
         lying(data, Build())
-    assert caught.value.reason == "not a plain JPEG" and told in str(caught.value) and "--no-images" in str(caught.value)
+    assert (
+        caught.value.reason == "not a plain JPEG" and told in str(caught.value) and "--no-images" in str(caught.value)
+    )

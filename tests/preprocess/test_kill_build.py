@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from conftest import Built
-from shard_factory import build, contents, end_without_a_word, preprocess, sample, write_shards, write_tar
 
 from labels import storage
 from labels.storage import UserError
 from preprocess.engine import run_tasks
+from shard_factory import build, contents, end_without_a_word, preprocess, sample, write_shards, write_tar
 
 ROOT = Path(__file__).parents[2]
 IMPORT_PATH = [str(ROOT), str(ROOT / "tests" / "helpers")]  # for processes that unpickle functions of this file
@@ -30,8 +30,8 @@ PATIENCE_S = 300
 class Command:
     """`preprocess build-labels` in a process group of its own.
 
-    With several workers as a user starts it. With one worker it is forked from a server that has imported everything, since loading takes
-    longer than what is to be disturbed; there is only one process then, so nothing is left out.
+    With several workers as a user starts it. With one worker it is forked from a server that has imported everything,
+    since loading takes longer than what is to be disturbed; there is only one process then, so nothing is left out.
     """
 
     def __init__(self, data: Path, out: Path, workers: int) -> None:
@@ -44,7 +44,9 @@ class Command:
             self.pid = self._process.pid or 0
         else:
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            self._process = subprocess.Popen([sys.executable, "-m", "preprocess", *arguments], start_new_session=True, **quiet)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "preprocess", *arguments], start_new_session=True, **quiet
+            )
             self.pid = self._process.pid
         wait_for(lambda: (out / ".lock").exists() or self.ended())
 
@@ -101,7 +103,9 @@ def test_killed_at_random_moments_and_run_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", range(17))
-def test_stopped_at_every_single_rename(finished: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_stopped_at_every_single_rename(
+    finished: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     renames = 0
 
     def replace(source: Any, target: Any) -> None:
@@ -114,8 +118,8 @@ def test_stopped_at_every_single_rename(finished: Built, tmp_path: Path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(storage.os, "replace", replace)
         stopped = preprocess("build-labels", finished.data, "--out", tmp_path / "out", "--workers", 1).code != 0
-    # options, inputs; two label files, counts and markers; idf.parquet, idf.duckdb and marker; a beton and marker; quarantine,
-    # config, manifest
+    # options, inputs; two label files, counts and markers; idf.parquet, idf.duckdb and marker; a beton and marker;
+    # quarantine, config, manifest
     assert stopped == (number < 16)
     assert (tmp_path / "out" / "manifest.json").exists() == (not stopped)
     build(finished.data, tmp_path / "out")
@@ -137,7 +141,11 @@ def test_an_error_in_a_worker_keeps_its_parts() -> None:
 
 def test_all_results_come_once() -> None:
     tasks = [str(number) for number in range(11)]
-    assert sorted(run_tasks(end_without_a_word, tasks, 2)) == sorted(run_tasks(end_without_a_word, tasks, 1)) == sorted(tasks)
+    assert (
+        sorted(run_tasks(end_without_a_word, tasks, 2))
+        == sorted(run_tasks(end_without_a_word, tasks, 1))
+        == sorted(tasks)
+    )
 
 
 def test_workers_end_when_the_run_alone_is_killed(tmp_path: Path) -> None:
@@ -150,7 +158,9 @@ def test_workers_end_when_the_run_alone_is_killed(tmp_path: Path) -> None:
     )
     (tmp_path / "pids").mkdir()
     path = os.pathsep.join([*IMPORT_PATH, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    process = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL
+    )
     try:
         wait_for(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
     finally:

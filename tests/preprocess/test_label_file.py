@@ -19,7 +19,9 @@ from labels.storage import Layout, sha256_file
 from preprocess.shard import label_table, write_labels
 
 _ids = st.one_of(st.integers(0, 3), st.integers(0, 49_407), st.integers(0, (1 << 31) - 1))
-_keys = st.one_of(st.text(max_size=8).filter(lambda word: not any(0xD800 <= ord(char) < 0xE000 for char in word)), st.just("7"))
+_keys = st.one_of(
+    st.text(max_size=8).filter(lambda word: not any(0xD800 <= ord(char) < 0xE000 for char in word)), st.just("7")
+)
 _sides = st.none() | st.integers(1, (1 << 31) - 1)
 _labels = st.sets(_ids, max_size=40).map(sorted)
 _rows = st.tuples(_keys, st.none() | _keys, _sides, _sides, st.lists(_ids, max_size=40), _labels)
@@ -27,7 +29,9 @@ _rows = st.tuples(_keys, st.none() | _keys, _sides, _sides, st.lists(_ids, max_s
 
 def table(rows: list[tuple]) -> pa.Table:
     columns = list(zip(*rows, strict=True)) or [()] * len(LABELS)
-    return pa.Table.from_arrays([pa.array(column, field.type) for column, field in zip(columns, LABELS, strict=True)], schema=LABELS)
+    return pa.Table.from_arrays(
+        [pa.array(column, field.type) for column, field in zip(columns, LABELS, strict=True)], schema=LABELS
+    )
 
 
 def flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +40,10 @@ def flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write(out: Path, batches: list[pa.Table]) -> tuple[Path, dict[str, Any]]:
-    tables = (label_table(batch.select(LABELS.names[:4]), *flat(batch["token_ids"]), *flat(batch["label_ids"])) for batch in batches)
+    tables = (
+        label_table(batch.select(LABELS.names[:4]), *flat(batch["token_ids"]), *flat(batch["label_ids"]))
+        for batch in batches
+    )
     return Layout(out).label_file("s"), write_labels(Layout(out), "s", tables)
 
 
@@ -57,7 +64,9 @@ def test_every_reader_gets_the_rows_that_were_written(
     assert duckdb.read_parquet(str(path)).fetchall() == [tuple(row.values()) for row in rows]
     frequency = Counter(label for row in rows for label in row["label_ids"])
     counts = pq.read_table(Layout(out).count_file("s"))
-    assert counts.schema.equals(COUNTS) and list(zip(*counts.to_pydict().values(), strict=True)) == sorted(frequency.items())
+    assert counts.schema.equals(COUNTS) and list(zip(*counts.to_pydict().values(), strict=True)) == sorted(
+        frequency.items()
+    )
     assert written == {
         "rows": len(rows),
         "tokens": sum(len(row["token_ids"]) for row in rows),

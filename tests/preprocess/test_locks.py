@@ -1,4 +1,6 @@
-"""Two writers: the error names the holder of the output folder, a dead holder gives way, members of an array job write at once."""
+"""Two writers: the error names the holder of the output folder, a dead holder gives way, members of an array job write
+at once.
+"""
 
 import errno
 import json
@@ -52,10 +54,14 @@ def take(path: Path) -> None:
         pass
 
 
-def test_the_error_of_a_second_writer_names_the_first_and_its_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_second_writer_names_the_first_and_its_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "out" / ".lock"
     with holding(path) as process:
-        holder = f"another process is writing to {path.parent} (host {socket.gethostname()}, process {process.pid}), for "
+        holder = (
+            f"another process is writing to {path.parent} (host {socket.gethostname()}, process {process.pid}), for "
+        )
         with pytest.raises(UserError, match=re.escape(holder) + r"\d+ s\n  mend: wait for it, or stop it"):
             take(path)
         with pytest.raises(UserError, match=re.escape(holder)), one_of_many(path, 0, 4):
@@ -72,8 +78,9 @@ def test_a_dead_holder_is_taken_over_with_a_note(tmp_path: Path, capsys: pytest.
     pid = leave_dead(path)
     with only_writer(path):
         assert json.loads(path.read_bytes())["process"] == os.getpid()
-    assert f"note: {path} was left by a process that ended without releasing it (host {socket.gethostname()}, process {pid})" in (
-        capsys.readouterr().err
+    assert (
+        f"note: {path} was left by a process that ended without releasing it (host {socket.gethostname()}, process {pid})"
+        in (capsys.readouterr().err)
     )
     take(path)
     assert capsys.readouterr().err == ""
@@ -82,7 +89,10 @@ def test_a_dead_holder_is_taken_over_with_a_note(tmp_path: Path, capsys: pytest.
 def test_members_hold_their_locks_at_the_same_time(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     with holding(path, MEMBERS[0]) as first, holding(path, MEMBERS[1]), one_of_many(path, 2, 4):
-        with pytest.raises(UserError, match=rf"another process is writing .*process {first.pid}\), for"), one_of_many(path, 0, 4):
+        with (
+            pytest.raises(UserError, match=rf"another process is writing .*process {first.pid}\), for"),
+            one_of_many(path, 0, 4),
+        ):
             pass
         with pytest.raises(UserError, match=r"is writing .*process") as refused, one_of_many(path, 0, 5):
             pass
@@ -125,15 +135,22 @@ def no_kernel_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 def age(path: Path, seconds: float) -> None:
     """Make the lease at `path` that much older."""
     values = json.loads(path.read_bytes())
-    path.write_text(json.dumps({**values, "started": values["started"] - seconds, "refreshed": values["refreshed"] - seconds}))
+    path.write_text(
+        json.dumps({**values, "started": values["started"] - seconds, "refreshed": values["refreshed"] - seconds})
+    )
 
 
-def test_without_kernel_locks_there_are_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_kernel_locks_there_are_leases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     no_kernel_locks(monkeypatch)
     path = tmp_path / ".lock"
     with only_writer(path):
         for second in (only_writer(path), one_of_many(path, 0, 2)):
-            with pytest.raises(UserError, match=rf"another process is writing .*process {os.getpid()}\), for \d+ s"), second:
+            with (
+                pytest.raises(UserError, match=rf"another process is writing .*process {os.getpid()}\), for \d+ s"),
+                second,
+            ):
                 pass
     with one_of_many(path, 0, 2), one_of_many(path, 1, 2):
         for second in (only_writer(path), one_of_many(path, 0, 2), one_of_many(path, 0, 3)):

@@ -27,7 +27,9 @@ ALL, NONE = [True] * V, [False] * V
 
 def write_labels(path: Path, rows: Rows) -> Path:
     empty = [None] * len(rows)
-    pq.write_table(pa.table([[""] * len(rows), empty, empty, empty, rows, [[]] * len(rows)], schema=LABELS), path, row_group_size=7)
+    pq.write_table(
+        pa.table([[""] * len(rows), empty, empty, empty, rows, [[]] * len(rows)], schema=LABELS), path, row_group_size=7
+    )
     return path
 
 
@@ -36,7 +38,12 @@ def flags(values: Sequence[bool]) -> np.ndarray:
 
 
 def chosen(
-    folder: Path, files: Sequence[Rows], starts: Sequence[bool], ends: Sequence[bool], classes: int = 1000, least: int = 1
+    folder: Path,
+    files: Sequence[Rows],
+    starts: Sequence[bool],
+    ends: Sequence[bool],
+    classes: int = 1000,
+    least: int = 1,
 ) -> pa.Table:
     paths = [write_labels(folder / f"{number} [a]*.parquet", rows) for number, rows in enumerate(files)]
     return choose_pairs(paths, flags(starts), flags(ends), classes, least, "200MiB", folder / "spill")
@@ -58,8 +65,12 @@ def naive_pairs(row: list[int], starts: Sequence[bool], ends: Sequence[bool]) ->
     return {(a[0], b[0]) for a, b in pairwise(words) if len(a) == len(b) == 1}
 
 
-def naive_choice(rows: Rows, starts: Sequence[bool], ends: Sequence[bool], classes: int, least: int) -> list[tuple[int, int, int, float]]:
-    words = Counter(token for row in rows for token in {word[0] for word in naive_words(row, starts, ends) if len(word) == 1})
+def naive_choice(
+    rows: Rows, starts: Sequence[bool], ends: Sequence[bool], classes: int, least: int
+) -> list[tuple[int, int, int, float]]:
+    words = Counter(
+        token for row in rows for token in {word[0] for word in naive_words(row, starts, ends) if len(word) == 1}
+    )
     pairs = Counter(pair for row in rows for pair in naive_pairs(row, starts, ends))
     ranked = []
     for (a, b), count in pairs.items():
@@ -75,27 +86,49 @@ def naive_choice(rows: Rows, starts: Sequence[bool], ends: Sequence[bool], class
 @example([[]], ALL, ALL, 5, 1)
 @example([[list(range(V)) * 9, list(range(V))[::-1] * 9, [3]]], ALL, ALL, 50, 1)
 def test_chosen_pairs_equal_a_naive_count(
-    tmp_path_factory: pytest.TempPathFactory, files: list[Rows], starts: list[bool], ends: list[bool], classes: int, least: int
+    tmp_path_factory: pytest.TempPathFactory,
+    files: list[Rows],
+    starts: list[bool],
+    ends: list[bool],
+    classes: int,
+    least: int,
 ) -> None:
     table = chosen(tmp_path_factory.mktemp("pairs"), files, starts, ends, classes, least)
     expected = naive_choice([row for rows in files for row in rows], starts, ends, classes, least)
     assert table.schema.equals(PAIRS)
-    # Scores to the last bit but one, in case the two logarithms differ; an order that differs only among equals to that degree.
+    # Scores to the last bit but one, in case the two logarithms differ; an order that differs only among equals to that
+    # degree.
     assert [row["score"] for row in table.to_pylist()] == pytest.approx([score for *_, score in expected], rel=1e-12)
     near = {round(expected[-1][3], 9)} if expected else set()
-    found = {(row["first"], row["second"], row["document_frequency"]) for row in table.to_pylist() if round(row["score"], 9) not in near}
+    found = {
+        (row["first"], row["second"], row["document_frequency"])
+        for row in table.to_pylist()
+        if round(row["score"], 9) not in near
+    }
     assert found == {pair[:3] for pair in expected if round(pair[3], 9) not in near}
     again = [(-row["score"], row["first"], row["second"]) for row in table.to_pylist()]
     assert again == sorted(again)
 
 
 def test_a_corpus_by_hand(tmp_path: Path) -> None:
-    # "new york" in 2 of 8 captions, in one of them twice; "york new" in one; "the cat" in 2, as by chance; 5 6 is one word.
+    # "new york" in 2 of 8 captions, in one of them twice; "york new" in one; "the cat" in 2, as by chance; 5 6 is one
+    # word.
     new, york, the, cat, five, six = 1, 2, 3, 4, 5, 6
-    rows = [[new, york], [the, new, york, new, york], [the, cat], [the, cat, five, six], [the], [the], [five, six, cat], [five, six, cat]]
+    rows = [
+        [new, york],
+        [the, new, york, new, york],
+        [the, cat],
+        [the, cat, five, six],
+        [the],
+        [the],
+        [five, six, cat],
+        [five, six, cat],
+    ]
     table = chosen(tmp_path, [rows], NONE, [token != five for token in range(V)])
     expected = [(new, york, 2, 2 * math.log(4) / math.log(4)), (york, new, 1, math.log(2) / math.log(8))]
-    assert [(row["first"], row["second"], row["document_frequency"]) for row in table.to_pylist()] == [row[:3] for row in expected]
+    assert [(row["first"], row["second"], row["document_frequency"]) for row in table.to_pylist()] == [
+        row[:3] for row in expected
+    ]
     assert table["score"].to_pylist() == pytest.approx([row[3] for row in expected])
 
 
@@ -116,13 +149,21 @@ def test_threads_and_files_change_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     ]
     connect = duckdb.connect
     for threads in (1, 3):
-        monkeypatch.setattr(duckdb, "connect", lambda config, threads=threads: connect(config={**config, "threads": threads}))
+        monkeypatch.setattr(
+            duckdb, "connect", lambda config, threads=threads: connect(config={**config, "threads": threads})
+        )
         cut = chosen(tmp_path, [rows[:1], [], rows[1:200], rows[200:]], NONE, ends)
         assert cut.equals(whole)
 
 
 @settings(max_examples=100, deadline=None)
-@given(ROWS, FLAGS, FLAGS, st.lists(st.tuples(st.integers(0, V - 1), st.integers(0, V - 1)), unique=True), st.integers(0, 2))
+@given(
+    ROWS,
+    FLAGS,
+    FLAGS,
+    st.lists(st.tuples(st.integers(0, V - 1), st.integers(0, V - 1)), unique=True),
+    st.integers(0, 2),
+)
 @example([list(range(V)) * 9, list(range(V))[::-1] * 9], ALL, ALL, [(a, b) for a in range(V) for b in range(V)], 0)
 def test_pair_labels_equal_a_naive_look_up(
     rows: Rows, starts: list[bool], ends: list[bool], known: list[tuple[int, int]], skipped: int
@@ -132,7 +173,9 @@ def test_pair_labels_equal_a_naive_look_up(
     offsets = np.cumsum([0, *map(len, rows)]).astype(np.int64)
     offsets, rows = offsets[min(skipped, len(rows)) :], rows[skipped:]  # a slice of a longer array begins later
     found, found_offsets = pair_labels(ids, offsets, table, V, flags(starts), flags(ends))
-    expected = [sorted(V + known.index(pair) for pair in naive_pairs(row, starts, ends) if pair in known) for row in rows]
+    expected = [
+        sorted(V + known.index(pair) for pair in naive_pairs(row, starts, ends) if pair in known) for row in rows
+    ]
     assert found.dtype == np.int32 and found_offsets.dtype == np.int64
     assert [found[a:b].tolist() for a, b in pairwise(found_offsets)] == expected
 
@@ -185,17 +228,28 @@ def test_a_bad_file_is_refused(tmp_path: Path, spoil: Callable[[Path], object], 
         (lambda path: write_labels(path, [[1, V]]), f"token ids from 1 to {V}, allowed: 0 to {V - 1}"),
         (lambda path: write_labels(path, [[-1, 2]]), "token ids from -1 to 2"),
         (lambda path: pq.write_table(pq.read_table(path).drop(["token_ids"]), path), "token_ids"),
-        (lambda path: pq.write_table(pa.table({"token_ids": pa.array([[1, None]])}), path), "cannot be counted for word pairs"),
+        (
+            lambda path: pq.write_table(pa.table({"token_ids": pa.array([[1, None]])}), path),
+            "cannot be counted for word pairs",
+        ),
     ],
 )
-def test_a_bad_label_file_is_told_without_a_traceback(tmp_path: Path, spoil: Callable[[Path], object], told: str) -> None:
+def test_a_bad_label_file_is_told_without_a_traceback(
+    tmp_path: Path, spoil: Callable[[Path], object], told: str
+) -> None:
     good, bad = write_labels(tmp_path / "a.parquet", [[1, 2]]), write_labels(tmp_path / "b.parquet", [[1, 2]])
     spoil(bad)
     with pytest.raises(UserError, match=told) as caught:
         choose_pairs([good, bad], flags(ALL), flags(ALL), 5, 1, "200MiB", tmp_path / "spill")
-    assert str(bad) in str(caught.value) and "preprocess verify" in str(caught.value) and "Traceback" not in str(caught.value)
+    assert (
+        str(bad) in str(caught.value)
+        and "preprocess verify" in str(caught.value)
+        and "Traceback" not in str(caught.value)
+    )
 
 
 def test_too_little_memory_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="duckdb_memory = 1KB is too little"):
-        choose_pairs([write_labels(tmp_path / "a.parquet", [[1, 2]])], flags(ALL), flags(ALL), 5, 1, "1KB", tmp_path / "spill")
+        choose_pairs(
+            [write_labels(tmp_path / "a.parquet", [[1, 2]])], flags(ALL), flags(ALL), 5, 1, "1KB", tmp_path / "spill"
+        )

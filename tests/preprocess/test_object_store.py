@@ -1,4 +1,6 @@
-"""Shards read from, and OUT written to, an S3 server on this machine: the same content as on disk, and the same promises."""
+"""Shards read from, and OUT written to, an S3 server on this machine: the same content as on disk, and the same
+promises.
+"""
 
 import json
 import os
@@ -12,13 +14,23 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from conftest import Built
-from shard_factory import contents, preprocess, refused, rows, write_shards
 
 from labels import storage
 from labels.manifest import read_manifest
-from labels.storage import Layout, UserError, is_remote, local_copy, local_out, out_path, sha256_file, whole_file, write_json
+from labels.storage import (
+    Layout,
+    UserError,
+    is_remote,
+    local_copy,
+    local_out,
+    out_path,
+    sha256_file,
+    whole_file,
+    write_json,
+)
 from preprocess import locks
 from preprocess.locks import Holder, one_of_many, only_writer
+from shard_factory import contents, preprocess, refused, rows, write_shards
 
 pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
 moto = pytest.importorskip("moto.server", reason="moto's server is not installed")
@@ -152,7 +164,9 @@ def test_the_error_of_a_second_writer_names_the_first(server: Any, bucket: str, 
     lock = Layout(out_path(bucket)).lock
     with only_writer(lock):
         found = refused(finished.data, bucket)  # type: ignore[arg-type]  # a URL is text
-        assert re.search(rf"another process is writing to {bucket} \(host .*, process {os.getpid()}\), for \d+ s", found), found
+        assert re.search(
+            rf"another process is writing to {bucket} \(host .*, process {os.getpid()}\), for \d+ s", found
+        ), found
         with pytest.raises(UserError, match="another process is writing"), one_of_many(lock, 0, 2):
             pass
     with one_of_many(lock, 0, 2), one_of_many(lock, 1, 2):
@@ -170,7 +184,10 @@ def test_a_stale_lock_is_taken_over_with_a_note(
     long_ago = time.time() - 3600
     lock.write_bytes(Holder("gone", 7, long_ago, long_ago, "token").raw)
     with only_writer(lock):
-        assert f"{lock} was left by a process that ended without releasing it (host gone, process 7), for 60 min" in capsys.readouterr().err
+        assert (
+            f"{lock} was left by a process that ended without releasing it (host gone, process 7), for 60 min"
+            in capsys.readouterr().err
+        )
         begun = Holder.read(lock)
         end = time.monotonic() + 60
         while (now := Holder.read(lock)) is None or begun is None or now.refreshed == begun.refreshed:
@@ -185,7 +202,9 @@ def test_a_lock_rewritten_while_it_is_read_is_no_error(bucket: str, monkeypatch:
     lock.write_bytes(holder.raw)
     store = lock.fs  # type: ignore[attr-defined]  # a UPath
     asked = store.info
-    monkeypatch.setattr(store, "info", lambda *args, **kwargs: {**asked(*args, **kwargs), "ETag": '"of what was there before"'})
+    monkeypatch.setattr(
+        store, "info", lambda *args, **kwargs: {**asked(*args, **kwargs), "ETag": '"of what was there before"'}
+    )
     assert Holder.read(lock) == holder
 
 
@@ -204,7 +223,9 @@ def test_objects_appear_whole(server: Any, bucket: str) -> None:
     write_json(path, {"a": 1})
     assert json.loads(path.read_bytes()) == {"a": 1}
     with local_copy(path) as copy:
-        assert isinstance(copy, Path) and copy.read_bytes() == path.read_bytes() and sha256_file(copy) == sha256_file(path)
+        assert (
+            isinstance(copy, Path) and copy.read_bytes() == path.read_bytes() and sha256_file(copy) == sha256_file(path)
+        )
     assert not copy.exists()
 
 
@@ -241,12 +262,16 @@ def test_out_paths() -> None:
     assert out_path("a/b") == Path("a/b") and out_path("file:///a/b") == Path("/a/b") and not is_remote(out_path("/a"))
     remote = out_path("memory://bucket/out/")
     assert is_remote(remote) and str(Layout(remote).label_file("a")) == "memory://bucket/out/labels/a.parquet"
-    with pytest.raises(UserError, match=r"nosuch://a cannot be opened: .*\n  allowed: a local folder, or a URL that fsspec knows"):
+    with pytest.raises(
+        UserError, match=r"nosuch://a cannot be opened: .*\n  allowed: a local folder, or a URL that fsspec knows"
+    ):
         out_path("nosuch://a")
 
 
 def test_training_is_refused_with_the_command_that_copies(tmp_path: Path) -> None:
-    assert local_out("a/b") == Path("a/b") and local_out(Path("/a")) == Path("/a") and local_out("file:///a") == Path("/a")
+    assert (
+        local_out("a/b") == Path("a/b") and local_out(Path("/a")) == Path("/a") and local_out("file:///a") == Path("/a")
+    )
     (tmp_path / "s3:").mkdir()
     assert local_out(tmp_path / "s3:") == tmp_path / "s3:"
     for url in ("s3://bucket/my/out/", "s3://bucket/my/out", Path("s3://bucket/my/out")):

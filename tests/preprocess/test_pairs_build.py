@@ -1,4 +1,6 @@
-"""Word pairs and subsets through the whole command: what is chosen, what lands in the files, resume, verify, and training on it."""
+"""Word pairs and subsets through the whole command: what is chosen, what lands in the files, resume, verify, and
+training on it.
+"""
 
 from itertools import pairwise
 from pathlib import Path
@@ -6,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from shard_factory import build, contents, flip_bit, jpeg, preprocess, rows, sample, write_tar
 
 from labels.manifest import read_manifest
 from labels.tokenizers.kinds.clip import ClipTokenizer
+from shard_factory import build, contents, flip_bit, jpeg, preprocess, rows, sample, write_tar
 
 PAIRS = ("--set", "labels.ngrams=2", "--set", "labels.ngram_min_count=3", "--set", "labels.ngram_classes=2")
 CAPTIONS = [
@@ -46,7 +48,9 @@ def test_pairs_are_classes_behind_the_tokens(data: Path, tmp_path: Path) -> None
     for row in rows(out):
         words = [tokens[token] for token in row["token_ids"]]
         pairs = {f"{first} {second}" for first, second in pairwise(words)} & set(names[len(tokens) :])
-        assert [names[label] for label in row["label_ids"]] == [names[label] for label in sorted(map(names.index, {*words, *pairs}))]
+        assert [names[label] for label in row["label_ids"]] == [
+            names[label] for label in sorted(map(names.index, {*words, *pairs}))
+        ]
     frequency = dict(zip(names, pq.read_table(out / "idf.parquet")["document_frequency"].to_pylist(), strict=True))
     assert frequency["red</w> car</w>"] == frequency["blue</w> sky</w>"] == 6
     manifest = read_manifest(out)

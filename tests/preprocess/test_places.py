@@ -7,11 +7,24 @@ import numpy as np
 import pytest
 from conftest import Built
 from PIL import Image
-from shard_factory import build, contents, encode, flip_bit, healthy, jpeg, pixels, preprocess, quarantined, refused, sample, write_tar
 
 from labels import beton
 from labels.manifest import PLACE, Source, open_places, read_manifest, read_sources, write_sources
 from labels.storage import Layout, UserError
+from shard_factory import (
+    build,
+    contents,
+    encode,
+    flip_bit,
+    healthy,
+    jpeg,
+    pixels,
+    preprocess,
+    quarantined,
+    refused,
+    sample,
+    write_tar,
+)
 
 SMALL = ("--set", "build.beton_samples=8", "--set", "build.max_bad_fraction=0.5")
 TURNED = Image.Exif()
@@ -20,7 +33,9 @@ TURNED[0x0112] = 6
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Three tars of good JPEGs; the last also has what cannot be read where it lies, and a long name that only the slow walk reads."""
+    """Three tars of good JPEGs; the last also has what cannot be read where it lies, and a long name that only the slow
+    walk reads.
+    """
     folder = tmp_path_factory.mktemp("places")
     picture = Image.fromarray(pixels(3, 40, 24))
     odd = [
@@ -46,11 +61,18 @@ def test_every_place_holds_the_jpeg_of_its_row(dataset: Built) -> None:
     manifest, places = read_manifest(dataset.out), all_places(dataset.out)
     assert manifest.betons == [] and not (dataset.out / "beton").exists()
     assert [(part.number, part.shards, part.samples) for part in manifest.places] == [
-        (0, ["0"], 5), (1, ["0"], 5), (2, ["1"], 5), (3, ["1"], 5), (4, ["2"], 8), (5, ["2"], 3),
-    ]  # fmt: skip
+        (0, ["0"], 5),
+        (1, ["0"], 5),
+        (2, ["1"], 5),
+        (3, ["1"], 5),
+        (4, ["2"], 8),
+        (5, ["2"], 3),
+    ]
     assert manifest.samples == len(places) == 31
     sources = read_sources(Layout(dataset.out))
-    assert sources == {str(n): Source(str(tar), tar.stat().st_size) for n, tar in enumerate(sorted(dataset.data.iterdir()))}
+    assert sources == {
+        str(n): Source(str(tar), tar.stat().st_size) for n, tar in enumerate(sorted(dataset.data.iterdir()))
+    }
     for number, place in enumerate(places[:30]):
         tar = Path(sources[manifest.shards[place["shard"]].name].path).read_bytes()
         assert tar[place["offset"] :][: place["bytes"]] == jpeg(number, 32, 32)
@@ -76,7 +98,9 @@ def test_the_same_samples_in_the_same_order_as_in_betons(tmp_path: Path, window:
     build(tmp_path / "data", tmp_path / "betons", *settings)
     betons, places = read_manifest(tmp_path / "betons"), read_manifest(tmp_path / "places")
     told = {"bytes", "sha256"}
-    assert [part.model_dump(exclude=told) for part in betons.betons] == [part.model_dump(exclude=told) for part in places.places]
+    assert [part.model_dump(exclude=told) for part in betons.betons] == [
+        part.model_dump(exclude=told) for part in places.places
+    ]
     for part in betons.betons:
         data = np.fromfile(Layout(tmp_path / "betons").beton_file(part.number), np.uint8)
         metadata = data[beton.METADATA_OFFSET :][: part.samples * beton.METADATA.itemsize].view(beton.METADATA)
@@ -126,7 +150,8 @@ def test_verify_looks_for_the_tars(dataset: Built, tmp_path: Path) -> None:
     said = preprocess("verify", out)
     assert (
         said.code == 1
-        and f"1.tar: missing, but images of 1 lie in it; if it was moved, say where to in {out}/places/sources.json" in said.out
+        and f"1.tar: missing, but images of 1 lie in it; if it was moved, say where to in {out}/places/sources.json"
+        in said.out
     )
     write_sources(Layout(out), read_sources(Layout(out)) | {"1": Source(str(moved), moved.stat().st_size)})
     assert preprocess("verify", out).code == 0
@@ -150,9 +175,15 @@ def test_places_can_be_appended(dataset: Built, tmp_path: Path) -> None:
 def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("path,caption\nimage.jpg,a cat\n")
     told = refused([tmp_path / "pairs.csv"], tmp_path / "out", "--no-images")
-    assert "cannot be read in place" in told and "uncompressed tars on local disks" in told and "leave out --no-images" in told
+    assert (
+        "cannot be read in place" in told
+        and "uncompressed tars on local disks" in told
+        and "leave out --no-images" in told
+    )
     write_tar(tmp_path / "data" / "0.tar", healthy(1))
-    assert "--no-beton and --no-images are both given" in refused(tmp_path / "data", tmp_path / "out", "--no-images", "--no-beton")
+    assert "--no-beton and --no-images are both given" in refused(
+        tmp_path / "data", tmp_path / "out", "--no-images", "--no-beton"
+    )
 
 
 def test_a_file_of_another_form_is_told(tmp_path: Path) -> None:

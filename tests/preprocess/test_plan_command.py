@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shard_factory import build, preprocess, write_shards
 
 from labels.config import load_pipeline
 from labels.html import format_seconds
@@ -16,6 +15,7 @@ from preprocess import estimate as module
 from preprocess.betons.plan import Member
 from preprocess.estimate import Estimate, Pass, Sample, choose_shards, elapsed, extrapolate, group_shards, measure
 from preprocess.readers.shards import Shard
+from shard_factory import build, preprocess, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,9 @@ def test_disk_and_rows_are_those_of_the_build(data: Path, tmp_path: Path) -> Non
 
 
 def test_for_people_with_every_assumption(data: Path, tmp_path: Path) -> None:
-    said = preprocess("plan", data, "--out", tmp_path, "--workers", 1, "--samples", "1.2M", "--no-beton", "--price-per-gib-month", 5)
+    said = preprocess(
+        "plan", data, "--out", tmp_path, "--workers", 1, "--samples", "1.2M", "--no-beton", "--price-per-gib-month", 5
+    )
     assert said.code == 0, said.err
     for told in (
         "about 1,200,000 label rows",
@@ -67,7 +69,15 @@ def test_the_measured_are_middling_and_from_everywhere() -> None:
 def measured(shards: int, **changed: Any) -> Sample:
     """Of shards of 100 bytes two were built, in two processes: labels take 2 s each, betons 4 s."""
     labels, betons = (Pass(2, seconds, spread=0.0, work_s=0.0, peak_bytes=1 << 20) for seconds in (0.02, 0.04))
-    values = {"rows": 20, "rejected": 0, "label_bytes": 14, "table_bytes": 11, "idf_s": 3.0, "idf_shard_s": 0.1, "start_s": 1.5}
+    values = {
+        "rows": 20,
+        "rejected": 0,
+        "label_bytes": 14,
+        "table_bytes": 11,
+        "idf_s": 3.0,
+        "idf_shard_s": 0.1,
+        "start_s": 1.5,
+    }
     passes = {"labels": labels, "betons": betons, "beton_bytes": 0.9}
     return Sample(**{"shards": [100] * shards, "names": ["0", "1"], "source_bytes": 200, **values, **passes, **changed})
 
@@ -102,7 +112,9 @@ def test_speeds_that_differ() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "run_tasks", timed)
-        uneven, markers = module._time_pass(len, [[], []])  # a task takes 2 s, the one half as long, the other one and a half times
+        uneven, markers = module._time_pass(
+            len, [[], []]
+        )  # a task takes 2 s, the one half as long, the other one and a half times
     assert uneven._replace(spread=0.0) == Pass(2, 0.02, spread=0.0, work_s=4.0, peak_bytes=7) and markers == [1.0, 3.0]
     assert uneven.spread == pytest.approx(0.5)
     found = estimated(measured(4, labels=uneven))
@@ -113,11 +125,16 @@ def test_speeds_that_differ() -> None:
 def test_small_shards_make_one_group_and_large_ones_many() -> None:
     def shards_in_a_group(rows: int, count: int = 8, size: int = 1000, **settings: Any) -> int:
         part = ShardPart.model_construct(name="0", rows=rows)
-        return group_shards([Member(shard(0, size), part, 0, size)], count, load_pipeline().build.model_copy(update=settings))
+        return group_shards(
+            [Member(shard(0, size), part, 0, size)], count, load_pipeline().build.model_copy(update=settings)
+        )
 
     assert [shards_in_a_group(rows) for rows in (1000, 4000, 40_000)] == [8, 2, 1]
     assert shards_in_a_group(1000, size=2**31) == 2 and shards_in_a_group(1, count=10**6, size=0) == 10_000
-    assert shards_in_a_group(4000, count=100, shuffle_window=16) == 16 and shards_in_a_group(300, count=100, shuffle_window=16) == 32
+    assert (
+        shards_in_a_group(4000, count=100, shuffle_window=16) == 16
+        and shards_in_a_group(300, count=100, shuffle_window=16) == 32
+    )
 
 
 def test_code_is_compiled_before_the_measurement(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> None:
@@ -130,7 +147,9 @@ def test_code_is_compiled_before_the_measurement(monkeypatch: pytest.MonkeyPatch
             return self
 
         def __exit__(self, *_: object) -> None: ...
-        def submit(self, function: Any, sources: object, folder: object, settings: object, count: int, *_: object) -> "Pool":
+        def submit(
+            self, function: Any, sources: object, folder: object, settings: object, count: int, *_: object
+        ) -> "Pool":
             counts.append(count)
             return self
 
@@ -146,7 +165,9 @@ def test_code_is_compiled_before_the_measurement(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_each_task_of_a_pass_is_measured(data: Path, tmp_path: Path, workers: int) -> None:
-    settings = load_pipeline(overrides=[f"build.workers={workers}", f"labels.ngrams={workers}"])  # pairs are not measured
+    settings = load_pipeline(
+        overrides=[f"build.workers={workers}", f"labels.ngrams={workers}"]
+    )  # pairs are not measured
     found = measure([str(data)], tmp_path, settings, 2, None, True)
     assert found.betons is not None and (found.labels.workers, found.betons.workers) == (workers, workers)
     assert (found.rows, found.rejected, found.group_shards, len(found.names)) == (24, 0, 4, 2)

@@ -1,4 +1,6 @@
-"""The Ray engine: two nodes of a cluster on this machine, one killed in the middle; the same results as the local engine."""
+"""The Ray engine: two nodes of a cluster on this machine, one killed in the middle; the same results as the local
+engine.
+"""
 
 import os
 import signal
@@ -12,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shard_factory import contents, end_without_a_word, preprocess, write_shards
 
 from labels.storage import UserError
 from preprocess import ray as ray_engine
 from preprocess.engine import run_tasks
+from shard_factory import contents, end_without_a_word, preprocess, write_shards
 
 ROOT = Path(__file__).parents[2]
 IMPORT_PATH = [str(ROOT), str(ROOT / "tests" / "helpers")]  # for processes that unpickle functions of this file
@@ -29,7 +31,11 @@ NODE = {"num_cpus": 1, "object_store_memory": 80_000_000, "node_ip_address": "12
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head without CPUs that nobody can kill by accident, and one node of one CPU; found by RAY_ADDRESS."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_health_check_period_ms": "500",
+        "RAY_health_check_failure_threshold": "3",
+    }
     from ray.cluster_utils import Cluster
 
     path = os.pathsep.join([*IMPORT_PATH, os.environ.get("PYTHONPATH", "")])
@@ -38,7 +44,9 @@ def cluster() -> Iterator[Any]:
         cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
         cluster.add_node(**NODE)
         patch.setenv("RAY_ADDRESS", cluster.address)
-        ray.init(address=cluster.address, log_to_driver=False)  # one connection for all tests but those that need their own
+        ray.init(
+            address=cluster.address, log_to_driver=False
+        )  # one connection for all tests but those that need their own
         yield cluster
     ray.shutdown()
     cluster.shutdown()
@@ -124,7 +132,9 @@ def test_a_node_that_does_not_see_out_is_refused(cluster: Any, tmp_path: Path) -
     shared.write_text("{}")
     assert list(run_tasks(end_without_a_word, ["fine"], 1, "ray", shared)) == ["fine"]
     home = ray_engine._Home(ray_engine._versions(), shared, b"another's")
-    with pytest.raises(UserError, match=r"does not see the OUT of this command: .*options.json is not there or another file"):
+    with pytest.raises(
+        UserError, match=r"does not see the OUT of this command: .*options.json is not there or another file"
+    ):
         ray_engine._check_node(home)
     shared.unlink()
     with pytest.raises(UserError, match="network file system under the same path, or a URL"):
@@ -137,7 +147,9 @@ def test_a_build_gives_the_same_bytes_though_a_node_is_killed(cluster: Any, tmp_
     lost = cluster.add_node(**NODE)
 
     def run(engine: str) -> None:
-        said = preprocess("build-labels", data, "--out", tmp_path / engine, "--workers", 1, "--set", f"build.engine={engine}")
+        said = preprocess(
+            "build-labels", data, "--out", tmp_path / engine, "--workers", 1, "--set", f"build.engine={engine}"
+        )
         assert said.code == 0, said.err
 
     run("local")
@@ -167,7 +179,9 @@ def test_without_ray_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_cluster_one_is_started_for_the_run() -> None:
-    """In a process of its own that neither reads of other clusters here nor looks for their processes: the other tests have one."""
+    """In a process of its own that neither reads of other clusters here nor looks for their processes: the other tests
+    have one.
+    """
     script = (
         "import functools, ray; from ray._private import services; services.find_gcs_addresses = functools.cache(set)\n"
         "from preprocess.engine import run_tasks; from shard_factory import end_without_a_word\n"
@@ -177,7 +191,12 @@ def test_without_a_cluster_one_is_started_for_the_run() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     path = os.pathsep.join([*IMPORT_PATH, os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as folder:  # a short path: sockets lie in it
-        environment |= {"PYTHONPATH": path, "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        environment |= {
+            "PYTHONPATH": path,
+            "RAY_TMPDIR": folder,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        }
         command = [sys.executable, "-c", script]
         said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert (said.stdout, said.returncode) == ("['a', 'b'] 3.0 False\n", 0), said.stderr

@@ -1,4 +1,6 @@
-"""`preprocess report`: a page that holds all it shows, with the numbers of OUT; tried in Chromium where it is installed."""
+"""`preprocess report`: a page that holds all it shows, with the numbers of OUT; tried in Chromium where it is
+installed.
+"""
 
 from pathlib import Path
 
@@ -6,11 +8,11 @@ import pytest
 from conftest import Built
 from hypothesis import given
 from hypothesis import strategies as st
-from page_checks import CHROMIUM, check_page, shown_in_chromium
-from shard_factory import preprocess, rows, write_shards
 
 from labels.html import Axis, Html, Series, html, line_chart, linear_ticks, log_ticks, table, tag
+from page_checks import CHROMIUM, check_page, shown_in_chromium
 from preprocess.inspect.report import summarise
+from shard_factory import preprocess, rows, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,14 @@ def test_the_page_stands_alone(report: Path) -> None:
     page = check_page(report.read_text("utf8"))
     assert page.ids >= {"spectrum", "labels", "quarantine", "gallery", "shards", "options"}
     assert page.images == 6
-    for told in ("caption is not UTF-8", "000000100", "000000101", "rank by document frequency, log scale", "IDF (nats)", "犬と猫"):
+    for told in (
+        "caption is not UTF-8",
+        "000000100",
+        "000000101",
+        "rank by document frequency, log scale",
+        "IDF (nats)",
+        "犬と猫",
+    ):
         assert told in page.text, told
     assert "All 3 files of the manifest are there" in page.text
 
@@ -69,7 +78,9 @@ def test_chromium_shows_it_without_a_complaint(report: Path, tmp_path: Path) -> 
     assert "CONSOLE" not in shown_in_chromium(report, tmp_path / "good")
     # The page's own policy refuses every request, and the refusal is a complaint: so silence means that there was none.
     spoilt = tmp_path / "spoilt.html"
-    spoilt.write_text(report.read_text("utf8").replace("</main>", '<img src="http://localhost:9/x.png" alt="x"></main>'), "utf8")
+    spoilt.write_text(
+        report.read_text("utf8").replace("</main>", '<img src="http://localhost:9/x.png" alt="x"></main>'), "utf8"
+    )
     assert "CONSOLE" in shown_in_chromium(spoilt, tmp_path / "bad")
 
 

@@ -44,7 +44,9 @@ def test_datacomp_tars_with_sides_marks_and_gaps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["", "*.tar", "*"])
 def test_a_shard_without_its_mark_is_left_out_and_told(tmp_path: Path, pattern: str) -> None:
-    files(tmp_path, *(f"{number:08d}.tar" for number in range(5)), *(f"{number:08d}_stats.json" for number in (0, 1, 2)))
+    files(
+        tmp_path, *(f"{number:08d}.tar" for number in range(5)), *(f"{number:08d}_stats.json" for number in (0, 1, 2))
+    )
     files(tmp_path, "00000001.parquet", "00000004.parquet")
     result = find_shards([f"{tmp_path}/{pattern}"])
     assert [shard.name for shard in result.shards] == ["00000000", "00000001", "00000002"]
@@ -68,7 +70,10 @@ def test_marks_count_in_their_own_folder_only(tmp_path: Path) -> None:
 def test_none_complete_is_an_error(tmp_path: Path) -> None:
     files(tmp_path, "0.tar", "0_stats.json", "1.tar")
     told = refused(tmp_path / "1.tar")
-    assert "1 of 1 shards have no _stats.json" in told and "mend: run the same command again when the download has ended" in told
+    assert (
+        "1 of 1 shards have no _stats.json" in told
+        and "mend: run the same command again when the download has ended" in told
+    )
 
 
 def test_a_side_parquet_without_any_mark_in_the_folder_is_used(tmp_path: Path) -> None:
@@ -101,14 +106,18 @@ def test_img2dataset_parquet_has_marks_too(tmp_path: Path) -> None:
 def test_kinds_may_be_mixed_by_name_and_by_glob(tmp_path: Path) -> None:
     files(tmp_path, "0.tar", "0.parquet", "1.tar", "metadata.parquet", "pairs.csv")
     assert found(tmp_path / "0.tar", tmp_path / "pairs.csv") == {"0": "tar", "pairs": "csv"}
-    assert found(f"{tmp_path}/*") == {"0": "tar", "1": "tar", "metadata": "parquet", "pairs": "csv"}, "0.parquet is a side, not a shard"
+    assert found(f"{tmp_path}/*") == {"0": "tar", "1": "tar", "metadata": "parquet", "pairs": "csv"}, (
+        "0.parquet is a side, not a shard"
+    )
     assert found(tmp_path / "0.parquet") == {"0": "parquet"}, "by name it is what the user says"
 
 
 def test_the_same_file_twice_is_one_shard_and_order_is_that_of_label_files(tmp_path: Path) -> None:
     files(tmp_path, "a.tar", "a-b.tar", "b.tar", "a.b.tar")
     names = list(found(tmp_path, tmp_path / "a.tar", f"{tmp_path}/*.tar"))
-    assert names == [name.removesuffix(".parquet") for name in sorted(f"{name}.parquet" for name in ("a", "a-b", "b", "a.b"))]
+    assert names == [
+        name.removesuffix(".parquet") for name in sorted(f"{name}.parquet" for name in ("a", "a-b", "b", "a.b"))
+    ]
 
 
 def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -139,7 +148,11 @@ def test_a_url_of_fsspec_with_side_and_mark() -> None:
         for source in ("memory://test-shards", "memory://test-shards/*.tar"):
             result = find_shards([source])
             (shard,) = result.shards
-            assert (shard.name, shard.path, shard.side) == ("0", "memory:///test-shards/0.tar", "memory:///test-shards/0.parquet")
+            assert (shard.name, shard.path, shard.side) == (
+                "0",
+                "memory:///test-shards/0.tar",
+                "memory:///test-shards/0.parquet",
+            )
             assert result.notes[0].startswith("1 of 2 shards")
         with shard.open() as file:
             assert file.read() == b"0.tar"

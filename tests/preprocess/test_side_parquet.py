@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from shard_factory import build, sample, tar_bytes
 
 KEYS = [f"{number:04d}" for number in range(6)]
@@ -17,7 +18,10 @@ def left_out(folder: Path, tar: bytes) -> dict[str, tuple[str, str]]:
     (data / "a.tar").write_bytes(tar)
     pq.write_table(pa.table({"key": KEYS, "caption": [f"picture {key}" for key in KEYS]}), data / "a.parquet")
     build(data, folder / "out", "--set", LIMIT)
-    return {row["key"]: (row["reason"], row["detail"]) for row in pq.read_table(folder / "out" / "quarantine.parquet").to_pylist()}
+    return {
+        row["key"]: (row["reason"], row["detail"])
+        for row in pq.read_table(folder / "out" / "quarantine.parquet").to_pylist()
+    }
 
 
 def members(*keys: str) -> list[tuple[str, bytes]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Built
+
 from shard_factory import contents, flip_bit, preprocess
 
 SHELL = Path(sys.executable).parent / "duckdb"
@@ -46,7 +47,9 @@ def test_json(finished: Built) -> None:
 def test_table(finished: Built) -> None:
     found = asked(finished.out, TOP, "table")
     assert all(word in found for word in ("token", "df", "idf", "│"))
-    assert "NULL" in asked(finished.out, "SELECT NULL AS n", "table") and "0.333333" in asked(finished.out, "SELECT 1/3 AS f", "table")
+    assert "NULL" in asked(finished.out, "SELECT NULL AS n", "table") and "0.333333" in asked(
+        finished.out, "SELECT 1/3 AS f", "table"
+    )
     long = asked(finished.out, "SELECT repeat('x', 300) AS x", "table")
     assert long.count("x") == 301, "wrapped, not shortened"
     assert "only the first 1000 rows are shown" in asked(finished.out, "SELECT token_id FROM tokens", "table")
@@ -60,7 +63,10 @@ def test_table(finished: Built) -> None:
         ("SELECT sum(rows) FROM shards", "22"),
         ("SELECT count(*) FROM labels", "22"),
         ("SELECT count(DISTINCT key) FROM labels WHERE len(label_ids) > 0", "22"),
-        ("WITH l AS (SELECT unnest(label_ids) AS t FROM labels) SELECT count(*) = (SELECT labels FROM corpus) FROM l", "True"),
+        (
+            "WITH l AS (SELECT unnest(label_ids) AS t FROM labels) SELECT count(*) = (SELECT labels FROM corpus) FROM l",
+            "True",
+        ),
         ("FROM corpus SELECT vocabulary;", "49408"),
         ("SELECT reasons['caption is not UTF-8'] FROM shards ORDER BY shard", "1"),
         ("DESCRIBE tokens", "token_id,INTEGER,YES,,,"),

@@ -1,4 +1,6 @@
-"""`run_stage` skips what its markers say is done; markers as earlier versions wrote them; the manifest goes before a file changes."""
+"""`run_stage` skips what its markers say is done; markers as earlier versions wrote them; the manifest goes before a
+file changes.
+"""
 
 import json
 from collections.abc import Mapping
@@ -59,7 +61,9 @@ def test_a_marker_is_read_and_written_as_ever(tmp_path: Path, content: dict[str,
     path = tmp_path / "marker.json"
     path.write_text(json.dumps(content))
     marker = read_marker(path, kind)
-    assert marker is not None and marker.model_dump(exclude_none=True) == {k: v for k, v in content.items() if k != "faults"}
+    assert marker is not None and marker.model_dump(exclude_none=True) == {
+        k: v for k, v in content.items() if k != "faults"
+    }
     faults = read_faults(path)
     assert faults == content.get("faults", [])
     write_marker(path, marker, faults if "faults" in content else None)

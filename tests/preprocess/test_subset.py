@@ -33,12 +33,15 @@ def pool(folder: Path) -> Path:
     (folder / "metadata").mkdir()
     for name, part in (("a", slice(0, 5)), ("b", slice(5, 8))):
         pq.write_table(
-            pa.table({"uid": UID[part][::-1], "clip_l14_similarity_score": SCORES[part][::-1]}), folder / f"metadata/{name}.parquet"
+            pa.table({"uid": UID[part][::-1], "clip_l14_similarity_score": SCORES[part][::-1]}),
+            folder / f"metadata/{name}.parquet",
         )
     return folder
 
 
-def resolve(text: str, folder: Path, *, metadata: str | None = None, sources: Sequence[str] | None = None) -> tuple[list[str], str]:
+def resolve(
+    text: str, folder: Path, *, metadata: str | None = None, sources: Sequence[str] | None = None
+) -> tuple[list[str], str]:
     """The uids of the array, in its order, and the fingerprint."""
     target = folder / "out" / "subset.npy"
     fingerprint = resolve_subset(text, metadata, sources or [str(folder)], target, "100MiB", folder / "spill")
@@ -60,8 +63,15 @@ def test_all_three_forms_give_the_same_array(tmp_path: Path) -> None:
     wanted = UID[3:]
     np.save(folder / "sorted.npy", as_array(wanted))
     np.save(folder / "mixed.npy", as_array(wanted)[[3, 0, 4, 1, 2]].astype([("high", ">u8"), ("low", ">u8")]))
-    pq.write_table(pa.table({"uid": [uid.upper() for uid in reversed(wanted)], "other": range(5)}), folder / "chosen.parquet")
-    texts = ["clip_l14_similarity_score > 0.35", f"{folder}/sorted.npy", f"{folder}/mixed.npy", f"file://{folder}/chosen.parquet"]
+    pq.write_table(
+        pa.table({"uid": [uid.upper() for uid in reversed(wanted)], "other": range(5)}), folder / "chosen.parquet"
+    )
+    texts = [
+        "clip_l14_similarity_score > 0.35",
+        f"{folder}/sorted.npy",
+        f"{folder}/mixed.npy",
+        f"file://{folder}/chosen.parquet",
+    ]
     results = [resolve(text, folder) for text in texts]
     assert results == [(wanted, results[0][1])] * 4
     assert resolve("clip_l14_similarity_score > 0.45", folder)[1] != results[0][1]
@@ -89,9 +99,15 @@ def test_the_metadata_is_found_in_or_beside_the_source(tmp_path: Path, source: s
 
 def test_the_metadata_may_be_named(tmp_path: Path) -> None:
     folder = pool(tmp_path)
-    for metadata, count in ((f"{folder}/metadata", 8), (f"{folder}/metadata/b.parquet", 3), (f"{folder}/meta*/[a]*.parquet", 5)):
+    for metadata, count in (
+        (f"{folder}/metadata", 8),
+        (f"{folder}/metadata/b.parquet", 3),
+        (f"{folder}/meta*/[a]*.parquet", 5),
+    ):
         assert len(resolve("true", folder, metadata=metadata, sources=["/nowhere"])[0]) == count
-    assert "build.metadata: /nowhere does not exist or holds no .parquet" in refused("true", folder / "x", metadata="/nowhere")
+    assert "build.metadata: /nowhere does not exist or holds no .parquet" in refused(
+        "true", folder / "x", metadata="/nowhere"
+    )
 
 
 def test_repeated_uids_stay_repeated(tmp_path: Path) -> None:
@@ -208,7 +224,9 @@ def test_too_little_memory_is_told(tmp_path: Path, text: str, memory: str) -> No
     (tmp_path / "metadata").mkdir()
     pq.write_table(pa.table({"uid": [f"{row:032x}" for row in range(50_000)]}), tmp_path / "metadata" / "a.parquet")
     with pytest.raises(UserError, match=f"build.duckdb_memory = {memory} is too little for the subset: Out of Memory"):
-        resolve_subset(text.format(tmp_path), None, [str(tmp_path)], tmp_path / "out" / "subset.npy", memory, tmp_path / "spill")
+        resolve_subset(
+            text.format(tmp_path), None, [str(tmp_path)], tmp_path / "out" / "subset.npy", memory, tmp_path / "spill"
+        )
 
 
 def test_metadata_and_arrays_by_url(tmp_path: Path) -> None:
@@ -218,7 +236,9 @@ def test_metadata_and_arrays_by_url(tmp_path: Path) -> None:
     memory.put(f"{folder}/metadata", "/test-subset/metadata", recursive=True)
     memory.put_file(f"{folder}/a.npy", "/test-subset/a.npy")
     try:
-        assert resolve("clip_l14_similarity_score > 0.75", folder, sources=["memory://test-subset/shards"])[0] == UID[7:]
+        assert (
+            resolve("clip_l14_similarity_score > 0.75", folder, sources=["memory://test-subset/shards"])[0] == UID[7:]
+        )
         assert resolve("memory://test-subset/a.npy", folder)[0] == UID[:2]
     finally:
         memory.rm("/test-subset", recursive=True)
@@ -228,7 +248,14 @@ def batch(uids: Sequence[str | None]) -> RowBatch:
     keys = [f"k{row}" for row in range(len(uids))]
     empty = [None] * len(keys)
     table = pa.table(
-        [pa.array(keys), pa.array(uids, pa.string()), pa.array(empty, pa.int32()), pa.array(empty, pa.int32()), pa.array(keys)], schema=ROWS
+        [
+            pa.array(keys),
+            pa.array(uids, pa.string()),
+            pa.array(empty, pa.int32()),
+            pa.array(empty, pa.int32()),
+            pa.array(keys),
+        ],
+        schema=ROWS,
     )
     return RowBatch(table, [Fault("f", "no caption", "")])
 
@@ -245,11 +272,17 @@ _SOME_UID = st.one_of(st.sampled_from(UID), st.text("0123456789abcdefABCDEF", mi
 def test_select_as_the_reference(chosen: list[str], rows: list[str | None], skipped: int) -> None:
     rows += chosen[:10]
     counts = Counter(uid.lower() for uid in chosen)
-    wanted = [f"k{row}" for row, uid in enumerate(rows) for _ in range(counts[uid.lower()] if uid else 0) if row >= skipped]
+    wanted = [
+        f"k{row}" for row, uid in enumerate(rows) for _ in range(counts[uid.lower()] if uid else 0) if row >= skipped
+    ]
     whole = batch(rows)
     part = RowBatch(whole.table.slice(skipped), whole.faults)  # offsets into the buffers are not 0
     selected, left_out = select(part, as_array(chosen))
-    assert selected.table["key"].to_pylist() == wanted and selected.table.schema.equals(ROWS) and selected.faults == whole.faults
+    assert (
+        selected.table["key"].to_pylist() == wanted
+        and selected.table.schema.equals(ROWS)
+        and selected.faults == whole.faults
+    )
     assert left_out == len(part.table) - len(set(wanted))
 
 
@@ -264,7 +297,12 @@ def test_counting_among_equal_halves(array: list[tuple[int, int]], wanted: list[
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.one_of(st.none(), st.text("0123456789abcdefABCDEF", min_size=31, max_size=33), st.text(max_size=34)), max_size=20))
+@given(
+    st.lists(
+        st.one_of(st.none(), st.text("0123456789abcdefABCDEF", min_size=31, max_size=33), st.text(max_size=34)),
+        max_size=20,
+    )
+)
 def test_uids_as_numbers_as_python_reads_them(strings: list[str | None]) -> None:
     digits = set("0123456789abcdefABCDEF")
     good = [row for row, text in enumerate(strings) if text is not None and len(text) == 32 and set(text) <= digits]

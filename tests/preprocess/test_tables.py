@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shard_factory import jpeg
 
 from labels.storage import UserError
 from preprocess.readers import table as tablefile
@@ -23,6 +22,7 @@ from preprocess.readers.caption_key import parse_caption_key
 from preprocess.readers.images import has_images, table_images
 from preprocess.readers.shards import Shard, find_shards
 from preprocess.readers.table import read_table_rows
+from shard_factory import jpeg
 
 Read = tuple[list[dict[str, Any]], list[tuple[str, str]]]
 
@@ -42,7 +42,11 @@ def text_file(folder: Path, content: str | bytes, name: str = "t.csv") -> Shard:
 
 
 def faults_of(table: Shard, *keys: str, batch_rows: int = 1000) -> list[Fault]:
-    return [fault for batch in read_table_rows(table, parse_caption_key(keys or ("auto",)), batch_rows) for fault in batch.faults]
+    return [
+        fault
+        for batch in read_table_rows(table, parse_caption_key(keys or ("auto",)), batch_rows)
+        for fault in batch.faults
+    ]
 
 
 def read(table: Shard, *keys: str, batch_rows: int = 1000) -> Read:
@@ -103,16 +107,26 @@ def _size(row: dict[str, Any]) -> tuple[int | None, int | None]:
     return None, None
 
 
-_TEXT = st.one_of(st.none(), st.sampled_from(["", " \n", "\x1f\x1c", "\u3000", "\x85x", "a cat", "é", "\u00a0"]), st.text(max_size=8))
+_TEXT = st.one_of(
+    st.none(), st.sampled_from(["", " \n", "\x1f\x1c", "\u3000", "\x85x", "a cat", "é", "\u00a0"]), st.text(max_size=8)
+)
 _KEY = st.one_of(st.none(), st.sampled_from(["", "a", "b", "000000000002", "ключ"]))
 _SIDE = st.one_of(st.none(), st.sampled_from([0, -1, 1, 640, 2**31 - 1, 2**31, 2**62]))
 _SIDES = dict.fromkeys(("width", "height", "original_width", "original_height"), _SIDE)
 _ROW = st.fixed_dictionaries({"key": _KEY, "uid": _KEY, "caption": _TEXT, "text": _TEXT, **_SIDES})
-_TYPES = {"key": pa.string(), "uid": pa.large_string(), "caption": pa.string(), "text": pa.string_view(), "status": pa.string()}
+_TYPES = {
+    "key": pa.string(),
+    "uid": pa.large_string(),
+    "caption": pa.string(),
+    "text": pa.string_view(),
+    "status": pa.string(),
+}
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(_ROW, max_size=30), st.integers(1, 9), st.integers(1, 7), st.sampled_from([(), ("key",), ("key", "uid")]))
+@given(
+    st.lists(_ROW, max_size=30), st.integers(1, 9), st.integers(1, 7), st.sampled_from([(), ("key",), ("key", "uid")])
+)
 def test_any_table_reads_as_the_reference(
     tmp_path: Path, rows: list[dict[str, Any]], batch_rows: int, group: int, without: tuple[str, ...]
 ) -> None:
@@ -127,12 +141,15 @@ def test_any_table_reads_as_the_reference(
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["success", "failed_to_download", None]), st.none() | st.lists(st.none() | st.text(max_size=3), max_size=3)
+            st.sampled_from(["success", "failed_to_download", None]),
+            st.none() | st.lists(st.none() | st.text(max_size=3), max_size=3),
         ),
         max_size=20,
     )
 )
-def test_lists_of_captions_and_failed_downloads(tmp_path: Path, rows: list[tuple[str | None, list[str | None] | None]]) -> None:
+def test_lists_of_captions_and_failed_downloads(
+    tmp_path: Path, rows: list[tuple[str | None, list[str | None] | None]]
+) -> None:
     table = parquet(
         tmp_path,
         {
@@ -140,7 +157,10 @@ def test_lists_of_captions_and_failed_downloads(tmp_path: Path, rows: list[tuple
             "caption": pa.array([texts for _, texts in rows], pa.list_(pa.string())),
         },
     )
-    plain = [{"status": status, "caption": texts if texts and any(text is not None for text in texts) else None} for status, texts in rows]
+    plain = [
+        {"status": status, "caption": texts if texts and any(text is not None for text in texts) else None}
+        for status, texts in rows
+    ]
     for batch_rows in (1, 3, 100):
         assert read(table, batch_rows=batch_rows) == reference(plain, ["caption"])
 
@@ -161,7 +181,10 @@ def test_a_csv_that_python_writes_reads_as_the_reference(tmp_path: Path, rows: l
     for delimiter, name in ((",", "t.csv"), ("\t", "t.tsv"), ("\t", "tabs.csv")):
         content = io.StringIO()
         writer = csv.DictWriter(
-            content, ["key", "title"], delimiter=delimiter, quoting=csv.QUOTE_ALL if delimiter == "," else csv.QUOTE_MINIMAL
+            content,
+            ["key", "title"],
+            delimiter=delimiter,
+            quoting=csv.QUOTE_ALL if delimiter == "," else csv.QUOTE_MINIMAL,
         )
         writer.writeheader()
         writer.writerows(rows)
@@ -170,12 +193,17 @@ def test_a_csv_that_python_writes_reads_as_the_reference(tmp_path: Path, rows: l
         assert read(text_file(tmp_path, content.getvalue(), name), batch_rows=3) == reference(plain, ["title"])
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_every_form_of_text_is_read(tmp_path: Path, kind: pa.DataType) -> None:
     values = pa.array(["a cat", None, "犬", "a cat"])
     values = values.dictionary_encode() if pa.types.is_dictionary(kind) else values.cast(kind)
     rows, faults = read(parquet(tmp_path, {"caption": values, "uid": values}))
-    assert [(row["key"], row["uid"], row["caption"]) for row in rows] == [("a cat", "a cat", "a cat"), ("犬", "犬", "犬")]
+    assert [(row["key"], row["uid"], row["caption"]) for row in rows] == [
+        ("a cat", "a cat", "a cat"),
+        ("犬", "犬", "犬"),
+    ]
     assert faults == [("000000000001", "no caption"), ("a cat", "repeated key")]
 
 
@@ -189,7 +217,11 @@ def test_sizes_of_every_type(tmp_path: Path) -> None:
     ):
         rows, _ = read(parquet(tmp_path, {"text": ["a", "b"], "width": values, "height": values}))
         assert [(row["width"], row["height"]) for row in rows] == [(640, 640), (None, None)]
-    rows, _ = read(parquet(tmp_path, {"text": ["a"], "width": [True], "height": [[1]], "original_width": [3], "original_height": [4]}))
+    rows, _ = read(
+        parquet(
+            tmp_path, {"text": ["a"], "width": [True], "height": [[1]], "original_width": [3], "original_height": [4]}
+        )
+    )
     assert (rows[0]["width"], rows[0]["height"]) == (3, 4)
     assert read(text_file(tmp_path, "text,width,height\na,640,480\nb,,7\n"))[0][0]["width"] == 640
 
@@ -227,7 +259,11 @@ def test_repeated_keys_far_apart_and_without_a_caption(tmp_path: Path) -> None:
 
 
 def test_numbers_may_be_keys(tmp_path: Path) -> None:
-    assert [row["key"] for row in read(parquet(tmp_path, {"key": [7, None, 9], "text": ["a", "b", "c"]}))[0]] == ["7", "000000000001", "9"]
+    assert [row["key"] for row in read(parquet(tmp_path, {"key": [7, None, 9], "text": ["a", "b", "c"]}))[0]] == [
+        "7",
+        "000000000001",
+        "9",
+    ]
     assert "the column 'uid' holds double" in refused(parquet(tmp_path, {"uid": [0.5], "text": ["a"]}))
 
 
@@ -252,7 +288,10 @@ def test_a_header_that_is_not_utf8_is_escaped(tmp_path: Path) -> None:
 
 
 def test_a_damaged_line_that_is_not_utf8_costs_itself(tmp_path: Path) -> None:
-    rows, faults = read(text_file(tmp_path, b"key,text\n\xc3\xa9,\xc3\xa9\n\xff\nc\xff,\xff\nd,four\ne,\xc3\xa9t\xc3\xa9\n"), batch_rows=2)
+    rows, faults = read(
+        text_file(tmp_path, b"key,text\n\xc3\xa9,\xc3\xa9\n\xff\nc\xff,\xff\nd,four\ne,\xc3\xa9t\xc3\xa9\n"),
+        batch_rows=2,
+    )
     assert [(row["key"], row["caption"]) for row in rows] == [("é", "é"), ("d", "four"), ("e", "été")]
     assert faults == [("c\\xff", "caption is not UTF-8"), ("", "row is damaged")]
 
@@ -261,7 +300,10 @@ def test_damaged_lines_of_a_csv_cost_themselves(tmp_path: Path) -> None:
     table = text_file(tmp_path, "key,text\na,one\nb\nc,two,three\nd,four\n")
     rows, faults = read(table, batch_rows=1)
     assert [row["key"] for row in rows] == ["a", "d"] and faults == [("", "row is damaged")] * 2
-    assert [fault.detail for fault in faults_of(table)] == ["line 3: 1 fields, the header has 2", "line 4: 3 fields, the header has 2"]
+    assert [fault.detail for fault in faults_of(table)] == [
+        "line 3: 1 fields, the header has 2",
+        "line 4: 3 fields, the header has 2",
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"PK\x03\x04" * 100])
@@ -292,7 +334,9 @@ def test_a_csv_of_many_blocks_and_a_row_that_is_too_long(tmp_path: Path, monkeyp
     rows, faults = read(text_file(tmp_path, "\n".join(["key,text", *lines])), batch_rows=7)
     assert [row["key"] for row in rows] == [f"k{number}" for number in range(200)] and not faults
     rows, faults = read(text_file(tmp_path, "\n".join(["key,text", *lines[:50], "long," + "x" * 900, *lines[50:]])))
-    assert faults == [("", "table cut or damaged")] and [row["key"] for row in rows] == [f"k{number}" for number in range(len(rows))]
+    assert faults == [("", "table cut or damaged")] and [row["key"] for row in rows] == [
+        f"k{number}" for number in range(len(rows))
+    ]
 
 
 def test_a_damaged_page_ends_the_table_and_earlier_rows_stay(tmp_path: Path) -> None:
@@ -333,7 +377,9 @@ def test_a_remote_table_reads_the_same() -> None:
 
 
 def images(table: Shard, keys: Sequence[str]) -> list[tuple[int, bytes | tuple[str, str]]]:
-    return [(row, (data.key, data.reason) if isinstance(data, Fault) else data) for row, data in table_images(table, keys)]
+    return [
+        (row, (data.key, data.reason) if isinstance(data, Fault) else data) for row, data in table_images(table, keys)
+    ]
 
 
 _STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -351,7 +397,12 @@ def test_images_of_a_parquet(tmp_path: Path, form: str, name: str) -> None:
     columns = {"text": ["a", "b", "c", "d"], "key": ["k0", "k1", "k2", "k3"], name: _FORMS[form]([*values[:3], None])}
     table = parquet(tmp_path, columns)
     assert has_images(table)
-    assert images(table, ["k0", "k2", "k2", "k3"]) == [(0, values[0]), (1, values[2]), (2, values[2]), (3, ("k3", "no image"))]
+    assert images(table, ["k0", "k2", "k2", "k3"]) == [
+        (0, values[0]),
+        (1, values[2]),
+        (2, values[2]),
+        (3, ("k3", "no image")),
+    ]
     assert images(table, []) == []
 
 
@@ -367,9 +418,7 @@ def test_images_beside_a_csv(tmp_path: Path) -> None:
     (tmp_path / "im").mkdir()
     for name in ("a", "b é"):
         (tmp_path / "im" / f"{name}.jpg").write_bytes(name.encode() * 100)
-    content = (
-        f"title,filepath\none,im/a.jpg\ntwo,im/none.jpg\nthree,{tmp_path}/im/b é.jpg\nfour,\nfive,file://{tmp_path}/im/a.jpg\nsix,im\n"
-    )
+    content = f"title,filepath\none,im/a.jpg\ntwo,im/none.jpg\nthree,{tmp_path}/im/b é.jpg\nfour,\nfive,file://{tmp_path}/im/a.jpg\nsix,im\n"
     table = text_file(tmp_path, content)
     keys = [row["key"] for row in read(table)[0]]
     missing = [(row, (keys[row], "no image")) for row in (1, 3, 5)]
@@ -387,7 +436,9 @@ def test_a_struct_may_name_a_file(tmp_path: Path) -> None:
 
 
 def test_a_failed_download_of_the_same_key_is_not_the_image(tmp_path: Path) -> None:
-    table = parquet(tmp_path, {"key": ["k", "k"], "status": ["failed", "success"], "text": ["a", "b"], "jpg": [b"wrong", b"right"]})
+    table = parquet(
+        tmp_path, {"key": ["k", "k"], "status": ["failed", "success"], "text": ["a", "b"], "jpg": [b"wrong", b"right"]}
+    )
     assert captions(table) == ["b"] and images(table, ["k"]) == [(0, b"right")]
 
 
@@ -400,7 +451,9 @@ def test_a_table_that_changed_is_an_error(tmp_path: Path) -> None:
 def test_images_beyond_a_damaged_page_are_faults(tmp_path: Path) -> None:
     pictures = [jpeg(number) for number in range(90)]
     columns = {"text": ["a"] * 90, "jpg": pictures}
-    table = parquet(tmp_path, columns, row_group_size=30, write_page_checksum=True, compression="none", use_dictionary=False)
+    table = parquet(
+        tmp_path, columns, row_group_size=30, write_page_checksum=True, compression="none", use_dictionary=False
+    )
     data = bytearray(Path(table.path).read_bytes())
     data[data.find(pictures[40]) + 50] ^= 1
     Path(table.path).write_bytes(data)

@@ -1,4 +1,6 @@
-"""The compiled reading of tars gives the rows and faults of the reference walk: healthy tars, odd ones, and mutated bytes."""
+"""The compiled reading of tars gives the rows and faults of the reference walk: healthy tars, odd ones, and mutated
+bytes.
+"""
 
 import io
 import json
@@ -10,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shard_factory import Member, healthy, jpeg, sample, tar_bytes
 
 from preprocess.readers import tar
 from preprocess.readers.base import Fault
@@ -18,6 +19,7 @@ from preprocess.readers.caption_key import parse_caption_key
 from preprocess.readers.shards import Shard
 from preprocess.readers.tar import local_index, read_tar_rows
 from preprocess.readers.tar_index import index_tar
+from shard_factory import Member, healthy, jpeg, sample, tar_bytes
 
 AUTO = parse_caption_key(["auto"])
 PLAIN_JSON = {"uid": "0" * 32, "width": 32, "height": 24, "caption": "from json"}
@@ -30,10 +32,14 @@ def shard_of(path: Path, data: bytes) -> Shard:
 
 def read(shard: Shard, keys: list[str]) -> tuple[list[dict[str, Any]], list[Fault]]:
     batches = list(read_tar_rows(shard, parse_caption_key(keys)))
-    return [row for batch in batches for row in batch.table.to_pylist()], [fault for batch in batches for fault in batch.faults]
+    return [row for batch in batches for row in batch.table.to_pylist()], [
+        fault for batch in batches for fault in batch.faults
+    ]
 
 
-def assert_ways_agree(path: Path, data: bytes, keys: tuple[str, ...] = ("auto",)) -> tuple[list[dict[str, Any]], list[Fault]]:
+def assert_ways_agree(
+    path: Path, data: bytes, keys: tuple[str, ...] = ("auto",)
+) -> tuple[list[dict[str, Any]], list[Fault]]:
     """Rows and faults, after comparing the compiled way with the reference."""
     shard = shard_of(path, data)
     fast = read(shard, list(keys))
@@ -69,7 +75,9 @@ def test_rows_and_faults_keep_the_tars_order_across_batches(tmp_path: Path, monk
     for number in range(40):
         key = f"{number:05d}"
         members += (
-            sample(key, [f"caption {number}", b"\xff", " \n", None][number % 4], **PLAIN_JSON) if number % 3 else sample(key, "no json")
+            sample(key, [f"caption {number}", b"\xff", " \n", None][number % 4], **PLAIN_JSON)
+            if number % 3
+            else sample(key, "no json")
         )
     rows, faults = assert_ways_agree(tmp_path / "a.tar", tar_bytes(members))
     assert [row["key"] for row in rows] == sorted(row["key"] for row in rows)
@@ -110,7 +118,9 @@ ODD_JSON = [
 ]
 
 
-@pytest.mark.parametrize("keys", [("auto",), ("json:caption",), ("json:alt", "txt"), ("txt+json:caption",), ("json:uid",)])
+@pytest.mark.parametrize(
+    "keys", [("auto",), ("json:caption",), ("json:alt", "txt"), ("txt+json:caption",), ("json:uid",)]
+)
 @pytest.mark.parametrize("text", ["a cat", None])
 def test_odd_json(tmp_path: Path, keys: tuple[str, ...], text: str | None) -> None:
     def members(number: int, raw: bytes) -> list[Member]:
@@ -118,7 +128,9 @@ def test_odd_json(tmp_path: Path, keys: tuple[str, ...], text: str | None) -> No
 
     good = json.dumps(PLAIN_JSON).encode()
     for number, raw in enumerate(ODD_JSON):
-        assert_ways_agree(tmp_path / "one.tar", tar_bytes([*members(1, good), *members(2, raw), *members(3, good)]), keys)
+        assert_ways_agree(
+            tmp_path / "one.tar", tar_bytes([*members(1, good), *members(2, raw), *members(3, good)]), keys
+        )
         for other in ODD_JSON[number % 5 :: 5]:
             assert_ways_agree(tmp_path / "two.tar", tar_bytes([*members(1, raw), *members(2, other)]), keys)
 

@@ -6,13 +6,15 @@ import tarfile
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shard_factory import Member, tar_bytes
 
 from preprocess.readers.tar import Sample, walk
+from shard_factory import Member, tar_bytes
 
 BLOCK = tarfile.BLOCKSIZE
 THREE: list[Member] = [
-    (f"{key}.{suffix}", f"{key} {suffix} ".encode() * 200) for key in ("one", "two", "three") for suffix in ("jpg", "txt", "json")
+    (f"{key}.{suffix}", f"{key} {suffix} ".encode() * 200)
+    for key in ("one", "two", "three")
+    for suffix in ("jpg", "txt", "json")
 ]
 
 
@@ -36,7 +38,8 @@ def test_members_of_a_key_make_a_sample() -> None:
     samples, faults = walked(tar_bytes(THREE))
     assert not faults
     assert samples == {
-        key: {suffix: f"{key} {suffix} ".encode() * 200 for suffix in ("jpg", "txt", "json")} for key in ("one", "two", "three")
+        key: {suffix: f"{key} {suffix} ".encode() * 200 for suffix in ("jpg", "txt", "json")}
+        for key in ("one", "two", "three")
     }
 
 
@@ -44,7 +47,11 @@ def test_the_key_ends_at_the_first_dot_of_the_basename() -> None:
     names = ["a.b/one.jpg", "a.b/one.cls.txt", "c/one.JPG", "./two.png", "README", "._two.png", "c/.hidden"]
     samples, faults = walked(tar_bytes([(name, b"x") for name in names]))
     assert not faults
-    assert {key: list(members) for key, members in samples.items()} == {"a.b/one": ["jpg", "cls.txt"], "c/one": ["jpg"], "./two": ["png"]}
+    assert {key: list(members) for key, members in samples.items()} == {
+        "a.b/one": ["jpg", "cls.txt"],
+        "c/one": ["jpg"],
+        "./two": ["png"],
+    }
 
 
 def test_reading_in_part_and_what_is_not_there() -> None:
@@ -139,7 +146,9 @@ def test_a_damaged_header_ends_the_tar_with_a_fault() -> None:
     at = infos(bytes(data))[3].offset
     data[at : at + BLOCK] = b"\x55" * BLOCK
     samples, faults = walked(bytes(data))
-    assert not samples and faults == [("one", "tar cut or damaged")], "the next key's header is gone: `one` may lack members"
+    assert not samples and faults == [("one", "tar cut or damaged")], (
+        "the next key's header is gone: `one` may lack members"
+    )
 
 
 @pytest.mark.parametrize("name", ["evil.jpg", "README"])

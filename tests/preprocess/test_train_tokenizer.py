@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wordnet_factory import write_wordnet
 
 from labels.settings import Labels, TokenizerKind
 from labels.storage import UserError
 from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.train_tokenizer import train_tokenizer
+from wordnet_factory import write_wordnet
 
 ROOT = Path(__file__).parents[2]
 IMPORT_PATH = [str(ROOT), str(ROOT / "tests" / "helpers")]  # for processes that unpickle functions of this file

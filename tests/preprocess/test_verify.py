@@ -9,12 +9,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Built
-from shard_factory import build, contents, flip_bit, preprocess, write_shards
 
 from labels.manifest import Manifest, read_manifest, write_manifest
 from labels.storage import Layout, sha256_file
+from shard_factory import build, contents, flip_bit, preprocess, write_shards
 
-FILES = ["labels/00000000.parquet", "labels/00000001.parquet", "idf.parquet", "idf.duckdb", "beton/00000.beton", "quarantine.parquet"]
+FILES = [
+    "labels/00000000.parquet",
+    "labels/00000001.parquet",
+    "idf.parquet",
+    "idf.duckdb",
+    "beton/00000.beton",
+    "quarantine.parquet",
+]
 
 
 def assert_found_and_mended(built: Built, name: str, before: dict[str, object]) -> str:
@@ -102,7 +109,9 @@ def _unsorted(out: Path) -> None:
     position = table.schema.get_field_index("label_ids")
     turned = [row[::-1] for row in table["label_ids"].to_pylist()]
     schema = table.schema
-    pq.write_table(table.set_column(position, schema.field(position), pa.array(turned, schema.field(position).type)), path)
+    pq.write_table(
+        table.set_column(position, schema.field(position), pa.array(turned, schema.field(position).type)), path
+    )
     manifest = read_manifest(out)
     shards = [manifest.shards[0].model_copy(update={"labels_sha256": sha256_file(path)}), *manifest.shards[1:]]
     _with(manifest, out, shards=shards)

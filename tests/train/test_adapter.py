@@ -1,4 +1,6 @@
-"""Training beside frozen parts: stopped and gone on with it is the same run bit by bit; checkpoints hold what is trained alone."""
+"""Training beside frozen parts: stopped and gone on with it is the same run bit by bit; checkpoints hold what is
+trained alone.
+"""
 
 import json
 from collections.abc import Iterator
@@ -6,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from loop_factory import Made, settings
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from labels.storage import UserError
+from loop_factory import Made, settings
 from train.distributed import World
 from train.trainer import train_model
 
@@ -45,18 +47,33 @@ def go(run: Path, stop_after: int | None = None, identity: str = "one") -> tuple
         return stop_after is not None and left[0] == 0
 
     ended = train_model(
-        model, batches, lambda batch: (batch.images, batch.label_ids), settings("optimizer.clip_norm=1.0"), run, identity, HERE, stopping
+        model,
+        batches,
+        lambda batch: (batch.images, batch.label_ids),
+        settings("optimizer.clip_norm=1.0"),
+        run,
+        identity,
+        HERE,
+        stopping,
     )
     return ended, model
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for text in (run / "metrics.jsonl").read_text().splitlines() if "loss" in (line := json.loads(text))]
+    return [
+        line["loss"]
+        for text in (run / "metrics.jsonl").read_text().splitlines()
+        if "loss" in (line := json.loads(text))
+    ]
 
 
 def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
     ended, whole = go(tmp_path / "whole")
-    assert ended and len(losses(tmp_path / "whole")) == 6 and losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
+    assert (
+        ended
+        and len(losses(tmp_path / "whole")) == 6
+        and losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
+    )
     ended, _ = go(tmp_path / "parts", stop_after=2)
     assert not ended and len(losses(tmp_path / "parts")) == 2
     ended, again = go(tmp_path / "parts")
@@ -67,11 +84,17 @@ def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
     assert ended and torch.equal(read.mapper.weight, whole.mapper.weight)
     (folder,) = [path for path in (tmp_path / "whole").glob("checkpoints/*") if path.name.endswith("96")]
     assert set(load_file(folder / "mapper.safetensors")) == {"weight", "bias"}
-    assert sorted(path.name for path in folder.iterdir()) == ["mapper.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "mapper.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
 
 
 def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
     go(tmp_path)
-    with pytest.raises(UserError, match="begun with other data, weights or settings: fingerprint one, now two") as caught:
+    with pytest.raises(
+        UserError, match="begun with other data, weights or settings: fingerprint one, now two"
+    ) as caught:
         go(tmp_path, identity="two")
     assert "or another --out" in str(caught.value)

@@ -6,19 +6,34 @@ from pathlib import Path
 
 import pytest
 import torch
-from beton_factory import build_out
 from click.testing import CliRunner
-from place_factory import places_of
 
+from beton_factory import build_out
 from labels.storage import UserError
+from place_factory import places_of
 from train.bench.loader import Rate, device_rates, judge
 from train.bench.step import Clock
 from train.cli import cli
 from train.distributed import World
 
-TINY = ["--set", "train={batch_size: 8, samples: 80, optimizer: {warmup_samples: 8}, runtime: {device: cpu, precision: fp32, threads: 1}}"]
-TINY += ["--set", "train.model={trunk: vit_tiny_patch16_224, trunk_args: {patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}}"]
-TINY += ["--set", "train.model.image_size=16", "--set", "train.data.threads=1", "--set", "train.data.prefetch=1MiB", "--seconds", "0.1"]
+TINY = [
+    "--set",
+    "train={batch_size: 8, samples: 80, optimizer: {warmup_samples: 8}, runtime: {device: cpu, precision: fp32, threads: 1}}",
+]
+TINY += [
+    "--set",
+    "train.model={trunk: vit_tiny_patch16_224, trunk_args: {patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}}",
+]
+TINY += [
+    "--set",
+    "train.model.image_size=16",
+    "--set",
+    "train.data.threads=1",
+    "--set",
+    "train.data.prefetch=1MiB",
+    "--seconds",
+    "0.1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +52,11 @@ def bench(what: str, out: Path, *more: str) -> str:
 @pytest.mark.parametrize("mode", ["host", "device"])
 def test_the_loader_and_its_parts(folder: Path, mode: str) -> None:
     before = sorted(folder.rglob("*"))
-    found = json.loads(bench("loader", folder / "out", "--set", f"train.data.resample={mode}", "--json", "--rate", "1", "--rate", "1e9"))
+    found = json.loads(
+        bench(
+            "loader", folder / "out", "--set", f"train.data.resample={mode}", "--json", "--rate", "1", "--rate", "1e9"
+        )
+    )
     assert (found["resample"], found["threads"]) == (mode, 1)
     assert found["images_per_s"] == pytest.approx(found["images"] / found["seconds"])
     assert found["images"] % 8 == 0
@@ -56,7 +75,9 @@ def test_the_disk_in_three_ways(folder: Path, out: str) -> None:
     found = json.loads(bench("disk", folder / out, "--json"))
     for name in ("single", "blocks", "cached"):
         assert found[name]["samples"] == 29
-        assert found[name]["bytes_per_s"] == pytest.approx(found[name]["samples_per_s"] * found[name]["bytes_per_sample"])
+        assert found[name]["bytes_per_s"] == pytest.approx(
+            found[name]["samples_per_s"] * found[name]["bytes_per_sample"]
+        )
     assert 500 < found["single"]["bytes_per_sample"] == found["cached"]["bytes_per_sample"] < 10_000
     assert [verdict["device"].split()[2] for verdict in found["verdict"]] == ["A100", "H100", "B200"]
 

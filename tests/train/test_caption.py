@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from caption_factory import COLOURS, coloured_pairs, language_model_folder
 from click.testing import CliRunner
 
+from caption_factory import COLOURS, coloured_pairs, language_model_folder
 from labels.config import load_pipeline
 from labels.manifest import PAD_ID
 from labels.storage import UserError
@@ -102,7 +102,9 @@ def test_a_folders_decoder_stays_as_it_is(pairs: Path, tmp_path: Path) -> None:
 
 
 def test_in_a_suite_beside_others(pairs: Path, tmp_path: Path) -> None:
-    """The figure of the command above, with retrieval left out for want of a text tower; and overlapping parts refused at once."""
+    """The figure of the command above, with retrieval left out for want of a text tower; and overlapping parts refused
+    at once.
+    """
     keys = dict(key.removeprefix("caption.").split("=", 1) for key in TINY if key.startswith("caption."))
     chosen = {key: yaml.safe_load(value) for key, value in keys.items()}
     content = {

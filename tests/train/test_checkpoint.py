@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from loop_factory import VOCABULARY, settings, train_here
 from safetensors.torch import load_file, save_file
-from trainer_factory import losses, small_config, small_out
-from trainer_process import train
 
 from labels.config import load_pipeline
 from labels.storage import UserError
+from loop_factory import VOCABULARY, settings, train_here
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
 from train.distributed import World
 from train.model import build_trunk
 from train.trainer import make_train_state, train_run
+from trainer_factory import losses, small_config, small_out
+from trainer_process import train
 
 ALONE = World(0, 1, torch.device("cpu"))
 STATE = State(samples_seen=96, number=1, labels="l", idf="i", betons="b", options="o", vocabulary=VOCABULARY)
@@ -63,7 +63,14 @@ def test_all_of_a_learner_comes_back(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path, keep=1, keep_every=0) as writer:
         writer.save(tensors, STATE.model_copy(update={"loss_scale": train_state.scale.state()}))
     folder = checkpoint_folders(tmp_path)[-1]
-    assert sorted(path.stem for path in folder.iterdir()) == ["head", "head_ema", "optimizer", "state", "trunk", "trunk_ema"]
+    assert sorted(path.stem for path in folder.iterdir()) == [
+        "head",
+        "head_ema",
+        "optimizer",
+        "state",
+        "trunk",
+        "trunk_ema",
+    ]
     fresh = make_train_state(chosen, torch.ones(VOCABULARY), ALONE)
     load_checkpoint(folder, fresh, read_state(folder))
     again = snapshot(fresh, True)
@@ -93,7 +100,10 @@ def test_the_last_ones_and_every_nth_stay(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "samples-000000000001.partial").mkdir(parents=True)
     with CheckpointWriter(tmp_path, keep=2, keep_every=4) as writer:
         for number in range(1, 12):
-            writer.save({"head": {"x": torch.zeros(1)}}, STATE.model_copy(update={"samples_seen": 100 * number, "number": number}))
+            writer.save(
+                {"head": {"x": torch.zeros(1)}},
+                STATE.model_copy(update={"samples_seen": 100 * number, "number": number}),
+            )
     kept = [int(folder.name.removeprefix("samples-")) for folder in checkpoint_folders(tmp_path)]
     assert kept == [400, 800, 1000, 1100]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
@@ -139,10 +149,22 @@ def test_minutes_make_checkpoints_too(out: Path, config: Path, tmp_path: Path) -
         "train.checkpoint.keep=99",
     ]
     code, said = train(
-        "run", "--beton", out, "--out", tmp_path / "run", "--config", config, "--set", "train.samples=160", *often, said=tmp_path / "s"
+        "run",
+        "--beton",
+        out,
+        "--out",
+        tmp_path / "run",
+        "--config",
+        config,
+        "--set",
+        "train.samples=160",
+        *often,
+        said=tmp_path / "s",
     )
     assert code == 0, said
-    assert [int(folder.name.removeprefix("samples-")) for folder in checkpoint_folders(tmp_path / "run")] == list(range(16, 161, 16))
+    assert [int(folder.name.removeprefix("samples-")) for folder in checkpoint_folders(tmp_path / "run")] == list(
+        range(16, 161, 16)
+    )
 
 
 MARK = "ran-code-of-a-checkpoint"
@@ -153,7 +175,9 @@ class _Malice:
         return os.mkdir, (MARK,)
 
 
-def test_malicious_files_run_no_code(out: Path, config: Path, spoilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_malicious_files_run_no_code(
+    out: Path, config: Path, spoilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     folder = checkpoint_folders(spoilt)[-1]
     for name in ("trunk", "head", "optimizer"):
@@ -173,7 +197,9 @@ def test_malicious_files_run_no_code(out: Path, config: Path, spoilt: Path, monk
         file.write_bytes(whole)
     (folder / "extra.pkl").write_bytes(b"\x80\x04cos\nmkdir\n(V" + MARK.encode() + b"\ntR.")
     os.symlink("/etc", spoilt / "checkpoints" / "samples-..")
-    assert train_run(out, spoilt, load_pipeline(config)), "what is whole is gone on with; strange neighbours are not looked at"
+    assert train_run(out, spoilt, load_pipeline(config)), (
+        "what is whole is gone on with; strange neighbours are not looked at"
+    )
     assert not list(tmp_path.rglob(MARK)) and losses(spoilt)[-1][0] == 120
 
 
@@ -212,7 +238,10 @@ def test_weights_of_another_model_are_told(out: Path, config: Path, spoilt: Path
     moments["exp_avg.head.9.weight"] = moments.pop("exp_avg.head.1.weight")
     save_file(moments, folder / "optimizer.safetensors")
     text = refused(out, spoilt, config)
-    assert "optimizer.safetensors does not fit the architecture: missing (1): exp_avg.head.1.weight; unexpected (1): exp_avg.head.9" in text
+    assert (
+        "optimizer.safetensors does not fit the architecture: missing (1): exp_avg.head.1.weight; unexpected (1): exp_avg.head.9"
+        in text
+    )
     (folder / "head.safetensors").unlink()
     assert "no weight file at" in refused(out, spoilt, config)
     assert "was begun with another configuration" in refused(out, spoilt, config, "train.model.image_size=32")

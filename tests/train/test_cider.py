@@ -32,7 +32,12 @@ REFERENCES = [
     ["A red bus on a city street.", "a double-decker bus drives down the street", "The bus is red"],
     ["A cat sleeps on a man's bed.", "the cat isn't awake", "A grey cat on a bed"],
 ]
-CANDIDATES = ["a man riding a horse on a beach", "two dogs play in the snow the snow the snow", "a bus", "a dog on a bed"]
+CANDIDATES = [
+    "a man riding a horse on a beach",
+    "two dogs play in the snow the snow the snow",
+    "a bus",
+    "a dog on a bed",
+]
 SCORES = [3.22480504, 2.08426561, 1.11283629, 1.14793501]
 
 
@@ -42,7 +47,9 @@ def test_tokens_are_stanfords(caption: str) -> None:
 
 
 def test_scores_are_pycocoevalcaps() -> None:
-    found = cider_d([ptb_tokens(one) for one in CANDIDATES], [[ptb_tokens(one) for one in three] for three in REFERENCES])
+    found = cider_d(
+        [ptb_tokens(one) for one in CANDIDATES], [[ptb_tokens(one) for one in three] for three in REFERENCES]
+    )
     assert found == pytest.approx(SCORES, abs=5e-9)
     assert np.mean(found) == pytest.approx(1.8924604881759286, abs=1e-12)
 
@@ -56,13 +63,22 @@ def naive(candidates: list[list[str]], references: list[list[list[str]]]) -> lis
     scores = np.zeros((len(candidates), 4))
     for n in range(1, 5):
         names = sorted(
-            {gram for one in [*candidates, *(reference for group in references for reference in group)] for gram in grams(one, n)}
+            {
+                gram
+                for one in [*candidates, *(reference for group in references for reference in group)]
+                for gram in grams(one, n)
+            }
         )
-        documents = np.array([sum(any(name in grams(one, n) for one in group) for group in references) for name in names])
+        documents = np.array(
+            [sum(any(name in grams(one, n) for one in group) for group in references) for name in names]
+        )
         idf = np.log(len(references)) - np.log(np.maximum(1, documents))
         for image, (candidate, group) in enumerate(zip(candidates, references, strict=True)):
             for reference in group:
-                h, r = (np.array([grams(one, n).count(name) for name in names], dtype=float) * idf for one in (candidate, reference))
+                h, r = (
+                    np.array([grams(one, n).count(name) for name in names], dtype=float) * idf
+                    for one in (candidate, reference)
+                )
                 size = np.linalg.norm(h) * np.linalg.norm(r)
                 apart = max(len(candidate) - 1, 0) - max(len(reference) - 1, 0)
                 dot = np.minimum(h, r) @ r

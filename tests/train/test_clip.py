@@ -10,19 +10,16 @@ import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
-from loader_batches import batches, order_of
-from loop_factory import BATCH, settings
 from open_clip.loss import ClipLoss
 from safetensors.torch import load_file, save_file
-from trainer_factory import assert_same_run, lines, losses, small_config, small_out
-from trainer_process import assert_ranks_succeed, train
-from waiting import wait_until
 
 from labels.arrays import rows_folder
 from labels.config import load_pipeline
 from labels.manifest import TokenizerPart, read_manifest
 from labels.settings import Runtime, TextTower, Train
 from labels.storage import UserError
+from loader_batches import batches, order_of
+from loop_factory import BATCH, settings
 from train.checkpoint import checkpoint_folders, snapshot
 from train.clip import make_two_tower_state, train_clip
 from train.data.dataset import BetonSet
@@ -36,6 +33,9 @@ from train.model import build_trunk
 from train.optim import by_decay
 from train.text_tower import Contrastive, Specials, build_text_tower, framed, is_pair, specials_of
 from train.trainer import train_run
+from trainer_factory import assert_same_run, lines, losses, small_config, small_out
+from trainer_process import assert_ranks_succeed, train
+from waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOWER = TextTower(embed_dim=8, width=16, heads=2, layers=1, context=8)
@@ -164,9 +164,16 @@ def _trained(run: Path, train: Train, world: World, *, locked: bool = False) -> 
     run.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(run, world, train, steps=4, first_step=0, skipped=(0, 0), speed=Speed(1, 1e3), trackers=[])
     run_loop(
-        made, lambda batch: (batch.images, batch.texts), train_state, train, Budget(4, 1, 0), world, metrics, lambda _: metrics.flush(),
+        made,
+        lambda batch: (batch.images, batch.texts),
+        train_state,
+        train,
+        Budget(4, 1, 0),
+        world,
+        metrics,
+        lambda _: metrics.flush(),
         lambda: False,
-    )  # fmt: skip
+    )
     metrics.close()
     tensors = snapshot(train_state, world.is_first)
     return {f"{file}.{key}": tensor for file, named in tensors.items() for key, tensor in named.items()}
@@ -204,8 +211,12 @@ def test_a_clip_run_learns_and_keeps_the_trunk_by_timms_keys(reference: Path, ou
     assert np.mean([loss for _, loss, _ in found[-10:]]) < np.mean([loss for _, loss, _ in found[:10]]) - 0.2
     folder = checkpoint_folders(reference)[-1]
     assert sorted(path.name for path in folder.iterdir()) == [
-        "joint.safetensors", "optimizer.safetensors", "state.json", "text.safetensors", "trunk.safetensors",
-    ]  # fmt: skip
+        "joint.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "text.safetensors",
+        "trunk.safetensors",
+    ]
     config = load_pipeline(reference / "config.yaml")
     assert load_file(folder / "trunk.safetensors").keys() == build_trunk(config.train.model).state_dict().keys()
     assert load_encoder(f"run:{reference}").width == 24
@@ -215,7 +226,9 @@ def test_a_clip_run_learns_and_keeps_the_trunk_by_timms_keys(reference: Path, ou
     assert [line for line in lines(reference) if "samples_per_s" in line][-1]["bad_images"] == 0
 
 
-def test_killed_at_random_moments_the_losses_are_the_same_floats(out: Path, config: Path, reference: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments_the_losses_are_the_same_floats(
+    out: Path, config: Path, reference: Path, tmp_path: Path
+) -> None:
     from trainer_process import start
 
     run, dice = tmp_path / "run", random.Random(0)
@@ -243,7 +256,12 @@ def test_the_methods_are_not_mixed(out: Path, config: Path, reference: Path) -> 
     assert "holds a run of the method clip, not of `train run`" in refused(train_run, chosen, reference, pipeline)
     wider = load_pipeline(config, ["text_tower={embed_dim: 8, width: 32, heads: 2, layers: 1, context: 8}"])
     text = refused(train_clip, chosen, reference, wider)
-    assert "was begun with another configuration" in text and "width: 16" in text and "width: 32" in text and "take --config" in text
+    assert (
+        "was begun with another configuration" in text
+        and "width: 16" in text
+        and "width: 32" in text
+        and "take --config" in text
+    )
 
 
 def test_parts_of_a_batch_are_refused(out: Path, config: Path, tmp_path: Path) -> None:
@@ -267,23 +285,37 @@ def test_the_scale_is_never_above_100() -> None:
 
 def test_what_weight_decay_spares_is_open_clips() -> None:
     """open_clip: single vectors, norms, biases and the scale; embeddings and projections are decayed."""
-    model = Contrastive(build_trunk(settings().model), 24, build_text_tower(TOWER, 31), Specials(29, 30, 31), locked=False)
+    model = Contrastive(
+        build_trunk(settings().model), 24, build_text_tower(TOWER, 31), Specials(29, 30, 31), locked=False
+    )
     decayed, exempt = by_decay(model)
     assert "joint.log_scale" in exempt and "trunk.cls_token" in exempt and "text.ln_final.weight" in exempt
-    assert {"joint.projection.weight", "text.token_embedding.weight", "text.positional_embedding", "text.text_projection"} <= decayed.keys()
+    assert {
+        "joint.projection.weight",
+        "text.token_embedding.weight",
+        "text.positional_embedding",
+        "text.text_projection",
+    } <= decayed.keys()
     for name, parameter in model.text.named_parameters():
-        assert (f"text.{name}" in exempt) == (parameter.ndim < 2 or "bn" in name or "ln" in name or "bias" in name), name
+        assert (f"text.{name}" in exempt) == (parameter.ndim < 2 or "bn" in name or "ln" in name or "bias" in name), (
+            name
+        )
 
 
 def test_a_locked_trunk_has_neither_dropout_nor_gradients() -> None:
-    trunk = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(12, 6), torch.nn.BatchNorm1d(6))
+    trunk = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(12, 6), torch.nn.BatchNorm1d(6)
+    )
     model = Contrastive(trunk, 6, build_text_tower(TOWER, 31), Specials(29, 30, 31), locked=True).train()
     images, texts = torch.randn(4, 3, 2, 2), framed(torch.randint(0, 29, (4, 5)), Specials(29, 30, 31), TOWER.context)
     before = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
     first, second = model(images, texts), model(images, texts)
     assert torch.equal(first, second) and model.text.training and not any(module.training for module in trunk.modules())
     first.backward()
-    assert all(parameter.grad is None for parameter in trunk.parameters()) and model.joint.projection.weight.grad is not None
+    assert (
+        all(parameter.grad is None for parameter in trunk.parameters())
+        and model.joint.projection.weight.grad is not None
+    )
     assert all(torch.equal(before[name], tensor) for name, tensor in trunk.state_dict().items())
     open_trunk = Contrastive(trunk, 6, build_text_tower(TOWER, 31), Specials(29, 30, 31), locked=False).train()
     open_trunk(images, texts).backward()
@@ -291,4 +323,6 @@ def test_a_locked_trunk_has_neither_dropout_nor_gradients() -> None:
 
 
 def test_heads_that_do_not_divide_the_width() -> None:
-    assert "width is 16, heads 3; allowed: a divisor of width" in refused(load_pipeline, None, ["text_tower={width: 16, heads: 3}"])
+    assert "width is 16, heads 3; allowed: a divisor of width" in refused(
+        load_pipeline, None, ["text_tower={width: 16, heads: 3}"]
+    )

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from loop_factory import settings, train_here
-from trainer_factory import losses
 
+from loop_factory import settings, train_here
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint
 from train.distributed import World
 from train.trainer import make_train_state
+from trainer_factory import losses
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -28,13 +28,19 @@ def test_a_compiled_trunk_trains_as_an_uncompiled_one(tmp_path: Path, monkeypatc
     train_state, tensors = train_here(tmp_path / "compiled", compiled, ALONE)
     assert train_state.model.trunk._compiled_call_impl is not None  # type: ignore[union-attr]
     _, others = train_here(tmp_path / "eager", eager, ALONE)
-    for (step, loss, lr), (other_step, other, other_lr) in zip(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), strict=True):
+    for (step, loss, lr), (other_step, other, other_lr) in zip(
+        losses(tmp_path / "compiled"), losses(tmp_path / "eager"), strict=True
+    ):
         assert (step, lr) == (other_step, other_lr) and math.isclose(loss, other, rel_tol=1e-5)
-    assert {file: named.keys() for file, named in tensors.items()} == {file: named.keys() for file, named in others.items()}
+    assert {file: named.keys() for file, named in tensors.items()} == {
+        file: named.keys() for file, named in others.items()
+    }
     # A checkpoint of the one is a checkpoint of the other.
     state = State(samples_seen=96, number=1, labels="", idf="", betons="", options="", vocabulary=31)
     with CheckpointWriter(tmp_path, 1, 0) as writer:
         writer.save(tensors, state)
     resumed = make_train_state(eager, torch.ones(31), ALONE)
     load_checkpoint(checkpoint_folders(tmp_path)[-1], resumed, state)
-    assert all(torch.equal(tensor, train_state.model.state_dict()[name]) for name, tensor in resumed.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, train_state.model.state_dict()[name]) for name, tensor in resumed.model.state_dict().items()
+    )

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from run_factory import MODEL, write_run
 from safetensors.torch import save_file
 
 from labels.storage import UserError
+from run_factory import MODEL, write_run
 from train.encoders.encoder import EncoderSpec
 from train.encoders.load import load_encoder, pair_weights
 from train.model import build_trunk
@@ -133,7 +133,9 @@ def test_weights_go_to_the_encoders_that_take_some() -> None:
     assert [one.weights for one in asked] == [None, "1.pth", None, "2.pth"] and asked[0].layer == -1
     twins = pair_weights(["timm:x", "timm:x", "run:a"], ["1.pth", "2.pth"], pool="avg")
     assert [one.weights for one in twins] == ["1.pth", "2.pth", None]
-    assert [one.name for one in twins] == ["timm:x, avg, 1.pth", "timm:x, avg, 2.pth", "run:a, avg"], "tables tell them apart"
+    assert [one.name for one in twins] == ["timm:x, avg, 1.pth", "timm:x, avg, 2.pth", "run:a, avg"], (
+        "tables tell them apart"
+    )
     with pytest.raises(UserError, match=r"the encoder 'run:a' is asked for 2 times[\s\S]*allowed: each encoder"):
         pair_weights(["run:a", "pixels:4", "run:a"], [])
     for specs, weights, told in (
@@ -167,7 +169,8 @@ def weights_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return write
 
 
-# test_vit: a class token, as MAE's and DINOv2's; test_vit4: class token and register, mean pool, its norm behind the pool
+# test_vit: a class token, as MAE's and DINOv2's; test_vit4: class token and register, mean pool, its norm behind the
+# pool
 @pytest.mark.parametrize("name", ["test_vit", "test_vit4"])
 def test_layers_and_pools_of_a_vit(weights_of, name: str) -> None:
     file = str(weights_of(name))
@@ -204,7 +207,9 @@ def test_a_runs_default_is_its_last_layer_pooled_by_the_mean(tmp_path: Path) -> 
     write_run(tmp_path / "run", 1)
     images = torch.randn(2, 3, 32, 32)
     own = load_encoder(f"{tmp_path}/run")
-    assert torch.allclose(own(images), load_encoder(EncoderSpec(f"{tmp_path}/run", layer=-1, pool="avg"))(images), atol=1e-6)
+    assert torch.allclose(
+        own(images), load_encoder(EncoderSpec(f"{tmp_path}/run", layer=-1, pool="avg"))(images), atol=1e-6
+    )
     cls = load_encoder(EncoderSpec(f"{tmp_path}/run", pool="cls"))
     assert not torch.allclose(own(images), cls(images), atol=1e-3) and own.checkpoint == cls.checkpoint
 

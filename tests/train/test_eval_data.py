@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_folders import encoded, sample, write_folders, write_tar
 from PIL import Image
 
+from image_folders import encoded, sample, write_folders, write_tar
 from labels.storage import UserError
 from train.evals.data.sets import load_data, load_pair
 from train.evals.features import decode, decode_crop
@@ -44,7 +44,10 @@ def test_folders_are_classes_sorted_by_name(tmp_path: Path, held_out: Path) -> N
 def test_shards_hold_the_class_in_the_json(tmp_path: Path, held_out: Path, below: str) -> None:
     images = [encoded((shade, 0, 0), "JPEG") for shade in (0, 100, 200)]
     write_tar(tmp_path / "train" / below / "00001.tar", sample("000000007", 5, images[2]))
-    write_tar(tmp_path / "train" / below / "00000.tar", [*sample("a.b/1", "cat", images[0]), ("a.b/1.seg.png", b"no image of ours")])
+    write_tar(
+        tmp_path / "train" / below / "00000.tar",
+        [*sample("a.b/1", "cat", images[0]), ("a.b/1.seg.png", b"no image of ours")],
+    )
     write_tar(tmp_path / "train" / below / "00002.tar", sample("k", "dog", images[1]))
     train = load_pair(tmp_path / "train", held_out).train
     assert train.keys == ["00000.tar/a.b/1", "00001.tar/000000007", "00002.tar/k"]
@@ -63,7 +66,9 @@ def test_missing_and_empty_directories(tmp_path: Path, held_out: Path) -> None:
     assert f"no directory at {tmp_path / 'gone'}" in refusal(tmp_path / "gone", held_out)
     (tmp_path / "empty").mkdir()
     text = refusal(tmp_path / "empty", held_out)
-    assert "holds no labelled image" in text and "shards/*.tar" in text and "images directly in DIR have no class" in text
+    assert (
+        "holds no labelled image" in text and "shards/*.tar" in text and "images directly in DIR have no class" in text
+    )
 
 
 def test_classes_that_cannot_be_probed(tmp_path: Path, held_out: Path) -> None:
@@ -72,7 +77,9 @@ def test_classes_that_cannot_be_probed(tmp_path: Path, held_out: Path) -> None:
     train_dir = write_folders(tmp_path / "train", {"cat": 1, "dog": 1})
     other = write_folders(tmp_path / "other", {"cat": 1, "newt": 1, "emu": 1}, start=50)
     text = refusal(train_dir, other)
-    assert "has 2 classes that" in text and "emu, newt" in text and "the 2 classes of the training part: cat, dog" in text
+    assert (
+        "has 2 classes that" in text and "emu, newt" in text and "the 2 classes of the training part: cat, dog" in text
+    )
     text = refusal(train_dir, train_dir)
     assert "2 of 2 test images are training images too" in text and "remove them from one of the two parts" in text
 
@@ -81,7 +88,10 @@ def test_classes_that_cannot_be_probed(tmp_path: Path, held_out: Path) -> None:
     ("members", "told"),
     [
         ([("1.jpg", b"x")], "the sample '1' has no json"),
-        ([("1.jpg", b"x"), ("1.json", b'{"caption": "c"}')], "no class in its json: `class` is None, the json holds ['caption']"),
+        (
+            [("1.jpg", b"x"), ("1.json", b'{"caption": "c"}')],
+            "no class in its json: `class` is None, the json holds ['caption']",
+        ),
         ([("1.jpg", b"x"), ("1.json", b'{"class": true}')], "`class` is True"),
         ([("1.jpg", b"x"), ("1.json", b"[1]")], "the json holds list"),
         ([("1.jpg", b"x"), ("1.json", b'{"cl')], "has a json that cannot be read"),
@@ -187,7 +197,10 @@ def test_shards_by_kind_with_cls_members(tmp_path: Path) -> None:
     for part, shades in (("train", (1, 2)), ("test", (3,))):
         members = []
         for shade in shades:
-            members += [(f"{shade}.jpg", encoded((shade * 60, 0, 0), "JPEG")), (f"{shade}.cls", str(shade % 2).encode())]
+            members += [
+                (f"{shade}.jpg", encoded((shade * 60, 0, 0), "JPEG")),
+                (f"{shade}.cls", str(shade % 2).encode()),
+            ]
         write_tar(tmp_path / part / "0.tar", members)
     data = load_data(f"shards:{tmp_path}")
     assert data.classes == ("0", "1") and data.train.targets.tolist() == [1, 0] and data.test.targets.tolist() == [1]
@@ -214,6 +227,8 @@ def test_random_crops_depend_on_seed_epoch_and_row_alone() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
-    crops = [decode_crop(buffer.getvalue(), 16, *draw) for draw in ((0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    crops = [
+        decode_crop(buffer.getvalue(), 16, *draw) for draw in ((0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
     assert all(crop.shape == (16, 16, 3) for crop in crops)
     assert np.array_equal(crops[0], crops[1]) and all(not np.array_equal(crops[0], other) for other in crops[2:])

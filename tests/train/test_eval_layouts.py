@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from image_folders import encoded, sample, write_folders, write_tar
 from scipy.io import savemat
 
+from image_folders import encoded, sample, write_folders, write_tar
 from labels.storage import UserError
 from train.evals.data.captions import load_captions
 from train.evals.data.sets import CARS, IMAGENET_1K, PETS, Counts, load_data, read_cars, read_imagenet, read_pets
@@ -74,12 +74,16 @@ def test_imagenet_with_the_devkits_own_numbers(imagenet: Path) -> None:
     devkit = imagenet / "ILSVRC2012_devkit_t12" / "data"
     devkit.mkdir(parents=True)
     text = told(read_imagenet, imagenet, COUNTS)
-    assert "nothing says which image is of which class: ILSVRC2012_validation_ground_truth.txt is missing" in text and "devkit" in text
+    assert (
+        "nothing says which image is of which class: ILSVRC2012_validation_ground_truth.txt is missing" in text
+        and "devkit" in text
+    )
     numbers = [3, 1, 2]  # the devkit numbers classes otherwise than their sorted wnids do
     (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("\n".join(str(numbers[number]) for number in VAL))
     assert "meta.mat is missing" in told(read_imagenet, imagenet, COUNTS)
     synsets = np.array(
-        [(number, wnid) for number, wnid in zip(numbers, WNIDS, strict=True)], dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "O")]
+        [(number, wnid) for number, wnid in zip(numbers, WNIDS, strict=True)],
+        dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "O")],
     )
     savemat(devkit / "meta.mat", {"synsets": synsets})
     assert val_classes(imagenet) == VAL
@@ -90,12 +94,20 @@ def test_imagenet_with_the_devkits_own_numbers(imagenet: Path) -> None:
 
 
 def test_counts_of_a_whole_copy(imagenet: Path) -> None:
-    assert (Counts(1_281_167, 50_000, 1000), Counts(3680, 3669, 37), Counts(8144, 8041, 196)) == (IMAGENET_1K, PETS, CARS)
+    assert (Counts(1_281_167, 50_000, 1000), Counts(3680, 3669, 37), Counts(8144, 8041, 196)) == (
+        IMAGENET_1K,
+        PETS,
+        CARS,
+    )
     (imagenet / "LOC_val_solution.csv").write_text(
         "ImageId,PredictionString\n" + "\n".join(f"ILSVRC2012_val_{index:08d},{WNIDS[0]} 1" for index in range(1, 5))
     )
     text = told(load_data, f"imagenet:{imagenet}")
-    assert "holds 6 training images, 4 test images, 3 classes" in text and "1,281,167 training images" in text and "folders:DIR" in text
+    assert (
+        "holds 6 training images, 4 test images, 3 classes" in text
+        and "1,281,167 training images" in text
+        and "folders:DIR" in text
+    )
     shutil.rmtree(imagenet / "val")
     assert "is not ImageNet-1k as it is downloaded" in told(load_data, f"imagenet:{imagenet}")
 
@@ -137,7 +149,10 @@ def write_cars(directory: Path) -> Path:
     classes = np.array(["AM General Hummer SUV 2000", "Acura RL Sedan 2012"], dtype=object)
     (directory / "devkit").mkdir(parents=True)
     savemat(directory / "devkit" / "cars_meta.mat", {"class_names": classes})
-    for part, file, base in (("train", "devkit/cars_train_annos.mat", 0), ("test", "cars_test_annos_withlabels.mat", 100)):
+    for part, file, base in (
+        ("train", "devkit/cars_train_annos.mat", 0),
+        ("test", "cars_test_annos_withlabels.mat", 100),
+    ):
         rows = [(0, 0, 5, 5, number, f"{index:05d}.jpg") for index, number in enumerate((2, 1, 2), start=1)]
         kinds = [*((name, "i4") for name in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class")), ("fname", "O")]
         savemat(directory / file, {"annotations": np.array(rows, dtype=kinds)})
@@ -154,9 +169,13 @@ def test_cars_in_both_forms(tmp_path: Path) -> None:
         write_folders(tmp_path / "kaggle" / "car_data" / "car_data" / part, {"Audi TT": 2, "BMW M3": 1}, start)
     assert read_cars(tmp_path / "kaggle", Counts(3, 3, 2)).classes == ("Audi TT", "BMW M3")
     (tmp_path / "mat" / "cars_train" / "00002.jpg").unlink()
-    assert "00002.jpg is missing, which cars_train_annos.mat names" in told(read_cars, tmp_path / "mat", Counts(3, 3, 2))
+    assert "00002.jpg is missing, which cars_train_annos.mat names" in told(
+        read_cars, tmp_path / "mat", Counts(3, 3, 2)
+    )
     (tmp_path / "mat" / "cars_test_annos_withlabels.mat").unlink()
-    assert "cars_test_annos_withlabels.mat (or the folders train/ and test/) is missing" in told(read_cars, tmp_path / "mat")
+    assert "cars_test_annos_withlabels.mat (or the folders train/ and test/) is missing" in told(
+        read_cars, tmp_path / "mat"
+    )
 
 
 def write_parquet(file: Path, shades: list[int], labels: list, *, named: bool = True, group: int = 2) -> None:
@@ -220,7 +239,9 @@ def test_karpathys_splits(tmp_path: Path, kind: str) -> None:
     images = []
     for index, split in enumerate(("train", "restval", "test")):
         place = {"filepath": "val2014"} if kind == "coco" else {}
-        images.append({"filename": f"{index}.jpg", "split": split, "sentences": [{"raw": f"no. {index} "}, {"raw": "x"}], **place})
+        images.append(
+            {"filename": f"{index}.jpg", "split": split, "sentences": [{"raw": f"no. {index} "}, {"raw": "x"}], **place}
+        )
         write_image(tmp_path / ("val2014" if kind == "coco" else "flickr30k-images") / f"{index}.jpg", index * 80)
     (tmp_path / f"dataset_{kind}.json").write_text(json.dumps({"images": images}))
     parts = load_captions(f"karpathy:{tmp_path}" if kind == "coco" else f"flickr30k:{tmp_path}")

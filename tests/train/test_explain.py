@@ -1,4 +1,6 @@
-"""`preprocess explain`, `train explain`: weights are the loss's, captions come from the shard or say that they are decoded."""
+"""`preprocess explain`, `train explain`: weights are the loss's, captions come from the shard or say that they are
+decoded.
+"""
 
 import io
 import json
@@ -13,11 +15,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import Built
-from page_checks import CHROMIUM, check_page, shown_in_chromium
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
-from shard_factory import build, healthy, preprocess, rows, sample, write_tar
 
 from labels.config import dump_yaml, load_pipeline
 from labels.explanation import _blocks, describe, to_html, to_png, to_svg
@@ -25,7 +25,9 @@ from labels.idf import read_idf, target_weights
 from labels.manifest import read_manifest
 from labels.storage import UserError, write_json
 from labels.tokenizers.text import name_of, text_of
+from page_checks import CHROMIUM, check_page, shown_in_chromium
 from preprocess.inspect.explain import explain
+from shard_factory import build, healthy, preprocess, rows, sample, write_tar
 from train.checkpoint import State, load_exactly, read_weights
 from train.cli import cli
 from train.encoders.load import load_encoder
@@ -71,7 +73,9 @@ def test_without_the_shard_the_caption_is_decoded_and_says_so(tmp_path: Path) ->
 
 def test_command_writes_page_and_pictures(finished: Built, tmp_path: Path) -> None:
     files = {kind: tmp_path / f"x.{kind}" for kind in ("html", "svg", "png")}
-    said = preprocess("explain", finished.out, "000000003", *(word for kind, file in files.items() for word in (f"--{kind}", file)))
+    said = preprocess(
+        "explain", finished.out, "000000003", *(word for kind, file in files.items() for word in (f"--{kind}", file))
+    )
     assert said.code == 0, said.err
     assert "犬と猫" in said.out and "t_c" in said.out
     page = check_page(files["html"].read_text("utf8"))
@@ -79,7 +83,11 @@ def test_command_writes_page_and_pictures(finished: Built, tmp_path: Path) -> No
     with Image.open(files["png"]) as picture:
         assert picture.format == "PNG" and picture.width == 1200
     svg = files["svg"].read_text("utf8")
-    assert "犬と猫" in svg and "data:image/jpeg;base64," in svg and not re.search(r"url\((?!#)|@import|@font-face|href=.http", svg)
+    assert (
+        "犬と猫" in svg
+        and "data:image/jpeg;base64," in svg
+        and not re.search(r"url\((?!#)|@import|@font-face|href=.http", svg)
+    )
     ElementTree.fromstring(svg)
 
 
@@ -92,7 +100,11 @@ def test_captions_cannot_steer_the_terminal_or_the_page(tmp_path: Path) -> None:
     stream = io.StringIO()
     Console(file=stream, force_terminal=True, width=200).print(describe(told))
     printed = re.sub("\x1b\\[[0-9;]*m", "", stream.getvalue())
-    assert "[red]a␛[31m␇⟨009B⟩2Jcat⟨202E⟩ <script>" in printed and "\x1b" not in printed and "\x1b[31m" not in stream.getvalue()
+    assert (
+        "[red]a␛[31m␇⟨009B⟩2Jcat⟨202E⟩ <script>" in printed
+        and "\x1b" not in printed
+        and "\x1b[31m" not in stream.getvalue()
+    )
     page = check_page(to_html(told))
     assert "[red]a␛[31m␇" in page.text and '"style="color: #1f5fa8' in re.sub(r"\s+", " ", page.text)
     ElementTree.fromstring(to_svg(told))
@@ -179,7 +191,11 @@ def test_a_runs_likeliest_tokens(finished: Built, run: Path, tmp_path: Path) -> 
     assert said.exit_code == 0, said.output
     page = check_page((tmp_path / "x.html").read_text("utf8"))
     for text in (said.output, page.text):
-        assert f"likeliest tokens by {told.checkpoint}" in text and told.guesses[4].label.name in text and "decoded from the tokens" in text
+        assert (
+            f"likeliest tokens by {told.checkpoint}" in text
+            and told.guesses[4].label.name in text
+            and "decoded from the tokens" in text
+        )
     assert page.images == 1
     (tmp_path / "x.jpg").write_bytes(told.image or b"")
     answer = json.loads(train("predict", run, tmp_path / "x.jpg", "--top", 5).output)
@@ -191,9 +207,9 @@ def test_a_runs_likeliest_tokens(finished: Built, run: Path, tmp_path: Path) -> 
     assert 0.2 < sigmoid.guesses[0].probability < 1  # of this token alone
     write_json(run / "data.json", {"tokenizer_fingerprint": "0123"})
     said = train("explain", finished.out, "000000003", "--checkpoint", run)
-    assert "was trained on other classes: 49,408 of tokenizer 0123" in str(said.exception) and "give the output folder" in str(
+    assert "was trained on other classes: 49,408 of tokenizer 0123" in str(
         said.exception
-    )
+    ) and "give the output folder" in str(said.exception)
 
 
 def test_mistakes_of_predictions_are_reported(finished: Built, tmp_path: Path) -> None:
@@ -214,5 +230,7 @@ def test_the_terminal_shows_the_picture_in_blocks(finished: Built) -> None:
 
 
 def test_explain_loads_no_torch() -> None:
-    code = "import preprocess.inspect.explain, labels.explanation, preprocess.cli, sys; sys.exit('torch' in sys.modules)"
+    code = (
+        "import preprocess.inspect.explain, labels.explanation, preprocess.cli, sys; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,6 @@
-"""Exports: loaded back by their own libraries with the encoder's features, cards that run, LLaVA's class, and what is refused."""
+"""Exports: loaded back by their own libraries with the encoder's features, cards that run, LLaVA's class, and what is
+refused.
+"""
 
 import json
 import re
@@ -40,7 +42,12 @@ TRUNKS = {
     "registers": Model(trunk="vit_tiny_patch16_224", trunk_args={**TINY, "reg_tokens": 2}, image_size=32),
     "convolutional": Model(trunk="test_resnet", image_size=64),
 }
-HOLDS = {"clip": "CLIPVisionModel", "plain": "ViTModel", "registers": "TimmWrapperModel", "convolutional": "TimmWrapperModel"}
+HOLDS = {
+    "clip": "CLIPVisionModel",
+    "plain": "ViTModel",
+    "registers": "TimmWrapperModel",
+    "convolutional": "TimmWrapperModel",
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +61,18 @@ def run_of(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Callab
             folder = run / "checkpoints" / "samples-000000000640"
             folder.mkdir(parents=True)
             dump_yaml(run / "config.yaml", Pipeline(train=Train(model=TRUNKS[kind])), leave_out={"recipes": True})
-            data = {"beton": "/secret/place", "labels": "/secret/place", "fingerprints": {"labels": "abc123"}, "samples": 640}
+            data = {
+                "beton": "/secret/place",
+                "labels": "/secret/place",
+                "fingerprints": {"labels": "abc123"},
+                "samples": 640,
+            }
             (run / "data.json").write_text(json.dumps(data))
             torch.manual_seed(1)
             trunk = build_trunk(TRUNKS[kind])
-            for parameter in trunk.parameters():  # biases and norms begin as 0 and 1: a mapping that mixes them up would not show
+            for (
+                parameter
+            ) in trunk.parameters():  # biases and norms begin as 0 and 1: a mapping that mixes them up would not show
                 torch.nn.init.normal_(parameter, std=0.2)
             save_file(trunk.state_dict(), folder / "trunk.safetensors")
             made[kind] = run
@@ -103,7 +117,9 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def square(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise, which every other filter, size, mean or order of channels changes; a square, whose crop is the whole in every library."""
+    """Noise, which every other filter, size, mean or order of channels changes; a square, whose crop is the whole in
+    every library.
+    """
     noise = np.random.default_rng(0).integers(0, 256, (77, 77, 3), dtype=np.uint8)
     path = tmp_path_factory.mktemp("square") / "photo.png"
     Image.fromarray(noise).save(path)
@@ -126,15 +142,21 @@ def test_an_image_file_through_the_librarys_own_preprocessing(
 
 @pytest.mark.parametrize("kind", TRUNKS)
 @pytest.mark.parametrize("name", ["timm", "hf"])
-def test_a_run_is_loaded_back(run_of, kind: str, name: str, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_loaded_back(
+    run_of, kind: str, name: str, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder = load_encoder(f"run:{run_of(kind)}")
     said = export_encoder(encoder.asked, name, tmp_path / "out")
     assert said["difference"] <= 1e-5 and (name == "timm" or said["holds"] == f"transformers {HOLDS[kind]}")
     assert json.loads((tmp_path / "out" / "export.json").read_bytes()) == said
-    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # weights that others may read as they may the card
+    assert (
+        len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1
+    )  # weights that others may read as they may the card
     found, wanted = features_by_card(tmp_path / "out", photo, monkeypatch), own_features(encoder, photo)
     assert found.shape == wanted.shape
-    assert (found - wanted).abs().max() < 0.05 * wanted.abs().max(), "the library's own preprocessing gives other pixels"
+    assert (found - wanted).abs().max() < 0.05 * wanted.abs().max(), (
+        "the library's own preprocessing gives other pixels"
+    )
 
 
 def test_timms_keys_are_timms(run_of, tmp_path: Path) -> None:
@@ -170,14 +192,28 @@ def timm_on_meta(model: Model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("arguments", "held"),
     [
-        ({}, "ViTModel"), ({"pre_norm": True}, "CLIPVisionModel"), ({"act_layer": "quick_gelu", "pre_norm": True}, "CLIPVisionModel"),
-        ({"act_layer": "gelu_tanh"}, "ViTModel"), ({"global_pool": "token"}, "ViTModel"), ({"qkv_bias": False}, "ViTModel"),
-        ({"global_pool": "token", "pre_norm": True}, "CLIPVisionModel"), ({"mlp_ratio": 2.0}, "ViTModel"),
-        ({"init_values": 1e-2}, None), ({"reg_tokens": 1}, None), ({"no_embed_class": True}, None), ({"qk_norm": True}, None),
-        ({"class_token": False}, None), ({"fc_norm": True}, None), ({"global_pool": "map"}, None), ({"act_layer": "relu"}, None),
-        ({"pool_include_prefix": True}, None), ({"final_norm": False}, None), ({"patch_size": (8, 4)}, None), ({"pos_embed": "none"}, None),
+        ({}, "ViTModel"),
+        ({"pre_norm": True}, "CLIPVisionModel"),
+        ({"act_layer": "quick_gelu", "pre_norm": True}, "CLIPVisionModel"),
+        ({"act_layer": "gelu_tanh"}, "ViTModel"),
+        ({"global_pool": "token"}, "ViTModel"),
+        ({"qkv_bias": False}, "ViTModel"),
+        ({"global_pool": "token", "pre_norm": True}, "CLIPVisionModel"),
+        ({"mlp_ratio": 2.0}, "ViTModel"),
+        ({"init_values": 1e-2}, None),
+        ({"reg_tokens": 1}, None),
+        ({"no_embed_class": True}, None),
+        ({"qk_norm": True}, None),
+        ({"class_token": False}, None),
+        ({"fc_norm": True}, None),
+        ({"global_pool": "map"}, None),
+        ({"act_layer": "relu"}, None),
+        ({"pool_include_prefix": True}, None),
+        ({"final_norm": False}, None),
+        ({"patch_size": (8, 4)}, None),
+        ({"pos_embed": "none"}, None),
     ],
-)  # fmt: skip
+)
 def test_which_vits_transformers_classes_hold(arguments: dict[str, Any], held: str | None) -> None:
     torch.manual_seed(0)
     net: Any = build_trunk(Model(trunk="vit_tiny_patch16_224", trunk_args={**TINY, **arguments}, image_size=32)).eval()
@@ -211,7 +247,10 @@ def test_a_timm_model_with_weights_of_its_own(tmp_path: Path, photo: Path, monke
         assert said["encoder"]["checkpoint"] == "weights.safetensors"  # without its folder
         found = features_by_card(tmp_path / name, photo, monkeypatch)
         assert (found - own_features(load_encoder(asked), photo)).abs().max() < 0.05
-        assert "Not by this project: `test_vit`, its weights from `weights.safetensors`." in (tmp_path / name / "README.md").read_text()
+        assert (
+            "Not by this project: `test_vit`, its weights from `weights.safetensors`."
+            in (tmp_path / name / "README.md").read_text()
+        )
 
 
 @pytest.mark.parametrize(("layer", "pool"), [(None, None), (-2, "cls+avg")])
@@ -221,7 +260,9 @@ def test_onnx_takes_any_layer_and_pool(
     encoder = load_encoder(EncoderSpec(f"run:{run_of('clip')}", None, layer, pool))
     said = export_encoder(encoder.asked, "onnx", tmp_path / "out")
     assert 0 <= said["difference"] <= 1e-4
-    assert torch.allclose(features_by_card(tmp_path / "out", photo, monkeypatch), own_features(encoder, photo), atol=1e-4)
+    assert torch.allclose(
+        features_by_card(tmp_path / "out", photo, monkeypatch), own_features(encoder, photo), atol=1e-4
+    )
 
 
 def test_open_clip_gets_both_towers(tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,9 +291,14 @@ def test_the_card_tells_recipe_data_and_results(run_of, tmp_path: Path) -> None:
     encoder = load_encoder(f"run:{run}")
     assert readout_of(encoder.describe()) == "layer last, before the classifier, pool avg"
     row = {
-        "encoder": encoder.name, "variant": "10 shots", "metrics": ["top1"], "top1": 0.5, "top1_std": 0.01, "seeds": [{}, {}, {}],
+        "encoder": encoder.name,
+        "variant": "10 shots",
+        "metrics": ["top1"],
+        "top1": 0.5,
+        "top1_std": 0.01,
+        "seeds": [{}, {}, {}],
         "description": encoder.describe(),
-    }  # fmt: skip
+    }
     other = {**row, "variant": "of other weights", "description": {"weights": "0"}}
     class_token = {
         **row,
@@ -268,7 +314,9 @@ def test_the_card_tells_recipe_data_and_results(run_of, tmp_path: Path) -> None:
         export_encoder(encoder.asked, "timm", tmp_path / "out", results)
         text = (tmp_path / "out" / "README.md").read_text("utf8")
         assert "| pets | 10 shots: fewshot, ridge | top1 | 50.0 ± 1.0 | 3 |" in text and "of other weights" not in text
-        assert "| pets | 10 shots: fewshot, ridge (of layer 1 of 2, pool cls) | top1 |" in text  # not what the export gives
+        assert (
+            "| pets | 10 shots: fewshot, ridge (of layer 1 of 2, pool cls) | top1 |" in text
+        )  # not what the export gives
         (place / "fewshot.json").unlink()
     head, recipe = yaml.safe_load(text.split("---\n")[1]), re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0]
     assert head["library_name"] == "timm"
@@ -360,7 +408,10 @@ def test_the_command(run_of, tmp_path: Path) -> None:
     arguments = ["export", f"run:{run_of('plain')}", "--format", "hf", "--out", str(tmp_path / "out")]
     found = CliRunner().invoke(train.cli.cli, arguments, catch_exceptions=False)
     assert found.exit_code == 0
-    assert "transformers ViTModel, loaded back: no feature differs by more than" in found.output and "--pool avg" in found.output
+    assert (
+        "transformers ViTModel, loaded back: no feature differs by more than" in found.output
+        and "--pool avg" in found.output
+    )
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").model_type == "vit"
 
 

@@ -1,4 +1,6 @@
-"""A trunk and what a contrastive run trains beside it, as open_clip's pair of towers: the same embeddings, from its own folder."""
+"""A trunk and what a contrastive run trains beside it, as open_clip's pair of towers: the same embeddings, from its own
+folder.
+"""
 
 import json
 from pathlib import Path
@@ -10,7 +12,6 @@ import timm
 import torch
 from open_clip.transformer import TextTransformer
 from safetensors.torch import save_file
-from trainer_factory import small_config, small_out
 
 from labels.config import load_pipeline
 from labels.settings import Model
@@ -24,10 +25,15 @@ from train.export.export import export_encoder
 from train.export.format import TimmTower, check
 from train.export.open_clip import Towers, build_pair, write_pair
 from train.model import build_trunk, trunk_arguments
+from trainer_factory import small_config, small_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
-SHORT = ["train.samples=32", "text_tower={embed_dim: 8, width: 16, heads: 2, layers: 1, context: 8}", "train.optimizer.warmup_samples=0"]
+SHORT = [
+    "train.samples=32",
+    "text_tower={embed_dim: 8, width: 16, heads: 2, layers: 1, context: 8}",
+    "train.optimizer.warmup_samples=0",
+]
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
 
 
@@ -45,10 +51,13 @@ def made(trunk: str, side: int, arguments: dict[str, Any]) -> tuple[TimmTower, T
 @pytest.mark.parametrize(
     ("trunk", "side", "arguments"),
     [
-        ("vit_b16", 32, TINY), ("vit_tiny_patch16_224", 32, TINY), ("test_resnet", 64, {}), ("test_convnext", 64, {}),
+        ("vit_b16", 32, TINY),
+        ("vit_tiny_patch16_224", 32, TINY),
+        ("test_resnet", 64, {}),
+        ("test_convnext", 64, {}),
         ("vit_tiny_patch16_224", 32, {**TINY, "act_layer": "gelu_tanh", "global_pool": "token"}),
     ],
-)  # fmt: skip
+)
 def test_the_pair_is_loaded_back(trunk: str, side: int, arguments: dict[str, Any], tmp_path: Path) -> None:
     tower, towers = made(trunk, side, arguments)
     model, config = build_pair(tower, towers, side)
@@ -67,7 +76,8 @@ def test_the_pair_is_loaded_back(trunk: str, side: int, arguments: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"reg_tokens": 1}, {"act_layer": "quick_gelu"}, {"init_values": 1e-2}, {"qk_norm": True}, {"fc_norm": True}]
+    "arguments",
+    [{"reg_tokens": 1}, {"act_layer": "quick_gelu"}, {"init_values": 1e-2}, {"qk_norm": True}, {"fc_norm": True}],
 )
 def test_trunks_that_open_clip_has_no_tower_for(arguments: dict[str, Any]) -> None:
     tower, towers = made("vit_tiny_patch16_224", 32, {**TINY, **arguments})
@@ -95,7 +105,10 @@ def test_runs_of_clip_and_lit(method: str, tmp_path: Path) -> None:
         said = export_encoder(spec, name, tmp_path / name)
         assert said["difference"] <= 1e-5
     read: Any = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}").eval()
-    images, texts = torch.randn(3, 3, encoder.images.side, encoder.images.side), side.tokens(["red cat", "blue dog", "sun"], None)
+    images, texts = (
+        torch.randn(3, 3, encoder.images.side, encoder.images.side),
+        side.tokens(["red cat", "blue dog", "sun"], None),
+    )
     with torch.inference_mode():
         cosines = read(images, texts)
         own = (
@@ -106,12 +119,25 @@ def test_runs_of_clip_and_lit(method: str, tmp_path: Path) -> None:
     text = (tmp_path / "open_clip" / "README.md").read_text("utf8")
     assert "Texts are not tokenized by open_clip's own tokenizer, but by the run's" in text
     assert "text_tower:" in text and str(tmp_path) not in text
-    assert f"| features | 8, layer {encoder.describe()['layer']}, pool {encoder.describe()['pool']}, projected |" in text
+    assert (
+        f"| features | 8, layer {encoder.describe()['layer']}, pool {encoder.describe()['pool']}, projected |" in text
+    )
     assert f"By `train {'clip' if method == 'clip' else 'lit'}`: 32 of 32 samples seen." in text
-    frozen = {"clip": None, "lit": "The image tower was frozen: `run:clip` as it was", "lit of timm": "frozen: `timm:test_vit` as it was"}
+    frozen = {
+        "clip": None,
+        "lit": "The image tower was frozen: `run:clip` as it was",
+        "lit of timm": "frozen: `timm:test_vit` as it was",
+    }
     assert frozen[method] in text if frozen[method] else "was frozen" not in text
-    assert ("trunk:" in text) == (method != "lit of timm")  # RUN/config.yaml describes a trunk that another encoder has not
-    assert json.loads((tmp_path / "open_clip" / "open_clip_config.json").read_bytes())["model_cfg"]["text_cfg"]["vocab_size"] == 17
+    assert ("trunk:" in text) == (
+        method != "lit of timm"
+    )  # RUN/config.yaml describes a trunk that another encoder has not
+    assert (
+        json.loads((tmp_path / "open_clip" / "open_clip_config.json").read_bytes())["model_cfg"]["text_cfg"][
+            "vocab_size"
+        ]
+        == 17
+    )
 
 
 def test_one_trunks_results_with_another_text_tower_are_not_its_own(tmp_path: Path) -> None:
@@ -120,10 +146,18 @@ def test_one_trunks_results_with_another_text_tower_are_not_its_own(tmp_path: Pa
     spec = EncoderSpec(f"run:{tmp_path / 'clip'}")
     about = load_encoder(spec).describe()
     rows = [
-        {"encoder": spec.spec, "variant": name, "metrics": ["top1"], "top1": 0.5, "description": {**about, "text_tower": tower}}
+        {
+            "encoder": spec.spec,
+            "variant": name,
+            "metrics": ["top1"],
+            "top1": 0.5,
+            "description": {**about, "text_tower": tower},
+        }
         for name, tower in (("mine", about["text_tower"]), ("of another tower", "0"))
     ]
-    (tmp_path / "clip" / "zeroshot.json").write_text(json.dumps({"protocol": "zero-shot", "data": "pets", "results": rows}))
+    (tmp_path / "clip" / "zeroshot.json").write_text(
+        json.dumps({"protocol": "zero-shot", "data": "pets", "results": rows})
+    )
     export_encoder(spec, "open_clip", tmp_path / "exported")
     text = (tmp_path / "exported" / "README.md").read_text("utf8")
     assert "| pets | mine: zero-shot | top1 | 50.0 | - |" in text and "of another tower" not in text

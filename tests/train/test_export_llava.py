@@ -1,4 +1,6 @@
-"""An exported tower inside transformers' LLaVA class, with tiny random language models: forward, generate, a projector step, saving."""
+"""An exported tower inside transformers' LLaVA class, with tiny random language models: forward, generate, a projector
+step, saving.
+"""
 
 import os
 import shutil
@@ -38,9 +40,17 @@ def exported(request, one_thread: None, tmp_path_factory: pytest.TempPathFactory
 def language_model(kind: str) -> Any:
     torch.manual_seed(1)
     if kind == "gpt2":
-        config = transformers.GPT2Config(vocab_size=WORDS, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
+        config = transformers.GPT2Config(
+            vocab_size=WORDS, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
         return transformers.GPT2LMHeadModel(config).eval()
-    sizes = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": WORDS,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = transformers.LlamaConfig(**sizes, tie_word_embeddings=kind == "tied llama")
     return transformers.LlamaForCausalLM(config).eval()
 
@@ -48,7 +58,11 @@ def language_model(kind: str) -> Any:
 def prompt(model: Any) -> dict[str, torch.Tensor]:
     ids = torch.tensor([[1, *[IMAGE] * model.config.image_seq_length, 5, 6]] * 2)
     generator = torch.Generator().manual_seed(2)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(2, 3, 32, 32, generator=generator),
+    }
 
 
 @pytest.mark.parametrize("select", ["default", "full"])
@@ -125,7 +139,9 @@ def test_towers_that_llava_cannot_take(exported: Path, tmp_path: Path) -> None:
         and "train.model.trunk" in text
     )
     wrapper: Any = transformers.AutoModel.from_pretrained(tmp_path / "resnet")
-    assert "cannot take a TimmWrapperModel" in refusal(lambda: build_llava(wrapper, language_model("llama"), image_token_id=IMAGE))
+    assert "cannot take a TimmWrapperModel" in refusal(
+        lambda: build_llava(wrapper, language_model("llama"), image_token_id=IMAGE)
+    )
     text = refusal(lambda: build_llava(load_tower(exported), language_model("llama"), image_token_id=IMAGE, layer=-4))
     assert "has no hidden states -4" in text and "-3 to 2" in text
 
@@ -137,7 +153,11 @@ def test_a_tower_without_all_its_weights_is_refused(exported: Path, tmp_path: Pa
     file = "model.safetensors"
     tensors = load_file(exported / file)
     gone = sorted(tensors)[-1]
-    save_file({key: tensor for key, tensor in tensors.items() if key != gone}, tmp_path / "part" / file, metadata={"format": "pt"})
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if key != gone},
+        tmp_path / "part" / file,
+        metadata={"format": "pt"},
+    )
     text = refusal(lambda: load_tower(tmp_path / "part"))
     assert "1 weights are missing or of another shape, the first:" in text and gone.rpartition(".")[2] in text
     (tmp_path / "none" / file).unlink()
@@ -148,7 +168,11 @@ def test_a_tower_without_all_its_weights_is_refused(exported: Path, tmp_path: Pa
     (tmp_path / "pickle" / file).unlink()
     torch.save({"weight": Touches(tmp_path / "run")}, tmp_path / "pickle" / "pytorch_model.bin")
     text = refusal(lambda: load_tower(tmp_path / "pickle"))
-    assert "Weights only load failed" in text and "take its weights as safetensors" in text and not (tmp_path / "run").exists()
+    assert (
+        "Weights only load failed" in text
+        and "take its weights as safetensors" in text
+        and not (tmp_path / "run").exists()
+    )
 
 
 class Touches:

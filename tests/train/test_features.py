@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_folders import encoded, write_folders
-from run_factory import write_run
 
+from image_folders import encoded, write_folders
 from labels.settings import Features, Train
 from labels.storage import UserError
+from run_factory import write_run
 from train.encoders.load import load_encoder
 from train.evals import features
 from train.evals.data.sets import DataSet, load_pair
@@ -63,7 +63,9 @@ def test_features_are_the_trunks_on_normalised_images(tmp_path: Path, data: Data
     assert np.allclose(found[2], expected, atol=1e-4)
 
 
-def test_cached_features_are_taken_and_belong_to_one_encoder_and_data(tmp_path: Path, data: DataSet, monkeypatch) -> None:
+def test_cached_features_are_taken_and_belong_to_one_encoder_and_data(
+    tmp_path: Path, data: DataSet, monkeypatch
+) -> None:
     cache = tmp_path / "cache"
     extract = extractor(cache=cache)
     first = extract(load_encoder("pixels:4"), data.train)
@@ -89,7 +91,12 @@ def test_unreadable_images_are_named_and_counted(data: DataSet) -> None:
     with pytest.raises(UserError) as caught:
         extractor()(load_encoder("pixels:4"), data.train)
     text = str(caught.value)
-    assert "2 of 5 images" in text and "a/1.png (UnidentifiedImageError" in text and "b/1.png" in text and "mend or remove" in text
+    assert (
+        "2 of 5 images" in text
+        and "a/1.png (UnidentifiedImageError" in text
+        and "b/1.png" in text
+        and "mend or remove" in text
+    )
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path, data: DataSet) -> None:

@@ -1,4 +1,6 @@
-"""The 10-shot protocol: big_vision's ridge regression, by another solver; its shots, stored; classes that are too small."""
+"""The 10-shot protocol: big_vision's ridge regression, by another solver; its shots, stored; classes that are too
+small.
+"""
 
 import io
 import json
@@ -10,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from image_folders import encoded, write_folders
 from PIL import Image
 
+from image_folders import encoded, write_folders
 from labels.settings import Features, Pipeline
 from labels.storage import UserError
 from train.encoders.encoder import EncoderSpec
@@ -67,13 +69,18 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     for part, count in (("train", 6), ("test", 3)):
         write_folders(tmp_path / part, {"blue": count, "red": count + 2})
         for file in sorted((tmp_path / part).rglob("*.png")):
-            shade = random.integers(0, 120, 3) + 120 * np.array([file.parent.name == name for name in ("red", "", "blue")])
+            shade = random.integers(0, 120, 3) + 120 * np.array(
+                [file.parent.name == name for name in ("red", "", "blue")]
+            )
             file.write_bytes(encoded(tuple(int(value) for value in shade)))
     return tmp_path / "train", tmp_path / "test"
 
 
 def fewshot(folders: tuple[Path, Path], settings: Fewshot, out: Path | None = None) -> dict:
-    pipeline, extract = Pipeline(evaluators={"fewshot": settings.model_dump()}), Extractor(torch.device("cpu"), Features())
+    pipeline, extract = (
+        Pipeline(evaluators={"fewshot": settings.model_dump()}),
+        Extractor(torch.device("cpu"), Features()),
+    )
     return run_protocol(FewShot(), [EncoderSpec("pixels:2")], lambda: load_pair(*folders), pipeline, extract, out)
 
 
@@ -82,7 +89,10 @@ def test_accuracies_and_shots_are_written(folders: tuple[Path, Path], tmp_path: 
     result = fewshot(folders, Fewshot(shots=[2, 5], seeds=[0, 1], l2=8.0), out)
     assert json.loads(out.read_text()) == result and "l2 8" in result["protocol"]
     data = load_pair(*folders)
-    images = [np.stack([np.array([int(c) for c in _mean(place.read())]) for place in part.places]) for part in (data.train, data.test)]
+    images = [
+        np.stack([np.array([int(c) for c in _mean(place.read())]) for place in part.places])
+        for part in (data.train, data.test)
+    ]
     x, test = (np.repeat(part / 255, 4, axis=1).astype(np.float32).astype(np.float64) for part in images)
     table = pq.read_table(tmp_path / "few.splits.parquet").to_pylist()
     for row, shots in zip(result["results"][1:], (2, 5), strict=True):

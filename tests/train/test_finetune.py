@@ -12,16 +12,15 @@ import timm
 import torch
 import transformers
 from click.testing import CliRunner
-from hf_factory import VIT, write_hf
-from image_folders import encoded, write_folders
-from run_factory import write_run
 from safetensors.torch import load_file, save_file
 from timm.layers.drop import DropPath
 from torch import nn
-from trainer_process import train
 
+from hf_factory import VIT, write_hf
+from image_folders import encoded, write_folders
 from labels.settings import Features, Optimizer, Runtime
 from labels.storage import UserError
+from run_factory import write_run
 from train.cli import cli
 from train.distributed import World
 from train.encoders.encoder import EncoderSpec, ImageForm
@@ -44,6 +43,7 @@ from train.evals.kinds.finetune import (
     train_what_is_read,
 )
 from train.loop import Stopped
+from trainer_process import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,7 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, count in (("train", 9), ("test", 4)):
         write_folders(folder / "data" / part, {"blue": count, "red": count})
         for file in sorted((folder / "data" / part).rglob("*.png")):
-            shade = random.integers(0, 120, 3) + 120 * np.array([file.parent.name == colour for colour in ("red", "none", "blue")])
+            shade = random.integers(0, 120, 3) + 120 * np.array(
+                [file.parent.name == colour for colour in ("red", "none", "blue")]
+            )
             file.write_bytes(encoded(tuple(int(value) for value in shade)))
     write_run(folder / "run", 3)
     return folder
@@ -84,7 +86,9 @@ def rates(trunk: nn.Module, side: int, decay: float = 0.5) -> dict[str, float]:
     optimizer = make_layer_decayed(decay)(model, Optimizer(weight_decay=0.05))
     name = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {name[id(one)]: group["lr_scale"] for group in optimizer.param_groups for one in group["params"]}
-    undecayed = {name[id(one)] for group in optimizer.param_groups for one in group["params"] if group["weight_decay"] == 0}
+    undecayed = {
+        name[id(one)] for group in optimizer.param_groups for one in group["params"] if group["weight_decay"] == 0
+    }
     for key, parameter in model.named_parameters():
         exempt = parameter.ndim < 2 or any(word in key for word in ("pos_embed", "position_embeddings", "cls_token"))
         assert not parameter.requires_grad or exempt == (key in undecayed), key
@@ -100,7 +104,9 @@ def mae_layer(name: str, depth: int) -> int:
 
 def test_rates_of_maes_vit_are_maes() -> None:
     """MAE's own fine-tuning model pools by the mean and has its norm behind the pool."""
-    net = timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=24, num_heads=2, img_size=32, global_pool="avg", num_classes=0)
+    net = timm.create_model(
+        "vit_tiny_patch16_224", depth=3, embed_dim=24, num_heads=2, img_size=32, global_pool="avg", num_classes=0
+    )
     found = rates(net, 32)
     assert found["head.weight"] == found["trunk.fc_norm.weight"] == 1
     for name, factor in found.items():
@@ -112,7 +118,10 @@ def test_rates_of_nets_that_do_not_group_themselves(tmp_path: Path) -> None:
     model = transformers.Dinov2Model(transformers.Dinov2Config(**VIT))
     encoder = load_encoder(f"hf:{write_hf(tmp_path / 'dino', model)}")
     found = rates(encoder.net, 32)
-    assert found["trunk.net.embeddings.cls_token"] == 0.5**3 and found["trunk.net.layernorm.weight"] == found["head.bias"] == 1
+    assert (
+        found["trunk.net.embeddings.cls_token"] == 0.5**3
+        and found["trunk.net.layernorm.weight"] == found["head.bias"] == 1
+    )
     assert {value for name, value in found.items() if "layer.0." in name} == {0.5**2}
     assert {value for name, value in found.items() if "layer.1." in name} == {0.5}
 
@@ -159,7 +168,9 @@ def test_drop_path_is_timms(name: str) -> None:
 
     plain, expected = timm.create_model(name), timm.create_model(name, drop_path_rate=0.3)
     took = set_drop_path(plain, 0.3)
-    if name == "test_efficientnet":  # counts blocks that have no residual branch, too: places are the same, not the rates
+    if (
+        name == "test_efficientnet"
+    ):  # counts blocks that have no residual branch, too: places are the same, not the rates
         assert took == 0.3 and dropped(plain)
         return
     assert dropped(plain) == dropped(expected) and took == 0.3 and len(dropped(plain)) >= 1
@@ -174,12 +185,18 @@ def test_what_nothing_reads_is_not_trained(tmp_path: Path, folder: Path) -> None
     model = FineTuned(encoder.net, encoder.width, 2)
     train_what_is_read(model, encoder.images.side)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert "trunk.net.blocks.0.attn.qkv.weight" in trained and "trunk.net.norm.weight" in trained and "head.bias" in trained
+    assert (
+        "trunk.net.blocks.0.attn.qkv.weight" in trained
+        and "trunk.net.norm.weight" in trained
+        and "head.bias" in trained
+    )
     assert not any(name.startswith("trunk.net.blocks.1.") for name in trained)
 
 
 def batch(numbers: list[int], classes: list[int]) -> LabelledBatch:
-    images = torch.randint(0, 256, (len(numbers), 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(
+        0, 256, (len(numbers), 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     return LabelledBatch(images, torch.tensor(classes), np.array(numbers))
 
 
@@ -224,7 +241,10 @@ def test_every_image_once_an_epoch_and_ranks_share_batches(data: DataSet) -> Non
         return np.stack(made)
 
     alone = numbers(HERE)
-    assert sorted(alone.ravel()[:18] % 18) == list(range(18)) and (np.sort(alone.ravel() // 18) == alone.ravel() // 18).all()
+    assert (
+        sorted(alone.ravel()[:18] % 18) == list(range(18))
+        and (np.sort(alone.ravel() // 18) == alone.ravel() // 18).all()
+    )
     assert np.array_equal(numbers(HERE, 4), alone[4:])
     assert np.array_equal(np.concatenate([numbers(World(rank, 2, CPU)) for rank in (0, 1)], axis=1), alone)
     first = next(iter(cropped_batches(data.train, 8, 6, 3, 2, HERE, 0, 6)))
@@ -236,7 +256,10 @@ def test_budget_and_batch() -> None:
     train = train_settings(settings, Runtime(device="cpu"), 1_281_167, HERE)
     assert train.batch_size == 1024 and train.optimizer.lr == 4e-3 and train.samples == 50 * 1_281_167 // 1024 * 1024
     assert train.optimizer.warmup_samples == 5 * 1_281_167
-    assert batch_size(101, settings, ranks=1) == 100 and batch_size(101, settings.model_copy(update={"accumulation": 4}), ranks=2) == 96
+    assert (
+        batch_size(101, settings, ranks=1) == 100
+        and batch_size(101, settings.model_copy(update={"accumulation": 4}), ranks=2) == 96
+    )
     with pytest.raises(UserError, match=r"training part has 3 images[\s\S]*finetune\.accumulation=1"):
         batch_size(3, settings.model_copy(update={"accumulation": 4}), ranks=1)
 
@@ -248,12 +271,18 @@ def test_it_learns_and_the_same_seed_gives_the_same(folder: Path, data: DataSet)
     again = FineTune().scores(encoder, data, QUICK, extractor(), [0])[0]
     assert one.metrics["top1"] == 1.0 and one.metrics["top5"] is None and other.metrics["top1"] is not None
     assert one == again and one.detail["batch_size"] == 8 and one.detail["steps"] == 6 * 18 // 8
-    assert load_encoder(f"run:{folder}/run").describe()["weights"] == before and not any(p.requires_grad for p in encoder.net.parameters())
+    assert load_encoder(f"run:{folder}/run").describe()["weights"] == before and not any(
+        p.requires_grad for p in encoder.net.parameters()
+    )
 
 
 def weights(cache: Path) -> dict[str, torch.Tensor]:
     [checkpoint] = (cache / "finetune").glob("*/checkpoints/samples-*")
-    return {name: tensor for part in ("trunk", "head") for name, tensor in load_file(checkpoint / f"{part}.safetensors").items()}
+    return {
+        name: tensor
+        for part in ("trunk", "head")
+        for name, tensor in load_file(checkpoint / f"{part}.safetensors").items()
+    }
 
 
 def test_a_stopped_one_goes_on_to_the_same_weights(folder: Path, data: DataSet, tmp_path: Path, monkeypatch) -> None:
@@ -278,7 +307,9 @@ def test_accumulation_is_the_same_step(folder: Path, data: DataSet, tmp_path: Pa
     """Without mixing, whose partners change with the part."""
     found = []
     for parts in (1, 2):
-        settings = Finetune(epochs=2, batch_size=8, warmup_epochs=1, mixup=0.0, cutmix=0.0, drop_path=0.0, accumulation=parts)
+        settings = Finetune(
+            epochs=2, batch_size=8, warmup_epochs=1, mixup=0.0, cutmix=0.0, drop_path=0.0, accumulation=parts
+        )
         FineTune().scores(load_encoder(f"run:{folder}/run"), data, settings, extractor(tmp_path / str(parts)), [0])
         found.append(weights(tmp_path / str(parts)))
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-4) for name in found[0])
@@ -297,21 +328,33 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
         "features.threads=2",
     ]
     where = ["--data", f"folders:{folder}/data", "--out", str(out)]
-    said = CliRunner().invoke(cli, ["finetune", *where, "--encoder", f"run:{folder}/run", *options], catch_exceptions=False)
+    said = CliRunner().invoke(
+        cli, ["finetune", *where, "--encoder", f"run:{folder}/run", *options], catch_exceptions=False
+    )
     assert said.exit_code == 0, said.output
     found = json.loads(out.read_text())
     assert "layer decay 0.75" in found["protocol"] and found["settings"]["cutmix"] == 1.0
     assert [row["variant"] for row in found["results"]] == ["majority class", "fine-tuned"]
-    assert found["results"][1]["seeds"][0]["drop_path"] == 0.2 and list((tmp_path / "f.work" / "finetune").glob("*/checkpoints/*"))
-    with pytest.raises(UserError, match=r"finetune: the encoder 'pixels:4' cannot be measured so: it has no weights to train; give run:"):
+    assert found["results"][1]["seeds"][0]["drop_path"] == 0.2 and list(
+        (tmp_path / "f.work" / "finetune").glob("*/checkpoints/*")
+    )
+    with pytest.raises(
+        UserError,
+        match=r"finetune: the encoder 'pixels:4' cannot be measured so: it has no weights to train; give run:",
+    ):
         CliRunner().invoke(cli, ["finetune", *where, "--encoder", "pixels:4"], catch_exceptions=False)
 
 
 def test_a_bad_image_is_named(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "data", tmp_path / "data")
     (tmp_path / "data" / "train" / "red" / "3.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"the image red/3\.png of .* cannot be decoded \(UnidentifiedImageError[\s\S]*mend or remove it"):
-        FineTune().scores(load_encoder(f"run:{folder}/run"), load_data(f"folders:{tmp_path}/data"), QUICK, extractor(), [0])
+    with pytest.raises(
+        UserError,
+        match=r"the image red/3\.png of .* cannot be decoded \(UnidentifiedImageError[\s\S]*mend or remove it",
+    ):
+        FineTune().scores(
+            load_encoder(f"run:{folder}/run"), load_data(f"folders:{tmp_path}/data"), QUICK, extractor(), [0]
+        )
 
 
 def test_two_ranks_are_one(folder: Path, tmp_path: Path) -> None:
@@ -323,24 +366,38 @@ def test_two_ranks_are_one(folder: Path, tmp_path: Path) -> None:
         options = [option for key in keys for option in ("--set", f"finetune.{key}")]
         encoders = ["--encoder", f"run:{folder}/run", "--encoder", f"untrained:{folder}/run"]
         code, said = train(
-            "finetune", "--data", f"folders:{folder}/data", *encoders, "--out", out, *options, said=tmp_path / "said", ranks=ranks
+            "finetune",
+            "--data",
+            f"folders:{folder}/data",
+            *encoders,
+            "--out",
+            out,
+            *options,
+            said=tmp_path / "said",
+            ranks=ranks,
         )
         assert code == 0, said
         assert [row["encoder"] for row in json.loads(out.read_text())["results"][1:]] == encoders[1::2]
         files = sorted((tmp_path / f"{ranks}.work").rglob("metrics.jsonl"), key=lambda file: file.stat().st_mtime_ns)
-        losses.append([json.loads(line)["loss"] for file in files for line in file.read_text().splitlines() if '"loss"' in line])
+        losses.append(
+            [json.loads(line)["loss"] for file in files for line in file.read_text().splitlines() if '"loss"' in line]
+        )
     assert len(losses[0]) == 2 * (2 * 18 // 8) and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_another_encoders_state_is_not_gone_on_with(folder: Path, data: DataSet, tmp_path: Path) -> None:
     """Whatever decides the result decides the folder."""
     for settings in (QUICK, QUICK.model_copy(update={"layer_decay": 0.9})):
-        FineTune().scores(load_encoder(f"run:{folder}/run"), data, settings.model_copy(update={"epochs": 2}), extractor(tmp_path), [0])
+        FineTune().scores(
+            load_encoder(f"run:{folder}/run"), data, settings.model_copy(update={"epochs": 2}), extractor(tmp_path), [0]
+        )
     assert len(list((tmp_path / "finetune").iterdir())) == 2
 
 
 def test_other_images_of_the_same_size_are_other_data(folder: Path, tmp_path: Path) -> None:
-    """The fingerprint has names and sizes alone: what was trained before an image changed is not taken for the new data's."""
+    """The fingerprint has names and sizes alone: what was trained before an image changed is not taken for the new
+    data's.
+    """
     shutil.copytree(folder / "data", tmp_path / "data")
     settings, image = QUICK.model_copy(update={"epochs": 2}), tmp_path / "data" / "train" / "red" / "3.png"
     for when in (1_000_000_000, 2_000_000_000):

@@ -8,14 +8,19 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from trainer_factory import losses, small_out
 
 from labels.config import load_pipeline
 from train.trainer import train_run
+from trainer_factory import losses, small_out
 
 GOLDEN = Path(__file__).with_name("golden_curve.json")
 DEMO = Path(__file__).parents[2] / "examples" / "openclipart" / "demo.yaml"
-CUT = ["samples=128", "batch_size=16", "optimizer.warmup_samples=32", "runtime={device: cpu, precision: fp32, threads: 1}"]
+CUT = [
+    "samples=128",
+    "batch_size=16",
+    "optimizer.warmup_samples=32",
+    "runtime={device: cpu, precision: fp32, threads: 1}",
+]
 
 
 def curve(folder: Path) -> list[float]:

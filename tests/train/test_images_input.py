@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from beton_factory import build_out, photo
 from numba.core.runtime import _nrt_python, rtsys  # type: ignore[attr-defined]  (numba's own statistics of memory)
 from PIL import Image
 from torchvision.transforms import functional
 
+from beton_factory import build_out, photo
 from labels.config import load_pipeline
 from labels.native import Decompressor
 from labels.settings import Data
@@ -36,9 +36,16 @@ def inputs(out: Path, *, threads: int = 2, **values: object) -> list[tuple[torch
     settings = Data(crop_scale=[0.3, 1.0], flip=True, **values)  # type: ignore[arg-type]
     to_model = ImageInput(settings, CPU, image_size=SIDE, seed=3)
     loader = Loader(
-        BetonSet(out), settings, image_size=SIDE, batch_size=16, seed=3, first_step=0, last_step=4, threads=threads,
+        BetonSet(out),
+        settings,
+        image_size=SIDE,
+        batch_size=16,
+        seed=3,
+        first_step=0,
+        last_step=4,
+        threads=threads,
         device=resamples(settings, CPU),
-    )  # fmt: skip
+    )
     with loader:
         return [tuple(tensor.clone() for tensor in to_model(batch)) for batch in loader]  # type: ignore[misc]
 
@@ -68,14 +75,20 @@ def test_auto_leaves_the_resampling_to_cuda_alone() -> None:
     assert not resamples(Data(resample="host"), torch.device("cuda"))
 
 
-def decoded(jpeg: bytes, device: bool, size: int, epoch: int | None = None, canvas: tuple[int, int] | None = None) -> np.ndarray:
-    """One image as decode_row leaves it: the crop of an epoch, or a centre crop; on a canvas of so many rows and columns."""
+def decoded(
+    jpeg: bytes, device: bool, size: int, epoch: int | None = None, canvas: tuple[int, int] | None = None
+) -> np.ndarray:
+    """One image as decode_row leaves it: the crop of an epoch, or a centre crop; on a canvas of so many rows and
+    columns.
+    """
     width, height = Image.open(io.BytesIO(jpeg)).size
     crops = Crops((0.3, 0.8), (0.75, 1.33), epoch is not None, 0, size, epoch is None, device)
     window, data = window_of(width, height, crops, epoch or 0, 0), np.frombuffer(jpeg, np.uint8)
     image, box = np.zeros((*(canvas or (3 * size, 3 * size)), 3), np.uint8), np.zeros(BOX, np.float32)
     handle, scratch = Decompressor(), np.empty(1 << 22, np.uint8)
-    assert decode_row(data.ctypes.data, len(data), width, height, window, crops, handle.handle, scratch, image, box) == 0
+    assert (
+        decode_row(data.ctypes.data, len(data), width, height, window, crops, handle.handle, scratch, image, box) == 0
+    )
     if not device:
         return image[:size, :size].astype(int)
     first = np.array([vertical_first(window.width, window.height, size)])
@@ -112,7 +125,12 @@ def test_colours_are_torchvisions() -> None:
     strengths = np.array([0.32, 0.32, 0.32, 0.08])
     epochs, positions = np.zeros(24, np.int64), np.arange(24)
     factors, order, grey = draw(strengths, 0.8, 0.3, 5, epochs, positions)
-    steps = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation, functional.adjust_hue)
+    steps = (
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+    )
     expected = images.clone()
     for row in range(24):
         for step in order[row]:
@@ -146,9 +164,12 @@ def test_nothing_is_allocated_for_a_sample(out: Path, device: bool) -> None:
     crops = Crops((0.3, 1.0), (0.75, 1.33), True, 0, SIDE, False, device)
     side, samples = 3 * SIDE, np.arange(50)
     rows = decode.Rows(
-        np.zeros((50, side, side, 3) if device else (50, SIDE, SIDE, 3), np.uint8), np.zeros((50, BOX), np.float32),
-        np.zeros((50, betons.label_limit), np.int32), np.zeros(50, np.int64), np.zeros(50, np.uint8),
-    )  # fmt: skip
+        np.zeros((50, side, side, 3) if device else (50, SIDE, SIDE, 3), np.uint8),
+        np.zeros((50, BOX), np.float32),
+        np.zeros((50, betons.label_limit), np.int32),
+        np.zeros(50, np.int64),
+        np.zeros(50, np.uint8),
+    )
     epochs, scratch = np.zeros(50, np.int64), np.empty(1 << 22, np.uint8)
     allocations = []
     _nrt_python.memsys_enable_stats()
@@ -156,7 +177,9 @@ def test_nothing_is_allocated_for_a_sample(out: Path, device: bool) -> None:
         with betons.held(samples):
             for end in (1, 50, 1, 50):
                 before = rtsys.get_allocation_stats().alloc
-                assert not decode.load_rows(betons.tables, samples, epochs, 0, end, crops, betons.vocabulary, decoder.handle, scratch, rows)
+                assert not decode.load_rows(
+                    betons.tables, samples, epochs, 0, end, crops, betons.vocabulary, decoder.handle, scratch, rows
+                )
                 allocations.append(rtsys.get_allocation_stats().alloc - before)
     finally:
         _nrt_python.memsys_disable_stats()

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from image_folders import encoded, write_folders
-from run_factory import write_run
 
+from image_folders import encoded, write_folders
 from labels.settings import Features, Pipeline
 from labels.storage import UserError
+from run_factory import write_run
 from train.encoders.encoder import EncoderSpec
 from train.evals.data.sets import load_pair
 from train.evals.features import Extractor
@@ -20,7 +20,9 @@ from train.evals.kinds.knn import Knn, NearestNeighbours, majority_votes, neares
 from train.evals.measure import run_protocol
 
 
-def naive(train_x: np.ndarray, train_y: np.ndarray, query: np.ndarray, classes: int, k: int, temperature: float) -> tuple[np.ndarray, int]:
+def naive(
+    train_x: np.ndarray, train_y: np.ndarray, query: np.ndarray, classes: int, k: int, temperature: float
+) -> tuple[np.ndarray, int]:
     """Weighted votes of every class, and the majority's class, for one query."""
     cosines = [float(row @ query / np.linalg.norm(row) / np.linalg.norm(query)) for row in train_x]
     neighbours = sorted(range(len(train_x)), key=lambda row: -cosines[row])[:k]
@@ -67,9 +69,14 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_results_of_the_command(folders: tuple[Path, Path], tmp_path: Path) -> None:
     write_run(tmp_path / "run")
-    pipeline, extract = Pipeline(evaluators={"knn": Knn(k=[3, 5]).model_dump()}), Extractor(torch.device("cpu"), Features())
+    pipeline, extract = (
+        Pipeline(evaluators={"knn": Knn(k=[3, 5]).model_dump()}),
+        Extractor(torch.device("cpu"), Features()),
+    )
     asked = [EncoderSpec("pixels:2"), EncoderSpec(f"untrained:{tmp_path}/run")]
-    result = run_protocol(NearestNeighbours(), asked, lambda: load_pair(*folders), pipeline, extract, tmp_path / "knn.json")
+    result = run_protocol(
+        NearestNeighbours(), asked, lambda: load_pair(*folders), pipeline, extract, tmp_path / "knn.json"
+    )
     rows = {(row["encoder"], row["variant"]): row for row in result["results"]}
     variants = ["3-nn", "3-nn majority", "5-nn", "5-nn majority"]
     assert [variant for _, variant in rows] == ["majority class", *variants, *variants]

@@ -1,4 +1,6 @@
-"""Encoders of open_clip and transformers, from local files with random weights: the library's own outputs, and what is refused."""
+"""Encoders of open_clip and transformers, from local files with random weights: the library's own outputs, and what is
+refused.
+"""
 
 import json
 from pathlib import Path
@@ -8,9 +10,9 @@ import open_clip
 import pytest
 import torch
 import transformers
-from hf_factory import VIT, write_hf
 from safetensors.torch import save_file
 
+from hf_factory import VIT, write_hf
 from labels.storage import UserError
 from train.encoders.encoder import EncoderSpec
 from train.encoders.load import load_encoder
@@ -39,7 +41,9 @@ def clip(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, 
     open_clip.add_model_config(folder / f"{name}.json")
     torch.manual_seed(0)
     model: Any = open_clip.create_model(name).eval()
-    save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {key: tensor.contiguous() for key, tensor in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
     return name, folder / "open_clip_model.safetensors", model
 
 
@@ -57,7 +61,9 @@ def test_open_clips_last_layer_is_what_it_projects(clip) -> None:
     if name == "tiny-resnet":
         encoder = load_encoder(EncoderSpec(f"open_clip:{name}", str(file), -1))
         images = torch.randn(2, 3, 64, 64)
-        maps = model.visual.forward_intermediates(images, indices=[4], intermediates_only=True)["image_intermediates"][0]
+        maps = model.visual.forward_intermediates(images, indices=[4], intermediates_only=True)["image_intermediates"][
+            0
+        ]
         assert torch.allclose(encoder(images), maps.mean((2, 3)), atol=1e-5)
         assert "has no class token" in refusal(f"open_clip:{name}", weights=str(file), pool="cls")
         return
@@ -82,11 +88,15 @@ def test_open_clip_refusals(clip, tmp_path: Path) -> None:
     assert "missing (1): logit_scale" in refusal(f"open_clip:{name}", weights=str(tmp_path / "cut.pt"))
 
 
-
-
 def hf_models() -> dict[str, Any]:
     torch.manual_seed(2)
-    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 64}
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 64,
+    }
     return {
         "vit": transformers.ViTModel(transformers.ViTConfig(**VIT), add_pooling_layer=False),
         "dinov2": transformers.Dinov2Model(transformers.Dinov2Config(**VIT)),
@@ -147,7 +157,9 @@ def test_hf_refusals(tmp_path: Path) -> None:
     assert "cannot be loaded by transformers" in refusal(f"hf:{folder}")
     weights.unlink()
     assert "has no weights" in refusal(f"hf:{folder}")
-    text_model = transformers.BertModel(transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32))
+    text_model = transformers.BertModel(
+        transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    )
     assert "which takes no images" in refusal(f"hf:{write_hf(tmp_path / 'bert', text_model)}")
 
 

@@ -9,13 +9,12 @@ import open_clip
 import pytest
 import torch
 from click.testing import CliRunner
-from lit_factory import Runs, refused, three_classes
 from safetensors.torch import load_file, save_file
 from timm import create_model
-from trainer_factory import losses, weights
 
 from labels.settings import Features, Pipeline
 from labels.storage import UserError
+from lit_factory import Runs, refused, three_classes
 from train.checkpoint import checkpoint_folders
 from train.cli import cli
 from train.encoders.encoder import EncoderSpec
@@ -27,6 +26,7 @@ from train.evals.lit import train_lit
 from train.evals.measure import run_protocol
 from train.report.results import Line, matches
 from train.report.runs import read_runs
+from trainer_factory import losses, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -53,10 +53,15 @@ def test_the_trunk_is_frozen_and_the_rest_learns(runs: Runs) -> None:
     found = losses(runs.folder / "lit")
     assert len(found) == 10 and np.mean([loss for _, loss, _ in found[-3:]]) < found[0][1]
     assert (
-        load_encoder(f"run:{runs.folder / 'lit'}").describe()["weights"] == load_encoder(f"run:{runs.folder / 'run'}").describe()["weights"]
+        load_encoder(f"run:{runs.folder / 'lit'}").describe()["weights"]
+        == load_encoder(f"run:{runs.folder / 'run'}").describe()["weights"]
     )
     facts = json.loads((runs.folder / "lit" / "data.json").read_text())
-    assert facts["method"] == "lit" and facts["encoder"]["by_config"] and str(runs.folder / "run") in facts["encoder"]["spec"]
+    assert (
+        facts["method"] == "lit"
+        and facts["encoder"]["by_config"]
+        and str(runs.folder / "run") in facts["encoder"]["spec"]
+    )
 
 
 def test_batch_norm_of_a_frozen_trunk_keeps_its_statistics(runs: Runs, tmp_path: Path) -> None:
@@ -111,9 +116,10 @@ def tiny_clip(folder: Path) -> tuple[str, str, Any]:
     """A small model of open_clip's with random weights: name, file, model."""
     name = "tiny-two-towers"
     config = {
-        "embed_dim": 12, "vision_cfg": {"image_size": 16, "layers": 1, "width": 24, "head_width": 12, "patch_size": 8},
+        "embed_dim": 12,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 24, "head_width": 12, "patch_size": 8},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }  # fmt: skip
+    }
     (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / f"{name}.json")
     torch.manual_seed(2)
@@ -127,14 +133,18 @@ def test_classes_are_embedded_as_open_clip_does(data: DataSet, tmp_path: Path) -
     forms = tmp_path / "forms.txt"
     forms.write_text("a photo of a {}.\nart of the {}\n{}\n")
     names = list(data.names)
-    wanted = open_clip.build_zero_shot_classifier(model, open_clip.get_tokenizer(name), names, forms.read_text().splitlines())
+    wanted = open_clip.build_zero_shot_classifier(
+        model, open_clip.get_tokenizer(name), names, forms.read_text().splitlines()
+    )
     encoder = load_encoder(EncoderSpec(f"open_clip:{name}", file))
     assert encoder.text
     texts = [form.replace("{}", one) for one in names for form in forms.read_text().splitlines()]
     assert torch.allclose(class_embeddings(encoder.text().texts(texts, CPU), 3).T, wanted, atol=1e-6)
     extract = Extractor(CPU, Features())
     pipeline = Pipeline(evaluators={"zeroshot": Zeroshot(templates=str(forms)).model_dump()})
-    found = run_protocol(ZeroShot(), [EncoderSpec(f"open_clip:{name}", file)], lambda: data, pipeline, extract)["results"][1]
+    found = run_protocol(ZeroShot(), [EncoderSpec(f"open_clip:{name}", file)], lambda: data, pipeline, extract)[
+        "results"
+    ][1]
     guesses = (torch.from_numpy(extract(encoder, data.test)) @ wanted).argmax(1).numpy()
     assert found["variant"] == "zeroshot" and found["top1"] == pytest.approx((guesses == data.test.targets).mean())
 
@@ -147,8 +157,10 @@ def test_runs_are_asked_with_their_own_tokens(runs: Runs, data: DataSet, kind: s
     side = encoder.text()
     words = json.loads((runs.folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert side.tokens(["red cat", "nothing", "dog " * 9], None).tolist() == [
-        [15, words["red"], words["cat"], 16, 0, 0, 0, 0], [15, 16, 0, 0, 0, 0, 0, 0], [15, *[words["dog"]] * 6, 16],
-    ]  # fmt: skip
+        [15, words["red"], words["cat"], 16, 0, 0, 0, 0],
+        [15, 16, 0, 0, 0, 0, 0, 0],
+        [15, *[words["dog"]] * 6, 16],
+    ]
     found = run_protocol(ZeroShot(), [EncoderSpec(spec)], lambda: data, Pipeline(), Extractor(CPU, Features()))
     row = found["results"][1]
     features = torch.from_numpy(Extractor(CPU, Features())(encoder, data.test))
@@ -158,8 +170,12 @@ def test_runs_are_asked_with_their_own_tokens(runs: Runs, data: DataSet, kind: s
     assert row["variant"] == "zeroshot" and row["top1"] == pytest.approx((guesses == data.test.targets).mean())
 
 
-def test_a_run_without_text_tower_is_told_as_such(runs: Runs, data: DataSet, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr("train.evals.kinds.zeroshot.label_texts", lambda texts, built: [np.array([1 + n]) for n, _ in enumerate(texts)])
+def test_a_run_without_text_tower_is_told_as_such(
+    runs: Runs, data: DataSet, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(
+        "train.evals.kinds.zeroshot.label_texts", lambda texts, built: [np.array([1 + n]) for n, _ in enumerate(texts)]
+    )
     spec = EncoderSpec(f"run:{runs.folder / 'run'}")
     found = run_protocol(ZeroShot(), [spec], lambda: data, Pipeline(), Extractor(CPU, Features()))
     assert found["results"][1]["variant"] == "zero-shot by token logits"
@@ -172,7 +188,12 @@ def test_names_that_the_tokenizer_does_not_know_are_told(runs: Runs, data: DataS
     (tmp_path / "names.txt").write_text("red bird\nxylophone\nzeppelin\n")
     pipeline = Pipeline(evaluators={"zeroshot": Zeroshot(classnames=str(tmp_path / "names.txt")).model_dump()})
     text = refused(
-        run_protocol, ZeroShot(), [EncoderSpec(f"run:{runs.folder / 'lit'}")], lambda: data, pipeline, Extractor(CPU, Features())
+        run_protocol,
+        ZeroShot(),
+        [EncoderSpec(f"run:{runs.folder / 'lit'}")],
+        lambda: data,
+        pipeline,
+        Extractor(CPU, Features()),
     )
     assert "1 class names have the same tokens as others" in text and "zeppelin (as xylophone)" in text
     assert "--classnames FILE with other words" in text
@@ -197,6 +218,9 @@ def test_predictions_are_of_classification_alone(runs: Runs) -> None:
 
 def test_the_papers_lines_are_of_their_own_method(runs: Runs) -> None:
     classified, clip, lit = read_runs([runs.folder / name for name in ("run", "clip", "lit")])
-    lines = {"superclass": Line("", [1.0], {"train.samples": 160}), "clip": Line("", [1.0], {"train.samples": 160, "data.method": "clip"})}
+    lines = {
+        "superclass": Line("", [1.0], {"train.samples": 160}),
+        "clip": Line("", [1.0], {"train.samples": 160, "data.method": "clip"}),
+    }
     assert [matches(run, lines["superclass"]) for run in (classified, clip, lit)] == [True, False, False]
     assert [matches(run, lines["clip"]) for run in (classified, clip, lit)] == [False, True, False]

@@ -1,4 +1,6 @@
-"""`train llava` with a tiny tower and a tiny Llama: the projector learns, what is written loads as lmms-eval loads it, faults are told."""
+"""`train llava` with a tiny tower and a tiny Llama: the projector learns, what is written loads as lmms-eval loads it,
+faults are told.
+"""
 
 import json
 import shutil
@@ -7,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from caption_factory import COLOURS, coloured_pairs, language_model_folder
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from caption_factory import COLOURS, coloured_pairs, language_model_folder
 from labels.config import dump_yaml
 from labels.settings import Model, Pipeline, Train
 from labels.storage import UserError
@@ -24,9 +26,13 @@ from train.model import build_trunk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = (
-    "llava.samples=320", "llava.batch_size=8", "llava.max_tokens=512", "llava.optimizer={lr: 1e-2, warmup_samples: 16}",
-    "train.runtime={device: cpu, precision: fp32}", "train.log={tensorboard: false}",
-)  # fmt: skip
+    "llava.samples=320",
+    "llava.batch_size=8",
+    "llava.max_tokens=512",
+    "llava.optimizer={lr: 1e-2, warmup_samples: 16}",
+    "train.runtime={device: cpu, precision: fp32}",
+    "train.log={tensorboard: false}",
+)
 TURNS = ["<image>\nWhat colour is it?", "It is red.", "Are you sure?", "Yes."]
 
 
@@ -34,7 +40,9 @@ TURNS = ["<image>\nWhat colour is it?", "It is red.", "Are you sure?", "Yes."]
 def trunk(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a tiny ViT of the paper's kind: four patches."""
     run = tmp_path_factory.mktemp("llava") / "run"
-    settings = Model(trunk="vit_b16", trunk_args={"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}, image_size=16)
+    settings = Model(
+        trunk="vit_b16", trunk_args={"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}, image_size=16
+    )
     (run / "checkpoints" / "samples-000000000016").mkdir(parents=True)
     dump_yaml(run / "config.yaml", Pipeline(train=Train(model=settings)))
     torch.manual_seed(0)
@@ -64,7 +72,19 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(data: Path | str, trunk: Path, language: Path, out: Path, *more: str) -> str:
     sets = [word for key in TINY for word in ("--set", key)]
-    words = ["llava", "--data", str(data), "--encoder", f"run:{trunk}", "--language-model", str(language), "--out", str(out), *sets, *more]
+    words = [
+        "llava",
+        "--data",
+        str(data),
+        "--encoder",
+        f"run:{trunk}",
+        "--language-model",
+        str(language),
+        "--out",
+        str(out),
+        *sets,
+        *more,
+    ]
     said = CliRunner().invoke(cli, words)
     if said.exception and not isinstance(said.exception, SystemExit):
         raise said.exception
@@ -77,7 +97,10 @@ def test_the_projector_learns_and_the_model_loads(talks: Path, trunk: Path, lang
     out = tmp_path / "llava"
     said = run(talks, trunk, language, out)
     assert "1 of 13 records have no image and are left out" in said
-    assert f"lmms_eval --model llava_hf --model_args pretrained={out} --tasks vqav2_val,gqa,vizwiz_vqa_val," in said and len(TASKS) == 10
+    assert (
+        f"lmms_eval --model llava_hf --model_args pretrained={out} --tasks vqav2_val,gqa,vizwiz_vqa_val," in said
+        and len(TASKS) == 10
+    )
     (work,) = (tmp_path / "llava.work").glob("*/metrics.jsonl")
     losses = [json.loads(line)["loss"] for line in work.read_text().splitlines() if "loss" in json.loads(line)]
     assert len(losses) == 40 and losses[-1] < 0.9 * losses[0]
@@ -86,7 +109,9 @@ def test_the_projector_learns_and_the_model_loads(talks: Path, trunk: Path, lang
     assert not info["missing_keys"] and not info["unexpected_keys"]
     processor = AutoProcessor.from_pretrained(out)
     assert processor.tokenizer.chat_template == TEMPLATE
-    text = processor.tokenizer.apply_chat_template([{"role": "user", "content": TURNS[0]}], tokenize=False, add_generation_prompt=True)
+    text = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": TURNS[0]}], tokenize=False, add_generation_prompt=True
+    )
     inputs = processor(images=[Image.new("RGB", (30, 20), COLOURS["red"])], text=text, return_tensors="pt")
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 4 == model.config.image_seq_length
     assert torch.isfinite(model(**inputs).logits).all()
@@ -104,10 +129,13 @@ def test_the_projector_learns_and_the_model_loads(talks: Path, trunk: Path, lang
     lines = work.read_text()
     run(talks, trunk, language, out)
     assert work.read_text() == lines
-    # With another language model, though its files are as large as before: what was trained beside the first is not gone on with.
+    # With another language model, though its files are as large as before: what was trained beside the first is not
+    # gone on with.
     other = shutil.copytree(language, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
-    save_file({name: -tensor for name, tensor in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: -tensor for name, tensor in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"}
+    )
     own, others = (weights_fingerprint(load_language_model(folder).model) for folder in (language, other))
     assert facts["language_model_weights"] == own != others
 
@@ -130,13 +158,19 @@ def test_what_is_trained_on_is_what_is_asked(language: Path) -> None:
     assert tokenizer.apply_chat_template(chat, tokenize=False) == text
     assert text.startswith(tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True))
     parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is it?"}]}]
-    assert tokenizer.apply_chat_template(parts, tokenize=False) == tokenizer.apply_chat_template(chat[:1], tokenize=False)
-    assert [text[first:last] for first, last in spans] == [f" It is red.{tokenizer.eos_token}", f" Yes.{tokenizer.eos_token}"]
+    assert tokenizer.apply_chat_template(parts, tokenize=False) == tokenizer.apply_chat_template(
+        chat[:1], tokenize=False
+    )
+    assert [text[first:last] for first, last in spans] == [
+        f" It is red.{tokenizer.eos_token}",
+        f" Yes.{tokenizer.eos_token}",
+    ]
     mark = tokenizer.convert_tokens_to_ids("<image>")
     ids, labels = conversation_ids(TURNS, tokenizer, mark, 4, 500)
     assert ids.count(mark) == 4 and len(ids) == len(labels)
     assert (
-        tokenizer.decode([token for token in labels if token != IGNORED]) == f" It is red.{tokenizer.eos_token} Yes.{tokenizer.eos_token}"
+        tokenizer.decode([token for token in labels if token != IGNORED])
+        == f" It is red.{tokenizer.eos_token} Yes.{tokenizer.eos_token}"
     )
     assert tokenizer.decode(ids).replace("<image>" * 4, "<image>") == text
     cut, _ = conversation_ids(TURNS, tokenizer, mark, 4, 2)
@@ -166,7 +200,9 @@ def test_errors_name_the_mend(talks: Path, trunk: Path, language: Path, tmp_path
     assert "has the mark <image> 0 times in turn 1: once in the first is wanted" in record(
         conversations=[{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]
     )
-    assert "has in turn 1 `from` 'gpt'" in record(conversations=[{"from": "gpt", "value": ""}, {"from": "human", "value": ""}])
+    assert "has in turn 1 `from` 'gpt'" in record(
+        conversations=[{"from": "gpt", "value": ""}, {"from": "human", "value": ""}]
+    )
     assert "one file is wanted" in record(image=["a.png", "b.png"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
@@ -177,4 +213,6 @@ def test_errors_name_the_mend(talks: Path, trunk: Path, language: Path, tmp_path
     (tmp_path / "0.png").write_bytes((talks.parent / "0.png").read_bytes())
     (tmp_path / "broken.json").write_text(json.dumps(broken))
     message = told(data=tmp_path / "broken.json")
-    assert "the image of the record 'r1'" in message and "cannot be decoded" in message and "remove the record" in message
+    assert (
+        "the image of the record 'r1'" in message and "cannot be decoded" in message and "remove the record" in message
+    )

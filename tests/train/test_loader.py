@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from beton_factory import build_out
 from PIL import Image
 
+from beton_factory import build_out
 from labels import beton
 from labels.native import Decompressor
 from labels.settings import Data
@@ -40,12 +40,21 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_out(tmp_path_factory.mktemp("loader"), [20, 7, 30])
 
 
-def load(out: Path, steps: int = 3, *, threads: int = 2, batch: int = 19, **options: int) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+def load(
+    out: Path, steps: int = 3, *, threads: int = 2, batch: int = 19, **options: int
+) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
     settings = Data(crop_scale=[0.3, 1.0], flip=True)
     loader = Loader(
-        BetonSet(out), settings, image_size=SIDE, batch_size=batch, seed=1, first_step=options.pop("first_step", 0), last_step=steps,
-        threads=threads, **options,
-    )  # fmt: skip
+        BetonSet(out),
+        settings,
+        image_size=SIDE,
+        batch_size=batch,
+        seed=1,
+        first_step=options.pop("first_step", 0),
+        last_step=steps,
+        threads=threads,
+        **options,
+    )
     with loader:
         return [(batch.images.clone(), batch.label_ids.clone(), batch.bad) for batch in loader]
 
@@ -56,7 +65,9 @@ def meta_of(out: Path) -> tuple[np.ndarray, list[bytes]]:
     for path in sorted((out / "beton").glob("*.beton")):
         data = np.fromfile(path, np.uint8)
         header = data[: beton.HEADER.itemsize].view(beton.HEADER)[0]
-        meta = data[beton.METADATA_OFFSET :][: int(header["num_samples"]) * beton.METADATA.itemsize].view(beton.METADATA)
+        meta = data[beton.METADATA_OFFSET :][: int(header["num_samples"]) * beton.METADATA.itemsize].view(
+            beton.METADATA
+        )
         metas.append(meta)
         jpegs += [data[row["image"]["data_ptr"] : row["labels_ptr"]].tobytes() for row in meta]
     return np.concatenate(metas), jpegs
@@ -67,7 +78,11 @@ def test_pixels_are_pils_crop_and_labels_the_rows(out: Path) -> None:
 
     images, label_ids, bad = load(out, 1)[0]
     meta, jpegs = meta_of(out)
-    rows = [row for path in sorted((out / "labels").glob("*.parquet")) for row in pq.read_table(path)["label_ids"].to_pylist()]
+    rows = [
+        row
+        for path in sorted((out / "labels").glob("*.parquet"))
+        for row in pq.read_table(path)["label_ids"].to_pylist()
+    ]
     samples, _ = Order([57], (1,), 64, 1024, 1).batch(0, 19, 0, 1)
     assert bad == 0
     for row, sample in enumerate(samples):
@@ -100,7 +115,17 @@ def shares(betons: BetonSet, first: int, last: int, world: int) -> list[list[tup
     """What each of `world` ranks gets in the steps [first, last): epoch, position, pixels and labels of every sample."""
     settings, found = Data(crop_scale=[0.3, 1.0], flip=True), []
     for rank in range(world):
-        loader = Loader(betons, settings, image_size=8, batch_size=24, seed=1, first_step=first, last_step=last, rank=rank, world=world)
+        loader = Loader(
+            betons,
+            settings,
+            image_size=8,
+            batch_size=24,
+            seed=1,
+            first_step=first,
+            last_step=last,
+            rank=rank,
+            world=world,
+        )
         with loader:
             found.append(
                 [
@@ -118,7 +143,9 @@ def test_any_number_of_ranks_and_twenty_restarts_give_the_same_samples(out: Path
     """57 samples, 19 steps of 24 = 8 epochs: each sample once an epoch, with the pixels that it has on one rank."""
     betons, dice, steps = BetonSet(out), random.Random(0), 19
     [alone] = shares(betons, 0, steps, 1)
-    assert Counter((epoch, position) for epoch, position, *_ in alone) == Counter((e, p) for e in range(8) for p in range(57))
+    assert Counter((epoch, position) for epoch, position, *_ in alone) == Counter(
+        (e, p) for e in range(8) for p in range(57)
+    )
     for world in (2, 3, 8):
         assert Counter(sample for rank in shares(betons, 0, steps, world) for sample in rank) == Counter(alone)
     for _ in range(20):
@@ -137,7 +164,10 @@ def test_crops_change_from_epoch_to_epoch_but_not_between_runs(out: Path) -> Non
         assert top >= 0
         assert top + height <= 200
     # Squares out of a square are never rejected: their shares are uniform in the range.
-    shares = [w * h / 90000 for _, _, w, h in (random_crop(300, 300, (0.3, 1.0), (1.0, 1.0), 1, 0, index) for index in range(2000))]
+    shares = [
+        w * h / 90000
+        for _, _, w, h in (random_crop(300, 300, (0.3, 1.0), (1.0, 1.0), 1, 0, index) for index in range(2000))
+    ]
     assert min(shares) > 0.29
     assert max(shares) <= 1.0
     assert abs(float(np.mean(shares)) - 0.65) < 0.02
@@ -163,8 +193,8 @@ def test_a_thousand_epochs_with_early_breaks_leave_nothing_behind(out: Path) -> 
 
 @dataclass
 class Left:
-    """What epochs leave: those after which threads or descriptors were others, bytes of memory from the 100th on, torch's threads before
-    and after, whether JPEGs can still be read."""
+    """What epochs leave: those after which threads or descriptors were others, bytes of memory from the 100th on,
+    torch's threads before and after, whether JPEGs can still be read."""
 
     changed: list[tuple[Any, ...]]
     grown: int
@@ -180,7 +210,16 @@ def thousand_epochs(out: Path) -> Left:
 
     before, torchs = state(), torch.get_num_threads()
     for epoch in range(1000):
-        loader = Loader(betons, Data(), image_size=8, batch_size=19, seed=0, first_step=3 * epoch, last_step=3 * epoch + 3, threads=3)
+        loader = Loader(
+            betons,
+            Data(),
+            image_size=8,
+            batch_size=19,
+            seed=0,
+            first_step=3 * epoch,
+            last_step=3 * epoch + 3,
+            threads=3,
+        )
         for batch in loader:
             if epoch % 3 == 0 or batch.bad:
                 break
@@ -238,20 +277,26 @@ def test_files_of_a_set_are_closed_with_it(out: Path) -> None:
 
 @pytest.mark.parametrize(("prefetch", "slots"), [(1, 2), (19 * (SIDE * SIDE * 3 + 75 * 4) * 5, 5), (2**40, 21)])
 def test_prefetch_is_bounded_in_bytes(out: Path, prefetch: int, slots: int) -> None:
-    loader = Loader(BetonSet(out), Data(prefetch=prefetch), image_size=SIDE, batch_size=19, seed=0, first_step=0, last_step=20)
+    loader = Loader(
+        BetonSet(out), Data(prefetch=prefetch), image_size=SIDE, batch_size=19, seed=0, first_step=0, last_step=20
+    )
     memory = {batch.images.data_ptr() for batch in loader}
     assert len(memory) <= slots
     assert len(memory) >= min(slots, 20) - 1
 
 
 def test_small_batches_are_not_decoded_by_the_gigabyte_before_the_first_steps(out: Path) -> None:
-    with Loader(BetonSet(out), Data(prefetch=2**30), image_size=8, batch_size=2, seed=0, first_step=0, last_step=1000) as loader:
+    with Loader(
+        BetonSet(out), Data(prefetch=2**30), image_size=8, batch_size=2, seed=0, first_step=0, last_step=1000
+    ) as loader:
         assert len({batch.images.data_ptr() for batch in loader}) <= 64
 
 
 def test_canvases_count_for_prefetch(out: Path) -> None:
     settings, largest = Data(crop_scale=[1.0, 1.0], prefetch=6 * 19 * (96 * 96 * 3 + 75 * 4)), 0
-    loader = Loader(BetonSet(out), settings, image_size=SIDE, batch_size=19, seed=0, first_step=0, last_step=40, device=True)
+    loader = Loader(
+        BetonSet(out), settings, image_size=SIDE, batch_size=19, seed=0, first_step=0, last_step=40, device=True
+    )
     memory = {}
     for step, batch in enumerate(loader):
         if step >= 20:  # every size has been met
@@ -298,13 +343,17 @@ def patched(out: Path, tmp_path: Path, number: int, at: int, data: bytes) -> Pat
     return copy
 
 
-def test_a_damaged_jpeg_is_grey_named_and_without_labels(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_jpeg_is_grey_named_and_without_labels(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     meta, jpegs = meta_of(out)
     copy = patched(out, tmp_path, 1, int(meta[22]["image"]["data_ptr"]), bytes(200))
     batches = load(copy, 3)
     assert sum(bad for _, _, bad in batches) == 1
     assert "00001.beton, sample 2, index 22" in capsys.readouterr().out
-    grey = [(images[row], labels[row]) for images, labels, _ in batches for row in range(19) if (images[row] == 128).all()]
+    grey = [
+        (images[row], labels[row]) for images, labels, _ in batches for row in range(19) if (images[row] == 128).all()
+    ]
     assert len(grey) == 1
     assert (grey[0][1] == -1).all()
     assert len(jpegs) == 57
@@ -314,7 +363,8 @@ def test_a_label_beyond_the_head_is_an_error(out: Path, tmp_path: Path) -> None:
     meta, _ = meta_of(out)
     copy = patched(out, tmp_path, 0, int(meta[3]["labels_ptr"]), (49_408).to_bytes(4, "little"))
     with pytest.raises(
-        UserError, match=r"00000\.beton, sample 3 has the label 49408(.|\n)*allowed: 0 to 49407, the head's width(.|\n)*verify"
+        UserError,
+        match=r"00000\.beton, sample 3 has the label 49408(.|\n)*allowed: 0 to 49407, the head's width(.|\n)*verify",
     ):
         load(copy, 3)
 
@@ -334,7 +384,9 @@ def copied(out: Path, tmp_path: Path) -> Path:
 def endless(out: Path) -> Iterator[Batch]:
     """Batches of very many epochs in blocks of 4 samples, windows of 2 blocks."""
     settings = Data(shuffle_block=4, shuffle_window=2, prefetch=1)
-    return iter(Loader(BetonSet(out), settings, image_size=8, batch_size=19, seed=0, first_step=0, last_step=10_000, threads=2))
+    return iter(
+        Loader(BetonSet(out), settings, image_size=8, batch_size=19, seed=0, first_step=0, last_step=10_000, threads=2)
+    )
 
 
 def test_a_beton_that_is_cut_during_the_run_is_an_error_that_names_it(out: Path, tmp_path: Path) -> None:
@@ -342,7 +394,9 @@ def test_a_beton_that_is_cut_during_the_run_is_an_error_that_names_it(out: Path,
     batches = endless(copy)
     next(batches)
     os.truncate(copy / "beton" / "00002.beton", 4096)
-    with pytest.raises(UserError, match=r"00002\.beton (has 4096 bytes, and had \d+ when it was opened|cannot be read at byte)"):
+    with pytest.raises(
+        UserError, match=r"00002\.beton (has 4096 bytes, and had \d+ when it was opened|cannot be read at byte)"
+    ):
         for _ in batches:
             pass
 
@@ -360,7 +414,9 @@ def test_a_beton_that_disappears_during_the_run_is_an_error_that_names_it(out: P
 def test_a_read_that_fails_is_an_error_that_names_the_file(out: Path, tmp_path: Path) -> None:
     betons = BetonSet(copied(out, tmp_path))
     os.truncate(betons.paths[1], 3000)
-    with pytest.raises(UserError, match=r"00001\.beton cannot be read at byte \d+ \(it has 3000 bytes now\): it was cut"):
+    with pytest.raises(
+        UserError, match=r"00001\.beton cannot be read at byte \d+ \(it has 3000 bytes now\): it was cut"
+    ):
         next(iter(Loader(betons, Data(), image_size=8, batch_size=57, seed=0, first_step=0, last_step=1)))
 
 
@@ -380,7 +436,9 @@ def test_what_does_not_fit_is_refused_before_training(out: Path, tmp_path: Path)
         BetonSet(tmp_path / "empty")
     with pytest.raises(UserError, match="built with --no-beton"):
         BetonSet(edit_manifest(out, tmp_path / "a", betons=[]))
-    with pytest.raises(UserError, match=r"not the table that the betons were built with: SHA-256 \w{16}\.\.\., in the manifest 0000"):
+    with pytest.raises(
+        UserError, match=r"not the table that the betons were built with: SHA-256 \w{16}\.\.\., in the manifest 0000"
+    ):
         BetonSet(edit_manifest(out, tmp_path / "b", idf_sha256="0" * 64))
     version = patched(out, tmp_path / "c", 2, 0, b"\x07\x00")
     with pytest.raises(UserError, match=r"00002\.beton is of beton version 7(.|\n)*allowed: 2"):

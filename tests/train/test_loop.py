@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from loop_factory import STEPS, VOCABULARY, batches, settings, train_here
-from trainer_factory import lines, losses
 
 from labels.storage import UserError
+from loop_factory import STEPS, VOCABULARY, batches, settings, train_here
 from train.distributed import World
 from train.loop import micro_batches
 from train.optim import LossScale, learning_rate, make_optimizer
 from train.trainer import make_train_state
+from trainer_factory import lines, losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,7 +20,9 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def close(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]], atol: float) -> bool:
-    return all(torch.allclose(one[file][name], other[file][name], atol=atol, rtol=0) for file in one for name in one[file])
+    return all(
+        torch.allclose(one[file][name], other[file][name], atol=atol, rtol=0) for file in one for name in one[file]
+    )
 
 
 def test_the_loop_is_the_naive_loop(tmp_path: Path) -> None:
@@ -36,7 +38,9 @@ def test_the_loop_is_the_naive_loop(tmp_path: Path) -> None:
         loss = naive(batch.images, batch.label_ids)
         optimizer.zero_grad()
         loss.backward()
-        norm = math.sqrt(sum(parameter.grad.square().sum().item() for parameter in naive.parameters() if parameter.grad is not None))
+        norm = math.sqrt(
+            sum(parameter.grad.square().sum().item() for parameter in naive.parameters() if parameter.grad is not None)
+        )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, STEPS, 2, 1e-3)
         optimizer.step()
@@ -55,7 +59,9 @@ def test_a_batch_in_parts_gives_the_same_steps(tmp_path: Path, parts: int) -> No
         assert math.isclose(loss, other, rel_tol=1e-5) and lr == other_lr
     assert close(whole, cut, 2e-5)
     cut_batches = list(micro_batches(batches(ALONE)[0], parts))
-    assert len(cut_batches) == parts and torch.equal(torch.cat([part.images for part in cut_batches]), batches(ALONE)[0].images)
+    assert len(cut_batches) == parts and torch.equal(
+        torch.cat([part.images for part in cut_batches]), batches(ALONE)[0].images
+    )
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
@@ -98,7 +104,9 @@ def test_clipping_shortens_the_gradient_to_the_norm(tmp_path: Path) -> None:
         naive.model(batch.images, batch.label_ids).backward()
         norm = torch.nn.utils.clip_grad_norm_(naive.model.parameters(), 0.05)
         assert norm > 0.05
-        assert math.isclose(lines(tmp_path)[step]["grad_norm"], norm.item(), rel_tol=1e-3), "what is told is the norm before"
+        assert math.isclose(lines(tmp_path)[step]["grad_norm"], norm.item(), rel_tol=1e-3), (
+            "what is told is the norm before"
+        )
         for group in naive.optimizer.param_groups:
             group["lr"] = learning_rate(step, STEPS, 2, 1e-3)
         naive.optimizer.step()
@@ -146,7 +154,9 @@ def test_the_average_follows_the_weights(tmp_path: Path) -> None:
             group["lr"] = learning_rate(step, STEPS, 2, 1e-3)
         naive.optimizer.step()
         decay = min(0.5, (1 + step) / (10 + step))
-        average = {name: decay * average[name] + (1 - decay) * tensor for name, tensor in naive.model.state_dict().items()}
+        average = {
+            name: decay * average[name] + (1 - decay) * tensor for name, tensor in naive.model.state_dict().items()
+        }
     saved = {f"trunk.{name}": tensor for name, tensor in found["trunk_ema"].items()}
     saved |= {f"head.{name}": tensor for name, tensor in found["head_ema"].items()}
     assert close({"all": average}, {"all": saved}, 1e-6)
@@ -155,7 +165,9 @@ def test_the_average_follows_the_weights(tmp_path: Path) -> None:
 def test_mfu_is_told_where_the_peak_is_known(tmp_path: Path) -> None:
     train_here(tmp_path, settings(), ALONE)
     throughput = lines(tmp_path)[-1]
-    assert math.isclose(throughput["mfu"], throughput["samples_per_s"] / 1e3), "one operation a sample on a device of 1,000 a second"
+    assert math.isclose(throughput["mfu"], throughput["samples_per_s"] / 1e3), (
+        "one operation a sample on a device of 1,000 a second"
+    )
 
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:

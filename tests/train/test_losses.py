@@ -1,17 +1,16 @@
 """The fused losses against dense float64 formulas: values, gradients, edge cases, autocast, accumulation."""
 
-
 import pytest
 import torch
-from dense_losses import dense_loss
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from loss_cases import B, V, assert_near, fused_and_dense, gradients, some_case
 from torch import nn
 
+from dense_losses import dense_loss
 from labels.manifest import PAD_ID
 from labels.settings import LOSSES, Loss, names_in
+from loss_cases import B, V, assert_near, fused_and_dense, gradients, some_case
 from train.losses import fused as fused_module
 from train.losses.head import chunks
 from train.losses.head_loss import HeadLoss
@@ -19,7 +18,9 @@ from train.losses.head_loss import HeadLoss
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ["softmax", "bce", "asl", "soft_margin", "two_way"]
-KINDS = [Loss(name=name, idf=idf, memory=memory) for name in NAMES for idf in (True, False) for memory in (1, 700, 1 << 20)]
+KINDS = [
+    Loss(name=name, idf=idf, memory=memory) for name in NAMES for idf in (True, False) for memory in (1, 700, 1 << 20)
+]
 
 
 def name_of(settings: Loss) -> str:
@@ -28,16 +29,6 @@ def name_of(settings: Loss) -> str:
 
 every_kind = pytest.mark.parametrize("settings", KINDS, ids=name_of)
 every_name = pytest.mark.parametrize("name", NAMES)
-
-
-
-
-
-
-
-
-
-
 
 
 def test_every_loss_is_tested_here() -> None:
@@ -111,7 +102,9 @@ def test_extreme_logits(name: str, size: float, positive: bool) -> None:
     weight[11] = -size if positive else size
     labels = torch.tensor([[2, 4, PAD_ID], [7, PAD_ID, PAD_ID], [11, 12, PAD_ID], [1, 2, 7]])
     settings = Loss(name=name, idf=False)
-    assert_near(*fused_and_dense(settings, (torch.eye(4), weight, torch.zeros(V)), labels, torch.ones(V)), relative=2e-6)
+    assert_near(
+        *fused_and_dense(settings, (torch.eye(4), weight, torch.zeros(V)), labels, torch.ones(V)), relative=2e-6
+    )
 
 
 @every_name
@@ -123,7 +116,9 @@ def test_gradcheck(name: str, memory: int) -> None:
     assert torch.autograd.gradcheck(lambda *inputs: loss(*inputs, label_ids), inputs)
 
 
-@pytest.mark.parametrize(("negative", "positive", "clip"), [(0, 0, 0.0), (0, 2, 0.1), (1, 0.5, 0.05), (2.5, 1, 0.0), (4, 0, 0.2)])
+@pytest.mark.parametrize(
+    ("negative", "positive", "clip"), [(0, 0, 0.0), (0, 2, 0.1), (1, 0.5, 0.05), (2.5, 1, 0.0), (4, 0, 0.2)]
+)
 def test_asl_keys(negative: float, positive: float, clip: float) -> None:
     settings = Loss(name="asl", gamma_negative=negative, gamma_positive=positive, clip=clip)
     assert_near(*fused_and_dense(settings, *some_case(4)), relative=2e-6)
@@ -136,7 +131,9 @@ def test_soft_margin_is_torchs() -> None:
     (features, weight, bias), label_ids, idf = some_case(6)
     y = torch.zeros(B, V + 1).scatter_(1, label_ids.long() % (V + 1), 1.0)[:, :V]
     expected = nn.MultiLabelSoftMarginLoss()(nn.functional.linear(features, weight, bias), y)
-    torch.testing.assert_close(HeadLoss(Loss(name="soft_margin", idf=False), idf)(features, weight, bias, label_ids), expected)
+    torch.testing.assert_close(
+        HeadLoss(Loss(name="soft_margin", idf=False), idf)(features, weight, bias, label_ids), expected
+    )
 
 
 @every_name

@@ -1,4 +1,6 @@
-"""Ranks over gloo are one rank with the same global batch: DDP and FSDP2, a split head, every loss, in parts, clipped, averaged."""
+"""Ranks over gloo are one rank with the same global batch: DDP and FSDP2, a split head, every loss, in parts, clipped,
+averaged.
+"""
 
 import math
 from pathlib import Path
@@ -6,13 +8,13 @@ from typing import get_args
 
 import pytest
 import torch
-from loop_factory import settings, train_here
 from safetensors.torch import load_file, save_file
-from trainer_factory import lines
-from trainer_process import assert_ranks_succeed
 
 from labels.settings import Loss, Runtime
+from loop_factory import settings, train_here
 from train.distributed import World, distributed_world, spread
+from trainer_factory import lines
+from trainer_process import assert_ranks_succeed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,14 +78,23 @@ def broken_on_one_rank(rank: int, folder: Path) -> None:
         for way, keys in WAYS.items():
             _, tensors = train_here(folder / way, settings(*keys), world, spoil={2: math.inf})
             if world.is_first:
-                assert {tensor.item() for name, tensor in tensors["optimizer"].items() if name.startswith("step.")} == {5.0}
+                assert {tensor.item() for name, tensor in tensors["optimizer"].items() if name.startswith("step.")} == {
+                    5.0
+                }
                 assert all(tensor.isfinite().all() for named in tensors.values() for tensor in named.values())
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
     assert_ranks_succeed(broken_on_one_rank, tmp_path, ranks=2)  # the spoilt image is the second rank's
     for way in WAYS:
-        assert [bool(line.get("skipped")) for line in lines(tmp_path / way)[:6]] == [False, False, True, False, False, False]
+        assert [bool(line.get("skipped")) for line in lines(tmp_path / way)[:6]] == [
+            False,
+            False,
+            True,
+            False,
+            False,
+            False,
+        ]
 
 
 def look_at_parts(rank: int) -> None:
@@ -93,7 +104,9 @@ def look_at_parts(rank: int) -> None:
     from train.trainer import make_train_state
 
     with distributed_world(Runtime(device="cpu", threads=1)) as world:
-        train_state = make_train_state(settings("runtime.parallel=fsdp", "optimizer.ema_decay=0.9"), torch.ones(31), world)
+        train_state = make_train_state(
+            settings("runtime.parallel=fsdp", "optimizer.ema_decay=0.9"), torch.ones(31), world
+        )
         assert all(isinstance(parameter, DTensor) for parameter in train_state.model.parameters())
         assert all(isinstance(block, FSDPModule) for block in train_state.model.trunk.blocks)  # type: ignore[union-attr]
         head, moments = train_state.model.head[1].weight, train_state.optimizer.state[train_state.model.head[1].weight]  # type: ignore[index]
@@ -107,7 +120,9 @@ def look_at_a_split_head(rank: int) -> None:
     from train.trainer import make_train_state
 
     with distributed_world(Runtime(device="cpu", threads=1)) as world:
-        train_state = make_train_state(settings("loss.split_vocabulary=true", "optimizer.ema_decay=0.9"), torch.ones(31), world)
+        train_state = make_train_state(
+            settings("loss.split_vocabulary=true", "optimizer.ema_decay=0.9"), torch.ones(31), world
+        )
         split = {name for name, parameter in train_state.model.named_parameters() if isinstance(parameter, DTensor)}
         assert split == {"head.1.weight", "head.1.bias"}
         linear = train_state.model.head[1]  # type: ignore[index]

@@ -1,4 +1,6 @@
-"""Images that stay in the user's tars: the same order, pixels, labels and losses as from betons, and damage that is named."""
+"""Images that stay in the user's tars: the same order, pixels, labels and losses as from betons, and damage that is
+named.
+"""
 
 import json
 import os
@@ -7,23 +9,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from beton_factory import build_out
-from place_factory import places_of
 
+from beton_factory import build_out
 from labels.config import load_pipeline
 from labels.settings import Data
 from labels.storage import Layout, UserError
+from place_factory import places_of
 from train.data.dataset import BetonSet
 from train.data.loader import Loader
 from train.data.open import make_rows
 from train.trainer import train_run
 
 TINY = [
-    "train.samples=40", "train.batch_size=8", "train.model.trunk=vit_tiny_patch16_224", "train.model.image_size=16",
-    "train.model.trunk_args={patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}", "train.data.threads=2",
-    "train.optimizer.warmup_samples=8", "train.runtime.device=cpu", "train.runtime.precision=fp32", "train.runtime.threads=1",
+    "train.samples=40",
+    "train.batch_size=8",
+    "train.model.trunk=vit_tiny_patch16_224",
+    "train.model.image_size=16",
+    "train.model.trunk_args={patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}",
+    "train.data.threads=2",
+    "train.optimizer.warmup_samples=8",
+    "train.runtime.device=cpu",
+    "train.runtime.precision=fp32",
+    "train.runtime.threads=1",
     "train.log.tensorboard=false",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +56,16 @@ def own(folder: Path, tmp_path: Path) -> Path:
 
 def batches(out: Path, **options: int) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
     loader = Loader(
-        BetonSet(out), Data(crop_scale=[0.3, 1.0], flip=True, shuffle_block=4, shuffle_window=3), image_size=24, batch_size=11, seed=1,
-        first_step=0, last_step=8, threads=2, **options,
-    )  # fmt: skip
+        BetonSet(out),
+        Data(crop_scale=[0.3, 1.0], flip=True, shuffle_block=4, shuffle_window=3),
+        image_size=24,
+        batch_size=11,
+        seed=1,
+        first_step=0,
+        last_step=8,
+        threads=2,
+        **options,
+    )
     return [(batch.images.clone(), batch.label_ids.clone(), batch.bad) for batch in loader]
 
 
@@ -76,10 +92,14 @@ def test_tars_that_are_gone_cut_or_replaced_are_named(own: Path) -> None:
     with pytest.raises(UserError, match=rf"{tar} has \d+ bytes, and had {len(whole)} when its places were read"):
         BetonSet(own)
     tar.unlink()
-    with pytest.raises(UserError, match=rf"{tar}, the tar of shard 00000001, cannot be opened(.|\n)*sources\.json where it is"):
+    with pytest.raises(
+        UserError, match=rf"{tar}, the tar of shard 00000001, cannot be opened(.|\n)*sources\.json where it is"
+    ):
         BetonSet(own)
     sources = Layout(own).place_sources
-    sources.write_text(json.dumps({name: value for name, value in json.loads(sources.read_text()).items() if name != "00000001"}))
+    sources.write_text(
+        json.dumps({name: value for name, value in json.loads(sources.read_text()).items() if name != "00000001"})
+    )
     with pytest.raises(UserError, match=r"sources\.json does not say where the tar of shard 00000001 is"):
         BetonSet(own)
     sources.unlink()

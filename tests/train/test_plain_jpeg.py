@@ -17,7 +17,9 @@ CROPS = [None, (0, 1, 2), (3, 0, 7), (5, 4, 1)]
 def jpeg(width: int, height: int, mode: str = "RGB", **options) -> bytes:
     noise = np.random.default_rng(width).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(buffer, "JPEG", quality=90, **options)
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(
+        buffer, "JPEG", quality=90, **options
+    )
     return buffer.getvalue()
 
 
@@ -49,7 +51,10 @@ def test_a_shifted_crop_would_be_seen() -> None:
 def test_what_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = jpeg(256, 200)
     assert decode_plain_jpeg(whole[: len(whole) // 2], 32, None) is None  # the decoder would fill it with grey
-    assert decode_plain_jpeg(b"\xff\xd8 nothing", 32, None) is None and decode_plain_jpeg(jpeg(64, 64, "CMYK"), 32, None) is None
+    assert (
+        decode_plain_jpeg(b"\xff\xd8 nothing", 32, None) is None
+        and decode_plain_jpeg(jpeg(64, 64, "CMYK"), 32, None) is None
+    )
     with pytest.raises(OSError, match="truncated"):
         features.decode(whole[: len(whole) // 2], 32)
     assert features.decode(jpeg(64, 64, "CMYK"), 32).shape == (32, 32, 3)

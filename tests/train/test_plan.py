@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from beton_factory import build_out
 from click.testing import CliRunner
 
+from beton_factory import build_out
 from labels.config import load_pipeline
 from labels.settings import Model, Train
 from labels.storage import UserError
@@ -36,7 +36,10 @@ def test_the_plan_of_a_small_run_by_hand(tmp_path: Path) -> None:
     trunk = 2 * (12 * 64**2 + 13 * 64) + 3 * 256 * 64 + 5 * 64 + 64 + 4 * 64
     head = 49_408 * 65 + 128
     assert found["parameters"] == f"trunk {trunk / 1e6:.1f}M + head {head / 1e6:.1f}M (49,408 classes)"
-    assert found["disk"] == f"{12 * (trunk + head) / 2**30:.1f} GiB: 1 of 1 checkpoints of {12 * (trunk + head) / 2**30:.2f} GiB stay"
+    assert (
+        found["disk"]
+        == f"{12 * (trunk + head) / 2**30:.1f} GiB: 1 of 1 checkpoints of {12 * (trunk + head) / 2**30:.2f} GiB stay"
+    )
     gradients = 4 * (trunk + head) / 2**20
     assert found["messages"].startswith(
         f"{gradients:,.0f} MiB of gradients, {4 * head / 2**20:,.0f} MiB (96%) of them the head's; ddp on 2"
@@ -51,12 +54,16 @@ def test_a_measured_plan_counts_what_a_run_takes_beside_its_steps(tmp_path: Path
         "runtime: {device: cpu, precision: fp32, threads: 1}, data: {threads: 1, prefetch: 1MiB}}"
     )
     before = sorted(tmp_path.rglob("*"))
-    found = plan(tmp_path, text, "--beton", str(out), "--devices", "2", "--measure", "0.2", "--price-per-device-hour", "3600")
+    found = plan(
+        tmp_path, text, "--beton", str(out), "--devices", "2", "--measure", "0.2", "--price-per-device-hour", "3600"
+    )
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "p.yaml"])
     assert "in batches of 4;" in found["measured"] and "2 devices like this one" in " ".join(found.values())
     number, unit = found["time"].split()[:2]
     seconds = float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
-    assert float(found["time"].split()[-1].replace(",", "")) == pytest.approx(2 * seconds, rel=0.05), "a second of two devices costs 2"
+    assert float(found["time"].split()[-1].replace(",", "")) == pytest.approx(2 * seconds, rel=0.05), (
+        "a second of two devices costs 2"
+    )
     pace = Pace(samples_per_s=100.0, start_s=5.0, pause_s=0.5, memory_gib=1.0)
     assert pace.seconds(1000, checkpoints=3, devices=2) == pytest.approx(5 + 5 + 1.5)
 
@@ -113,16 +120,20 @@ def test_what_a_step_sends(parallel: str, sent: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "batch", "split"), [("false", 1024, False), ("true", 90_112, True), ("auto", 1024, True), ("auto", 90_112, False)]
+    ("asked", "batch", "split"),
+    [("false", 1024, False), ("true", 90_112, True), ("auto", 1024, True), ("auto", 90_112, False)],
 )
 def test_the_heads_messages_whole_and_split(asked: str, batch: int, split: bool) -> None:
     costs = Costs(trunk=75 * 2**20, head=49_408 * 769 + 2 * 768, flops=1, width=768)
     keys = [f"loss.split_vocabulary={asked}", f"batch_size={batch}", "runtime.precision=bf16"]
     settings = load_pipeline(overrides=[f"train.{key}" for key in keys]).train
     told = messages(costs, settings, 4, torch.device("cpu"))
-    # A ring of four: 3/4 of all, twice where what is reduced is spread again. Features go in bf16, their gradients in float32.
+    # A ring of four: 3/4 of all, twice where what is reduced is spread again. Features go in bf16, their gradients in
+    # float32.
     whole, apart = 2 * 3 / 4 * 4 * costs.head / 2**20, 3 / 4 * batch * 768 * (2 + 4) / 2**20
-    assert f"for the head {whole:,.0f} MiB whole, {apart:,.0f} MiB split by class: {'split' if split else 'whole'}" in told
+    assert (
+        f"for the head {whole:,.0f} MiB whole, {apart:,.0f} MiB split by class: {'split' if split else 'whole'}" in told
+    )
     assert f"each sends {2 * 3 / 4 * 300 + (apart if split else whole):,.0f} MiB a step" in told
 
 
@@ -146,7 +157,8 @@ def test_activations_grow_with_depth_and_shrink_with_checkpointing_and_bf16() ->
 
     one, two, four = kept(1), kept(2), kept(4)
     assert four - two == 2 * (two - one)
-    # A block keeps at least its input, both norms' outputs, query, key, value, attention's output and the MLP's two widths of four.
+    # A block keeps at least its input, both norms' outputs, query, key, value, attention's output and the MLP's two
+    # widths of four.
     assert two - one >= 4 * 5 * 64 * (1 + 2 + 3 + 1 + 8)
     assert kept(4, grad_checkpointing=True) < four / 2
     assert kept(4, precision="bf16") < 0.8 * four
@@ -166,6 +178,10 @@ def test_two_towers_and_a_frozen_one() -> None:
     flops = {method: float(line["operations"].split()[0]) for method, line in lines.items()}
     assert flops["lit"] < flops["clip"]
     # The tower of open_clip's ViT-B-32 takes about 3 GMAC a caption: 12 blocks of 512 on 77 tokens.
-    assert flops["clip"] - flops["lit"] == pytest.approx(2 * 9.2, rel=0.05), "the backward pass of a ViT-S/16 of 4.6 GMAC"
-    text = str(CliRunner().invoke(cli, [*arguments, "--method", "clip", "--set", "train.runtime.accumulation=2"]).exception)
+    assert flops["clip"] - flops["lit"] == pytest.approx(2 * 9.2, rel=0.05), (
+        "the backward pass of a ViT-S/16 of 4.6 GMAC"
+    )
+    text = str(
+        CliRunner().invoke(cli, [*arguments, "--method", "clip", "--set", "train.runtime.accumulation=2"]).exception
+    )
     assert "`train clip` compares every image" in text

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from image_folders import encoded, write_folders
-from run_factory import write_run
 from sklearn.linear_model import LogisticRegression
 
+from image_folders import encoded, write_folders
 from labels.config import load_pipeline
 from labels.settings import Features, Pipeline
 from labels.storage import UserError
+from run_factory import write_run
 from train.encoders.encoder import EncoderSpec
 from train.evals.data.sets import load_pair
 from train.evals.features import Extractor, decode_crop
@@ -77,7 +77,9 @@ def test_equal_to_scikit_learn_on_the_same_objective(weight_decay: float, n: int
     standard = (x - x.mean(0)) / x.std(0)
     reference = LogisticRegression(C=1 / (weight_decay * n), tol=1e-10, max_iter=20_000).fit(standard, y)
     weight = (axes.rotation @ found.weight).numpy()  # back to the standardised features
-    assert np.allclose(weight, reference.coef_.T, atol=max(1e-4, 3e-7 / weight_decay))  # error <= gradient / weight_decay
+    assert np.allclose(
+        weight, reference.coef_.T, atol=max(1e-4, 3e-7 / weight_decay)
+    )  # error <= gradient / weight_decay
     probabilities = found.logits(axes(raw)).softmax(1).numpy()
     assert np.allclose(probabilities, reference.predict_proba(standard), atol=2e-5)
     for logged, coefficients, rounding in (
@@ -106,7 +108,10 @@ def test_constant_features_do_no_harm() -> None:
     x, y = blobs(100, 5, 3, seed=3)
     plain = linear_probe(x, y, x, y, classes=3, settings=SETTINGS, seeds=[0], device=CPU)
     flat = np.concatenate([x, np.full((100, 2), 0.1)], axis=1)
-    assert linear_probe(flat, y, flat, y, classes=3, settings=SETTINGS, seeds=[0], device=CPU)[0]["top1"] == plain[0]["top1"]
+    assert (
+        linear_probe(flat, y, flat, y, classes=3, settings=SETTINGS, seeds=[0], device=CPU)[0]["top1"]
+        == plain[0]["top1"]
+    )
 
 
 def test_the_test_part_never_moves_the_choice() -> None:
@@ -142,12 +147,16 @@ def test_linear_probe_equals_scikit_learns_whole_protocol() -> None:
         logits = reference.decision_function((test_x - x.mean(0)) / x.std(0))
         assert one["top1"] == pytest.approx((logits.argmax(1) == test_y).mean())
         order = np.argsort(-logits, axis=1)
-        assert one["top5"] == pytest.approx(np.mean([label in row[:5] for label, row in zip(test_y, order, strict=True)]))
+        assert one["top5"] == pytest.approx(
+            np.mean([label in row[:5] for label, row in zip(test_y, order, strict=True)])
+        )
         assert one["at_edge"] == (one["weight_decay"] in (1e-1, 1e-3))
 
 
 def test_a_negative_weight_decay_is_refused() -> None:
-    with pytest.raises(UserError, match=r"probe\.weight_decay\.0: -1\.0 is not allowed: Input should be greater than or equal to 0"):
+    with pytest.raises(
+        UserError, match=r"probe\.weight_decay\.0: -1\.0 is not allowed: Input should be greater than or equal to 0"
+    ):
         LinearProbe().settings(load_pipeline(overrides=["probe.weight_decay=[-1.0]"]))
 
 
@@ -164,7 +173,9 @@ def test_the_split_is_stratified_disjoint_and_seeded(labels: list[int], fraction
     for label in set(labels):
         count, held = (y == label).sum(), (y[validation] == label).sum()
         assert held == 0 if count == 1 else 1 <= held <= count - 1 and abs(held - fraction * count) <= 1
-    assert all(np.array_equal(a, b) for a, b in zip((fitting, validation), stratified_split(y, fraction, seed), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip((fitting, validation), stratified_split(y, fraction, seed), strict=True)
+    )
 
 
 def test_other_seeds_split_otherwise() -> None:
@@ -192,15 +203,21 @@ def write_colours(directory: Path, seed: int, per_class: int) -> Path:
     random = np.random.default_rng(seed)
     write_folders(directory, {"blue": per_class, "green": per_class, "red": 2 * per_class}, start=seed * 1000)
     for file in sorted(directory.rglob("*.png")):
-        colour = random.integers(0, 90, 3) + 120 * np.array([file.parent.name == name for name in ("red", "green", "blue")])
+        colour = random.integers(0, 90, 3) + 120 * np.array(
+            [file.parent.name == name for name in ("red", "green", "blue")]
+        )
         file.write_bytes(encoded(tuple(int(value) for value in colour)))
     return directory
 
 
-def run_probe(specs: list[str], train_dir: Path, test_dir: Path, probe: Probe, out: Path | None = None) -> dict[str, Any]:
+def run_probe(
+    specs: list[str], train_dir: Path, test_dir: Path, probe: Probe, out: Path | None = None
+) -> dict[str, Any]:
     pipeline = Pipeline(evaluators={"probe": probe.model_dump()})
     asked = [EncoderSpec(spec) for spec in specs]
-    return run_protocol(LinearProbe(), asked, lambda: load_pair(train_dir, test_dir), pipeline, Extractor(CPU, Features()), out)
+    return run_protocol(
+        LinearProbe(), asked, lambda: load_pair(train_dir, test_dir), pipeline, Extractor(CPU, Features()), out
+    )
 
 
 def test_run_probe_reports_every_encoder(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -213,7 +230,9 @@ def test_run_probe_reports_every_encoder(tmp_path: Path, capsys, monkeypatch) ->
     assert json.loads(out.read_text()) == result
     assert result["protocol"] == "L-BFGS logistic regression on cached features, stand-in for MAE's recipe"
     assert result["classes"] == ["blue", "green", "red"] and result["train"]["samples"] == 32
-    assert result["test"]["samples_per_class"] == {"blue": 4, "green": 4, "red": 8} and result["test_images_in_train"] == 0
+    assert (
+        result["test"]["samples_per_class"] == {"blue": 4, "green": 4, "red": 8} and result["test_images_in_train"] == 0
+    )
     rows = {row["encoder"]: row for row in result["results"]}
     assert list(rows) == ["majority class", *specs]
     assert rows["majority class"]["top1"] == 0.5
@@ -257,7 +276,9 @@ MAE = MaeProbe(epochs=20, batch_size=40, base_lr=0.1, warmup_epochs=4, augment=F
 def test_maes_schedule() -> None:
     settings = MaeProbe()
     peak = 0.1 * 16_384 / 256
-    assert [learning_rate(settings, 16_384, epoch) for epoch in (0, 5, 10, 50, 90)] == pytest.approx([0, peak / 2, peak, peak / 2, 0])
+    assert [learning_rate(settings, 16_384, epoch) for epoch in (0, 5, 10, 50, 90)] == pytest.approx(
+        [0, peak / 2, peak, peak / 2, 0]
+    )
     with pytest.raises(UserError, match="warmup_epochs is 90, epochs 90"):
         LinearProbe().settings(load_pipeline(overrides=["probe.mae.warmup_epochs=90"]))
 
@@ -270,7 +291,10 @@ def test_lars_takes_maes_steps() -> None:
     weights = {name: parameter.detach().clone() for name, parameter in linear.named_parameters()}
     moments = {name: torch.zeros_like(value) for name, value in weights.items()}
     for step, rate in enumerate((0.5, 2.0, 1.0)):
-        gradients = {name: torch.randn(value.shape, generator=torch.Generator().manual_seed(step)) for name, value in weights.items()}
+        gradients = {
+            name: torch.randn(value.shape, generator=torch.Generator().manual_seed(step))
+            for name, value in weights.items()
+        }
         for name, parameter in linear.named_parameters():
             parameter.grad = gradients[name].clone()
             ratio = 0.001 * weights[name].norm() / gradients[name].norm() if parameter.ndim > 1 else 1.0
@@ -310,7 +334,9 @@ def test_mae_probe_equals_a_plain_loop() -> None:
             weight, bias = weight - rate * moments[0], bias - rate * moments[1]
     logits = (torch.from_numpy(test_x) - mean) / (variance + 1e-6).sqrt() @ weight.T + bias
     assert found["top1"] == pytest.approx(top_k(logits, torch.from_numpy(test_y), 1)) and found["batch_size"] == 40
-    loss = torch.nn.functional.cross_entropy(normed @ (weight + rate * moments[0]).T + bias + rate * moments[1], targets)
+    loss = torch.nn.functional.cross_entropy(
+        normed @ (weight + rate * moments[0]).T + bias + rate * moments[1], targets
+    )
     assert found["final_loss"] == pytest.approx(float(loss), abs=1e-5)
 
 
@@ -327,11 +353,16 @@ def test_maes_recipe_learns_with_and_without_augmentation(tmp_path: Path, monkey
     variants = set()
     for augment in (False, True):
         result = run_probe(
-            ["pixels:2"], train_dir, test_dir, Probe(recipe="mae", seeds=[3], mae=mae.model_copy(update={"augment": augment}))
+            ["pixels:2"],
+            train_dir,
+            test_dir,
+            Probe(recipe="mae", seeds=[3], mae=mae.model_copy(update={"augment": augment})),
         )
         assert ("random resized crops and flips" in result["protocol"]) == augment and "LARS" in result["protocol"]
         row = result["results"][1]
         assert row["top1"] > 0.8 and "split" not in row["seeds"][0]
         variants.add(row["variant"])
     assert len(variants) == 2
-    assert sorted(draws) == [(3, epoch, row) for epoch in range(60) for row in range(16)]  # every image once an epoch, with its own crop
+    assert sorted(draws) == [
+        (3, epoch, row) for epoch in range(60) for row in range(16)
+    ]  # every image once an epoch, with its own crop

@@ -17,18 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from beton_factory import photo, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loader_batches import batches, order_of
-from shard_factory import build, sample, write_tar
 
+from beton_factory import photo, write_shards
 from labels import beton
 from labels.arrays import open_rows, rows_file, rows_folder, write_rows
 from labels.config import load_pipeline
 from labels.idf import read_idf
 from labels.manifest import LABELS, ShardPart, read_manifest
 from labels.storage import Layout, UserError, sha256_file
+from loader_batches import batches, order_of
+from shard_factory import build, sample, write_tar
 from train.data.dataset import BetonSet
 from train.data.files import allow_open_files
 from train.data.open import make_rows, make_rows_once
@@ -39,24 +39,36 @@ COUNTS = [13, 5, 17]
 SAMPLES = sum(COUNTS)
 SHORT = "labels.context=2"
 TINY = [
-    "train.samples=20", "train.batch_size=4", "train.model.trunk=vit_tiny_patch16_224", "train.model.image_size=16",
-    "train.model.trunk_args={patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}", "train.data.threads=2",
-    "train.optimizer.warmup_samples=4", "train.runtime.device=cpu", "train.runtime.precision=fp32", "train.runtime.threads=1",
-    "train.checkpoint.every_samples=8", "train.log.tensorboard=false",
-]  # fmt: skip
+    "train.samples=20",
+    "train.batch_size=4",
+    "train.model.trunk=vit_tiny_patch16_224",
+    "train.model.image_size=16",
+    "train.model.trunk_args={patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}",
+    "train.data.threads=2",
+    "train.optimizer.warmup_samples=4",
+    "train.runtime.device=cpu",
+    "train.runtime.precision=fp32",
+    "train.runtime.threads=1",
+    "train.checkpoint.every_samples=8",
+    "train.log.tensorboard=false",
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Betons in out/; the same rows with at most two labels in short/; with another IDF formula in paper/.
 
-    One row has a broken image and stands in no beton, and one shard has no row, so it has no beton: neither the sample's nor the
+    One row has a broken image and stands in no beton, and one shard has no row, so it has no beton: neither the
+        sample's nor the
     beton's number tells the position of a row.
     """
     folder = tmp_path_factory.mktemp("relabel")
     shards = write_shards(folder / "shards", COUNTS)
     write_tar(shards / "00000000_a.tar", sample("000000500", b"\xff\xfe"))
-    broken = [*sample("000000600", "a broken picture", b"no image"), *sample("000000601", "the picture after it", photo(601, 50, 40))]
+    broken = [
+        *sample("000000600", "a broken picture", b"no image"),
+        *sample("000000601", "the picture after it", photo(601, 50, 40)),
+    ]
     write_tar(shards / "00000000_b.tar", broken)
     build(shards, folder / "out", "--set", "build.beton_samples=17")
     build(shards, folder / "short", "--no-beton", "--set", SHORT)
@@ -75,12 +87,12 @@ def make_all(out: Path, labels: Path) -> list[str]:
     return list(make_rows(out, labels))
 
 
-
-
-
-
 def parquet_rows(out: Path) -> list[list[int]]:
-    return [row for path in sorted((out / "labels").glob("*.parquet")) for row in pq.read_table(path)["label_ids"].to_pylist()]
+    return [
+        row
+        for path in sorted((out / "labels").glob("*.parquet"))
+        for row in pq.read_table(path)["label_ids"].to_pylist()
+    ]
 
 
 def edit(out: Path, shard: int, **values: object) -> None:
@@ -115,7 +127,9 @@ def test_every_sample_has_the_other_outs_labels_and_its_own_image(folder: Path, 
 
 def test_labels_may_be_more_than_a_betons_rows_have_room_for(folder: Path, tmp_path: Path) -> None:
     out, long = folder / "out", tmp_path / "long"
-    build(folder / "shards", long, "--no-beton", "--set", "labels.context=4000")  # past the end of a beton, from its last label row
+    build(
+        folder / "shards", long, "--no-beton", "--set", "labels.context=4000"
+    )  # past the end of a beton, from its last label row
     make_all(out, long)
     own, other = BetonSet(out), BetonSet(out, long)
     assert (own.label_limit, other.label_limit) == (75, 4000)
@@ -141,7 +155,9 @@ def test_where_only_the_idf_differs_the_betons_own_rows_serve(folder: Path) -> N
     group=st.integers(1, 50),
 )
 @settings(max_examples=30, deadline=None)
-def test_an_array_is_the_label_file_padded(rows: list[list[int]], group: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_an_array_is_the_label_file_padded(
+    rows: list[list[int]], group: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     out = tmp_path_factory.mktemp("rows")
     part = write_label_file(out, rows, group)
     write_rows(out, part, 5)
@@ -157,7 +173,8 @@ def write_label_file(out: Path, rows: Sequence[list[int]], group: int = 1000) ->
     path = Layout(out).label_file("s")
     path.parent.mkdir(parents=True, exist_ok=True)
     values = [
-        {"key": f"{at}", "uid": None, "width": 1, "height": 1, "token_ids": row[::-1], "label_ids": row} for at, row in enumerate(rows)
+        {"key": f"{at}", "uid": None, "width": 1, "height": 1, "token_ids": row[::-1], "label_ids": row}
+        for at, row in enumerate(rows)
     ]
     pq.write_table(pa.Table.from_pylist(values, LABELS), path, row_group_size=group)
     return ShardPart(
@@ -206,7 +223,9 @@ def test_label_files_that_do_not_fit_their_manifest_are_named(folder: Path, shor
     out, path = folder / "out", Layout(short).label_file("00000002")
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"00000002\.parquet changed since the build: SHA-256 \w{16}(.|\n)*preprocess verify"):
+    with pytest.raises(
+        UserError, match=r"00000002\.parquet changed since the build: SHA-256 \w{16}(.|\n)*preprocess verify"
+    ):
         make_all(out, short)
     path.unlink()
     with pytest.raises(UserError, match=r"00000002\.parquet is missing"):
@@ -246,10 +265,14 @@ def test_labels_of_other_rows_are_refused_with_both_values(folder: Path, short: 
     build(first, tmp_path / "labels", "--no-beton", "--set", SHORT)
     with pytest.raises(UserError, match=r"no further shard in \S+labels, 00000000_a with 0 rows"):
         BetonSet(out, tmp_path / "labels")
-    keys = write_tar(tmp_path / "00000000.tar", [member for at in range(COUNTS[0]) for member in sample(f"{900 + at}", "a cat")])
+    keys = write_tar(
+        tmp_path / "00000000.tar", [member for at in range(COUNTS[0]) for member in sample(f"{900 + at}", "a cat")]
+    )
     build(keys, tmp_path / "keys", "--no-beton", "--set", SHORT)
     found, own = (read_manifest(one).shards[0].keys_sha256[:16] for one in (tmp_path / "keys", out))
-    with pytest.raises(UserError, match=rf"00000000 with 13 rows, SHA-256 of the keys {found}(.|\n)*00000000 with 13 rows(.|\n)*{own}"):
+    with pytest.raises(
+        UserError, match=rf"00000000 with 13 rows, SHA-256 of the keys {found}(.|\n)*00000000 with 13 rows(.|\n)*{own}"
+    ):
         BetonSet(out, tmp_path / "keys")
     build(first, tmp_path / "betons")
     with pytest.raises(UserError, match=r"00000000_a with 0 rows(.|\n)*no further shard in \S+betons"):
@@ -263,7 +286,8 @@ def test_a_label_beyond_the_head_names_the_array(folder: Path, short: Path) -> N
     data[-8:-4] = (49_408).to_bytes(4, "little")
     path.write_bytes(data)
     with pytest.raises(
-        UserError, match=rf"{path.name}, made for \S+00000\.beton, sample 12, has the label 49408(.|\n)*remove \S+{path.name}"
+        UserError,
+        match=rf"{path.name}, made for \S+00000\.beton, sample 12, has the label 49408(.|\n)*remove \S+{path.name}",
     ):
         batches(BetonSet(folder / "out", short))
 
@@ -276,7 +300,9 @@ def test_an_index_outside_all_shards_reads_nothing(folder: Path, short: Path, tm
     with open(out / "beton" / "00001.beton", "r+b") as file:
         file.seek(beton.METADATA_OFFSET + 2 * beton.METADATA.itemsize + beton.METADATA.fields["index"][1])  # type: ignore[index]
         file.write(index.to_bytes(8, "little", signed=True))
-    with pytest.raises(UserError, match=rf"00001\.beton, sample 2 has the index {index}, which is no row of its shard(.|\n)*verify"):
+    with pytest.raises(
+        UserError, match=rf"00001\.beton, sample 2 has the index {index}, which is no row of its shard(.|\n)*verify"
+    ):
         batches(BetonSet(out, short))
 
 
@@ -290,7 +316,9 @@ def train(folder: Path, run: Path, labels: Path | None, *more: str) -> list[floa
     return losses(run)
 
 
-def test_training_uses_the_labels_says_so_and_refuses_others_on_resume(folder: Path, short: Path, tmp_path: Path) -> None:
+def test_training_uses_the_labels_says_so_and_refuses_others_on_resume(
+    folder: Path, short: Path, tmp_path: Path
+) -> None:
     out = folder / "out"
     own, other = train(folder, tmp_path / "own", None), train(folder, tmp_path / "other", short)
     paper = train(folder, tmp_path / "paper", folder / "paper")
@@ -309,10 +337,15 @@ def test_training_uses_the_labels_says_so_and_refuses_others_on_resume(folder: P
         return str(caught.value)
 
     marks = read_manifest(out).fingerprint, read_manifest(short).fingerprint
-    assert f"other was trained with other labels: fingerprint {marks[1]}, {out} has {marks[0]}" in refused("other", None)
+    assert f"other was trained with other labels: fingerprint {marks[1]}, {out} has {marks[0]}" in refused(
+        "other", None
+    )
     assert f"own was trained with other labels: fingerprint {marks[0]}, {short} has {marks[1]}" in refused("own", short)
     text = refused("own", folder / "paper")
-    assert f"own was trained with another IDF table: SHA-256 {read_manifest(out).idf_sha256[:16]}, {folder / 'paper'} has" in text
+    assert (
+        f"own was trained with another IDF table: SHA-256 {read_manifest(out).idf_sha256[:16]}, {folder / 'paper'} has"
+        in text
+    )
     assert "give the --beton and --labels that the run was begun with" in text
 
 
@@ -322,12 +355,26 @@ def test_the_command_on_two_ranks_has_one_rank_make_the_arrays(folder: Path, sho
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    command = ["-m", "train", "run", "--beton", str(folder / "out"), "--labels", str(short), "--out", str(tmp_path / "two")]
+    command = [
+        "-m",
+        "train",
+        "run",
+        "--beton",
+        str(folder / "out"),
+        "--labels",
+        str(short),
+        "--out",
+        str(tmp_path / "two"),
+    ]
     overrides = [word for override in TINY for word in ("--set", override)]
     result = subprocess.run(
-        [sys.executable, *launcher, *command, *overrides], capture_output=True, text=True, check=False, timeout=300,
+        [sys.executable, *launcher, *command, *overrides],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(f"label rows of {short}: 4 of 4 shards made") == 1
     assert f"labels of {short} (clip" in result.stdout
@@ -341,7 +388,9 @@ class _Alone(World):
         return flags
 
 
-def test_a_stop_while_arrays_are_made_keeps_what_is_done(folder: Path, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_while_arrays_are_made_keeps_what_is_done(
+    folder: Path, short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = _Alone(0, 1, torch.device("cpu"))
     assert not make_rows_once(folder / "out", short, world, lambda: True)
     assert len(list(rows_folder(short).iterdir())) == 1

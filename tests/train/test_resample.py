@@ -32,8 +32,13 @@ def on_host(pixels: np.ndarray, size: int, flip: bool = False) -> np.ndarray:
     height, width = pixels.shape[:2]
     source = np.zeros(pixels.size + margin_bytes(3 * width, float(height), size), np.uint8)
     source[: pixels.size] = pixels.ravel()
-    out, work = np.empty(3 * size * size, np.uint8), np.empty(work_bytes(height, width, float(width), float(height), size), np.uint8)
-    resize_crop(source, 3 * width, height, width, 0.0, 0.0, float(width), float(height), flip, size, out, 3 * size, work)
+    out, work = (
+        np.empty(3 * size * size, np.uint8),
+        np.empty(work_bytes(height, width, float(width), float(height), size), np.uint8),
+    )
+    resize_crop(
+        source, 3 * width, height, width, 0.0, 0.0, float(width), float(height), flip, size, out, 3 * size, work
+    )
     return out.reshape(size, size, 3).astype(int)
 
 
@@ -88,13 +93,16 @@ def test_mirrored_is_mirrored() -> None:
 
 
 def test_a_zone_plate_does_not_alias() -> None:
-    """Rings finer than the output's pixels have to become flat grey; INTER_LINEAR without a wider filter leaves half of their contrast."""
+    """Rings finer than the output's pixels have to become flat grey; INTER_LINEAR without a wider filter leaves half of
+    their contrast.
+    """
     side, size = 448, 224
     y, x = np.mgrid[:side, :side] - side / 2
     radius = np.hypot(x, y)
     rings = 127.5 + 127.5 * np.cos(np.pi * radius**2 / side)  # one cycle in 448 / radius pixels
     pixels = np.repeat(rings[..., None], 3, 2).astype(np.uint8)
-    # The output holds cycles of 2 output pixels, 4 source pixels, which are at radius 112. Beyond 190 nothing may be left.
+    # The output holds cycles of 2 output pixels, 4 source pixels, which are at radius 112. Beyond 190 nothing may be
+    # left.
     far = (radius > 190)[::2, ::2]
     for resampled in (on_host(pixels, size), on_device(pixels, size)):
         assert resampled[far].std() < 8

@@ -11,10 +11,10 @@ import yaml
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from image_folders import encoded, write_tar
-from lit_factory import Runs, refused, three_classes
 
+from image_folders import encoded, write_tar
 from labels.settings import Features, Pipeline
+from lit_factory import Runs, refused, three_classes
 from train.cli import cli
 from train.encoders.encoder import EncoderSpec
 from train.encoders.load import load_encoder
@@ -45,21 +45,30 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     members = []
     for number, text in enumerate(["red cat", "blue dog", "green tree", "sun", "moon\nstar", "bird fish"]):
-        members += [(f"{number}.jpg", encoded((40 * number, 90, 250 - 40 * number), "JPEG")), (f"{number}.txt", text.encode())]
+        members += [
+            (f"{number}.jpg", encoded((40 * number, 90, 250 - 40 * number), "JPEG")),
+            (f"{number}.txt", text.encode()),
+        ]
     write_tar(folder / "test" / "0.tar", members)
     return folder
 
 
 def naive(cosines: np.ndarray, right: list[set[int]], k: int) -> float:
     """The share of rows of which one of the right columns is among the k largest, equals in their order."""
-    return float(np.mean([bool(right[row] & set(np.argsort(-line, kind="stable")[:k].tolist())) for row, line in enumerate(cosines)]))
+    return float(
+        np.mean(
+            [bool(right[row] & set(np.argsort(-line, kind="stable")[:k].tolist())) for row, line in enumerate(cosines)]
+        )
+    )
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 40))
 def test_recall_is_the_naive_one_in_any_chunks(seed: int, most: int, chunk: int) -> None:
     dice = np.random.default_rng(seed)
     of = np.repeat(np.arange(7), dice.integers(1, most + 1, 7))
-    images, texts = (torch.from_numpy(dice.integers(-1, 2, (rows, 3)).astype(np.float32)) for rows in (7, len(of)))  # many ties
+    images, texts = (
+        torch.from_numpy(dice.integers(-1, 2, (rows, 3)).astype(np.float32)) for rows in (7, len(of))
+    )  # many ties
     both = torch.from_numpy(np.stack([of, np.arange(len(of))], axis=1))
     cosines = (images @ texts.T).numpy()
     with pytest.MonkeyPatch.context() as patched:
@@ -75,7 +84,9 @@ def karpathy(folder: Path) -> Path:
     """Five images of Flickr30k's layout with one to three captions each, two of them in the test part."""
     (folder / "images").mkdir()
     images = []
-    for number, captions in enumerate([["red cat", "dog"], ["blue"], ["green tree", "sun", "moon"], ["star"], ["bird", "fish"]]):
+    for number, captions in enumerate(
+        [["red cat", "dog"], ["blue"], ["green tree", "sun", "moon"], ["star"], ["bird", "fish"]]
+    ):
         (folder / "images" / f"{number}.jpg").write_bytes(encoded((50 * number, 120, 9 * number), "JPEG"))
         sentences = [{"raw": text} for text in captions]
         images.append({"filename": f"{number}.jpg", "split": "test" if number < 4 else "train", "sentences": sentences})
@@ -85,8 +96,18 @@ def karpathy(folder: Path) -> Path:
 
 def test_the_command_tells_both_ways(runs: Runs, tmp_path: Path) -> None:
     folder = karpathy(tmp_path)
-    arguments = ["retrieval", "--data", f"flickr30k:{folder}", "--encoder", f"run:{runs.folder / 'lit'}", "--out", str(tmp_path / "r.json")]
-    said = CliRunner().invoke(cli, [*arguments, "--set", "retrieval.k=[1,3]"], catch_exceptions=False, env={"COLUMNS": "200"})
+    arguments = [
+        "retrieval",
+        "--data",
+        f"flickr30k:{folder}",
+        "--encoder",
+        f"run:{runs.folder / 'lit'}",
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
+    said = CliRunner().invoke(
+        cli, [*arguments, "--set", "retrieval.k=[1,3]"], catch_exceptions=False, env={"COLUMNS": "200"}
+    )
     assert said.exit_code == 0 and "4 images, width 24" in said.output, said.output
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["part"] == "test" and result["test"]["captions"] == 7
@@ -103,7 +124,9 @@ def test_the_command_tells_both_ways(runs: Runs, tmp_path: Path) -> None:
         assert by_image[f"r@{k}"] == pytest.approx(naive(cosines, right, k))
         assert by_text[f"r@{k}"] == pytest.approx(naive(cosines.T, [{0}, {0}, {1}, {2}, {2}, {2}, {3}], k))
     share = by_text["r@1"]
-    assert by_text["r@1_standard_error"] == pytest.approx(np.sqrt(share * (1 - share) / 7)), "shares are of captions, not of images"
+    assert by_text["r@1_standard_error"] == pytest.approx(np.sqrt(share * (1 - share) / 7)), (
+        "shares are of captions, not of images"
+    )
 
 
 def test_what_cannot_be_asked(runs: Runs, pairs: Path) -> None:
@@ -111,10 +134,18 @@ def test_what_cannot_be_asked(runs: Runs, pairs: Path) -> None:
 
     def ask(spec: EncoderSpec, settings: Retrieval) -> Any:
         return run_protocol(
-            Recall(), [spec], lambda: load_caption_set(f"pairs:{pairs}"), Pipeline(evaluators={"retrieval": settings.model_dump()}), extract
+            Recall(),
+            [spec],
+            lambda: load_caption_set(f"pairs:{pairs}"),
+            Pipeline(evaluators={"retrieval": settings.model_dump()}),
+            extract,
         )
 
-    for spec in (EncoderSpec(f"run:{runs.folder / 'run'}"), EncoderSpec("pixels:4"), EncoderSpec(f"run:{runs.folder / 'lit'}", pool="cls")):
+    for spec in (
+        EncoderSpec(f"run:{runs.folder / 'run'}"),
+        EncoderSpec("pixels:4"),
+        EncoderSpec(f"run:{runs.folder / 'lit'}", pool="cls"),
+    ):
         text = refused(ask, spec, Retrieval(k=[1]))
         assert "it has no text tower" in text and "`train lit ENCODER --beton OUT` gives it one" in text
     assert "retrieval.k is 10" in refused(ask, EncoderSpec(f"run:{runs.folder / 'lit'}"), Retrieval())
@@ -128,7 +159,11 @@ def test_a_suite_of_clip_and_lit(runs: Runs, pairs: Path, data: DataSet, tmp_pat
     content = {
         "encoders": [f"run:{runs.folder / name}" for name in ("run", "clip", "lit")],
         "data": [f"folders:{parts}", f"pairs:{pairs}"],
-        "protocols": [{"protocol": "knn", "set": {"k": [1]}}, "zeroshot", {"protocol": "retrieval", "set": {"k": [1, 5]}}],
+        "protocols": [
+            {"protocol": "knn", "set": {"k": [1]}},
+            "zeroshot",
+            {"protocol": "retrieval", "set": {"k": [1, 5]}},
+        ],
     }
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
     arguments = ["eval", "--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out")]
@@ -149,4 +184,6 @@ def test_a_suite_of_clip_and_lit(runs: Runs, pairs: Path, data: DataSet, tmp_pat
     assert "no protocol of the suite takes pairs:" in str(found_error.exception)
     content |= {"protocols": ["retrieval"], "data": [f"folders:{parts}"]}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
-    assert "retrieval takes data with captions, and the suite has none" in str(CliRunner().invoke(cli, arguments).exception)
+    assert "retrieval takes data with captions, and the suite has none" in str(
+        CliRunner().invoke(cli, arguments).exception
+    )

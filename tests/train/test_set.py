@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from beton_factory import build_out, write_shards
 from click.testing import CliRunner
-from shard_factory import build
 
 import train.cli
+from beton_factory import build_out, write_shards
 from labels.config import load_pipeline
 from labels.settings import Data
 from labels.storage import Layout, UserError
 from preprocess.counts import sum_idf
+from shard_factory import build
 from train.data.cache import Cache
 from train.data.dataset import BetonSet
 from train.data.loader import Loader
@@ -72,7 +72,9 @@ def seen(betons: BetonSet, steps: int, batch: int = 10, **settings: object) -> l
 def test_what_beton_may_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = folder / "a" / "out", folder / "b" / "out"
     assert parse_sources([str(a)]) == parse_sources([str(a / "manifest.json")]) == Mixture((Source(a),))
-    assert parse_sources([str(a), str(b)]) == parse_sources([str(folder / "?" / "out")]) == Mixture((Source(a), Source(b)))
+    assert (
+        parse_sources([str(a), str(b)]) == parse_sources([str(folder / "?" / "out")]) == Mixture((Source(a), Source(b)))
+    )
     some = parse_sources([str(a / "beton" / "0000[02].beton")]).sources
     assert [(source.out, source.numbers) for source in some] == [(a.resolve(), (0, 2))]
     assert parse_sources([f"{a}=0.7", f"{b}=0.3"]) == Mixture((Source(a, group=0), Source(b, group=1)), (7, 3))
@@ -83,9 +85,13 @@ def test_what_beton_may_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "nothing fits --beton c*" in refusal(lambda: parse_sources(["c*"]))
     assert "--beton names a/out twice" in refusal(lambda: parse_sources(["a/out", "a/out"]))
     assert "the share is 0" in refusal(lambda: parse_sources(["a/out=0", "b/out=1"]))
-    assert "repeat only every 1,000,000,000 samples" in refusal(lambda: parse_sources(["a/out=0.999999999", "b/out=0.000000001"]))
+    assert "repeat only every 1,000,000,000 samples" in refusal(
+        lambda: parse_sources(["a/out=0.999999999", "b/out=0.000000001"])
+    )
     assert "1 --labels for 2 OUTs" in refusal(lambda: parse_sources(["a/out", "b/out"], [a]))
-    assert "is no beton of an OUT" in refusal(lambda: parse_sources([str(folder / "x.beton")]) if touch(folder / "x.beton") else None)
+    assert "is no beton of an OUT" in refusal(
+        lambda: parse_sources([str(folder / "x.beton")]) if touch(folder / "x.beton") else None
+    )
     strange = Mixture((Source(a, numbers=(1, 9)),))
     assert "beton 00009 is not in the manifest" in refusal(lambda: BetonSet(strange))
 
@@ -104,7 +110,15 @@ def test_one_set_of_two_outs_holds_every_sample_once(folder: Path) -> None:
     assert [row < 35 for row in whole] != sorted(row < 35 for row in whole)
     some = opened(folder, "a/out/beton/0000[02].beton", "b/out")
     assert sorted(seen(some, 1, batch=54)) == [row for row in range(59) if not 13 <= row < 18]
-    assert len({one.identity["betons"] for one in (betons, some, opened(folder, "a/out"), opened(folder, "a/out=1", "b/out=1"))}) == 4
+    assert (
+        len(
+            {
+                one.identity["betons"]
+                for one in (betons, some, opened(folder, "a/out"), opened(folder, "a/out=1", "b/out=1"))
+            }
+        )
+        == 4
+    )
     facts = data_facts(betons)
     assert [source["betons"] for source in facts["sources"]] == [3, 2]
     assert facts["captions"] == 59
@@ -122,7 +136,9 @@ def test_a_mixture_has_exact_shares_and_labels_of_each_out(folder: Path) -> None
         for path in sorted((folder / out / "labels").glob("*"))
         for row in pq.read_table(path)["label_ids"].to_pylist()
     ]
-    loader = Loader(betons, Data(shuffle_block=4, shuffle_window=3), image_size=16, batch_size=8, seed=2, first_step=0, last_step=24)
+    loader = Loader(
+        betons, Data(shuffle_block=4, shuffle_window=3), image_size=16, batch_size=8, seed=2, first_step=0, last_step=24
+    )
     found = [[label for label in row if label >= 0] for batch in loader for row in batch.label_ids.tolist()]
     assert found == [labels[row] for row in rows]
 
@@ -149,11 +165,21 @@ def test_a_part_by_uids_or_by_sql(folder: Path, tmp_path: Path) -> None:
     betons = opened(folder, "a/out", "b/out", subset=str(tmp_path / "uids.npy"))
     assert sorted(seen(betons, 1, batch=4)) == [3, 7, 7, 40]
     pq.write_table(pa.table({"uid": [f"{number:032x}" for number in (1, 2, 58)]}), tmp_path / "uids.parquet")
-    assert sorted(seen(opened(folder, "a/out", "b/out", subset=str(tmp_path / "uids.parquet")), 2, batch=3)) == [1, 1, 2, 2, 58, 58]
+    assert sorted(seen(opened(folder, "a/out", "b/out", subset=str(tmp_path / "uids.parquet")), 2, batch=3)) == [
+        1,
+        1,
+        2,
+        2,
+        58,
+        58,
+    ]
     few = opened(folder, "a/out=1", "b/out=2", subset="len(label_ids) < 4 AND width > 0")
     rows = {row: len(labels) for row, labels in enumerate(all_labels(folder))}
     assert set(seen(few, 60)) == {row for row, count in rows.items() if count < 4}
-    pq.write_table(pa.table({"uid": [f"{number:032x}" for number in range(59)], "score": np.arange(59) / 59}), tmp_path / "scores.parquet")
+    pq.write_table(
+        pa.table({"uid": [f"{number:032x}" for number in range(59)], "score": np.arange(59) / 59}),
+        tmp_path / "scores.parquet",
+    )
     good = opened(folder, "a/out", subset="score > 0.5", metadata=str(tmp_path / "scores.parquet"))
     assert sorted(seen(good, 1, batch=5)) == [30, 31, 32, 33, 34]
     assert good.identity != opened(folder, "a/out").identity
@@ -176,7 +202,12 @@ def all_labels(folder: Path) -> list[list[int]]:
 )
 def test_a_part_that_is_none_is_told(folder: Path, subset: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
-        opened(folder, "a/out=1", "b/out=1", subset=subset if subset != "row >= 35" else "uid > '00000000000000000000000000000022'")
+        opened(
+            folder,
+            "a/out=1",
+            "b/out=1",
+            subset=subset if subset != "row >= 35" else "uid > '00000000000000000000000000000022'",
+        )
 
 
 def test_whole_files_are_compared_where_it_is_asked(folder: Path, tmp_path: Path) -> None:
@@ -186,7 +217,9 @@ def test_whole_files_are_compared_where_it_is_asked(folder: Path, tmp_path: Path
     data[len(data) // 2] ^= 1
     beton.write_bytes(data)
     BetonSet(tmp_path / "out")
-    with pytest.raises(UserError, match=r"00001\.beton is damaged: SHA-256 \w{16}\.\.\., in the manifest(.|\n)*preprocess verify"):
+    with pytest.raises(
+        UserError, match=r"00001\.beton is damaged: SHA-256 \w{16}\.\.\., in the manifest(.|\n)*preprocess verify"
+    ):
         open_data(Chosen([str(tmp_path / "out")]), Data(verify=True), HERE, lambda: False)
 
 
@@ -207,8 +240,20 @@ def test_remote_betons_are_fetched_into_a_bounded_cache(folder: Path, remote: st
     assert betons is not None
     assert list((tmp_path).iterdir()) == []
     loaders = [
-        Loader(one, Data(shuffle_block=12, shuffle_window=1), image_size=16, batch_size=5, seed=1, first_step=0, last_step=21, threads=2)
-        for one in (BetonSet(parse_sources([remote]), cache=Cache(tmp_path / "cache", room)), BetonSet(folder / "a" / "out"))
+        Loader(
+            one,
+            Data(shuffle_block=12, shuffle_window=1),
+            image_size=16,
+            batch_size=5,
+            seed=1,
+            first_step=0,
+            last_step=21,
+            threads=2,
+        )
+        for one in (
+            BetonSet(parse_sources([remote]), cache=Cache(tmp_path / "cache", room)),
+            BetonSet(folder / "a" / "out"),
+        )
     ]
     most = 0
     for batch, same in zip(*loaders, strict=True):
@@ -217,7 +262,9 @@ def test_remote_betons_are_fetched_into_a_bounded_cache(folder: Path, remote: st
         most = max(most, sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.beton*")))
     assert 0 < most <= room
     assert len(list((tmp_path / "cache").glob("*.beton"))) == 2
-    text = refusal(lambda: open_data(Chosen([remote]), Data.model_validate(settings | {"shuffle_window": 50}), HERE, lambda: False))
+    text = refusal(
+        lambda: open_data(Chosen([remote]), Data.model_validate(settings | {"shuffle_window": 50}), HERE, lambda: False)
+    )
     assert "two windows of 50 blocks of 12 samples lie in 3 remote betons" in text
     assert "--set train.data.shuffle_block=11 --set train.data.shuffle_window=1" in text
     text = refusal(lambda: BetonSet(parse_sources([remote]), cache=Cache(tmp_path, 1000)))
@@ -230,7 +277,10 @@ def test_remote_betons_are_checked(remote: str, tmp_path: Path) -> None:
     data[-100] ^= 1
     store.pipe("/pool/out/beton/00001.beton", bytes(data))
     betons = BetonSet(parse_sources([remote]), cache=Cache(tmp_path, 2**40))
-    with pytest.raises(UserError, match=r"memory://\S*pool/out/beton/00001\.beton has \d+ bytes and SHA-256 \w{16}\.\.\., in the manifest"):
+    with pytest.raises(
+        UserError,
+        match=r"memory://\S*pool/out/beton/00001\.beton has \d+ bytes and SHA-256 \w{16}\.\.\., in the manifest",
+    ):
         list(Loader(betons, Data(), image_size=16, batch_size=35, seed=0, first_step=0, last_step=1))
     store.rm("/pool/out/beton/00001.beton")
     with pytest.raises(UserError, match=r"00001\.beton is missing"):
@@ -239,7 +289,9 @@ def test_remote_betons_are_checked(remote: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["stat", "unlink"])
-def test_a_copy_may_be_finished_while_the_cache_is_counted(call: str, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_may_be_finished_while_the_cache_is_counted(
+    call: str, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "other.beton.partial").write_bytes(b"12345")
     original = getattr(Path, call)
 
@@ -268,7 +320,12 @@ def test_the_command_takes_several_and_paths_out(folder: Path, tmp_path: Path, m
 
 def test_a_loader_is_made_from_the_settings(folder: Path) -> None:
     pipeline = load_pipeline(
-        overrides=["train.samples=24", "train.batch_size=8", "train.model.image_size=16", "train.optimizer.warmup_samples=8"]
+        overrides=[
+            "train.samples=24",
+            "train.batch_size=8",
+            "train.model.image_size=16",
+            "train.optimizer.warmup_samples=8",
+        ]
     )
     betons = opened(folder, "b/out")
     assert [batch.images.shape for batch in make_loader(betons, pipeline.train, 0, 3, HERE)] == [(8, 16, 16, 3)] * 3

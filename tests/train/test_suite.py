@@ -8,19 +8,17 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from coloured_sets import colours
-from run_factory import MODEL, write_run
 from safetensors.torch import save_file
 from timm import create_model
 
+from coloured_sets import colours
 from labels.storage import UserError
+from run_factory import MODEL, write_run
 from train.cli import cli
 from train.evals import features, suite
 from train.evals.suite import read_suite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +87,10 @@ def test_one_table_of_all_cells(measured: tuple[Path, str]) -> None:
     assert lines[0] == "| data | encoder | " + " | ".join(variants) + " |" and len(lines) == 2 + 2 * 5
     row = next(row for row in found["results"] if row["encoder"] == "pixels:2" and row["variant"] == "2-shot")
     assert f"{100 * row['top1']:.1f} ± {100 * row['top1_std']:.1f}" in lines[3]
-    assert "left out: zeroshot of timm:test_vit: it has no text tower and no pre-training head" in printed and "train lit" in printed
+    assert (
+        "left out: zeroshot of timm:test_vit: it has no text tower and no pre-training head" in printed
+        and "train lit" in printed
+    )
 
 
 def test_features_are_extracted_once_for_each_encoder_and_part(measured: tuple[Path, str]) -> None:
@@ -128,7 +129,9 @@ def test_what_is_finished_is_not_measured_again(measured: tuple[Path, str], fold
 
 
 def test_what_is_called_alike_is_told_apart(folder: Path, tmp_path: Path) -> None:
-    """Two weight files of one architecture, and one protocol with two settings: a row and a column for each, none hides another."""
+    """Two weight files of one architecture, and one protocol with two settings: a row and a column for each, none hides
+    another.
+    """
     torch.manual_seed(6)
     save_file(create_model("test_vit", num_classes=0).state_dict(), tmp_path / "other.safetensors")
     files = [str(folder / "vit.safetensors"), str(tmp_path / "other.safetensors")]
@@ -141,7 +144,11 @@ def test_what_is_called_alike_is_told_apart(folder: Path, tmp_path: Path) -> Non
     evaluate(tmp_path, tmp_path / "out")
     header, _, *lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert header == "| data | encoder | 2-shot | 2-shot (2) |"
-    assert [line.split(" | ")[1] for line in lines] == ["majority class", *(f"timm:test_vit, {file}" for file in files), "pixels:2"]
+    assert [line.split(" | ")[1] for line in lines] == [
+        "majority class",
+        *(f"timm:test_vit, {file}" for file in files),
+        "pixels:2",
+    ]
     rows = json.loads((tmp_path / "out" / "suite.json").read_text())["results"]
     assert len(rows) == 1 + 3 * 2 and len({row["cell"] for row in rows[1:]}) == 6
     weights = {row["encoder"]: row["description"]["weights"] for row in rows[1:]}
@@ -170,7 +177,10 @@ def test_a_damaged_cell_is_named(measured: tuple[Path, str], folder: Path) -> No
     [
         ("data: [a]\nprotocols: [probe]", "encoders: Field required"),
         ("encoders: []\ndata: [a]\nprotocols: [probe]", "encoders: List should have at least 1 item"),
-        ("encoders: [{encoder: a, wieghts: b}]\ndata: [a]\nprotocols: [probe]", "encoders.0.wieghts: Extra inputs are not permitted"),
+        (
+            "encoders: [{encoder: a, wieghts: b}]\ndata: [a]\nprotocols: [probe]",
+            "encoders.0.wieghts: Extra inputs are not permitted",
+        ),
         ("encoders: [a]\nencoders: [b]", "'encoders' is given twice"),
     ],
 )
@@ -191,12 +201,16 @@ def test_mistakes_in_the_suite_file(tmp_path: Path, text: str, told: str) -> Non
         ({"data": ["folders:gone"]}, "no directory at gone"),
     ],
 )
-def test_everything_is_checked_before_the_first_is_measured(folder: Path, tmp_path: Path, monkeypatch, change: dict, told: str) -> None:
+def test_everything_is_checked_before_the_first_is_measured(
+    folder: Path, tmp_path: Path, monkeypatch, change: dict, told: str
+) -> None:
     monkeypatch.setattr(suite, "measure", lambda *_: pytest.fail("measured"))
     content = yaml.safe_load((folder / "suite.yaml").read_text()) | change
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(UserError) as caught:
-        CliRunner().invoke(cli, ["eval", "--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "o")], catch_exceptions=False)
+        CliRunner().invoke(
+            cli, ["eval", "--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "o")], catch_exceptions=False
+        )
     assert told in str(caught.value)
 
 

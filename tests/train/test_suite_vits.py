@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from coloured_sets import colours
-from run_factory import write_run
 from safetensors.torch import save_file
 from timm import create_model
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
+from coloured_sets import colours
+from run_factory import write_run
 from train.cli import cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +25,9 @@ SMALL = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "depth": 2, "num_hea
 
 def build(arguments: dict[str, Any], **own: Any) -> VisionTransformer:
     """timm's class with what `create_model` hands on, and the configuration that timm's own entry points add."""
-    given = {name: value for name, value in arguments.items() if name in inspect.signature(VisionTransformer).parameters}
+    given = {
+        name: value for name, value in arguments.items() if name in inspect.signature(VisionTransformer).parameters
+    }
     net = VisionTransformer(**SMALL, **own, **given)
     net.pretrained_cfg = {"input_size": (3, 28, 28), "mean": (0.5,) * 3, "std": (0.5,) * 3, "classifier": "head"}  # type: ignore[assignment]
     return net
@@ -82,7 +84,15 @@ def suite_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_command_measures_them_by_everything_that_fits(suite_folder: Path) -> None:
-    command = ["eval", "--suite", str(suite_folder / "suite.yaml"), "--out", str(suite_folder / "out"), "--set", "features.threads=2"]
+    command = [
+        "eval",
+        "--suite",
+        str(suite_folder / "suite.yaml"),
+        "--out",
+        str(suite_folder / "out"),
+        "--set",
+        "features.threads=2",
+    ]
     said = CliRunner().invoke(cli, command, catch_exceptions=False, env={"COLUMNS": "200"})
     assert said.exit_code == 0, said.output
     found = json.loads((suite_folder / "out" / "suite.json").read_text())
@@ -94,9 +104,17 @@ def test_one_command_measures_them_by_everything_that_fits(suite_folder: Path) -
                 row = rows[encoder, variant]
                 assert 0 <= row["top1"] <= 1 and row["description"]["architecture"] == name, (encoder, variant)
             assert rows[encoder, "fine-tuned"]["seeds"][0]["drop_path"] == 0.2
-            assert f"left out: zeroshot of {encoder}: it has no text tower and no pre-training head; measure a run (run:RUN)" in said.output
-    assert ("pixels:2", "fine-tuned") not in rows and "left out: finetune of pixels:2: it has no weights to train" in said.output
+            assert (
+                f"left out: zeroshot of {encoder}: it has no text tower and no pre-training head; measure a run (run:RUN)"
+                in said.output
+            )
+    assert (
+        "pixels:2",
+        "fine-tuned",
+    ) not in rows and "left out: finetune of pixels:2: it has no weights to train" in said.output
     assert len(rows) == 1 + 4 * len(variants) + len(variants) - 1
     before = {file: file.read_bytes() for file in (suite_folder / "out" / "results").iterdir()}
     again = CliRunner().invoke(cli, command, catch_exceptions=False, env={"COLUMNS": "200"})
-    assert again.exit_code == 0 and before == {file: file.read_bytes() for file in (suite_folder / "out" / "results").iterdir()}
+    assert again.exit_code == 0 and before == {
+        file: file.read_bytes() for file in (suite_folder / "out" / "results").iterdir()
+    }

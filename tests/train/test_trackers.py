@@ -4,14 +4,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from loop_factory import settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from labels.storage import UserError
+from loop_factory import settings
 from train.metrics import make_trackers
 
 
-def test_wandb_that_is_not_installed_is_an_error_that_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_that_is_not_installed_is_an_error_that_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # what an import of a package that is not there finds
     with pytest.raises(UserError) as caught:
         make_trackers(tmp_path, settings("log.wandb=my-project").log, 0, {})

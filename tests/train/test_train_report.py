@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from page_checks import CHROMIUM, check_page, shown_in_chromium
 
 from labels.config import dump_yaml, load_pipeline
 from labels.settings import Pipeline
 from labels.storage import UserError, write_json
+from page_checks import CHROMIUM, check_page, shown_in_chromium
 from train.cli import cli
 from train.report.results import measured, published, read_results
 from train.report.runs import binned, differences, loss_curves, read_runs
@@ -22,11 +22,22 @@ LABELS = {"tokenizer": "clip", "stop_words": "keep", "idf": "smooth"}
 
 def write_run(run: Path, *overrides: str, loss: float = 9.0, stop_words: str = "keep") -> Path:
     """A run of 400 steps: losses that fall by 1, 100 samples/s, then 300; step 7 skipped."""
-    keys = [f"train.batch_size={BATCH}", f"train.samples={BATCH * STEPS}", "train.optimizer.warmup_samples=0", *overrides]
+    keys = [
+        f"train.batch_size={BATCH}",
+        f"train.samples={BATCH * STEPS}",
+        "train.optimizer.warmup_samples=0",
+        *overrides,
+    ]
     run.mkdir(parents=True)
     dump_yaml(run / "config.yaml", load_pipeline(None, keys), leave_out={"recipes": True})
     write_json(
-        run / "data.json", {"samples": 7179, "vocabulary": 49408, "tokenizer": "clip", "label_options": LABELS | {"stop_words": stop_words}}
+        run / "data.json",
+        {
+            "samples": 7179,
+            "vocabulary": 49408,
+            "tokenizer": "clip",
+            "label_options": LABELS | {"stop_words": stop_words},
+        },
     )
     lines: list[dict[str, Any]] = []
     for step in range(1, STEPS + 1):
@@ -34,14 +45,26 @@ def write_run(run: Path, *overrides: str, loss: float = 9.0, stop_words: str = "
         lines.append(line | ({"loss": None, "skipped": True} if step == 7 else {}))
         if step % 200 == 0:
             fast = step > 200
-            speed = {"samples_per_s": 300.0 if fast else 100.0, "data_wait": 0.3 if fast else 0.1, "mfu": 0.4, "bad_images": 2}
+            speed = {
+                "samples_per_s": 300.0 if fast else 100.0,
+                "data_wait": 0.3 if fast else 0.1,
+                "mfu": 0.4,
+                "bad_images": 2,
+            }
             lines.append({"step": step, "samples": step * BATCH, **speed})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
 
 def result(encoder: str, variant: str, value: float, *, std: float | None = None, name: str = "top1") -> dict[str, Any]:
-    return {"encoder": encoder, "variant": variant, "metrics": [name], name: value, f"{name}_std": std, "seeds": [{"seed": 0}, {"seed": 1}]}
+    return {
+        "encoder": encoder,
+        "variant": variant,
+        "metrics": [name],
+        name: value,
+        f"{name}_std": std,
+        "seeds": [{"seed": 0}, {"seed": 1}],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +79,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.append(result("pixels:16 <&>", "probe", 0.3))
     cells = [{"data": "imagenet:/data", **row, "cell": "0a"} for row in [majority, *rows]]
     write_json(folder / "results" / "suite.json", {"results": cells, "cells": ["0a"]})
-    write_json(folder / "results" / "results" / "0a.json", {"data": "imagenet:/data", "protocol": "a probe in words", "results": rows})
-    caption = {"data": "coco:/data", "protocol": "greedy", "results": [result(f"run:{folder}/soft", "caption", 87.25, name="cider")]}
+    write_json(
+        folder / "results" / "results" / "0a.json",
+        {"data": "imagenet:/data", "protocol": "a probe in words", "results": rows},
+    )
+    caption = {
+        "data": "coco:/data",
+        "protocol": "greedy",
+        "results": [result(f"run:{folder}/soft", "caption", 87.25, name="cider")],
+    }
     write_json(folder / "results" / "caption.json", caption)
-    tuned = {"data": "imagenet:/data", "protocol": "end to end", "results": [result(f"run:{folder}/soft", "fine-tuned", 0.61)]}
+    tuned = {
+        "data": "imagenet:/data",
+        "protocol": "end to end",
+        "results": [result(f"run:{folder}/soft", "fine-tuned", 0.61)],
+    }
     write_json(folder / "results" / "finetune.json", tuned)
     write_json(folder / "results" / "other.json", {"results": 3})
     return folder
@@ -97,7 +131,11 @@ def test_chromium_shows_it_without_a_complaint(page: str, tmp_path: Path) -> Non
 
 def test_a_single_run_is_told_against_the_defaults(folder: Path) -> None:
     text = check_page(report(folder, str(folder / "soft"))).text
-    assert "Keys that differ from the built-in defaults" in text and "No results: add --results" in text and "100% of the budget" in text
+    assert (
+        "Keys that differ from the built-in defaults" in text
+        and "No results: add --results" in text
+        and "100% of the budget" in text
+    )
     [run] = read_runs([folder / "soft"])
     assert dict(differences([run])) == {
         "train.samples": [BATCH * STEPS],
@@ -122,7 +160,9 @@ def test_bad_images_are_counted_over_the_lives_of_a_run(folder: Path, tmp_path: 
     run = write_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:
         for count in (1, 1, 4):  # a process that went on counts from 0
-            file.write(json.dumps({"step": 401, "samples": BATCH * 401, "samples_per_s": 1.0, "bad_images": count}) + "\n")
+            file.write(
+                json.dumps({"step": 401, "samples": BATCH * 401, "samples_per_s": 1.0, "bad_images": count}) + "\n"
+            )
         file.write('{"step": 402, "sam')  # and was killed in the middle of a line
     [read] = read_runs([run])
     assert read.bad_images == 2 + 4
@@ -200,4 +240,6 @@ def test_defaults_are_no_difference(tmp_path: Path) -> None:
     dump_yaml(run / "config.yaml", Pipeline(), leave_out={"recipes": True})
     (run / "metrics.jsonl").write_text("")
     text = check_page(report(tmp_path, str(run))).text
-    assert "The built-in defaults." in text and "No step is logged yet." in text and "No throughput is logged yet." in text
+    assert (
+        "The built-in defaults." in text and "No step is logged yet." in text and "No throughput is logged yet." in text
+    )

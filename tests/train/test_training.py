@@ -11,9 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainer_factory import SAMPLES, STEPS, assert_same_run, lines, losses, small_config, small_out
-from trainer_process import free_port, start, train
-from waiting import wait_until
 
 from labels.config import load_pipeline
 from labels.storage import UserError
@@ -21,6 +18,9 @@ from train.checkpoint import checkpoint_folders
 from train.data.order import Order
 from train.loop import STOPPED_EXIT_CODE
 from train.trainer import train_run
+from trainer_factory import SAMPLES, STEPS, assert_same_run, lines, losses, small_config, small_out
+from trainer_process import free_port, start, train
+from waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,16 @@ def reference(out: Path, config: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def command(out: Path, run: Path, config: Path, *overrides: str) -> list[object]:
-    return ["run", "--beton", out, "--out", run, "--config", config, *(part for key in overrides for part in ("--set", key))]
-
-
-
-
+    return [
+        "run",
+        "--beton",
+        out,
+        "--out",
+        run,
+        "--config",
+        config,
+        *(part for key in overrides for part in ("--set", key)),
+    ]
 
 
 def test_a_run_learns_and_writes_what_it_promises(reference: Path) -> None:
@@ -57,8 +62,11 @@ def test_a_run_learns_and_writes_what_it_promises(reference: Path) -> None:
     folders = checkpoint_folders(reference)
     assert [folder.name for folder in folders] == ["samples-000000001824", "samples-000000001920"]
     assert sorted(path.name for path in folders[-1].iterdir()) == [
-        "head.safetensors", "optimizer.safetensors", "state.json", "trunk.safetensors",
-    ]  # fmt: skip
+        "head.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "trunk.safetensors",
+    ]
     resolved = load_pipeline(reference / "config.yaml")
     assert (resolved.train.batch_size, resolved.train.optimizer.lr) == (16, 4e-3)
     throughput = [line for line in lines(reference) if "samples_per_s" in line][-1]
@@ -68,11 +76,14 @@ def test_a_run_learns_and_writes_what_it_promises(reference: Path) -> None:
     assert all(line["grad_norm"] > 0 for line in lines(reference) if "loss" in line)
 
 
-def test_killed_at_twenty_random_moments_the_losses_are_the_same_floats(out: Path, config: Path, reference: Path, tmp_path: Path) -> None:
+def test_killed_at_twenty_random_moments_the_losses_are_the_same_floats(
+    out: Path, config: Path, reference: Path, tmp_path: Path
+) -> None:
     run, dice = tmp_path / "run", random.Random(0)
     for life in range(20):
         process = start(*command(out, run, config), said=tmp_path / "said")
-        # Every life is let on a little further than the last one, so that the kills fall into steps, log lines and checkpoints all along.
+        # Every life is let on a little further than the last one, so that the kills fall into steps, log lines and
+        # checkpoints all along.
         wait_until(process, run, 1 + (STEPS - 10) * life // 20)
         time.sleep(dice.uniform(0, 0.02))
         process.kill()
@@ -85,10 +96,14 @@ def test_killed_at_twenty_random_moments_the_losses_are_the_same_floats(out: Pat
     assert list((run / "checkpoints").glob("*.partial")) == []
 
 
-def test_asked_to_stop_it_saves_and_leaves_with_its_own_code(out: Path, config: Path, reference: Path, tmp_path: Path) -> None:
+def test_asked_to_stop_it_saves_and_leaves_with_its_own_code(
+    out: Path, config: Path, reference: Path, tmp_path: Path
+) -> None:
     run, seen = tmp_path / "run", 0
     rare = command(out, run, config, "train.checkpoint.every_samples=10M")
-    for life, number in enumerate([signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM]):
+    for life, number in enumerate(
+        [signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM]
+    ):
         said = tmp_path / f"said-{life}"
         process = start(*rare, said=said)
         wait_until(process, run, 1 + 18 * life)
@@ -105,7 +120,9 @@ def test_asked_to_stop_it_saves_and_leaves_with_its_own_code(out: Path, config: 
 
 
 @pytest.mark.parametrize(
-    "spread", [["runtime.parallel=fsdp", "runtime.accumulation=2"], ["loss.split_vocabulary=true"]], ids=["fsdp in parts", "split head"]
+    "spread",
+    [["runtime.parallel=fsdp", "runtime.accumulation=2"], ["loss.split_vocabulary=true"]],
+    ids=["fsdp in parts", "split head"],
 )
 def test_one_rank_then_two_then_one_see_every_sample_once_an_epoch(
     out: Path, config: Path, reference: Path, tmp_path: Path, spread: list[str]
@@ -116,7 +133,9 @@ def test_one_rank_then_two_then_one_see_every_sample_once_an_epoch(
         port, step = free_port(), [40, 80, STEPS][life]
         arguments = command(out, run, config, "train.checkpoint.every_samples=160", *overrides)
         parts = [(rank, ranks, port) if ranks > 1 else None for rank in range(ranks)]
-        processes = [start(*arguments, said=tmp_path / f"said-{life}-{rank}", ranks=part) for rank, part in enumerate(parts)]
+        processes = [
+            start(*arguments, said=tmp_path / f"said-{life}-{rank}", ranks=part) for rank, part in enumerate(parts)
+        ]
         if step < STEPS:
             wait_until(processes[0], run, step)
             for process in processes:
@@ -143,11 +162,21 @@ def test_one_rank_then_two_then_one_see_every_sample_once_an_epoch(
 
 def test_under_torchrun_two_ranks_equal_one(out: Path, config: Path, reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-addr=127.0.0.1",
+        f"--master-port={free_port()}",
+    ]
     result = subprocess.run(
         [sys.executable, *launcher, "-m", "train", *map(str, command(out, run, config))],
-        capture_output=True, text=True, check=False, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr
     assert "2 x cpu" in result.stdout
     assert "ddp on 2 ranks: each sends" in result.stdout
@@ -176,18 +205,26 @@ def refused(out: Path, run: Path, config: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_another_configuration_or_other_labels_are_not_mixed_into_a_run(out: Path, config: Path, reference: Path, tmp_path: Path) -> None:
+def test_another_configuration_or_other_labels_are_not_mixed_into_a_run(
+    out: Path, config: Path, reference: Path, tmp_path: Path
+) -> None:
     text = refused(out, reference, config, "train.optimizer.lr=5e-3")
     assert "was begun with another configuration: was `lr: 0.004`, is now `lr: 0.005`" in text
     assert "config.yaml, or another --out" in text
     other = small_out(tmp_path)
-    assert refused(other, reference, config, "train.optimizer.lr=5e-3") == text, "the same labels made elsewhere are the same"
+    assert refused(other, reference, config, "train.optimizer.lr=5e-3") == text, (
+        "the same labels made elsewhere are the same"
+    )
     from beton_factory import build_out
 
-    assert "was trained with other labels: fingerprint" in refused(build_out(tmp_path / "more", [30]), reference, config)
+    assert "was trained with other labels: fingerprint" in refused(
+        build_out(tmp_path / "more", [30]), reference, config
+    )
 
 
-def test_steps_that_are_not_finite_end_the_run_and_leave_the_last_good_checkpoint(out: Path, config: Path, tmp_path: Path) -> None:
+def test_steps_that_are_not_finite_end_the_run_and_leave_the_last_good_checkpoint(
+    out: Path, config: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     overrides = ["train.optimizer.lr=1e30", "train.optimizer.warmup_samples=0", "train.runtime.max_skipped_steps=12"]
     text = refused(out, run, config, *overrides)
@@ -200,7 +237,9 @@ def test_steps_that_are_not_finite_end_the_run_and_leave_the_last_good_checkpoin
     assert all(line["loss"] is None and line["skipped"] for line in found[-12:])
 
 
-def test_shares_that_do_not_come_out_even_are_refused(out: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_that_do_not_come_out_even_are_refused(
+    out: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import train.trainer
     from train.distributed import World
 

@@ -17,7 +17,12 @@ from train.optim import by_decay, make_optimizer
 SMALL = {"depth": 2, "embed_dim": 128, "num_heads": 2}
 # Width, layers, heads and patch side (SuperClass, section 4), and parameters in millions, counted from these by hand:
 # layers x (12 W^2 + 13 W) + patches, tokens and norms.
-VITS = {"vit_s16": (384, 12, 6, 16), "vit_b16": (768, 12, 12, 16), "vit_l16": (1024, 24, 16, 16), "vit_l14": (1024, 24, 16, 14)}
+VITS = {
+    "vit_s16": (384, 12, 6, 16),
+    "vit_b16": (768, 12, 12, 16),
+    "vit_l16": (1024, 24, 16, 16),
+    "vit_l14": (1024, 24, 16, 14),
+}
 
 
 @pytest.mark.parametrize("name", VITS)
@@ -29,7 +34,11 @@ def test_a_vit_preset_is_the_papers(name: str) -> None:
     block = vit.blocks[0]
     assert (vit.embed_dim, len(vit.blocks), block.attn.num_heads, width // heads) == (width, layers, heads, 64)
     assert vit.patch_embed.proj.bias is None and vit.patch_embed.proj.kernel_size == (patch, patch)
-    assert isinstance(vit.norm_pre, nn.LayerNorm) and isinstance(vit.norm, nn.LayerNorm) and isinstance(vit.fc_norm, nn.Identity)
+    assert (
+        isinstance(vit.norm_pre, nn.LayerNorm)
+        and isinstance(vit.norm, nn.LayerNorm)
+        and isinstance(vit.fc_norm, nn.Identity)
+    )
     assert {norm.eps for norm in (vit.norm_pre, vit.norm, block.norm1, block.norm2)} == {1e-5}
     assert isinstance(block.mlp.act, nn.GELU) and block.mlp.act.approximate == "none"
     assert block.mlp.fc1.out_features == 4 * width
@@ -38,7 +47,9 @@ def test_a_vit_preset_is_the_papers(name: str) -> None:
     costs = model_costs(Model(trunk=name), 49_408)
     assert costs.trunk == by_hand
     assert costs.head == 49_408 * (width + 1) + 2 * width
-    products = layers * (12 * width**2 * tokens + 2 * tokens**2 * width) + 3 * patch**2 * width * (tokens - 1) + width * 49_408
+    products = (
+        layers * (12 * width**2 * tokens + 2 * tokens**2 * width) + 3 * patch**2 * width * (tokens - 1) + width * 49_408
+    )
     assert math.isclose(costs.flops, 6 * products, rel_tol=1e-3), "two operations each, once forward and twice backward"
 
 
@@ -67,7 +78,9 @@ def test_first_weights_are_the_references() -> None:
     }
     bound |= {"patch_embed.proj.weight": (3 * 256) ** -0.5, "blocks.0.attn.proj.weight": 384**-0.5}
     for name, edge in bound.items():  # uniform between -edge and edge
-        assert named[name].abs().max() <= edge and math.isclose(named[name].std().item(), edge / math.sqrt(3), rel_tol=0.02), name
+        assert named[name].abs().max() <= edge and math.isclose(
+            named[name].std().item(), edge / math.sqrt(3), rel_tol=0.02
+        ), name
     for name in ("cls_token", "pos_embed"):
         assert math.isclose(named[name].std().item(), 384**-0.5, rel_tol=0.1), name
     assert not named["blocks.0.attn.qkv.bias"].any() and not named["blocks.0.attn.proj.bias"].any()
@@ -85,11 +98,20 @@ def test_pool_is_the_mean_of_patch_tokens_and_vectors_are_not_decayed() -> None:
     assert model.head(trunk(images)).shape == (2, 50)
     assert model(images, torch.tensor([[1, 2], [3, -1]])).shape == ()
     decayed, exempt = by_decay(model)
-    assert exempt.keys() >= {"trunk.cls_token", "trunk.norm.weight", "head.0.bias", "head.1.bias", "trunk.blocks.0.attn.qkv.bias"}
+    assert exempt.keys() >= {
+        "trunk.cls_token",
+        "trunk.norm.weight",
+        "head.0.bias",
+        "head.1.bias",
+        "trunk.blocks.0.attn.qkv.bias",
+    }
     assert decayed.keys() >= {"trunk.pos_embed", "head.1.weight", "trunk.patch_embed.proj.weight"}
     assert not exempt.keys() & decayed.keys() and len(exempt) + len(decayed) == len(list(model.parameters()))
     groups = make_optimizer(model, Optimizer()).param_groups
-    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.2, len(decayed)), (0.0, len(exempt))]
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [
+        (0.2, len(decayed)),
+        (0.0, len(exempt)),
+    ]
 
 
 @pytest.mark.parametrize("name", ["vit_b16", "convnext_atto", "resnet18"])
@@ -116,7 +138,9 @@ def test_compilation_keeps_timms_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_trunks_that_cannot_be_built_are_refused() -> None:
-    with pytest.raises(UserError, match=r"timm has no model named 'vit_huuge'\n  allowed: vit_s16, vit_b16, .*timm.list_models\(\)"):
+    with pytest.raises(
+        UserError, match=r"timm has no model named 'vit_huuge'\n  allowed: vit_s16, vit_b16, .*timm.list_models\(\)"
+    ):
         build_trunk(Model(trunk="vit_huuge"))
     with pytest.raises(UserError, match=r"timm cannot build 'vit_b16' .*depht"):
         build_trunk(Model(trunk="vit_b16", trunk_args={"depht": 3}))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from beton_factory import build_out
-from image_folders import encoded, write_folders
 from safetensors.torch import load_file
 
+from beton_factory import build_out
+from image_folders import encoded, write_folders
 from labels.config import load_pipeline
 from labels.settings import Features, Loss, Pipeline
 from labels.storage import Layout, UserError
@@ -27,10 +27,16 @@ from train.losses.head_loss import HeadLoss
 from train.trainer import train_run
 
 CONFIG = [
-    "train.samples=32", "train.batch_size=16", "train.model.image_size=16", "train.optimizer.warmup_samples=0",
-    "train.model.trunk=vit_tiny_patch16_224", "train.model.trunk_args={patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}",
-    "train.runtime={device: cpu, precision: fp32, threads: 1}", "train.log.tensorboard=false", "train.optimizer.lr=0.01",
-]  # fmt: skip
+    "train.samples=32",
+    "train.batch_size=16",
+    "train.model.image_size=16",
+    "train.optimizer.warmup_samples=0",
+    "train.model.trunk=vit_tiny_patch16_224",
+    "train.model.trunk_args={patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}",
+    "train.runtime={device: cpu, precision: fp32, threads: 1}",
+    "train.log.tensorboard=false",
+    "train.optimizer.lr=0.01",
+]
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +88,29 @@ def test_a_tokenizer_that_is_gone_or_another_is_refused(trained, tmp_path: Path)
 
 @pytest.mark.parametrize("idf", [True, False])
 def test_scores_rank_as_the_loss_of_the_name_does(idf: bool) -> None:
-    """Of a batch of one image, class c's score is the loss of its name as caption, negated, but for a constant of the image."""
+    """Of a batch of one image, class c's score is the loss of its name as caption, negated, but for a constant of the
+    image.
+    """
     torch.manual_seed(0)
     weights = torch.rand(30) * idf + (not idf)
     labels = [np.array([1, 5, 9]), np.array([2]), np.array([5, 7])]
-    head = {"0.weight": torch.rand(8), "0.bias": torch.rand(8), "1.weight": torch.randn(30, 8), "1.bias": torch.randn(30)}
+    head = {
+        "0.weight": torch.rand(8),
+        "0.bias": torch.rand(8),
+        "1.weight": torch.randn(30, 8),
+        "1.bias": torch.randn(30),
+    }
     features = torch.randn(4, 8)
     targets = class_targets([[ids] for ids in labels], weights.numpy())
-    scores = class_scores(features.double(), {key: value.double() for key, value in head.items()}, torch.from_numpy(targets))
+    scores = class_scores(
+        features.double(), {key: value.double() for key, value in head.items()}, torch.from_numpy(targets)
+    )
     loss = HeadLoss(Loss(), weights)
     normed = torch.nn.functional.layer_norm(features, (8,), head["0.weight"], head["0.bias"])
     for image in range(4):
         losses = [
-            float(loss(normed[image : image + 1], head["1.weight"], head["1.bias"], torch.from_numpy(ids)[None].int())) for ids in labels
+            float(loss(normed[image : image + 1], head["1.weight"], head["1.bias"], torch.from_numpy(ids)[None].int()))
+            for ids in labels
         ]
         sums = np.array(losses) + scores[image].numpy()
         assert np.allclose(sums, sums[0], atol=1e-5)
@@ -107,7 +123,10 @@ def test_targets_are_the_mean_over_templates() -> None:
 
 
 def zeroshot(run: Path, data: DataSet, settings: Zeroshot, **asked) -> dict:
-    pipeline, extract = Pipeline(evaluators={"zeroshot": settings.model_dump()}), Extractor(torch.device("cpu"), Features())
+    pipeline, extract = (
+        Pipeline(evaluators={"zeroshot": settings.model_dump()}),
+        Extractor(torch.device("cpu"), Features()),
+    )
     return run_protocol(TokenLogits(), [EncoderSpec(str(run), **asked)], lambda: data, pipeline, extract)
 
 
@@ -115,7 +134,9 @@ def test_the_command_gives_the_accuracy_of_these_scores(trained, data: DataSet, 
     out, run = trained
     for index, place in enumerate(data.test.places):
         place.path.write_bytes(encoded((90 * index, 200 - 60 * index, 30)))
-    monkeypatch.setattr("train.evals.kinds.zeroshot.label_texts", lambda texts, built: [np.array([_ids(out)[text]]) for text in texts])
+    monkeypatch.setattr(
+        "train.evals.kinds.zeroshot.label_texts", lambda texts, built: [np.array([_ids(out)[text]]) for text in texts]
+    )
     (tmp_path / "names.txt").write_text("the_dog\tdog\nred_bird\tbird\n")
     result = zeroshot(run, data, Zeroshot(classnames=str(tmp_path / "names.txt")))
     row = result["results"][1]
@@ -131,7 +152,10 @@ def test_the_command_gives_the_accuracy_of_these_scores(trained, data: DataSet, 
 
 
 def _ids(out: Path) -> dict[str, int]:
-    return {token.removesuffix("</w>"): number for token, number in zip(_column(out, "token"), _column(out, "token_id"), strict=True)}
+    return {
+        token.removesuffix("</w>"): number
+        for token, number in zip(_column(out, "token"), _column(out, "token_id"), strict=True)
+    }
 
 
 def test_encoders_that_have_no_head_are_refused(trained, data: DataSet) -> None:
@@ -148,7 +172,9 @@ def test_labels_that_have_moved(trained, data: DataSet, tmp_path: Path) -> None:
 
 
 def test_names_without_labels_are_told(trained, data: DataSet, monkeypatch) -> None:
-    monkeypatch.setattr("train.evals.kinds.zeroshot.label_texts", lambda texts, built: [np.empty(0, np.int64) for _ in texts])
+    monkeypatch.setattr(
+        "train.evals.kinds.zeroshot.label_texts", lambda texts, built: [np.empty(0, np.int64) for _ in texts]
+    )
     text = told(lambda: zeroshot(trained[1], data, Zeroshot()))
     assert "2 class names have no label" in text and "red bird, the dog" in text
 
@@ -160,7 +186,11 @@ def test_names_that_do_not_match_the_classes(data: DataSet, tmp_path: Path) -> N
     assert class_names(str(names), data) == ["cardinal", "poodle"]
     names.write_text("cardinal\npoodle\nwren\n")
     text = told(class_names, str(names), data)
-    assert "has 3 names" in text and "has 2 classes: red_bird, the_dog" in text and "write one name for every class" in text
+    assert (
+        "has 3 names" in text
+        and "has 2 classes: red_bird, the_dog" in text
+        and "write one name for every class" in text
+    )
     names.write_text("red_bird\tcardinal\nred_brid\tpoodle\n")
     text = told(class_names, str(names), data)
     assert "1 classes have no name: the_dog; 1 names are of no class: red_brid" in text

@@ -23,7 +23,9 @@ _SINGLE = 64  # samples a task, where they are drawn one by one
 _SCRATCH_BYTES = 1 << 26
 
 
-def bench_disk(betons: BetonSet, settings: Train, world: World, seconds: float, rates: list[Rate]) -> tuple[dict[str, Any], list[str]]:
+def bench_disk(
+    betons: BetonSet, settings: Train, world: World, seconds: float, rates: list[Rate]
+) -> tuple[dict[str, Any], list[str]]:
     """Read for some seconds in each of three ways, the first two after the files have left the page cache.
 
     Args:
@@ -45,21 +47,26 @@ def bench_disk(betons: BetonSet, settings: Train, world: World, seconds: float, 
     order, threads = loader.order, loading_threads(settings.data)
     most = min(betons.samples, _MOST_SAMPLES)
     blocks = [np.arange(first, first + count) for first, count in order.ahead(0, most, first=True)]
-    blocks = blocks[: int(np.searchsorted(np.cumsum([len(block) for block in blocks]), most)) + 1]  # without those of later epochs
+    blocks = blocks[
+        : int(np.searchsorted(np.cumsum([len(block) for block in blocks]), most)) + 1
+    ]  # without those of later epochs
     single = replace(order, block=1, window=1).take(0, most)[0]
     singles = [single[at : at + _SINGLE] for at in range(0, most, _SINGLE)]
     found: dict[str, Any] = {"threads": threads}
     for name, parts, cached in (("single", singles, False), ("blocks", blocks, False), ("cached", blocks, True)):
         if not cached:
             _leave_cache(betons)
-        found[name] = _read(betons, loader.crops, [betons.chosen(part) for part in parts], threads, seconds, ahead=name == "blocks")
+        found[name] = _read(
+            betons, loader.crops, [betons.chosen(part) for part in parts], threads, seconds, ahead=name == "blocks"
+        )
     bytes_each = found["blocks"]["bytes_per_sample"]
     verdicts = judge(rates, found["blocks"]["samples_per_s"], "disk", "MB/s", bytes_each / 1e6)
     found["verdict"] = as_json(verdicts)
     told = {
-        "blocks": f"blocks of {order.block} neighbours, as the loader reads", "single": "single samples, as shuffle_block=1 would",
+        "blocks": f"blocks of {order.block} neighbours, as the loader reads",
+        "single": "single samples, as shuffle_block=1 would",
         "cached": "the same blocks from the page cache",
-    }  # fmt: skip
+    }
     lines = [
         f"{name:<12} {found[name]['samples_per_s']:,.0f} samples/s, {found[name]['bytes_per_s'] / 1e6:,.0f} MB/s: {text}"
         for name, text in told.items()
@@ -77,8 +84,12 @@ def _leave_cache(betons: BetonSet) -> None:
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _read(betons: BetonSet, crops: Crops, parts: list[np.ndarray], threads: int, seconds: float, *, ahead: bool) -> dict[str, float]:
-    """Samples and bytes a second, the parts spread over the threads; with `ahead` each is announced to the system before."""
+def _read(
+    betons: BetonSet, crops: Crops, parts: list[np.ndarray], threads: int, seconds: float, *, ahead: bool
+) -> dict[str, float]:
+    """Samples and bytes a second, the parts spread over the threads; with `ahead` each is announced to the system
+    before.
+    """
     limit, end = betons.label_limit, time.monotonic() + seconds
     scratches = [np.empty(_SCRATCH_BYTES, np.uint8) for _ in range(threads)]
     decoder = Decompressor()  # not used, but compiled code cannot be loaded without its library
@@ -101,4 +112,9 @@ def _read(betons: BetonSet, crops: Crops, parts: list[np.ndarray], threads: int,
     with Threads(threads, "disk") as pool:
         samples, total = map(sum, zip(*pool.map(read, parts), strict=True))
     spent = time.monotonic() - begun
-    return {"samples_per_s": samples / spent, "bytes_per_s": total / spent, "bytes_per_sample": total / samples, "samples": samples}
+    return {
+        "samples_per_s": samples / spent,
+        "bytes_per_s": total / spent,
+        "bytes_per_sample": total / samples,
+        "samples": samples,
+    }

@@ -30,9 +30,18 @@ _GIB = 2**30
 
 
 def plan_lines(
-    settings: Train, *, vocabulary: int, dataset_samples: int | None, devices: int, rates: tuple[float, ...], device: torch.device,
-    tower: TextTower | None = None, locked: bool = False, pace: "Pace | None" = None, price: float | None = None,
-) -> list[str]:  # fmt: skip
+    settings: Train,
+    *,
+    vocabulary: int,
+    dataset_samples: int | None,
+    devices: int,
+    rates: tuple[float, ...],
+    device: torch.device,
+    tower: TextTower | None = None,
+    locked: bool = False,
+    pace: "Pace | None" = None,
+    price: float | None = None,
+) -> list[str]:
     """Steps, epochs, parameters, operations, memory, disk, messages, hours, cost and what is assumed, each a line.
 
     Args:
@@ -59,7 +68,12 @@ def plan_lines(
     kept, count = _checkpoints(settings, samples)
     lines = [
         f"steps        {steps:,} of {settings.batch_size:,} samples = {samples:,}, {settings.optimizer.warmup_samples:,} of them warm-up",
-        "epochs       " + (f"{samples / dataset_samples:.2f} of {dataset_samples:,}" if dataset_samples else "not known: give --beton OUT"),
+        "epochs       "
+        + (
+            f"{samples / dataset_samples:.2f} of {dataset_samples:,}"
+            if dataset_samples
+            else "not known: give --beton OUT"
+        ),
         f"parameters   trunk {costs.trunk / 1e6:.1f}M{' frozen' if locked else ''} + {costs.head_name} {costs.head / 1e6:.1f}M "
         f"({vocabulary:,} {'tokens' if tower else 'classes'})",
         f"operations   {costs.flops / 1e9:.1f} GFLOP a sample, {costs.flops * samples:.3g} FLOP in all",
@@ -81,14 +95,18 @@ def plan_lines(
         used = f", {costs.flops * rate / devices / peak:.0%} of a device's {peak / 1e12:,.0f} TFLOP/s" if peak else ""
         hours = seconds * devices / 3600
         paid = f", cost {hours * price:,.2f}" if price is not None else ""
-        lines.append(f"time         {format_seconds(seconds)} at {rate:,.0f} samples/s{how}{used}: {hours:,.2f} device-hours{paid}")
+        lines.append(
+            f"time         {format_seconds(seconds)} at {rate:,.0f} samples/s{how}{used}: {hours:,.2f} device-hours{paid}"
+        )
     return lines + [f"assumed      {line}" for line in _assumptions(pace, devices, bool(rates))]
 
 
 def _assumptions(pace: "Pace | None", devices: int, given: bool) -> list[str]:
     told = ["nothing else runs on the machine, and nothing has to be done twice"]
     if pace:
-        told.append("the loader keeps the speed of the first blocks of the data, which may lie in memory; checkpoints are written beside")
+        told.append(
+            "the loader keeps the speed of the first blocks of the data, which may lie in memory; checkpoints are written beside"
+        )
     if pace and devices > 1:
         told.append(f"{devices} devices like this one, each as fast; what they send each other takes no time")
     if given:
@@ -127,7 +145,8 @@ class Pace:
 
     Attributes:
         samples_per_s: of warmed steps on the loader's batches.
-        start_s: what the command took beside its steps at that rate: before the first, after the last, and by which the first were slower.
+        start_s: what the command took beside its steps at that rate: before the first, after the last, and by which the
+            first were slower.
         pause_s: for which a checkpoint holds up training.
         memory_gib: the most in use on the device, or by this process where the device is a CPU.
     """
@@ -166,7 +185,9 @@ def _measure(chosen: Chosen, settings: Train, world: World, seconds: float, begu
     assert betons is not None  # nobody asks to stop
     train_state = make_train_state(settings, torch.from_numpy(betons.idf), world)
     with make_loader(betons, settings, 0, _ENDLESS, world) as loader:
-        inputs = ImageInput(settings.data, world.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
+        inputs = ImageInput(
+            settings.data, world.device, image_size=settings.model.image_size, seed=settings.runtime.seed
+        )
         found = loop_rate(loader, inputs, train_state, settings, world, seconds)
     start_s = beside_steps(time.perf_counter() - begun, found)
     before = time.perf_counter()

@@ -20,7 +20,8 @@ from train.data.open import loading_threads, make_loader
 from train.data.resize import aligned
 from train.distributed import World
 
-# ---- stages: The loader's work on a sample cut into its stages, with the loader's own compiled parts, to time each by itself.
+# ---- stages: The loader's work on a sample cut into its stages, with the loader's own compiled parts, to time each by
+# itself.
 #
 # K label limit.
 
@@ -32,15 +33,23 @@ _FIRST_SCRATCH_BYTES = 1 << 20
 
 @njit(nogil=True, cache=True)
 def run_stages(
-    tables: Tables, samples: np.ndarray, epochs: np.ndarray, last: int, crops: Crops, vocabulary: int, handle: int, scratch: np.ndarray,
+    tables: Tables,
+    samples: np.ndarray,
+    epochs: np.ndarray,
+    last: int,
+    crops: Crops,
+    vocabulary: int,
+    handle: int,
+    scratch: np.ndarray,
     labels: np.ndarray,
-) -> int:  # fmt: skip
+) -> int:
     """Do the stages up to `last` for some samples, and forget the results.
 
     Args:
         tables, crops, vocabulary, handle: as of train/data/decode.py.
         samples, epochs: int64 [N].
-        last: LABELS finds each sample and copies a label row; READ reads its bytes too; DECODE decodes them as far as its crop needs.
+        last: LABELS finds each sample and copies a label row; READ reads its bytes too; DECODE decodes them as far as
+            its crop needs.
         scratch: uint8, large enough for the largest of the samples, for DECODE its pixels included.
         labels: int32 [K], written.
 
@@ -75,7 +84,8 @@ def time_stages(betons: BetonSet, settings: Train, loader: Loader, count: int) -
         count: N, how many samples.
 
     Returns:
-        `labels` (finding a sample, its index and its labels), `read`, `decode`, `resize` (where the device resamples: the copy of the crop
+        `labels` (finding a sample, its index and its labels), `read`, `decode`, `resize` (where the device resamples:
+            the copy of the crop
         into its canvas) and `all`.
     """
     samples, epochs = loader.order.take(0, count)
@@ -123,7 +133,9 @@ class Rate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one rate: what would limit it, or "none"; `share`: of the rate that could be fed, at most 1; `more`: what it would take."""
+    """On one rate: what would limit it, or "none"; `share`: of the rate that could be fed, at most 1; `more`: what it
+    would take.
+    """
 
     device: str
     samples_per_s: float
@@ -140,12 +152,17 @@ class Verdict:
 
 
 def device_rates(settings: Train, vocabulary: int, wanted: Sequence[float]) -> list[Rate]:
-    """Rates to judge: those that were asked for, else what the configured model takes on usual GPUs, at two fifths of their peak."""
+    """Rates to judge: those that were asked for, else what the configured model takes on usual GPUs, at two fifths of
+    their peak.
+    """
     if wanted:
         return [Rate("a device", rate) for rate in wanted]
     flops = model_costs(settings.model, vocabulary).flops
     name = settings.model.trunk
-    return [Rate(f"{name} on {gpu} at {_UTILISATION:.0%} MFU", _UTILISATION * (peak_tflops(gpu) or 0) * 1e12 / flops) for gpu in _DEVICES]
+    return [
+        Rate(f"{name} on {gpu} at {_UTILISATION:.0%} MFU", _UTILISATION * (peak_tflops(gpu) or 0) * 1e12 / flops)
+        for gpu in _DEVICES
+    ]
 
 
 def judge(rates: Sequence[Rate], fed: float, what: str, unit: str, of_one_sample: float) -> list[Verdict]:
@@ -160,7 +177,10 @@ def judge(rates: Sequence[Rate], fed: float, what: str, unit: str, of_one_sample
     """
     found = []
     for rate in rates:
-        limit, more = "none" if fed >= rate.samples_per_s else what, f"it takes {rate.samples_per_s * of_one_sample:,.1f} {unit}"
+        limit, more = (
+            "none" if fed >= rate.samples_per_s else what,
+            f"it takes {rate.samples_per_s * of_one_sample:,.1f} {unit}",
+        )
         found.append(Verdict(rate.device, rate.samples_per_s, limit, min(1.0, fed / rate.samples_per_s), more))
     return found
 
@@ -174,7 +194,9 @@ _SAMPLES = 512
 _PARTS = ("labels", "read", "decode", "resize")
 
 
-def bench_loader(betons: BetonSet, settings: Train, world: World, seconds: float, rates: list[Rate]) -> tuple[dict[str, Any], list[str]]:
+def bench_loader(
+    betons: BetonSet, settings: Train, world: World, seconds: float, rates: list[Rate]
+) -> tuple[dict[str, Any], list[str]]:
     """Take batches as fast as they come for some seconds, then time the stages of a sample one by one.
 
     Args:
@@ -197,9 +219,16 @@ def bench_loader(betons: BetonSet, settings: Train, world: World, seconds: float
     verdicts = judge(rates, rate, slowest, "cores", cpu_us / 1e6)
     mode = "device" if loader.crops.device else "host"
     found = {
-        "images_per_s": rate, "cpu_us_per_image": cpu_us, "threads": threads, "resample": mode, "images": images, "seconds": wall_s,
-        "stage_us": {name: stages[name] for name in _PARTS}, "shares": shares, "verdict": as_json(verdicts),
-    }  # fmt: skip
+        "images_per_s": rate,
+        "cpu_us_per_image": cpu_us,
+        "threads": threads,
+        "resample": mode,
+        "images": images,
+        "seconds": wall_s,
+        "stage_us": {name: stages[name] for name in _PARTS},
+        "shares": shares,
+        "verdict": as_json(verdicts),
+    }
     told = ", ".join(f"{name} {shares[name]:.1%} ({stages[name]:,.1f} us)" for name in _PARTS)
     lines = [
         f"loader       {rate:,.0f} images/s with {threads} threads, {cpu_us:,.0f} us of CPU an image ({mode} resamples; "
@@ -211,7 +240,9 @@ def bench_loader(betons: BetonSet, settings: Train, world: World, seconds: float
 
 
 def _take(loader: Loader, seconds: float) -> tuple[int, float, float]:
-    """Images taken, wall and processor seconds, after a third as long to warm up, and until memory is used again as in training."""
+    """Images taken, wall and processor seconds, after a third as long to warm up, and until memory is used again as in
+    training.
+    """
     begun, images, mark, cpu, seen = time.monotonic(), 0, 0.0, 0.0, set[int]()
     for batch in loader:
         now = time.monotonic()

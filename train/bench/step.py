@@ -40,14 +40,21 @@ def bench_step(betons: BetonSet, settings: Train, world: World, seconds: float) 
     made = synthetic_batches(settings, betons.vocabulary, betons.label_limit, world, _STEPS)
     alone, _, _ = loop_rate(made, synthetic_inputs, train_state, settings, world, seconds)
     with make_loader(betons, settings, 0, _STEPS, world) as loader:
-        inputs = ImageInput(settings.data, world.device, image_size=settings.model.image_size, seed=settings.runtime.seed)
+        inputs = ImageInput(
+            settings.data, world.device, image_size=settings.model.image_size, seed=settings.runtime.seed
+        )
         fed, wait, _ = loop_rate(loader, inputs, train_state, settings, world, seconds)
     speed = Speed(model_costs(settings.model, betons.vocabulary).flops, peak_flops(settings, world.device))
     limit = "loader" if wait > _MOST_WAIT else "model"
     found = {
-        "synthetic_samples_per_s": alone, "loader_samples_per_s": fed, "ratio": fed / alone, "data_wait": wait, "device": str(world.device),
-        "mfu": speed.utilisation(alone), "limit": limit,
-    }  # fmt: skip
+        "synthetic_samples_per_s": alone,
+        "loader_samples_per_s": fed,
+        "ratio": fed / alone,
+        "data_wait": wait,
+        "device": str(world.device),
+        "mfu": speed.utilisation(alone),
+        "limit": limit,
+    }
     used = "" if found["mfu"] is None else f", MFU {found['mfu']:.1%}"
     verdict = "the model; the loader keeps up"
     if limit == "loader":
@@ -63,7 +70,9 @@ def bench_step(betons: BetonSet, settings: Train, world: World, seconds: float) 
 
 
 class LoopRate(NamedTuple):
-    """Of the loop, warmed: samples/s; the share of the time in which it waited for a batch. `samples`: of all its steps, the first too."""
+    """Of the loop, warmed: samples/s; the share of the time in which it waited for a batch. `samples`: of all its
+    steps, the first too.
+    """
 
     samples_per_s: float
     wait: float
@@ -72,31 +81,53 @@ class LoopRate(NamedTuple):
 
 def never_ending(settings: Train) -> Train:
     """The same training without log lines and checkpoints."""
-    quiet = {"log": settings.log.model_copy(update={"every_seconds": _NEVER}), "checkpoint": Checkpoint(every_samples=_NEVER)}
+    quiet = {
+        "log": settings.log.model_copy(update={"every_seconds": _NEVER}),
+        "checkpoint": Checkpoint(every_samples=_NEVER),
+    }
     return settings.model_copy(update=quiet)
 
 
-def loop_rate(batches: Iterable[Any], inputs: Inputs, train_state: TrainState, settings: Train, world: World, seconds: float) -> LoopRate:
-    """Run the one loop, metrics and all, for `seconds`, of which the first half warms up. `settings`: see `never_ending`."""
+def loop_rate(
+    batches: Iterable[Any], inputs: Inputs, train_state: TrainState, settings: Train, world: World, seconds: float
+) -> LoopRate:
+    """Run the one loop, metrics and all, for `seconds`, of which the first half warms up. `settings`: see
+    `never_ending`.
+    """
     clock = Clock(world, seconds)
     with tempfile.TemporaryDirectory() as run:
-        metrics = Metrics(Path(run), world, settings, steps=_STEPS, first_step=0, skipped=(0, 0), speed=Speed(1, None), trackers=[])
+        metrics = Metrics(
+            Path(run), world, settings, steps=_STEPS, first_step=0, skipped=(0, 0), speed=Speed(1, None), trackers=[]
+        )
         budget = Budget(_STEPS, 1, 0)
         try:
             stopping = lambda: False  # noqa: E731
-            run_loop(clock.until(batches), inputs, train_state, settings, budget, world, metrics, save=lambda _: None, stopping=stopping)
+            run_loop(
+                clock.until(batches),
+                inputs,
+                train_state,
+                settings,
+                budget,
+                world,
+                metrics,
+                save=lambda _: None,
+                stopping=stopping,
+            )
         finally:
             metrics.close()
     spent = clock.end - clock.begun
     return LoopRate(
-        clock.steps * settings.batch_size / spent, clock.waited / spent, (clock.warm_up_steps + clock.steps) * settings.batch_size
+        clock.steps * settings.batch_size / spent,
+        clock.waited / spent,
+        (clock.warm_up_steps + clock.steps) * settings.batch_size,
     )
 
 
 class Clock:
     """Hands batches on for `seconds`, and notes how long the second half took and how long it waited for batches.
 
-    The first half warms up, by two steps at least: memory is touched for the first time, the loader fills its ring, kernels are chosen.
+    The first half warms up, by two steps at least: memory is touched for the first time, the loader fills its ring,
+        kernels are chosen.
 
     Attributes:
         warm_up_steps: of the first half.

@@ -1,8 +1,10 @@
-"""Betons of object stores, brought to this machine ahead of their turn: a bounded cache, shared by all processes, checked.
+"""Betons of object stores, brought to this machine ahead of their turn: a bounded cache, shared by all processes,
+checked.
 
 s3://bucket/out/beton/00007.beton -> size, SHA-256 -> CACHE/<SHA-256>.beton -> a descriptor in the set's tables
 
-A file has a lock beside it, held while it is fetched, opened or removed. What is open may be removed: it lasts until it is closed.
+A file has a lock beside it, held while it is fetched, opened or removed. What is open may be removed: it lasts until it
+    is closed.
 """
 
 import fcntl
@@ -52,7 +54,9 @@ class Cache:
             yield target
 
     def _reserve(self, target: Path, wanted: int) -> bool:
-        """Remove what was used least recently until `wanted` bytes fit, and take that room; False while locked files are in the way."""
+        """Remove what was used least recently until `wanted` bytes fit, and take that room; False while locked files
+        are in the way.
+        """
         with _lock(self.folder / "room"):
             files = self._held()
             total = sum(found.st_size for found, _ in files)
@@ -61,7 +65,9 @@ class Cache:
                     break
                 with _lock(self.folder / f"{path.name.partition('.')[0]}.beton", wait=False) as free:
                     if free:
-                        with suppress(FileNotFoundError):  # fetched to its end meanwhile: it is there under another name, and counts
+                        with suppress(
+                            FileNotFoundError
+                        ):  # fetched to its end meanwhile: it is there under another name, and counts
                             path.unlink()
                             total -= found.st_size
             if total + wanted > self.bytes:
@@ -77,7 +83,9 @@ class Cache:
             try:
                 return [(path.stat(), path) for path in self.folder.glob("*.beton*") if path.suffix != ".lock"]
             except FileNotFoundError:
-                continue  # fetched to its end meanwhile, so that it bears another name: looked at anew, or it would not be counted
+                # fetched to its end meanwhile, so that it bears another name: looked at anew, or it would not be
+                # counted
+                continue
 
 
 class Staging:
@@ -95,16 +103,22 @@ class Staging:
     """
 
     def __init__(
-        self, parts: Sequence[BetonPart], paths: Sequence[Path], tables: Tables, files: OpenFiles, open_copy: Callable[[int, Path], int],
+        self,
+        parts: Sequence[BetonPart],
+        paths: Sequence[Path],
+        tables: Tables,
+        files: OpenFiles,
+        open_copy: Callable[[int, Path], int],
         cache: Cache,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._parts, self._paths, self._tables, self._files = parts, paths, tables, files
         self._open_copy, self._cache = open_copy, cache
         self.remote = frozenset(number for number, path in enumerate(paths) if is_remote(path))
         largest = max(parts[number].bytes for number in self.remote)
         if 2 * largest > cache.bytes:
             raise UserError(
-                f"train.data.cache_size is {cache.bytes:,} bytes, the largest beton {largest:,}", allowed=f"{2 * largest:,} or more"
+                f"train.data.cache_size is {cache.bytes:,} bytes, the largest beton {largest:,}",
+                allowed=f"{2 * largest:,} or more",
             )
         self._lock = threading.Lock()  # of all that follows
         self._bringing = [threading.Lock() for _ in parts]

@@ -21,7 +21,8 @@ from train.data.files import OpenFiles, allow_open_files
 from train.data.image_index import NO_FILE, TABLE_BYTES, Place, Tables, find
 from train.data.mixture import Mixture, Opened, Source, check_agreement, idf_of, open_out
 
-# ---- tables: Open all files of a set and tell compiled code where everything lies in them: cost by file, not by sample.
+# ---- tables: Open all files of a set and tell compiled code where everything lies in them: cost by file, not by
+# sample.
 
 
 class _Part(NamedTuple):
@@ -105,7 +106,9 @@ def _open_shards(one: Opened, needed: set[str], files: OpenFiles, label_limit: i
     tars = read_sources(layout) if one.manifest.places else {}
     found = []
     for part in one.labels.shards:
-        row_file, rows_at = files.rows(one.labels_out, part, label_limit, column) if part.name in needed else (NO_FILE, 0)
+        row_file, rows_at = (
+            files.rows(one.labels_out, part, label_limit, column) if part.name in needed else (NO_FILE, 0)
+        )
         tar, length = NO_FILE, 0
         if tars and part.name in needed:
             tar, length = files.tar(part.name, tars.get(part.name), layout.place_sources)
@@ -121,7 +124,8 @@ class BetonSet:
         labels: where `sources` is one OUT, another whose labels are taken, their arrays made (train/data/open.py).
         idf: an idf.parquet, or an OUT that has one, to be taken instead of the OUTs' own.
         cache: where betons of object stores are kept; None refuses them.
-        column: what rows are of: the label set of a caption, or its tokens in order, which are mapped from arrays (train/data/open.py).
+        column: what rows are of: the label set of a caption, or its tokens in order, which are mapped from arrays
+            (train/data/open.py).
 
     Attributes:
         opened: sources and manifests.
@@ -139,9 +143,14 @@ class BetonSet:
     """
 
     def __init__(
-        self, sources: Path | Mixture, labels: Path | None = None, *, idf: Path | None = None, cache: Cache | None = None,
+        self,
+        sources: Path | Mixture,
+        labels: Path | None = None,
+        *,
+        idf: Path | None = None,
+        cache: Cache | None = None,
         column: Column = "label_ids",
-    ) -> None:  # fmt: skip
+    ) -> None:
         mixture = sources if isinstance(sources, Mixture) else Mixture((Source(sources, labels),))
         self.opened = [open_out(source) for source in mixture.sources]
         check_agreement(self.opened)
@@ -186,7 +195,9 @@ class BetonSet:
         self.sizes = np.diff(np.searchsorted(part, borders)).tolist()
         self._part = part, name
         if not all(self.sizes):
-            raise UserError("train.data.subset leaves no sample of a --beton", mend="name another subset, or leave that --beton out")
+            raise UserError(
+                "train.data.subset leaves no sample of a --beton", mend="name another subset, or leave that --beton out"
+            )
 
     def chosen(self, numbers: np.ndarray) -> np.ndarray:
         """Sample numbers of the order -> sample numbers of the files: other ones where only a part was kept."""
@@ -298,7 +309,9 @@ class BetonSet:
                 what = f"has {found.st_size} bytes, and had {self.parts[number].bytes} when it was opened"
             else:
                 continue
-            raise UserError(f"{self.paths[number]} {what}", mend="put it back; the same command goes on from the last checkpoint")
+            raise UserError(
+                f"{self.paths[number]} {what}", mend="put it back; the same command goes on from the last checkpoint"
+            )
 
     def check_bytes(self, numbers: Sequence[int]) -> None:
         """Compare the SHA-256 of whole files of samples with their manifests: reads everything.

@@ -10,7 +10,17 @@ import numpy as np
 
 from labels.native import RGB, njit, tj_decompress, tj_error
 from train.data.crops import flipped, random_crop
-from train.data.image_index import BAD_JPEG, BAD_LABEL, BAD_READ, OK, TABLE_BYTES, Tables, copy_labels, find, read_sample
+from train.data.image_index import (
+    BAD_JPEG,
+    BAD_LABEL,
+    BAD_READ,
+    OK,
+    TABLE_BYTES,
+    Tables,
+    copy_labels,
+    find,
+    read_sample,
+)
 from train.data.resize import address_of, aligned, copy_bytes, margin_bytes, resize_crop, work_bytes
 
 # ---- pixels: One image, compiled: which part of it is taken, and its pixels, decoded no further than that part needs.
@@ -24,9 +34,11 @@ from train.data.resize import address_of, aligned, copy_bytes, margin_bytes, res
 
 DONE, DAMAGED = 0, -1
 BOX = 9
-"""Numbers of a box: x, y, width, height of the crop in pixels of its canvas; left, top, columns and rows of what the filter may see
-of it; 1 if mirrored."""
-_LARGEST_CANVAS = 3  # times S: a longer side, which only huge or very narrow crops have, is resampled on the host after all
+"""Numbers of a box: x, y, width, height of the crop in pixels of its canvas; left, top, columns and rows of what the
+filter may see of it; 1 if mirrored."""
+_LARGEST_CANVAS = (
+    3  # times S: a longer side, which only huge or very narrow crops have, is resampled on the host after all
+)
 _REACH = 2.0  # of the cubic, in output pixels
 _FATAL = 1
 
@@ -34,8 +46,9 @@ _FATAL = 1
 class Crops(NamedTuple):
     """What part of an image is taken, and who resamples it.
 
-    Random crops take shares `scale` of the area with `ratio` of width to height and mirror half if `flip`, by `seed`, epoch and index.
-    With `centre` the shorter side is resized to S and the middle taken. With `device` pixels are left as the decoder gives them.
+    Random crops take shares `scale` of the area with `ratio` of width to height and mirror half if `flip`, by `seed`,
+    epoch and index. With `centre` the shorter side is resized to S and the middle taken. With `device` pixels are left
+    as the decoder gives them.
     """
 
     scale: tuple[float, float]
@@ -48,7 +61,9 @@ class Crops(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The pixels of a shrunk image that are needed, [left, left + columns) and [top, top + rows), and the crop's box among them."""
+    """The pixels of a shrunk image that are needed, [left, left + columns) and [top, top + rows), and the crop's box
+    among them.
+    """
 
     shrink: int
     left: int
@@ -81,8 +96,8 @@ def shrunk(side: int, factor: int) -> int:
 def window_of(width: int, height: int, crops: Crops, epoch: int, index: int) -> Window:
     """What is needed of an image of width x height pixels, for its sample's `index` and `epoch`.
 
-    The filter of a random crop sees the crop alone, as after PIL's `crop`; that of a centre crop sees what surrounds it, as PIL's
-    `resize` of the whole image, shrunk by the decoder to no less than 2 S, does.
+    The filter of a random crop sees the crop alone, as after PIL's `crop`; that of a centre crop sees what surrounds
+    it, as PIL's `resize` of the whole image, shrunk by the decoder to no less than 2 S, does.
     """
     flip, reach = False, 0.0
     if crops.centre:
@@ -98,7 +113,9 @@ def window_of(width: int, height: int, crops: Crops, epoch: int, index: int) -> 
     first_column, first_row = max(0, math.floor(x - reach)), max(0, math.floor(y - reach))
     columns = min(shrunk(width, shrink), math.ceil(x + crop_width + reach)) - first_column
     rows = min(shrunk(height, shrink), math.ceil(y + crop_height + reach)) - first_row
-    return Window(shrink, first_column, first_row, columns, rows, x - first_column, y - first_row, crop_width, crop_height, flip)
+    return Window(
+        shrink, first_column, first_row, columns, rows, x - first_column, y - first_row, crop_width, crop_height, flip
+    )
 
 
 @njit(inline="always")
@@ -109,17 +126,29 @@ def fits_canvas(window: Window, crops: Crops) -> bool:
 
 @njit(inline="always")
 def decompress(address: int, size: int, columns: int, rows: int, handle: int, pixels: np.ndarray, pitch: int) -> bool:
-    """Decode a JPEG, shrunk to columns x rows pixels, into `pixels`, uint8, rows `pitch` bytes apart; False if it does not decode."""
-    failed = tj_decompress(handle, np.uint64(address), np.uint64(size), np.uint64(pixels.ctypes.data), columns, pitch, rows, RGB, 0)
+    """Decode a JPEG, shrunk to columns x rows pixels, into `pixels`, uint8, rows `pitch` bytes apart; False if it does
+    not decode.
+    """
+    failed = tj_decompress(
+        handle, np.uint64(address), np.uint64(size), np.uint64(pixels.ctypes.data), columns, pitch, rows, RGB, 0
+    )
     # The decoder also returns -1 for warnings, e.g. bytes too many behind a marker; the picture is there then.
     return failed == 0 or tj_error(handle) != _FATAL
 
 
 @njit
 def decode_row(
-    address: int, size: int, width: int, height: int, window: Window, crops: Crops, handle: int, scratch: np.ndarray, image: np.ndarray,
+    address: int,
+    size: int,
+    width: int,
+    height: int,
+    window: Window,
+    crops: Crops,
+    handle: int,
+    scratch: np.ndarray,
+    image: np.ndarray,
     box: np.ndarray,
-) -> int:  # fmt: skip
+) -> int:
     """Decode one JPEG.
 
     Args:
@@ -151,7 +180,11 @@ def decode_row(
         return needed
     if not decompress(address, size, pixel_width, pixel_height, handle, scratch, pitch):
         return DAMAGED
-    source, target, target_pitch = scratch[window.top * pitch + 3 * window.left :], image.reshape(-1), 3 * image.shape[1]
+    source, target, target_pitch = (
+        scratch[window.top * pitch + 3 * window.left :],
+        image.reshape(-1),
+        3 * image.shape[1],
+    )
     if on_canvas:
         for row in range(window.rows):
             copy_bytes(address_of(target) + row * target_pitch, address_of(source) + row * pitch, 3 * window.columns)
@@ -159,9 +192,20 @@ def decode_row(
         box[4], box[5], box[6], box[7], box[8] = 0.0, 0.0, window.columns, window.rows, window.flip
     else:
         resize_crop(
-            source, pitch, window.rows, window.columns, window.x, window.y, window.width, window.height, window.flip, side, target,
-            target_pitch, scratch[at_work:],
-        )  # fmt: skip
+            source,
+            pitch,
+            window.rows,
+            window.columns,
+            window.x,
+            window.y,
+            window.width,
+            window.height,
+            window.flip,
+            side,
+            target,
+            target_pitch,
+            scratch[at_work:],
+        )
         box[:], box[2:4], box[6:8] = 0.0, side, side  # S x S pixels that are final already
     return DONE
 
@@ -188,8 +232,12 @@ class Rows(NamedTuple):
 
 
 @njit(nogil=True, cache=True)
-def canvas_shape(tables: Tables, samples: np.ndarray, epochs: np.ndarray, limit: int, crops: Crops, scratch: np.ndarray) -> tuple[int, int]:
-    """Rows and columns in pixels of the smallest canvas for all images of a batch, in steps of 16 (few sizes: memory is used again)."""
+def canvas_shape(
+    tables: Tables, samples: np.ndarray, epochs: np.ndarray, limit: int, crops: Crops, scratch: np.ndarray
+) -> tuple[int, int]:
+    """Rows and columns in pixels of the smallest canvas for all images of a batch, in steps of 16 (few sizes: memory is
+    used again).
+    """
     rows = columns = crops.size
     for row in range(len(samples)):
         place = find(tables, samples[row], limit, scratch)
@@ -212,9 +260,17 @@ def _leave_out(image: np.ndarray, box: np.ndarray, labels: np.ndarray) -> None:
 
 @njit(nogil=True, cache=True)
 def load_rows(
-    tables: Tables, samples: np.ndarray, epochs: np.ndarray, begin: int, end: int, crops: Crops, vocabulary: int, handle: int,
-    scratch: np.ndarray, rows: Rows,
-) -> int:  # fmt: skip
+    tables: Tables,
+    samples: np.ndarray,
+    epochs: np.ndarray,
+    begin: int,
+    end: int,
+    crops: Crops,
+    vocabulary: int,
+    handle: int,
+    scratch: np.ndarray,
+    rows: Rows,
+) -> int:
     """Fill rows [begin, end) of a batch.
 
     Args:
@@ -224,7 +280,8 @@ def load_rows(
         crops: what part of each image is taken.
         vocabulary: V; a label id of V or more is an error.
         handle: TurboJPEG's, of this thread.
-        scratch: uint8, any length from TABLE_BYTES; the sample's bytes are read into it, and its pixels decoded behind them.
+        scratch: uint8, any length from TABLE_BYTES; the sample's bytes are read into it, and its pixels decoded behind
+            them.
         rows: written.
 
     Returns:
@@ -245,9 +302,17 @@ def load_rows(
             else:
                 window = window_of(place.width, place.height, crops, epochs[row], place.row)
                 needed = decode_row(
-                    scratch[TABLE_BYTES:].ctypes.data, place.bytes, place.width, place.height, window, crops, handle,
-                    scratch[pixels_at:], images[row], boxes[row],
-                )  # fmt: skip
+                    scratch[TABLE_BYTES:].ctypes.data,
+                    place.bytes,
+                    place.width,
+                    place.height,
+                    window,
+                    crops,
+                    handle,
+                    scratch[pixels_at:],
+                    images[row],
+                    boxes[row],
+                )
                 if needed > 0:
                     return pixels_at + needed
                 if needed == DAMAGED:

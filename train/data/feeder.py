@@ -1,8 +1,10 @@
-"""Batches made ahead of the device by threads, where a sample is made by a Python call: evaluations, fine-tuning, captioning, LLaVA.
+"""Batches made ahead of the device by threads, where a sample is made by a Python call: evaluations, fine-tuning,
+captioning, LLaVA.
 
     rows of a batch -> threads: sample(row) for each, then collate(rows, samples) -> tensors, in page-locked memory for a GPU
 
-`train run` has a loader of its own: there the samples of a batch are made by compiled code, without Python (train/data/loader.py).
+`train run` has a loader of its own: there the samples of a batch are made by compiled code, without Python
+    (train/data/loader.py).
 """
 
 from collections import deque
@@ -49,7 +51,9 @@ def feed_batches(
         return collate(rows, [made for part in parts for made in part.result()])
 
     ahead: deque[Future[FedBatch]] = deque()
-    with Threads(threads + 1, "feeder") as pool:  # one more, since make_batch waits for its parts, which are submitted before it
+    with Threads(
+        threads + 1, "feeder"
+    ) as pool:  # one more, since make_batch waits for its parts, which are submitted before it
         for rows in batches:
             bounds = np.linspace(0, len(rows), min(threads, len(rows)) + 1).astype(int)
             parts = [pool.submit(make_part, rows[low:high]) for low, high in pairwise(bounds)]
@@ -61,7 +65,8 @@ def feed_batches(
 
 
 def stack_pinned(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """Arrays of one shape as one tensor [B, ...] on the CPU; for a GPU page-locked, so that `to(device, non_blocking=True)` does not wait.
+    """Arrays of one shape as one tensor [B, ...] on the CPU; for a GPU page-locked, so that `to(device,
+    non_blocking=True)` does not wait.
 
     torch gives such memory out again only when the copies from it are done.
     """

@@ -45,13 +45,21 @@ class OpenFiles:
         descriptor = self.open(path)
         size = os.fstat(descriptor).st_size
         if size != part.bytes:
-            raise UserError(f"{path} has {size} bytes, in the manifest {part.bytes}: it was cut or replaced", mend=rebuild)
+            raise UserError(
+                f"{path} has {size} bytes, in the manifest {part.bytes}: it was cut or replaced", mend=rebuild
+            )
         header, fields = _head(os.pread(descriptor, beton.METADATA_OFFSET, 0))
         if header["version"] != beton.VERSION:
             raise UserError(f"{path} is of beton version {header['version']}", allowed=str(beton.VERSION), mend=rebuild)
         names = tuple(field["name"].tobytes().rstrip(b"\0").decode("utf8", "replace") for field in fields)
-        if header["num_fields"] != len(fields) or names != beton.FIELD_NAMES or tuple(fields["type_id"]) != beton.FIELD_TYPES:
-            raise UserError(f"{path} has the fields {', '.join(names)}", allowed=", ".join(beton.FIELD_NAMES), mend=rebuild)
+        if (
+            header["num_fields"] != len(fields)
+            or names != beton.FIELD_NAMES
+            or tuple(fields["type_id"]) != beton.FIELD_TYPES
+        ):
+            raise UserError(
+                f"{path} has the fields {', '.join(names)}", allowed=", ".join(beton.FIELD_NAMES), mend=rebuild
+            )
         if header["num_samples"] != part.samples or beton.label_limit_of(fields) != label_limit:
             raise UserError(
                 f"{path} holds {header['num_samples']} samples of {beton.label_limit_of(fields)} labels; in the manifest "
@@ -87,7 +95,8 @@ class OpenFiles:
             descriptor = self.open(path)
         except OSError as error:
             raise UserError(
-                f"{path}, the tar of shard {name}, cannot be opened: {error.strerror}", mend=f"put it back, or say in {sources} where it is"
+                f"{path}, the tar of shard {name}, cannot be opened: {error.strerror}",
+                mend=f"put it back, or say in {sources} where it is",
             ) from None
         size = os.fstat(descriptor).st_size
         if size != source.bytes:
@@ -142,11 +151,14 @@ def allow_open_files(files: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-# ---- threads: A pool of threads that ends with its `with` block: what has not begun is dropped, what has begun is waited for.
+# ---- threads: A pool of threads that ends with its `with` block: what has not begun is dropped, what has begun is
+# waited for.
 
 
 class Threads(ThreadPoolExecutor):
     """ThreadPoolExecutor(number, name) that leaves nothing behind, whatever ends the block."""
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.shutdown(wait=True, cancel_futures=True)

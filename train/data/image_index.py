@@ -2,7 +2,8 @@
 
     sample number -> file of samples (beton, or places into tars) -> its table row -> file, offset, bytes, width, height, index, labels
 
-Everything is read by position (pread), nothing is mapped: a file that is cut or gone while training is a status, not a signal that ends
+Everything is read by position (pread), nothing is mapped: a file that is cut or gone while training is a status, not a
+    signal that ends
 the process. M files of samples, P shards, K label limit.
 """
 
@@ -19,8 +20,8 @@ from labels.manifest import PLACE
 from labels.native import njit
 
 OK, BAD_TABLE, BAD_JPEG, BAD_LABEL, BAD_INDEX, BAD_READ = range(6)
-"""What became of a sample: fine; its table entry is wrong; its JPEG does not decode; a label is none of the head's; its index is no row
-of its shard; the file could not be read at that place."""
+"""What became of a sample: fine; its table entry is wrong; its JPEG does not decode; a label is none of the head's; its
+index is no row of its shard; the file could not be read at that place."""
 NO_FILE = -1
 TABLE_BYTES = 128
 """The head of scratch memory, where table rows are read to; the sample's own bytes come behind it."""
@@ -46,11 +47,11 @@ _GAP_BYTES = 1 << 16  # what lies between two samples is read with them up to th
 class Tables(NamedTuple):
     """Where everything lies. One entry a file of samples [M]:
 
-    - `first_samples` int64 [M + 1]: number of its first sample among all.
-    - `files` int64: descriptor, NO_FILE while it is not on this machine; `bytes` int64: its length.
-    - `tables`, `allocations` int64: offsets of the metadata array and of a beton's allocation table; 0 for a file of places.
-    - `first_rows` int64: position of its OUT's first row among the rows of all OUTs.
-    - `shards` int64 [M, 2]: the shards of its OUT, [begin, end) below; none where betons hold the labels.
+    - `first_samples` int64 [M + 1]: number of its first sample among all. - `files` int64: descriptor, NO_FILE while it
+    is not on this machine; `bytes` int64: its length. - `tables`, `allocations` int64: offsets of the metadata array
+    and of a beton's allocation table; 0 for a file of places. - `first_rows` int64: position of its OUT's first row
+    among the rows of all OUTs. - `shards` int64 [M, 2]: the shards of its OUT, [begin, end) below; none where betons
+    hold the labels.
 
     One entry a shard [P]:
 
@@ -75,7 +76,9 @@ class Tables(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where one sample lies: file descriptors, offsets and lengths in bytes; `row`: position of its row among those of all OUTs."""
+    """Where one sample lies: file descriptors, offsets and lengths in bytes; `row`: position of its row among those of
+    all OUTs.
+    """
 
     status: int
     file: int
@@ -134,14 +137,19 @@ def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> Place:
             return Place(BAD_READ, table, 0, 0, 0, 0, 0, 0, 0)
         width, height, offset = number_at(scratch, 1, 2), number_at(scratch, 3, 2), number_at(scratch, 5, 8)
         labels_at, index = number_at(scratch, _LABELS_AT, 8), number_at(scratch, _INDEX_AT, 8)
-        # The label row lies right behind the image, so that its pointer tells the length too: one read, not another of the table behind.
+        # The label row lies right behind the image, so that its pointer tells the length too: one read, not another of
+        # the table behind.
         size, length = labels_at - offset, tables.allocations[number]
         # Other labels of the same rows have a limit of their own and lie in other files.
         agree = labels_at <= length - (4 * limit if tables.shards[number, 0] == tables.shards[number, 1] else 0)
     else:
         if not read_at(table, tables.tables[number] + local * _PLACE_BYTES, _PLACE_BYTES, scratch, 0):
             return Place(BAD_READ, table, 0, 0, 0, 0, 0, 0, 0)
-        width, height, offset = number_at(scratch, _P_WIDTH, 2), number_at(scratch, _P_HEIGHT, 2), number_at(scratch, _P_OFFSET, 8)
+        width, height, offset = (
+            number_at(scratch, _P_WIDTH, 2),
+            number_at(scratch, _P_HEIGHT, 2),
+            number_at(scratch, _P_OFFSET, 8),
+        )
         index, size = number_at(scratch, _P_INDEX, 8), number_at(scratch, _P_BYTES, 4)
         shard = tables.shards[number, 0] + number_at(scratch, 0, 4)
         agree = shard < tables.shards[number, 1] and tables.tars[shard] != NO_FILE
@@ -156,12 +164,23 @@ def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> Place:
     part = begin + max(np.searchsorted(tables.first_indices[begin:end], index, side="right") - 1, 0)
     position = index - tables.first_indices[part]
     status = OK if 0 <= position < tables.row_counts[part] and tables.row_files[part] != NO_FILE else BAD_INDEX
-    return Place(status, file, offset, size, width, height, row, tables.row_files[part], tables.rows_at[part] + position * 4 * limit)
+    return Place(
+        status,
+        file,
+        offset,
+        size,
+        width,
+        height,
+        row,
+        tables.row_files[part],
+        tables.rows_at[part] + position * 4 * limit,
+    )
 
 
 @njit
 def read_sample(place: Place, limit: int, scratch: np.ndarray) -> bool:
-    """Read a place's image bytes to `scratch[TABLE_BYTES:]`, its label row right behind them; False where a file does not give them.
+    """Read a place's image bytes to `scratch[TABLE_BYTES:]`, its label row right behind them; False where a file does
+    not give them.
 
     Args:
         place: with status OK.
@@ -197,7 +216,8 @@ def _will_need(file: int, begin: int, end: int) -> None:
 
 @njit(nogil=True, cache=True)
 def advise(tables: Tables, samples: np.ndarray, limit: int, scratch: np.ndarray) -> None:
-    """Have the bytes of samples read ahead, neighbours in one go; a sample that cannot be found is told when its turn comes.
+    """Have the bytes of samples read ahead, neighbours in one go; a sample that cannot be found is told when its turn
+    comes.
 
     Args:
         tables: of a BetonSet.

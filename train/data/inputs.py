@@ -1,4 +1,5 @@
-"""From the loader's batch to what the model takes: on the device, resampled if the loader left that, jittered, normalised.
+"""From the loader's batch to what the model takes: on the device, resampled if the loader left that, jittered,
+normalised.
 
 B batch (of this rank), S image side, K label limit.
 """
@@ -16,7 +17,8 @@ from train.data.crops import uniform
 from train.data.loader import Batch
 from train.distributed import World
 
-# ---- canvas: Crops of a batch, as the decoder left them, to S x S: PIL's antialiased bicubic as two batched matrix products, on any device.
+# ---- canvas: Crops of a batch, as the decoder left them, to S x S: PIL's antialiased bicubic as two batched matrix
+# products, on any device.
 #
 # B batch, H x W canvas, S image side.
 
@@ -71,10 +73,11 @@ def _to_bytes(values: torch.Tensor) -> torch.Tensor:
 
 
 def product(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """weights [B, S, P] times values [B, P, Q], of whole numbers below 2^11, exact to float32 whatever matrix precision torch is set to.
+    """weights [B, S, P] times values [B, P, Q], of whole numbers below 2^11, exact to float32 whatever matrix precision
+    torch is set to.
 
-    On CUDA float32 products may be TF32's, with 10 bits of fraction: enough for the values, not for the weights, which are therefore
-    taken in two parts.
+    On CUDA float32 products may be TF32's, with 10 bits of fraction: enough for the values, not for the weights, which
+    are therefore taken in two parts.
     """
     if not weights.is_cuda:
         return weights @ values
@@ -94,8 +97,8 @@ def interpolation(
 
     Args:
         begin, length: float32 [B], the crop along this axis, in pixels of the canvas.
-        first, extent: float32 [B], where the pixels begin that the filter may see, and how many they are; it is cut there and its weights
-            normed to 1.
+        first, extent: float32 [B], where the pixels begin that the filter may see, and how many they are; it is cut
+            there and its weights normed to 1.
         size: S.
         canvas: P, the canvas' side.
 
@@ -104,18 +107,25 @@ def interpolation(
     """
     begin, length = begin.double()[:, None], length.double()[:, None]
     scale = length / size
-    centre = begin + (torch.arange(size, device=begin.device) + 0.5) * scale  # [B, S], in float64: weights follow to 1e-7
+    centre = (
+        begin + (torch.arange(size, device=begin.device) + 0.5) * scale
+    )  # [B, S], in float64: weights follow to 1e-7
     near = centre.floor()
     pixel = torch.arange(canvas, device=begin.device, dtype=torch.float32)
     distance = (pixel - near.float()[..., None]) + (0.5 - (centre - near)).float()[..., None]  # [B, S, P]
     distance = (distance / scale.clamp(min=1).float()[..., None]).abs_().clamp_(max=_REACH)
     inner = (1.5 * distance - 2.5) * distance * distance + 1
     outer = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    weights = torch.where(distance < 1, inner, outer) * (pixel >= first[:, None, None]) * (pixel < (first + extent)[:, None, None])
+    weights = (
+        torch.where(distance < 1, inner, outer)
+        * (pixel >= first[:, None, None])
+        * (pixel < (first + extent)[:, None, None])
+    )
     return weights / weights.sum(2, keepdim=True)
 
 
-# ---- jitter: Colour jitter and grey images for a batch on the device: torchvision's definitions, drawn per sample from (seed, epoch, position).
+# ---- jitter: Colour jitter and grey images for a batch on the device: torchvision's definitions, drawn per sample from
+# (seed, epoch, position).
 #
 # B batch. Images are float32 [B, 3, H, W] in 0..1, changed in place.
 
@@ -128,7 +138,12 @@ _LUMA = (0.2989, 0.587, 0.114)
 
 @njit(cache=True)
 def draw(
-    strengths: np.ndarray, probability: float, grey_probability: float, seed: int, epochs: np.ndarray, positions: np.ndarray
+    strengths: np.ndarray,
+    probability: float,
+    grey_probability: float,
+    seed: int,
+    epochs: np.ndarray,
+    positions: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What is done to each sample.
 
@@ -138,7 +153,8 @@ def draw(
         seed, epochs, positions: what the draws depend on; int64 [B].
 
     Returns:
-        factors float32 [B, FACTORS]; order int64 [B, FACTORS], the steps first to last, -1 where a sample is not jittered; grey bool [B].
+        factors float32 [B, FACTORS]; order int64 [B, FACTORS], the steps first to last, -1 where a sample is not
+        jittered; grey bool [B].
     """
     batch = len(positions)
     factors, order = np.empty((batch, FACTORS), np.float32), np.full((batch, FACTORS), -1)
@@ -204,7 +220,9 @@ def _hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     spread = high - low
     red, green, blue = (images / torch.where(spread == 0, 1, spread)[:, 0:1]).split(1, 1)
-    hue = torch.where(high == images[:, 0:1], green - blue, torch.where(high == images[:, 1:2], 2 + blue - red, 4 + red - green))
+    hue = torch.where(
+        high == images[:, 0:1], green - blue, torch.where(high == images[:, 1:2], 2 + blue - red, 4 + red - green)
+    )
     hue = hue + 6 * turn
     # Of each channel: how far the hue's sixth is from where the channel is at its lowest (5, 3, 1 sixths onwards).
     offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
@@ -247,7 +265,9 @@ class ImageInput:
         else:
             width, height = batch.boxes[:, 2].numpy(), batch.boxes[:, 3].numpy()
             # As `vertical_first` of train/data/resize.py.
-            images = resample_canvas(pixels, boxes, height - self._size > np.maximum(0, 2 * (width - self._size)), self._size)
+            images = resample_canvas(
+                pixels, boxes, height - self._size > np.maximum(0, 2 * (width - self._size)), self._size
+            )
         images = images / 255
         if coloured:
             chances = settings.color_jitter_probability, settings.grey_probability
@@ -264,7 +284,8 @@ def _look_up(pixels: np.ndarray, table: np.ndarray, into: np.ndarray) -> None:
             out[place, channel] = table[flat[place, channel], channel]
 
 
-# ---- synthetic: Random images and labels, made once on the device: `train run --synthetic` shows what the model alone can do, without loader and disk.
+# ---- synthetic: Random images and labels, made once on the device: `train run --synthetic` shows what the model alone
+# can do, without loader and disk.
 #
 # B batch (of this rank), S image side, V vocabulary, K label limit.
 
@@ -274,14 +295,18 @@ _LABELS_OF_A_SAMPLE = 12
 
 @dataclass(frozen=True)
 class SyntheticBatch:
-    """images float32 [B, 3, S, S], as normalised as real ones; label_ids int32 [B, K], padded with PAD_ID; no image is bad."""
+    """images float32 [B, 3, S, S], as normalised as real ones; label_ids int32 [B, K], padded with PAD_ID; no image is
+    bad.
+    """
 
     images: torch.Tensor
     label_ids: torch.Tensor
     bad: int = 0
 
 
-def synthetic_batches(settings: Train, vocabulary: int, label_limit: int, world: World, steps: int) -> Iterator[SyntheticBatch]:
+def synthetic_batches(
+    settings: Train, vocabulary: int, label_limit: int, world: World, steps: int
+) -> Iterator[SyntheticBatch]:
     """The same batch, once a step."""
     share, size = settings.batch_size // world.size, settings.model.image_size
     dice = torch.Generator(world.device).manual_seed(settings.runtime.seed + world.rank)

@@ -29,7 +29,8 @@ from train.data.files import Threads
 from train.data.image_index import BAD_INDEX, BAD_LABEL, BAD_READ, BAD_TABLE, OK, TABLE_BYTES, advise
 from train.data.order import Order
 
-# ---- ahead: Reads ahead of the loader: blocks are asked for a whole window before their samples come, so that disks read in long stretches.
+# ---- ahead: Reads ahead of the loader: blocks are asked for a whole window before their samples come, so that disks
+# read in long stretches.
 #
 # On one machine only: of many, each would read all blocks for its part of their samples.
 
@@ -57,11 +58,14 @@ class Ahead:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._pool.__exit__(kind, error, trace)
 
     def follow(self, begin: int, end: int, *, first: bool) -> None:
-        """The loader now takes the positions [begin, end): read what comes a window later; `first`, what comes until then too.
+        """The loader now takes the positions [begin, end): read what comes a window later; `first`, what comes until
+        then too.
 
         Raises:
             UserError: a file is gone, cut, or cannot be fetched.
@@ -119,7 +123,9 @@ class Batch:
 
 
 class Slot:
-    """Memory for one batch: as tensors for the loop, as arrays for compiled code. Canvases take more of it when they have to."""
+    """Memory for one batch: as tensors for the loop, as arrays for compiled code. Canvases take more of it when they
+    have to.
+    """
 
     def __init__(self, batch: int, size: int, limit: int, pinned: bool, device: bool) -> None:
         self._pixels = torch.empty(batch * size * size * 3, dtype=torch.uint8, pin_memory=pinned)
@@ -137,7 +143,9 @@ class Slot:
         if needed > len(self._pixels):
             self._pixels = torch.empty(needed, dtype=torch.uint8, pin_memory=self._pixels.is_pinned())
         self._images = self._pixels[:needed].view(batch, rows, columns, 3)
-        self.rows = Rows(self._images.numpy(), self._boxes.numpy(), self._label_ids.numpy(), self._positions, self._status)
+        self.rows = Rows(
+            self._images.numpy(), self._boxes.numpy(), self._label_ids.numpy(), self._positions, self._status
+        )
 
     @property
     def bytes(self) -> int:
@@ -150,7 +158,8 @@ class Slot:
 
 
 class Ring:
-    """Slots for batches decoded ahead: as many as `room` bytes hold of the largest, canvases counted as they are; two at least.
+    """Slots for batches decoded ahead: as many as `room` bytes hold of the largest, canvases counted as they are; two
+    at least.
 
     Args:
         make: a new slot.
@@ -167,7 +176,9 @@ class Ring:
         self.free = deque(self._slots)
 
     def give_back(self, slot: Slot) -> None:
-        """The loop is done with it. Slots that have grown beyond the room are dropped as they come, others made while there is room."""
+        """The loop is done with it. Slots that have grown beyond the room are dropped as they come, others made while
+        there is room.
+        """
         wanted = min(max(self._room // max(one.bytes for one in self._slots), 2), self._most)
         if len(self._slots) > wanted:
             self._slots.remove(slot)
@@ -178,7 +189,8 @@ class Ring:
         self.free += new
 
 
-# ---- faults: What is wrong with samples that did not load: damage is an error that names the file; a bad JPEG is told and left out of the loss.
+# ---- faults: What is wrong with samples that did not load: damage is an error that names the file; a bad JPEG is told
+# and left out of the loss.
 
 
 def count_bad(betons: BetonSet, samples: np.ndarray, rows: Rows) -> int:
@@ -215,7 +227,9 @@ def _raise_label(betons: BetonSet, sample: int, label: int) -> None:
     mend = f"run `preprocess verify {betons.owner(sample).source.out}`, then the build-labels command again"
     if array:
         name, mend = f"{array}, made for {name},", f"remove {array}; the same command makes it anew"
-    raise UserError(f"{name} has the label {label}", allowed=f"0 to {betons.vocabulary - 1}, the head's width", mend=mend)
+    raise UserError(
+        f"{name} has the label {label}", allowed=f"0 to {betons.vocabulary - 1}, the head's width", mend=mend
+    )
 
 
 def _raise_unread(betons: BetonSet, sample: int, mend: str) -> None:
@@ -233,7 +247,8 @@ def _raise_unread(betons: BetonSet, sample: int, mend: str) -> None:
 
 
 _FIRST_SCRATCH_BYTES = 1 << 20
-# More would smooth nothing further, and of small batches the first gigabyte takes the processor from the training for many seconds.
+# More would smooth nothing further, and of small batches the first gigabyte takes the processor from the training for
+# many seconds.
 _MOST_BATCHES = 64
 
 
@@ -256,7 +271,8 @@ class _Filling:
 class Loader:
     """Iterates over the batches of steps first_step, first_step + 1, ... last_step - 1, each time anew.
 
-    Its threads end with the iterator: when it is exhausted, when it is dropped after a `break`, and at the latest with the loader's
+    Its threads end with the iterator: when it is exhausted, when it is dropped after a `break`, and at the latest with
+        the loader's
     own `with` block.
 
     Args:
@@ -269,13 +285,26 @@ class Loader:
         rank, world: this process among all.
         threads: decoding threads.
         pinned: page-locked memory, for asynchronous copies to a GPU.
-        device: leave crops as the decoder gives them, to be resampled by train/data/inputs.py; else they are resampled here.
+        device: leave crops as the decoder gives them, to be resampled by train/data/inputs.py; else they are resampled
+            here.
     """
 
     def __init__(
-        self, betons: BetonSet, settings: Data, *, image_size: int, batch_size: int, seed: int, first_step: int, last_step: int,
-        rank: int = 0, world: int = 1, threads: int = 1, pinned: bool = False, device: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        betons: BetonSet,
+        settings: Data,
+        *,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        first_step: int,
+        last_step: int,
+        rank: int = 0,
+        world: int = 1,
+        threads: int = 1,
+        pinned: bool = False,
+        device: bool = False,
+    ) -> None:
         self._betons, self._settings = betons, settings
         low, high = settings.crop_scale
         narrow, wide = settings.crop_ratio
@@ -289,7 +318,9 @@ class Loader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for iterator in list(self._running):
             iterator.close()
 
@@ -303,7 +334,10 @@ class Loader:
         workers = deque(_Worker() for _ in range(self._threads))
         most = min(self._last_step - self._first_step + 1, _MOST_BATCHES)
         ring, filling = Ring(self._slot, self._settings.prefetch, most), deque[_Filling]()
-        with Ahead(self._betons, self.order, self._rank, self._world) as ahead, Threads(self._threads, "decode") as pool:
+        with (
+            Ahead(self._betons, self.order, self._rank, self._world) as ahead,
+            Threads(self._threads, "decode") as pool,
+        ):
 
             def submit() -> None:
                 while ring.free and (step := next(steps, None)) is not None:
@@ -322,9 +356,13 @@ class Loader:
                 submit()
 
     def _slot(self) -> Slot:
-        return Slot(self._batch_size // self._world, self._image_size, self._betons.label_limit, self._pinned, self.crops.device)
+        return Slot(
+            self._batch_size // self._world, self._image_size, self._betons.label_limit, self._pinned, self.crops.device
+        )
 
-    def _submit(self, step: int, slot: Slot, pool: ThreadPoolExecutor, workers: deque[_Worker], ahead: Ahead) -> _Filling:
+    def _submit(
+        self, step: int, slot: Slot, pool: ThreadPoolExecutor, workers: deque[_Worker], ahead: Ahead
+    ) -> _Filling:
         """Let the threads begin the batch of one step."""
         begin = step * self._batch_size
         ahead.follow(begin, begin + self._batch_size, first=step == self._first_step)
@@ -339,19 +377,33 @@ class Loader:
         if self.crops.device:
             with self._betons.held(samples):
                 scratch = np.empty(TABLE_BYTES, np.uint8)
-                slot.fit(*decode.canvas_shape(self._betons.tables, samples, epochs, self._betons.label_limit, self.crops, scratch))
+                slot.fit(
+                    *decode.canvas_shape(
+                        self._betons.tables, samples, epochs, self._betons.label_limit, self.crops, scratch
+                    )
+                )
         bounds = np.linspace(0, len(samples), min(self._threads, len(samples)) + 1).astype(int).tolist()
         parts = pairwise(bounds)
         return [pool.submit(self._fill, workers, slot, samples, epochs, *part) for part in parts]
 
-    def _fill(self, workers: deque[_Worker], slot: Slot, samples: np.ndarray, epochs: np.ndarray, begin: int, end: int) -> None:
+    def _fill(
+        self, workers: deque[_Worker], slot: Slot, samples: np.ndarray, epochs: np.ndarray, begin: int, end: int
+    ) -> None:
         worker = workers.popleft()  # as many workers as threads: there is always one
         try:
             with self._betons.held(samples[begin:end]):
                 while needed := decode.load_rows(
-                    self._betons.tables, samples, epochs, begin, end, self.crops, self._betons.vocabulary,
-                    worker.decompressor.handle, worker.scratch, slot.rows,
-                ):  # fmt: skip
+                    self._betons.tables,
+                    samples,
+                    epochs,
+                    begin,
+                    end,
+                    self.crops,
+                    self._betons.vocabulary,
+                    worker.decompressor.handle,
+                    worker.scratch,
+                    slot.rows,
+                ):
                     worker.scratch = np.empty(needed, np.uint8)
         finally:
             workers.append(worker)

@@ -66,7 +66,11 @@ def parse_sources(texts: Sequence[str], labels: Sequence[Path] = ()) -> Mixture:
     shares = [share for _, share in parsed if share is not None]
     if shares and len(shares) < len(parsed):
         without = next(text for text, share in parsed if share is None)
-        raise UserError(f"--beton {without} has no share, others have", allowed="a share for all of them, or for none", mend="add =SHARE")
+        raise UserError(
+            f"--beton {without} has no share, others have",
+            allowed="a share for all of them, or for none",
+            mend="add =SHARE",
+        )
     sources: list[Source] = []
     for group, (text, _) in enumerate(parsed):
         sources += [replace(source, group=group if shares else 0) for source in _named(text)]
@@ -75,7 +79,8 @@ def parse_sources(texts: Sequence[str], labels: Sequence[Path] = ()) -> Mixture:
         raise UserError(f"--beton names {twice} twice", mend="name every OUT once; its betons together, as one glob")
     if labels and len(labels) != len(sources):
         raise UserError(
-            f"{len(labels)} --labels for {len(sources)} OUTs of --beton", allowed="none, or one for each OUT, in the same order"
+            f"{len(labels)} --labels for {len(sources)} OUTs of --beton",
+            allowed="none, or one for each OUT, in the same order",
         )
     if labels:
         sources = [replace(source, labels=other) for source, other in zip(sources, labels, strict=True)]
@@ -132,7 +137,9 @@ def _named(text: str) -> list[Source]:
 
 def _number(path: Path) -> int:
     if not path.stem.isdigit() or path.resolve() != Layout(path.resolve().parent.parent).beton_file(int(path.stem)):
-        raise UserError(f"--beton {path} is no beton of an OUT", allowed=_ALLOWED, mend="give the OUT that build-labels wrote")
+        raise UserError(
+            f"--beton {path} is no beton of an OUT", allowed=_ALLOWED, mend="give the OUT that build-labels wrote"
+        )
     return int(path.stem)
 
 
@@ -178,13 +185,19 @@ def open_out(source: Source) -> Opened:
     manifest = read_manifest(out)
     opened = Opened(source, manifest, read_manifest(other) if other else manifest)
     if not manifest.betons and not manifest.places:
-        raise UserError(f"{out} holds labels but no betons (it was built with --no-beton)", mend=f"{opened.rebuild} without --no-beton")
+        raise UserError(
+            f"{out} holds labels but no betons (it was built with --no-beton)",
+            mend=f"{opened.rebuild} without --no-beton",
+        )
     if manifest.samples == 0:
-        raise UserError(f"the betons of {out} hold no samples: every image was quarantined", mend="see quarantine.parquet")
+        raise UserError(
+            f"the betons of {out} hold no samples: every image was quarantined", mend="see quarantine.parquet"
+        )
     known = {part.number for part in manifest.betons or manifest.places}
     if strange := sorted(set(source.numbers or ()) - known):
         raise UserError(
-            f"beton {strange[0]:05d} is not in the manifest of {out}", allowed=f"{len(known)} from {min(known)} to {max(known)}"
+            f"beton {strange[0]:05d} is not in the manifest of {out}",
+            allowed=f"{len(known)} from {min(known)} to {max(known)}",
         )
     if other:
         check_same_rows(out, manifest, other, opened.labels)
@@ -215,7 +228,8 @@ def check_agreement(opened: list[Opened]) -> None:
 
 
 def idf_of(opened: list[Opened], chosen: Path | None) -> tuple[np.ndarray, str]:
-    """The IDF of a set, float32 [V], and the SHA-256 of its table: the OUTs' own if they agree, else the one that was chosen.
+    """The IDF of a set, float32 [V], and the SHA-256 of its table: the OUTs' own if they agree, else the one that was
+    chosen.
 
     Args:
         opened: OUTs with the same vocabulary.

@@ -18,7 +18,18 @@ from labels import beton
 from labels.arrays import Column, check_same_rows, open_rows, shards_needed, write_rows
 from labels.manifest import PLACE, read_manifest
 from labels.storage import Layout, UserError, fingerprint, is_remote, sha256_file
-from labels.subset import ROWS_AT_ONCE, UIDS, count_in, in_parts, is_sorted, map_uids, one_line, parse_uids, quoted, where
+from labels.subset import (
+    ROWS_AT_ONCE,
+    UIDS,
+    count_in,
+    in_parts,
+    is_sorted,
+    map_uids,
+    one_line,
+    parse_uids,
+    quoted,
+    where,
+)
 from train.data.dataset import BetonSet
 from train.data.mixture import Opened
 from train.distributed import World
@@ -57,7 +68,11 @@ def make_rows(out: Path, labels: Path, column: Column = "label_ids") -> Iterator
     """
     manifest, other = read_manifest(out), read_manifest(labels)
     check_same_rows(out, manifest, labels, other)
-    todo = [part for part in shards_needed(manifest, other, column) if open_rows(labels, part, other.label_limit, column) is None]
+    todo = [
+        part
+        for part in shards_needed(manifest, other, column)
+        if open_rows(labels, part, other.label_limit, column) is None
+    ]
     told = time.monotonic()
     for number, part in enumerate(todo, start=1):
         write_rows(labels, part, other.label_limit, column)
@@ -67,11 +82,15 @@ def make_rows(out: Path, labels: Path, column: Column = "label_ids") -> Iterator
         yield part.name
 
 
-def make_rows_once(out: Path, labels: Path, world: World, stopping: Callable[[], bool], column: Column = "label_ids") -> bool:
+def make_rows_once(
+    out: Path, labels: Path, world: World, stopping: Callable[[], bool], column: Column = "label_ids"
+) -> bool:
     """`make_rows` on the first rank while all others wait; False if somebody asked to stop.
 
-    The first rank of every other node has a second turn: it finds the work done on a shared disk, and does it on a disk of
-    its own. The ranks meet after every shard, because a collective that waits for the whole work would run into its timeout.
+    The first rank of every other node has a second turn: it finds the work done on a shared disk, and does it on a disk
+        of
+    its own. The ranks meet after every shard, because a collective that waits for the whole work would run into its
+    timeout.
     """
     first_of_node = int(os.environ.get("LOCAL_RANK", world.rank)) == 0
     for turn in (world.is_first, first_of_node and not world.is_first):
@@ -109,7 +128,9 @@ def find_part(betons: BetonSet, subset: str, metadata: str | None) -> tuple[np.n
         UserError: it is none of the three, cannot be read, or selects nothing.
     """
     if betons.staging:
-        raise UserError("train.data.subset needs the betons on this machine", mend="copy the output folder to this machine")
+        raise UserError(
+            "train.data.subset needs the betons on this machine", mend="copy the output folder to this machine"
+        )
     found = []
     for one in betons.opened:
         counts = _counts(one, subset, metadata)
@@ -147,7 +168,9 @@ def _counts(one: Opened, subset: str, metadata: str | None) -> np.ndarray:
         try:
             for rows, repeats in _repeats(con, files, subset, metadata):
                 if repeats.max(initial=0) > _MOST_REPEATS:
-                    raise UserError(f"the subset {subset} repeats a uid {repeats.max()} times", allowed=f"{_MOST_REPEATS} times")
+                    raise UserError(
+                        f"the subset {subset} repeats a uid {repeats.max()} times", allowed=f"{_MOST_REPEATS} times"
+                    )
                 counts[rows] = repeats
         except (duckdb.Error, OSError, ValueError) as error:
             raise UserError(f"{_OPTION} {subset!r} cannot be used: {one_line(error)}", allowed=_ALLOWED) from None
@@ -200,7 +223,9 @@ class Chosen:
     idf: Path | None = None
 
 
-def open_data(chosen: Chosen, settings: Data, world: World, stopping: Callable[[], bool], column: Column = "label_ids") -> BetonSet | None:
+def open_data(
+    chosen: Chosen, settings: Data, world: World, stopping: Callable[[], bool], column: Column = "label_ids"
+) -> BetonSet | None:
     """Open the set on every rank; None if somebody asked to stop while label arrays were made.
 
     Args:
@@ -244,11 +269,19 @@ def _check_local(labels: Path) -> None:
 def make_loader(betons: BetonSet, settings: Train, first_step: int, last_step: int, world: World) -> Loader:
     """The loader of one rank for the steps [first_step, last_step)."""
     return Loader(
-        betons, settings.data, image_size=settings.model.image_size, batch_size=settings.batch_size, seed=settings.runtime.seed,
-        first_step=first_step, last_step=last_step, rank=world.rank, world=world.size,
-        threads=loading_threads(settings.data), pinned=world.device.type == "cuda",
+        betons,
+        settings.data,
+        image_size=settings.model.image_size,
+        batch_size=settings.batch_size,
+        seed=settings.runtime.seed,
+        first_step=first_step,
+        last_step=last_step,
+        rank=world.rank,
+        world=world.size,
+        threads=loading_threads(settings.data),
+        pinned=world.device.type == "cuda",
         device=resamples(settings.data, world.device),
-    )  # fmt: skip
+    )
 
 
 def loading_threads(settings: Data) -> int:
@@ -260,16 +293,30 @@ def data_facts(betons: BetonSet) -> dict[str, Any]:
     """What a run was trained on, for people and reports: written as data.json beside its configuration."""
     labels, several = betons.labels, len(betons.opened) > 1
     facts = {
-        "beton": str(betons.out), "labels": str(betons.labels_out), "fingerprints": betons.identity, "samples": betons.samples,
-        "vocabulary": betons.vocabulary, "label_limit": betons.label_limit, "captions": sum(one.labels.captions for one in betons.opened),
-        "tokenizer": labels.tokenizer.name, "tokenizer_fingerprint": labels.tokenizer.fingerprint, "idf_formula": labels.idf_formula,
+        "beton": str(betons.out),
+        "labels": str(betons.labels_out),
+        "fingerprints": betons.identity,
+        "samples": betons.samples,
+        "vocabulary": betons.vocabulary,
+        "label_limit": betons.label_limit,
+        "captions": sum(one.labels.captions for one in betons.opened),
+        "tokenizer": labels.tokenizer.name,
+        "tokenizer_fingerprint": labels.tokenizer.fingerprint,
+        "idf_formula": labels.idf_formula,
         "label_options": labels.options.get("labels", {}),
-    }  # fmt: skip
+    }
     sources = [
-        {"beton": str(one.source.out), "labels": str(one.labels_out), "group": one.source.group, "betons": len(one.parts)}
+        {
+            "beton": str(one.source.out),
+            "labels": str(one.labels_out),
+            "group": one.source.group,
+            "betons": len(one.parts),
+        }
         for one in betons.opened
     ]
-    return facts | ({"sources": sources, "samples_of_groups": betons.sizes, "shares": list(betons.quotas)} if several else {})
+    return facts | (
+        {"sources": sources, "samples_of_groups": betons.sizes, "shares": list(betons.quotas)} if several else {}
+    )
 
 
 def _check_window(betons: BetonSet, settings: Data) -> None:
@@ -278,7 +325,10 @@ def _check_window(betons: BetonSet, settings: Data) -> None:
     whole = sum(betons.parts[number].bytes for number in remote)
     if whole <= settings.cache_size:
         return
-    bytes_each, samples_each = whole // len(remote), sum(betons.parts[number].samples for number in remote) / len(remote)
+    bytes_each, samples_each = (
+        whole // len(remote),
+        sum(betons.parts[number].samples for number in remote) / len(remote),
+    )
     touched = min(len(remote), 2 * settings.shuffle_window * (2 + int(settings.shuffle_block / samples_each)))
     if touched * bytes_each > settings.cache_size:
         window = max(1, settings.cache_size // (6 * bytes_each))

@@ -2,9 +2,10 @@
 
     position -> group (mixtures: its exact share of every period) -> place in the window -> block -> sample
 
-Neighbours in storage form blocks. Each epoch is a keyed permutation of all blocks; a window of consecutive blocks of that order is
-permuted sample by sample. So disks read blocks, pages are used while they are warm, and every sample comes exactly once an epoch,
-whatever the batch size, the number of ranks, or where the run was interrupted. Blocks of one sample: a full shuffle.
+Neighbours in storage form blocks. Each epoch is a keyed permutation of all blocks; a window of consecutive blocks of
+that order is permuted sample by sample. So disks read blocks, pages are used while they are warm, and every sample
+comes exactly once an epoch, whatever the batch size, the number of ranks, or where the run was interrupted. Blocks of
+one sample: a full shuffle.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,9 @@ def _key(seed: int, use: int, first: int, second: int) -> np.uint64:
 
 @njit
 def permute(value: int, count: int, key: np.uint64) -> int:
-    """A keyed bijection of [0, count): a Feistel network over the next power of two, walked along its cycle until inside."""
+    """A keyed bijection of [0, count): a Feistel network over the next power of two, walked along its cycle until
+    inside.
+    """
     bits = 0
     while (count - 1) >> bits:
         bits += 1
@@ -38,7 +41,8 @@ def permute(value: int, count: int, key: np.uint64) -> int:
     while True:
         left, right = result >> low_bits, result & low
         for number in range(0, _ROUNDS, 2):
-            # Each half is changed by a function of the other alone, which can be undone: a bijection, for halves of unequal width too.
+            # Each half is changed by a function of the other alone, which can be undone: a bijection, for halves of
+            # unequal width too.
             left ^= mix(right + key + _U(number) * GOLDEN) & high
             right ^= mix(left + key + _U(number + 1) * GOLDEN) & low
         result = (left << low_bits) | right
@@ -65,8 +69,19 @@ def _sample(position: int, epoch: int, count: int, block: int, window: int, seed
 
 
 @njit(nogil=True, cache=True)
-def _fill(begin: int, sizes: np.ndarray, quotas: np.ndarray, block: int, window: int, seed: int, samples: np.ndarray, epochs: np.ndarray):  # noqa: ANN202
-    """Samples and epochs of the positions begin, begin + 1, ...; `quotas` int64 [groups + 1] are running sums of shares of a period."""
+def _fill(
+    begin: int,
+    sizes: np.ndarray,
+    quotas: np.ndarray,
+    block: int,
+    window: int,
+    seed: int,
+    samples: np.ndarray,
+    epochs: np.ndarray,
+):
+    """Samples and epochs of the positions begin, begin + 1, ...; `quotas` int64 [groups + 1] are running sums of shares
+    of a period.
+    """
     period = quotas[-1]
     for row in range(len(samples)):
         turn, slot = (begin + row) // period, (begin + row) % period
@@ -117,7 +132,9 @@ class Order:
     seed: int = 0
 
     def take(self, begin: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample numbers and epochs, both int64 [count], of the positions from `begin` on, counted from the run's first sample."""
+        """Sample numbers and epochs, both int64 [count], of the positions from `begin` on, counted from the run's first
+        sample.
+        """
         samples, epochs = np.empty(count, np.int64), np.empty(count, np.int64)
         seed = self.seed % 2**63
         _fill(begin, np.array(self.sizes, np.int64), self._running, self.block, self.window, seed, samples, epochs)
@@ -138,9 +155,11 @@ class Order:
         return self.take(step * batch_size + rank * share, share)
 
     def ahead(self, begin: int, end: int, *, first: bool = False) -> list[tuple[int, int]]:
-        """What to read ahead: (first sample, samples) of the blocks that are needed a window after the positions [begin, end).
+        """What to read ahead: (first sample, samples) of the blocks that are needed a window after the positions
+        [begin, end).
 
-        Asked for with consecutive ranges, it names every block once; the last block of an epoch may reach into its first.
+        Asked for with consecutive ranges, it names every block once; the last block of an epoch may reach into its
+        first.
 
         Args:
             begin, end: positions, from the run's first sample.

@@ -1,7 +1,8 @@
-"""Antialiased bicubic resampling of a crop on the CPU, compiled: PIL's BICUBIC, to the level, its 8 bits between the passes included.
+"""Antialiased bicubic resampling of a crop on the CPU, compiled: PIL's BICUBIC, to the level, its 8 bits between the
+passes included.
 
-The pass along rows sums groups of four neighbouring pixels, the pass across rows pairs of neighbouring rows (train/data/resize.py).
-Nothing is allocated: all memory is a part of `work`.
+The pass along rows sums groups of four neighbouring pixels, the pass across rows pairs of neighbouring rows
+(train/data/resize.py). Nothing is allocated: all memory is a part of `work`.
 
 S image side.
 """
@@ -17,10 +18,12 @@ from numba.extending import intrinsic
 
 from labels.native import njit
 
-# ---- simd: Weighted sums of 8-bit pixels, written for LLVM's vectors: what loops over bytes and changing offsets do not become by themselves.
+# ---- simd: Weighted sums of 8-bit pixels, written for LLVM's vectors: what loops over bytes and changing offsets do
+# not become by themselves.
 #
-# Both functions multiply neighbours in pairs and add the two products, which is one instruction on x86 (pmaddwd) and a few elsewhere.
-# Weights are int16, fixed point with `WEIGHT_BITS` of fraction: a cubic's stay below 2. Sums are rounded and cut to 0..255.
+# Both functions multiply neighbours in pairs and add the two products, which is one instruction on x86 (pmaddwd) and a
+# few elsewhere. Weights are int16, fixed point with `WEIGHT_BITS` of fraction: a cubic's stay below 2. Sums are rounded
+# and cut to 0..255.
 
 
 WEIGHT_BITS = 14
@@ -33,11 +36,12 @@ COLUMNS = 16
 OVERREAD = 64
 """Bytes beyond a row that may be read (they weigh nothing), and that rows to be written need beside their pixels."""
 
-# From 4 RGB pixels in 12 bytes to pairs of neighbours by channel, R0 R1 G0 G1 B0 B1 - - R2 R3 G2 G3 B2 B3 - -, each with a zero
-# (number 16) behind it, which makes 16 bits of 8.
+# From 4 RGB pixels in 12 bytes to pairs of neighbours by channel, R0 R1 G0 G1 B0 B1 - - R2 R3 G2 G3 B2 B3 - -, each
+# with a zero (number 16) behind it, which makes 16 bits of 8.
 _PAIRS = tuple(byte for at in (0, 3, 1, 4, 2, 5, 16, 16, 6, 9, 7, 10, 8, 11, 16, 16) for byte in (at, 16))
 WEIGHT_OFFSETS = (0, 1, 8, 9)
-"""Where the weight of each tap of a group stands among its 16, first for red; green and blue follow, 2 and 4 further."""
+"""Where the weight of each tap of a group stands among its 16, first for red; green and blue follow, 2 and 4 further.
+"""
 
 # void* memcpy(void* to, const void* from, size_t bytes): loops over computed offsets stay loops
 copy_bytes = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
@@ -70,7 +74,9 @@ def _multiply_add(builder: Any, pixels: Any, weights: Any) -> Any:
 def _rounded(builder: Any, sums: Any) -> Any:
     """Weighted sums as bytes."""
     length = sums.type.count
-    value = builder.ashr(builder.add(sums, _numbers(*[1 << (WEIGHT_BITS - 1)] * length)), _numbers(*[WEIGHT_BITS] * length))
+    value = builder.ashr(
+        builder.add(sums, _numbers(*[1 << (WEIGHT_BITS - 1)] * length)), _numbers(*[WEIGHT_BITS] * length)
+    )
     for limit, predicate in ((_numbers(*[0] * length), ">"), (_numbers(*[255] * length), "<")):
         value = builder.select(builder.icmp_signed(predicate, value, limit), value, limit)
     return builder.trunc(value, _vector(8, length))
@@ -83,7 +89,8 @@ def _store(builder: Any, value: Any, address: Any) -> None:
 def _pixel_sum(typing_context, source, other_source, weights, groups, target, other_target) -> Any:
     """The pixel at the same place of two rows, each from `groups` groups of neighbours in its row.
 
-    All but `groups` are addresses: sources of RGB bytes, `weights` of int16 [groups, 16], see WEIGHT_OFFSETS, targets of 4 bytes, the
+    All but `groups` are addresses: sources of RGB bytes, `weights` of int16 [groups, 16], see WEIGHT_OFFSETS, targets
+        of 4 bytes, the
     last of which is overwritten with 0.
     """
     address = types.int64
@@ -95,12 +102,17 @@ def _pixel_sum(typing_context, source, other_source, weights, groups, target, ot
         with cgutils.for_range(builder, groups) as loop:
             factors = _load(builder, _step(builder, weights, loop.index, ir.Constant(groups.type, 32)), _vector(16, 16))
             for source, total in zip(sources, sums, strict=True):
-                pixels = _load(builder, _step(builder, source, loop.index, ir.Constant(groups.type, 3 * TAPS)), _vector(8, 16))
+                pixels = _load(
+                    builder, _step(builder, source, loop.index, ir.Constant(groups.type, 3 * TAPS)), _vector(8, 16)
+                )
                 pairs = builder.shuffle_vector(pixels, ir.Constant(pixels.type, [0] * 16), _numbers(*_PAIRS))
                 pairs = builder.bitcast(pairs, _vector(16, 16))
                 builder.store(builder.add(builder.load(total), _multiply_add(builder, pairs, factors)), total)
         first, second = map(builder.load, sums)
-        low, high = (builder.shuffle_vector(first, second, _numbers(*half, *(at + 8 for at in half))) for half in (range(4), range(4, 8)))
+        low, high = (
+            builder.shuffle_vector(first, second, _numbers(*half, *(at + 8 for at in half)))
+            for half in (range(4), range(4, 8))
+        )
         rounded = _rounded(builder, builder.add(low, high))
         for half, address in ((range(4), target), (range(4, 8), other_target)):
             _store(builder, builder.shuffle_vector(rounded, rounded, _numbers(*half)), address)
@@ -116,7 +128,9 @@ def _column_sum(typing_context, source, pitch, weights, pairs, target) -> Any:
     """
     signature = types.void(types.int64, types.intp, types.int64, types.intp, types.int64)
     half = COLUMNS // 2
-    interleaved = [[row * COLUMNS + column for column in range(first, first + half) for row in range(PAIR)] for first in (0, half)]
+    interleaved = [
+        [row * COLUMNS + column for column in range(first, first + half) for row in range(PAIR)] for first in (0, half)
+    ]
 
     def generate(context, builder, sig, arguments):  # noqa: ANN202
         source, pitch, weights, pairs, target = arguments
@@ -129,7 +143,11 @@ def _column_sum(typing_context, source, pitch, weights, pairs, target) -> Any:
             for sums, order in zip(halves, interleaved, strict=True):
                 pixels = builder.zext(builder.shuffle_vector(*rows, _numbers(*order)), _vector(16, COLUMNS))
                 builder.store(builder.add(builder.load(sums), _multiply_add(builder, pixels, factors)), sums)
-        _store(builder, _rounded(builder, builder.shuffle_vector(*map(builder.load, halves), _numbers(*range(COLUMNS)))), target)
+        _store(
+            builder,
+            _rounded(builder, builder.shuffle_vector(*map(builder.load, halves), _numbers(*range(COLUMNS)))),
+            target,
+        )
         return context.get_dummy_value()
 
     return signature, generate
@@ -167,7 +185,8 @@ def _steps(scale: float, taps: int) -> int:
 def _taps(begin: float, scale: float, at: int, extent: int, weights: np.ndarray) -> int:
     """Fill `weights`, float32 [T], for output pixel `at`; return the first source pixel.
 
-    The crop begins at `begin`, which may lie between two source pixels; the filter is cut at [0, extent), its weights normed to 1.
+    The crop begins at `begin`, which may lie between two source pixels; the filter is cut at [0, extent), its weights
+    normed to 1.
     """
     widen = max(scale, 1.0)
     centre = begin + (at + 0.5) * scale
@@ -197,9 +216,18 @@ def address_of(array: np.ndarray) -> np.int64:
 
 @njit(inline="always")
 def _along_rows(
-    source: np.ndarray, pitch: int, rows: int, columns: int, begin: float, scale: float, flip: bool, size: int, out: np.ndarray,
-    out_pitch: int, work: np.ndarray,
-) -> None:  # fmt: skip
+    source: np.ndarray,
+    pitch: int,
+    rows: int,
+    columns: int,
+    begin: float,
+    scale: float,
+    flip: bool,
+    size: int,
+    out: np.ndarray,
+    out_pitch: int,
+    work: np.ndarray,
+) -> None:
     """Resample `rows` rows of `columns` pixels, `pitch` bytes apart, to as many rows of S pixels."""
     groups, width = _steps(scale, TAPS), 3 * size
     firsts, work = work[: 4 * size].view(np.int32), work[4 * size :]
@@ -226,7 +254,14 @@ def _along_rows(
                 pixel_sum(row + firsts[x], other + firsts[x], weights_at + 64 * x, 2, line + 3 * x, other_line + 3 * x)
         else:
             for x in range(size):
-                pixel_sum(row + firsts[x], other + firsts[x], weights_at + 32 * groups * x, groups, line + 3 * x, other_line + 3 * x)
+                pixel_sum(
+                    row + firsts[x],
+                    other + firsts[x],
+                    weights_at + 32 * groups * x,
+                    groups,
+                    line + 3 * x,
+                    other_line + 3 * x,
+                )
         copy_bytes(target + y * out_pitch, line, width)
         if y + 1 < rows:
             copy_bytes(target + (y + 1) * out_pitch, other_line, width)
@@ -234,9 +269,17 @@ def _along_rows(
 
 @njit(inline="always")
 def _across_rows(
-    source: np.ndarray, pitch: int, rows: int, width: int, begin: float, scale: float, size: int, out: np.ndarray, out_pitch: int,
+    source: np.ndarray,
+    pitch: int,
+    rows: int,
+    width: int,
+    begin: float,
+    scale: float,
+    size: int,
+    out: np.ndarray,
+    out_pitch: int,
     work: np.ndarray,
-) -> None:  # fmt: skip
+) -> None:
     """Resample the columns of `rows` rows of `width` bytes, `pitch` bytes apart, to S rows."""
     pairs = _steps(scale, PAIR)
     weights, fixed = work[: 8 * pairs].view(np.float32), work[8 * pairs : 12 * pairs].view(np.int16)
@@ -288,9 +331,20 @@ def work_bytes(rows: int, columns: int, width: float, height: float, size: int) 
 
 @njit(error_model="numpy", boundscheck=False)
 def resize_crop(
-    source: np.ndarray, pitch: int, rows: int, columns: int, x: float, y: float, width: float, height: float, flip: bool, size: int,
-    out: np.ndarray, out_pitch: int, work: np.ndarray,
-) -> None:  # fmt: skip
+    source: np.ndarray,
+    pitch: int,
+    rows: int,
+    columns: int,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    flip: bool,
+    size: int,
+    out: np.ndarray,
+    out_pitch: int,
+    work: np.ndarray,
+) -> None:
     """Resample a box of a picture, as PIL's `resize((S, S), BICUBIC, box)` does.
 
     Args:

@@ -21,16 +21,16 @@ import inspect
 
 from torch import Tensor
 
-KINDS = (
-    "run:RUN (or the path of a run), untrained:RUN, untrained:timm:NAME, timm:NAME and open_clip:NAME with --weights, hf:DIR, pixels:SIDE"
-)
+KINDS = "run:RUN (or the path of a run), untrained:RUN, untrained:timm:NAME, timm:NAME and open_clip:NAME with --weights, hf:DIR, pixels:SIDE"
 
 
 class EncoderSpec(NamedTuple):
     """What a user asks for.
 
-    spec: run:RUN, timm:NAME, ... weights: a local file, for the kinds that need one. layer: a block, counted from 1, or from the end
-    with -1 for the last; pool: `avg`, `cls` or `cls+avg`; None of both: what the model itself gives out. tag: see told_apart.
+    spec: run:RUN, timm:NAME, ... weights: a local file, for the kinds that need one. layer: a block, counted from 1, or
+        from the end
+    with -1 for the last; pool: `avg`, `cls` or `cls+avg`; None of both: what the model itself gives out. tag: see
+    told_apart.
     """
 
     spec: str
@@ -56,7 +56,10 @@ def told_apart(asked: Sequence[EncoderSpec]) -> list[EncoderSpec]:
     found = [one._replace(tag=one.weights) if names[one.name] > 1 else one for one in asked]
     name, count = Counter(one.name for one in found).most_common(1)[0]
     if count > 1:
-        raise UserError(f"the encoder {name!r} is asked for {count} times", allowed="each encoder, with its weights, layer and pool, once")
+        raise UserError(
+            f"the encoder {name!r} is asked for {count} times",
+            allowed="each encoder, with its weights, layer and pool, once",
+        )
     return found
 
 
@@ -73,8 +76,8 @@ class Encoder:
     """A frozen net: normalised float images [B, 3, S, S] -> features [B, W].
 
     `seeded` says that its weights were drawn from a seed, so that a spread over seeds has to include drawing them anew.
-    `checkpoint` is the folder of a run's checkpoint, with the pre-training head, if it is one. `text` loads the text tower of those that
-    have one: its weights take memory only where they are used.
+    `checkpoint` is the folder of a run's checkpoint, with the pre-training head, if it is one. `text` loads the text
+    tower of those that have one: its weights take memory only where they are used.
     """
 
     asked: EncoderSpec
@@ -102,7 +105,13 @@ class Encoder:
 
 
 def finish(
-    asked: EncoderSpec, net: nn.Module, form: ImageForm, words: dict[str, Any], *, seeded: bool = False, checkpoint: Path | None = None
+    asked: EncoderSpec,
+    net: nn.Module,
+    form: ImageForm,
+    words: dict[str, Any],
+    *,
+    seeded: bool = False,
+    checkpoint: Path | None = None,
 ) -> Encoder:
     """Freeze the net, measure the width of its features, and take the weights' fingerprint.
 
@@ -128,10 +137,10 @@ def finish(
 
 # ---- readout: Which block's tokens become the features, and how they are pooled: `--layer` and `--pool`.
 #
-# Blocks are counted from 1; -1 is the last, -2 the one before it. Pools: `avg` the mean over patches, class token and registers left out;
-# `cls` the class token; `cls+avg` both, side by side. The trunk's final norm is laid on the tokens before the pool, or on what was pooled
-# where the trunk has it there, whichever block it is.
-# Convolutional nets have stages in the place of blocks and no class token.
+# Blocks are counted from 1; -1 is the last, -2 the one before it. Pools: `avg` the mean over patches, class token and
+# registers left out; `cls` the class token; `cls+avg` both, side by side. The trunk's final norm is laid on the tokens
+# before the pool, or on what was pooled where the trunk has it there, whichever block it is. Convolutional nets have
+# stages in the place of blocks and no class token.
 #
 # B batch, P prefix tokens (class token first, then registers), N patches, W width.
 
@@ -188,7 +197,9 @@ def read_out(asked: EncoderSpec, net: nn.Module, blocks: Blocks) -> tuple[nn.Mod
     if pool not in POOLS:
         raise UserError(f"the pool {pool!r} is unknown", allowed=", ".join(POOLS), mend="mend --pool")
     if "cls" in pool and not blocks.prefix:
-        raise UserError(f"the encoder {asked.spec!r} has no class token to pool by {pool!r}", allowed="avg", mend="give --pool avg")
+        raise UserError(
+            f"the encoder {asked.spec!r} has no class token to pool by {pool!r}", allowed="avg", mend="give --pool avg"
+        )
     block = layer - 1 if layer > 0 else blocks.depth + layer
     words = {"pool": pool, "layer": f"{block + 1} of {blocks.depth}", "norm": blocks.norm}
     return Readout(net, blocks, block, pool), words
@@ -201,7 +212,9 @@ def timm_blocks(net: Any) -> Blocks:
         UserError: it does not give them.
     """
     if not hasattr(net, "forward_intermediates"):
-        raise UserError(f"timm's {type(net).__name__} gives no intermediate features", mend="leave --layer and --pool out")
+        raise UserError(
+            f"timm's {type(net).__name__} gives no intermediate features", mend="leave --layer and --pool out"
+        )
     prefix = int(getattr(net, "num_prefix_tokens", 0))
     takes = inspect.signature(net.forward_intermediates).parameters
     transformer = "return_prefix_tokens" in takes
@@ -210,7 +223,9 @@ def timm_blocks(net: Any) -> Blocks:
     late = getattr(net, "fc_norm", None) if transformer and not normed else None
 
     def tokens(images: Tensor, block: int) -> Tensor:
-        (found,) = net.forward_intermediates(images, indices=[block], intermediates_only=True, stop_early=True, **options)
+        (found,) = net.forward_intermediates(
+            images, indices=[block], intermediates_only=True, stop_early=True, **options
+        )
         if not transformer:
             return found.flatten(2).transpose(1, 2)  # [B, W, H, W'] -> [B, N, W]
         patches, before = found if isinstance(found, tuple) else (found, None)

@@ -38,7 +38,9 @@ def load_timm(asked: EncoderSpec, name: str) -> Encoder:
         try:
             net = timm.create_model(name, pretrained=True, num_classes=0)
         except (RuntimeError, OSError, ValueError) as error:
-            raise UserError(f"timm's weights of {name!r} cannot be fetched: {error}", mend="give --weights FILE") from None
+            raise UserError(
+                f"timm's weights of {name!r} cannot be fetched: {error}", mend="give --weights FILE"
+            ) from None
     else:
         net = timm.create_model(name, pretrained=False, num_classes=0)
         head = getattr(net, "pretrained_cfg", {}).get("classifier") or ()
@@ -68,12 +70,16 @@ def _finish(asked: EncoderSpec, name: str, net: nn.Module, weights: str, *, seed
     config = resolve_model_data_config(net)
     form = ImageForm(int(config["input_size"][-1]), tuple(config["mean"]), tuple(config["std"]))
     net, words = with_readout(asked, net)
-    return finish(asked, net, form, {"architecture": name, "architecture_args": {}, "checkpoint": weights, **words}, seeded=seeded)
+    return finish(
+        asked, net, form, {"architecture": name, "architecture_args": {}, "checkpoint": weights, **words}, seeded=seeded
+    )
 
 
 def _check_name(name: str) -> None:
     if not timm.is_model(name):
-        raise UserError(f"timm has no model named {name!r}", allowed="any name of timm.list_models()", mend="mend --encoder")
+        raise UserError(
+            f"timm has no model named {name!r}", allowed="any name of timm.list_models()", mend="mend --encoder"
+        )
 
 
 def _pool_of(net: nn.Module) -> str:
@@ -85,10 +91,11 @@ def _pool_of(net: nn.Module) -> str:
     return "none"
 
 
-# ---- open_clip_models: Encoders from open_clip: the image tower of any of its configurations, weights from a local file.
+# ---- open_clip_models: Encoders from open_clip: the image tower of any of its configurations, weights from a local
+# file.
 #
-# Without --layer and --pool the features are the image embedding, after the projection, as clip_benchmark probes it; with them,
-# the tower's tokens before the projection.
+# Without --layer and --pool the features are the image embedding, after the projection, as clip_benchmark probes it;
+# with them, the tower's tokens before the projection.
 
 
 def load_open_clip(asked: EncoderSpec, name: str) -> Encoder:
@@ -112,7 +119,8 @@ def load_open_clip(asked: EncoderSpec, name: str) -> Encoder:
 
 
 def load_clip(name: str, weights: str | None) -> Any:
-    """open_clip's model `name`, both towers, in evaluation mode on the CPU, with the tensors of a local file and no others.
+    """open_clip's model `name`, both towers, in evaluation mode on the CPU, with the tensors of a local file and no
+    others.
 
     Raises:
         UserError: as for load_open_clip.
@@ -122,7 +130,11 @@ def load_clip(name: str, weights: str | None) -> Any:
     except ImportError:
         raise UserError("open_clip is not installed", mend="pip install 'superclass-lean[evals]'") from None
     if name not in open_clip.list_models():
-        raise UserError(f"open_clip has no model named {name!r}", allowed="any name of open_clip.list_models()", mend="mend --encoder")
+        raise UserError(
+            f"open_clip has no model named {name!r}",
+            allowed="any name of open_clip.list_models()",
+            mend="mend --encoder",
+        )
     if weights is None:
         raise UserError(
             f"the encoder 'open_clip:{name}' has no weights",
@@ -139,12 +151,18 @@ def _blocks(visual: Any) -> Blocks:
     trunk = getattr(visual, "trunk", None)  # a timm model
     transformer = hasattr(visual, "transformer") or hasattr(trunk, "num_prefix_tokens")
     prefix = int(getattr(trunk, "num_prefix_tokens", 0)) if trunk is not None else int(transformer)
-    own_depth = len(visual.transformer.resblocks) if hasattr(visual, "transformer") else 5  # ModifiedResNet: stem and four stages
+    own_depth = (
+        len(visual.transformer.resblocks) if hasattr(visual, "transformer") else 5
+    )  # ModifiedResNet: stem and four stages
     depth = own_depth if trunk is None else len(trunk.feature_info)
-    options: dict[str, Any] = {"output_fmt": "NLC", "output_extra_tokens": True, "normalize_intermediates": True} if transformer else {}
+    options: dict[str, Any] = (
+        {"output_fmt": "NLC", "output_extra_tokens": True, "normalize_intermediates": True} if transformer else {}
+    )
 
     def tokens(images: Tensor, block: int) -> Tensor:
-        found = visual.forward_intermediates(images, indices=[block], intermediates_only=True, stop_early=True, **options)
+        found = visual.forward_intermediates(
+            images, indices=[block], intermediates_only=True, stop_early=True, **options
+        )
         patches = found["image_intermediates"][0]
         if not transformer:
             return patches.flatten(2).transpose(1, 2)
@@ -154,7 +172,8 @@ def _blocks(visual: Any) -> Blocks:
     return Blocks(depth, prefix, tokens, "final norm" if transformer else "none", own)
 
 
-# ---- pretrained: Models of transformers from a local folder: every weight there, and no code and no pickle of the folder run.
+# ---- pretrained: Models of transformers from a local folder: every weight there, and no code and no pickle of the
+# folder run.
 
 
 _SHOWN = 4
@@ -188,7 +207,12 @@ def load_folder(auto: str, folder: Path, what: str, **options: Any) -> tuple[Any
     Raises:
         UserError: transformers cannot load it, by tensors alone.
     """
-    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "weights_only": True, "output_loading_info": True}
+    safe: dict[str, Any] = {
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "weights_only": True,
+        "output_loading_info": True,
+    }
     try:
         return getattr(import_transformers(), auto).from_pretrained(folder, **safe, **options)
     except Exception as error:  # transformers raises what it likes; the folder is the user's
@@ -209,7 +233,10 @@ def check_whole(folder: Path, info: dict[str, Any]) -> None:
     faults = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if faults:
         shown = ", ".join(faults[:_SHOWN])
-        raise UserError(f"{folder}: {len(faults)} weights are missing or of another shape, the first: {shown}", mend="download it again")
+        raise UserError(
+            f"{folder}: {len(faults)} weights are missing or of another shape, the first: {shown}",
+            mend="download it again",
+        )
 
 
 def _mend(folder: Path, reason: str) -> str:
@@ -222,10 +249,12 @@ def _mend(folder: Path, reason: str) -> str:
     return "download it again"
 
 
-# ---- hf_models: Encoders from a local folder in Hugging Face's form: config.json, model.safetensors, preprocessor_config.json. No code in it is run.
+# ---- hf_models: Encoders from a local folder in Hugging Face's form: config.json, model.safetensors,
+# preprocessor_config.json. No code in it is run.
 #
-# The features are the model's `pooler_output`, or, where it has none, the class token or else the mean of its last tokens; `--layer` and
-# `--pool` read `hidden_states`. A CLIP-like folder with both towers gives its image tower, before the projection.
+# The features are the model's `pooler_output`, or, where it has none, the class token or else the mean of its last
+# tokens; `--layer` and `--pool` read `hidden_states`. A CLIP-like folder with both towers gives its image tower, before
+# the projection.
 
 
 _NORMS = ("layernorm", "post_layernorm", "norm")
@@ -235,7 +264,8 @@ def load_hf(asked: EncoderSpec, folder: Path) -> Encoder:
     """The vision model in `folder`.
 
     Raises:
-        UserError: transformers is missing; the folder lacks configuration or weights; weights do not fit; it is no vision model.
+        UserError: transformers is missing; the folder lacks configuration or weights; weights do not fit; it is no
+            vision model.
     """
     for name, mend in (
         ("config.json", "give hf: a folder that save_pretrained wrote, or that was downloaded whole"),
@@ -300,16 +330,24 @@ def _blocks_hf_models(model: Any, side: int) -> Blocks:
     if not states or states[-1].ndim not in (3, 4):
         raise UserError(f"{type(model).__name__} gives no hidden states", mend="leave --layer and --pool out")
     grid = states[-1].ndim == 4
-    norm = None if grid else next((getattr(model, name) for name in _NORMS if isinstance(getattr(model, name, None), nn.Module)), None)
+    norm = (
+        None
+        if grid
+        else next((getattr(model, name) for name in _NORMS if isinstance(getattr(model, name, None), nn.Module)), None)
+    )
 
     def tokens(images: Tensor, block: int) -> Tensor:
-        found = model(pixel_values=images, output_hidden_states=True).hidden_states[block + 1]  # the first are the embeddings
+        found = model(pixel_values=images, output_hidden_states=True).hidden_states[
+            block + 1
+        ]  # the first are the embeddings
         if grid:
             return found.flatten(2).transpose(1, 2)
         return norm(found) if norm is not None else found
 
     prefix = 0 if grid else _prefix(model, states[-1].shape[1], side)
-    return Blocks(len(states) - 1, prefix, tokens, "final norm" if norm is not None else "none", "cls" if prefix else "avg")
+    return Blocks(
+        len(states) - 1, prefix, tokens, "final norm" if norm is not None else "none", "cls" if prefix else "avg"
+    )
 
 
 def _prefix(model: Any, tokens: int, side: int) -> int:
@@ -330,4 +368,6 @@ def image_form(folder: Path) -> ImageForm:
         mean, std = content.get("image_mean") or [0.5] * 3, content.get("image_std") or [0.5] * 3
         return ImageForm(int(size), tuple(map(float, mean)), tuple(map(float, std)))
     except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{file} gives no size, mean and std: {error!r}", allowed="size or crop_size, image_mean, image_std") from None
+        raise UserError(
+            f"{file} gives no size, mean and std: {error!r}", allowed="size or crop_size, image_mean, image_std"
+        ) from None

@@ -68,7 +68,9 @@ def _load_foreign(asked: EncoderSpec, foreign: Foreign, checkpoint: Path) -> Enc
 def untrained_run(asked: EncoderSpec, run: Path, seed: int) -> Encoder:
     """The trunk that RUN/config.yaml describes, drawn from `seed`."""
     if not run.is_dir():
-        raise UserError(f"no run folder at {run}", allowed="untrained:RUN, RUN holding a config.yaml", mend="mend --encoder")
+        raise UserError(
+            f"no run folder at {run}", allowed="untrained:RUN, RUN holding a config.yaml", mend="mend --encoder"
+        )
     train = load_pipeline(run / "config.yaml").train
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -79,7 +81,9 @@ def untrained_run(asked: EncoderSpec, run: Path, seed: int) -> Encoder:
 
 def trained_model(encoder: Encoder) -> Model | None:
     """The trunk's configuration where an encoder is a run, trained or not; None for other kinds."""
-    run = encoder.checkpoint.parent.parent if encoder.checkpoint else Path(encoder.asked.spec.removeprefix("untrained:"))
+    run = (
+        encoder.checkpoint.parent.parent if encoder.checkpoint else Path(encoder.asked.spec.removeprefix("untrained:"))
+    )
     own = (run / "config.yaml").is_file() and foreign_encoder(run) is None
     return load_pipeline(run / "config.yaml").train.model if own else None
 
@@ -120,7 +124,8 @@ def load_encoder(asked: EncoderSpec | str, *, seed: int = 0) -> Encoder:
         seed: for untrained: only, what its weights are drawn from.
 
     Raises:
-        UserError: an unknown spec, a run without finished checkpoint, weights that are damaged or do not fit, a layer that is not there.
+        UserError: an unknown spec, a run without finished checkpoint, weights that are damaged or do not fit, a layer
+            that is not there.
     """
     asked = EncoderSpec(asked) if isinstance(asked, str) else asked
     kind, colon, value = asked.spec.partition(":")
@@ -142,12 +147,19 @@ def load_encoder(asked: EncoderSpec | str, *, seed: int = 0) -> Encoder:
         return untrained_run(asked, Path(value), seed) if name == value else untrained_timm(asked, name, seed)
     path = Path(value if kind == "run" and value else asked.spec)
     if not path.is_dir():
-        raise UserError(f"the encoder {asked.spec!r} is no known kind, nor is a folder at {path}", allowed=KINDS, mend="mend --encoder")
+        raise UserError(
+            f"the encoder {asked.spec!r} is no known kind, nor is a folder at {path}",
+            allowed=KINDS,
+            mend="mend --encoder",
+        )
     return load_run(asked, path)
 
 
-def pair_weights(specs: Sequence[str], weights: Sequence[str], layer: int | None = None, pool: str | None = None) -> list[EncoderSpec]:
-    """Encoders as a command line gives them: weights in the order of the encoders that take some, one layer and pool for all.
+def pair_weights(
+    specs: Sequence[str], weights: Sequence[str], layer: int | None = None, pool: str | None = None
+) -> list[EncoderSpec]:
+    """Encoders as a command line gives them: weights in the order of the encoders that take some, one layer and pool
+    for all.
 
     Raises:
         UserError: another number of weights than of such encoders, or an encoder comes twice.
@@ -166,9 +178,17 @@ def pair_weights(specs: Sequence[str], weights: Sequence[str], layer: int | None
 
 def _pixels(asked: EncoderSpec, side: str) -> Encoder:
     if side and (not side.isdecimal() or int(side) == 0):
-        raise UserError(f"the encoder {asked.spec!r} has no whole number of pixels as its side", allowed="e.g. pixels:32")
+        raise UserError(
+            f"the encoder {asked.spec!r} has no whole number of pixels as its side", allowed="e.g. pixels:32"
+        )
     if asked.layer is not None or asked.pool is not None:
         raise UserError(f"the encoder {asked.spec!r} has no layers to choose from", mend="leave --layer and --pool out")
     form = ImageForm(int(side or _DEFAULT_SIDE), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    words = {"architecture": "raw pixels", "architecture_args": {}, "checkpoint": "none", "pool": "none", "layer": "none"}
+    words = {
+        "architecture": "raw pixels",
+        "architecture_args": {},
+        "checkpoint": "none",
+        "pool": "none",
+        "layer": "none",
+    }
     return finish(asked, nn.Flatten(), form, words)

@@ -27,8 +27,9 @@ from train.text_tower import Joint, build_text_tower, framed, specials_of
 
 
 def label_texts(texts: Sequence[str], built: Path, column: Column = "label_ids") -> list[np.ndarray]:
-    """The label ids of each text, as a caption of the build `built` would have them: int64, ascending, without repetition; or its
-    `token_ids`, in order, at most as many as the build's context. Pairs of words are no part of them: the corpus chooses those.
+    """The label ids of each text, as a caption of the build `built` would have them: int64, ascending, without
+    repetition; or its `token_ids`, in order, at most as many as the build's context. Pairs of words are no part of
+    them: the corpus chooses those.
 
     Raises:
         UserError: the build's tokenizer cannot be made, or gives other ids now than when `built` was made.
@@ -90,7 +91,7 @@ class TextSide:
         self._on(device)
         return torch.cat(
             [functional.normalize(self.tower(part.to(device)).float(), dim=1) for part in tokens.split(_TEXTS_AT_ONCE)]
-        )  # fmt: skip
+        )
 
     @torch.inference_mode()
     def images(self, features: np.ndarray, device: torch.device) -> Tensor:
@@ -110,9 +111,14 @@ def run_text_side(checkpoint: Path) -> TextSide:
         UserError: its files are damaged, or do not fit the run's configuration.
     """
     run = checkpoint.parent.parent
-    settings, files = load_pipeline(run / "config.yaml").text_tower, [checkpoint / f"{name}.safetensors" for name in ("text", "joint")]
+    settings, files = (
+        load_pipeline(run / "config.yaml").text_tower,
+        [checkpoint / f"{name}.safetensors" for name in ("text", "joint")],
+    )
     text, joined = (read_weights(file) for file in files)
-    tower: Any = build_text_tower(settings, len(text["token_embedding.weight"]) if "token_embedding.weight" in text else 1)
+    tower: Any = build_text_tower(
+        settings, len(text["token_embedding.weight"]) if "token_embedding.weight" in text else 1
+    )
     joint = Joint(joined["projection.weight"].shape[1] if "projection.weight" in joined else 1, settings.embed_dim)
     load_exactly(tower, text, files[0])
     load_exactly(joint, joined, files[1])
@@ -140,19 +146,31 @@ def _built(run: Path, labels: Path | None) -> Path:
     mend = "--set zeroshot.labels=OUT, or retrieval.labels, if it has moved"
     if not Layout(built).manifest.is_file():
         raise UserError(
-            f"{run} was trained on the captions of {built}, and no manifest is there", allowed="the OUT of its build-labels", mend=mend
+            f"{run} was trained on the captions of {built}, and no manifest is there",
+            allowed="the OUT of its build-labels",
+            mend=mend,
         )
     found = read_manifest(built).tokenizer.fingerprint
     if found != wanted:
-        raise UserError(f"{run} was trained with the tokenizer {wanted[:16]}, {built} has {found[:16]}", allowed="the same", mend=mend)
+        raise UserError(
+            f"{run} was trained with the tokenizer {wanted[:16]}, {built} has {found[:16]}",
+            allowed="the same",
+            mend=mend,
+        )
     return built
 
 
 def foreign_encoder(run: Path) -> Foreign | None:
-    """What a run of `train lit` has frozen, where that is no trunk that RUN/config.yaml describes; None for all other runs."""
+    """What a run of `train lit` has frozen, where that is no trunk that RUN/config.yaml describes; None for all other
+    runs.
+    """
     facts = json.loads((run / "data.json").read_bytes()) if (run / "data.json").is_file() else {}
     encoder = facts.get("encoder")
-    return None if encoder is None or encoder["by_config"] else Foreign(encoder["spec"], encoder["weights"], encoder["fingerprint"])
+    return (
+        None
+        if encoder is None or encoder["by_config"]
+        else Foreign(encoder["spec"], encoder["weights"], encoder["fingerprint"])
+    )
 
 
 def open_clip_text_side(name: str, model: Any) -> TextSide:

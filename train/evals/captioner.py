@@ -18,7 +18,8 @@ from labels.settings import Positive, Section, parse_count
 from labels.storage import UserError
 from train.encoders.libraries import check_whole, import_transformers, load_folder
 
-# ---- language_model: Causal language models of Hugging Face's form from a local folder, with their tokenizer. No code in the folder is run.
+# ---- language_model: Causal language models of Hugging Face's form from a local folder, with their tokenizer. No code
+# in the folder is run.
 
 
 _LIMITS = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len")
@@ -40,27 +41,35 @@ class LanguageModel:
     @property
     def positions(self) -> int | None:
         """The most tokens it can take, where its configuration says so."""
-        return next((int(getattr(self.model.config, name)) for name in _LIMITS if getattr(self.model.config, name, None)), None)
+        return next(
+            (int(getattr(self.model.config, name)) for name in _LIMITS if getattr(self.model.config, name, None)), None
+        )
 
     def check_room(self, tokens: int, told: str) -> None:
         """Raises:
         UserError: `tokens` positions are more than it has; `told` names the keys that ask for them.
         """
         if self.positions is not None and tokens > self.positions:
-            raise UserError(f"{told} need {tokens} positions, the language model {self.name} has {self.positions}", mend=f"lower {told}")
+            raise UserError(
+                f"{told} need {tokens} positions, the language model {self.name} has {self.positions}",
+                mend=f"lower {told}",
+            )
 
 
 def load_language_model(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """The model and the tokenizer in `folder`, frozen, on the CPU.
 
     Raises:
-        UserError: the folder is missing, lacks configuration, weights or tokenizer, or does not hold a whole causal language model.
+        UserError: the folder is missing, lacks configuration, weights or tokenizer, or does not hold a whole causal
+            language model.
     """
     check_folder(folder)
     model, info = load_folder("AutoModelForCausalLM", folder, "a causal language model with its tokenizer", dtype=dtype)
     check_whole(folder, info)
     try:
-        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises what it likes; the folder is the user's
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -69,7 +78,9 @@ def load_language_model(folder: Path, dtype: torch.dtype = torch.float32) -> Lan
             mend="download it again",
         ) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer in {folder} has no end token", mend="set eos_token in its tokenizer_config.json")
+        raise UserError(
+            f"the tokenizer in {folder} has no end token", mend="set eos_token in its tokenizer_config.json"
+        )
     return LanguageModel(str(folder), model.eval().requires_grad_(False), tokenizer)
 
 
@@ -86,15 +97,26 @@ def check_folder(folder: Path) -> None:
             mend="mend the path",
         )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json", allowed="a folder of a causal language model, whole", mend="download it whole")
+        raise UserError(
+            f"{folder} has no config.json",
+            allowed="a folder of a causal language model, whole",
+            mend="download it whole",
+        )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise UserError(
             f"{folder} has no weights",
             allowed="model.safetensors (or its parts), or pytorch_model.bin",
             mend="download the weights too; after git clone: git lfs pull",
         )
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
-        raise UserError(f"{folder} has no tokenizer", allowed="tokenizer.json, tokenizer.model or vocab.json", mend="download it whole")
+    if not any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
+        raise UserError(
+            f"{folder} has no tokenizer",
+            allowed="tokenizer.json, tokenizer.model or vocab.json",
+            mend="download it whole",
+        )
 
 
 class Captioner(nn.Module):
@@ -128,7 +150,9 @@ class Captioner(nn.Module):
         words = decoder.get_input_embeddings()(ids.clamp(min=0))
         prefix = self.mapper(features).to(words.dtype)
         # Padding comes last, so causal attention never sees it.
-        logits = decoder(inputs_embeds=torch.cat([prefix, words], dim=1), use_cache=False).logits[:, prefix.shape[1] - 1 : -1]
+        logits = decoder(inputs_embeds=torch.cat([prefix, words], dim=1), use_cache=False).logits[
+            :, prefix.shape[1] - 1 : -1
+        ]
         return functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten().long(), ignore_index=PAD_ID)
 
     @torch.inference_mode()
@@ -139,8 +163,13 @@ class Captioner(nn.Module):
         (decoder,) = self._held
         end = language.tokenizer.eos_token_id
         config = GenerationConfig(
-            num_beams=beams, do_sample=False, max_new_tokens=max_tokens, eos_token_id=end, pad_token_id=end, length_penalty=1.0,
-        )  # fmt: skip
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            eos_token_id=end,
+            pad_token_id=end,
+            length_penalty=1.0,
+        )
         prefix = self.mapper(features).to(decoder.get_input_embeddings().weight.dtype)
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
         found = decoder.generate(inputs_embeds=prefix, attention_mask=mask, generation_config=config)
@@ -161,14 +190,18 @@ class MlpMapper(nn.Sequential):
     def __init__(self, width: int, prefix: int, out_width: int) -> None:
         hidden = max(prefix * out_width // 2, 1)
         super().__init__(
-            nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, prefix * out_width), nn.Unflatten(1, (prefix, out_width))
-        )  # fmt: skip
+            nn.Linear(width, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, prefix * out_width),
+            nn.Unflatten(1, (prefix, out_width)),
+        )
 
 
 class TransformerMapper(nn.Module):
     """[B, W] -> [B, P, D]: P embeddings made of the features and P learnt ones through `layers` blocks; the learnt ones' places are read.
 
-    ClipCap takes it with a frozen decoder. Blocks: pre-norm, 8 heads where they divide D, MLP of 2 D with ReLU, no dropout.
+    ClipCap takes it with a frozen decoder. Blocks: pre-norm, 8 heads where they divide D, MLP of 2 D with ReLU, no
+        dropout.
     """
 
     def __init__(self, width: int, prefix: int, out_width: int, layers: int) -> None:
@@ -178,7 +211,9 @@ class TransformerMapper(nn.Module):
         heads = next(heads for heads in range(min(_HEADS, out_width), 0, -1) if out_width % heads == 0)
         self.blocks = nn.Sequential(
             *(
-                nn.TransformerEncoderLayer(out_width, heads, 2 * out_width, dropout=0.0, batch_first=True, norm_first=True)
+                nn.TransformerEncoderLayer(
+                    out_width, heads, 2 * out_width, dropout=0.0, batch_first=True, norm_first=True
+                )
                 for _ in range(layers)
             )
         )
@@ -189,7 +224,8 @@ class TransformerMapper(nn.Module):
         return self.blocks(torch.cat([asked, learnt], dim=1))[:, len(self.constant) :]
 
 
-# ---- decoder: The language model that tells captions: a local folder's, or a small one whose tokens and weights are made here.
+# ---- decoder: The language model that tells captions: a local folder's, or a small one whose tokens and weights are
+# made here.
 
 
 class SmallDecoder(Section):
@@ -220,9 +256,18 @@ def make_decoder(name: str, captions: Sequence[str], small: SmallDecoder, positi
     heads = max(1, small.width // _HEAD_WIDTH)
     end = tokenizer.eos_token_id
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_positions=positions, n_embd=small.width, n_layer=small.layers, n_head=heads, bos_token_id=end,
-        eos_token_id=end, pad_token_id=end, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        n_positions=positions,
+        n_embd=small.width,
+        n_layer=small.layers,
+        n_head=heads,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LanguageModel(BUILT_IN, transformers.GPT2LMHeadModel(config).eval(), tokenizer)

@@ -38,7 +38,9 @@ def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[S
         One score an image, 0 to 10. With one image alone every idf is log 1 = 0, and so is the score.
     """
     if len(candidates) != len(references) or not all(references):
-        raise ValueError(f"{len(candidates)} candidates for {len(references)} images; each needs one, and a reference or more")
+        raise ValueError(
+            f"{len(candidates)} candidates for {len(references)} images; each needs one, and a reference or more"
+        )
     counted = [[_ngrams(tokens) for tokens in one] for one in references]
     frequencies = Counter(ngram for one in counted for ngram in set().union(*one))
     images = math.log(max(len(references), 1))
@@ -64,7 +66,9 @@ def _weigh(counts: Counter[Ngram], frequencies: Counter[Ngram], log_images: floa
 
 def _similarity(candidate: _Weighed, reference: _Weighed) -> float:
     total = 0.0
-    for mine, theirs, *norms in zip(candidate.vectors, reference.vectors, candidate.norms, reference.norms, strict=True):
+    for mine, theirs, *norms in zip(
+        candidate.vectors, reference.vectors, candidate.norms, reference.norms, strict=True
+    ):
         dot = math.fsum(min(value, theirs[ngram]) * theirs[ngram] for ngram, value in mine.items() if ngram in theirs)
         total += dot / (norms[0] * norms[1]) if all(norms) else dot
     apart = candidate.length - reference.length
@@ -73,18 +77,54 @@ def _similarity(candidate: _Weighed, reference: _Weighed) -> float:
 
 # ---- ptb: Captions as COCO's evaluation splits them: PTB tokens in lower case, punctuation removed.
 #
-# Source: pycocoevalcap's tokenizer, which calls Stanford's PTBTokenizer (CoreNLP 3.4.1, `-preserveLines -lowerCase`) and drops a list of
-# tokens. Its quirks are kept where they decide a score: a bracket becomes the word `-lrb-`, since the list names brackets in capitals, and
-# `!!!` stays, since the list has the single mark alone. What captions hold is covered, not the whole grammar of newswire.
+# Source: pycocoevalcap's tokenizer, which calls Stanford's PTBTokenizer (CoreNLP 3.4.1, `-preserveLines -lowerCase`)
+# and drops a list of tokens. Its quirks are kept where they decide a score: a bracket becomes the word `-lrb-`, since
+# the list names brackets in capitals, and `!!!` stays, since the list has the single mark alone. What captions hold is
+# covered, not the whole grammar of newswire.
 
 
-_REMOVED = {'"', "''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+_REMOVED = {
+    '"',
+    "''",
+    "'",
+    "``",
+    "`",
+    "-LRB-",
+    "-RRB-",
+    "-LCB-",
+    "-RCB-",
+    ".",
+    "?",
+    "!",
+    ",",
+    ":",
+    "-",
+    "--",
+    "...",
+    ";",
+}
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _SPELT = {
-    "\u2018": "`", "\u2019": "'", "\u201c": "``", "\u201d": "''", "\u2013": "--", "\u2014": "--", "\u2026": "...", "\u00bd": "1/2",
-    "\u00bc": "1/4", "\u00be": "3/4", "\u00a2": "cents", "\u00a3": "#", "\u20ac": "$", "\u00ad": "", "\u200b": "",
-    "&amp;": "&", "&quot;": '"', "&apos;": "'", "&nbsp;": " ",
-}  # fmt: skip
+    "\u2018": "`",
+    "\u2019": "'",
+    "\u201c": "``",
+    "\u201d": "''",
+    "\u2013": "--",
+    "\u2014": "--",
+    "\u2026": "...",
+    "\u00bd": "1/2",
+    "\u00bc": "1/4",
+    "\u00be": "3/4",
+    "\u00a2": "cents",
+    "\u00a3": "#",
+    "\u20ac": "$",
+    "\u00ad": "",
+    "\u200b": "",
+    "&amp;": "&",
+    "&quot;": '"',
+    "&apos;": "'",
+    "&nbsp;": " ",
+}
 _ABBREVIATIONS = (
     "jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|mr|mrs|ms|drs?|profs?|sens?|reps?|lt|col|gen|govs?|adm|rev|"
     "maj|sgt|cpl|pvt|capt|ste?|ave|pres|hon|brig|mt|inc|cos?|corp|ltd|assn|univ|sq|jr|sr|bros|blvd|rd|esq|vs|etc|al|ca|cf|ct|ft|nos?|oz|pp|figs?|"
@@ -99,7 +139,8 @@ _TOKEN = re.compile(
             r"https?://[^\s<>\"|()]*[^\s<>\"|.!?(){},;:'`]",  # addresses
             r"[\w.%+-]+@[\w-]+(?:\.[\w-]+)+|(?:[\w-]+\.)+(?:com|net|org|edu)\b(?:/[^\s<>\"|()]*[^\s<>\"|.!?(){},;:'`])?",
             r"[@#][a-z_]\w*|&#\d+;",
-            r"'t(?=is\b|was\b)|can(?=not\b)|(?:gim|lem)(?=me\b)|(?:gon|got|wan)(?=(?:na|ta)\b)",  # written as one word, split
+            # written as one word, split
+            r"'t(?=is\b|was\b)|can(?=not\b)|(?:gim|lem)(?=me\b)|(?:gon|got|wan)(?=(?:na|ta)\b)",
             r"'n'|'em\b|(?<!\d)'\d\d(?:s\b|(?!\w))|o'clock\b|ma'am\b|[dlo]'(?!s\b)[^\W\d_]+",
             rf"{_LETTER}+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b",  # contractions
             rf"(?:{_ABBREVIATIONS})\.(?!\w)|{_LETTER}(?:\.{_LETTER})*\.(?!{_LETTER})",

@@ -17,21 +17,37 @@ from train import options
 
 _PATH = click.Path(path_type=Path)
 _OPTIONS = (
-    click.option("--data", metavar="KIND:DIR", help="imagenet:, pets:, cars:, folders:, shards: or parquet:DIR, as downloaded."),
+    click.option(
+        "--data", metavar="KIND:DIR", help="imagenet:, pets:, cars:, folders:, shards: or parquet:DIR, as downloaded."
+    ),
     click.option("--train", "train_dir", type=_PATH, help="Instead of --data: training part, class folders or shards."),
     click.option("--test", "test_dir", type=_PATH, help="Test part, laid out alike."),
     click.option(
-        "--encoder", "encoders", multiple=True, required=True, metavar="SPEC",
+        "--encoder",
+        "encoders",
+        multiple=True,
+        required=True,
+        metavar="SPEC",
         help="run:RUN, untrained:RUN, timm:NAME, open_clip:NAME, hf:DIR or pixels:SIDE. Repeatable.",
     ),
-    click.option("--weights", multiple=True, metavar="FILE", help="Weight file of each timm: and open_clip: encoder in turn."),
-    click.option("--layer", type=int, help="Features of this block: 1 is the first, -1 the last (default: the model's own output)."),
-    click.option("--pool", metavar="avg|cls|cls+avg", help="Pool of the patches, the class token, or both (default: the model's own)."),
+    click.option(
+        "--weights", multiple=True, metavar="FILE", help="Weight file of each timm: and open_clip: encoder in turn."
+    ),
+    click.option(
+        "--layer",
+        type=int,
+        help="Features of this block: 1 is the first, -1 the last (default: the model's own output).",
+    ),
+    click.option(
+        "--pool",
+        metavar="avg|cls|cls+avg",
+        help="Pool of the patches, the class token, or both (default: the model's own).",
+    ),
     click.option("--out", type=_PATH, help="Result JSON; what was drawn lies beside it as <name>.splits.parquet."),
     click.option("--cache", type=_PATH, help="Folder that keeps features, and what is being trained, between calls."),
     options.config,
     options.overrides,
-)  # fmt: skip
+)
 
 
 def _options(some: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -56,33 +72,51 @@ def probe(recipe: str | None, **arguments: Any) -> None:
 
 @click.command("zeroshot")
 @click.option("--classnames", metavar="imagenet|FILE", help="Names of the classes (default: zeroshot.classnames).")
-@click.option("--templates", metavar="openai|FILE", help="Templates with {} for the name (default: zeroshot.templates).")
+@click.option(
+    "--templates", metavar="openai|FILE", help="Templates with {} for the name (default: zeroshot.templates)."
+)
 @_evaluation
 def zeroshot(classnames: str | None, templates: str | None, **arguments: Any) -> None:
-    """Classify by the classes' names alone: by the text tower, or without one by the pre-training head's logits of their tokens."""
+    """Classify by the classes' names alone: by the text tower, or without one by the pre-training head's logits of
+    their tokens.
+    """
     _run("zeroshot", arguments, {"zeroshot.classnames": classnames, "zeroshot.templates": templates})
 
 
 @click.command("retrieval")
-@click.option("--data", required=True, metavar="KIND:DIR", help="coco:, karpathy:, flickr30k: or pairs:DIR, as downloaded.")
+@click.option(
+    "--data", required=True, metavar="KIND:DIR", help="coco:, karpathy:, flickr30k: or pairs:DIR, as downloaded."
+)
 @_options(_OPTIONS[3:])
 def retrieval(**arguments: Any) -> None:
-    """Captions by images and images by captions: recall at 1, 5, 10, of encoders with a text tower (`train clip`, `train lit`)."""
+    """Captions by images and images by captions: recall at 1, 5, 10, of encoders with a text tower (`train clip`,
+    `train lit`).
+    """
     _run("retrieval", arguments, {})
 
 
 @click.command("finetune")
 @_evaluation
 def finetune(**arguments: Any) -> None:
-    """Train the whole encoder on the labels (MAE's recipe); accuracy of the last epoch. The same command resumes from --cache or --out."""
+    """Train the whole encoder on the labels (MAE's recipe); accuracy of the last epoch. The same command resumes from
+    --cache or --out.
+    """
     _work_beside(arguments)
     _run("finetune", arguments, {})
 
 
 @click.command("caption")
-@click.option("--data", required=True, metavar="KIND:DIR", help="coco:, karpathy:, flickr30k: or pairs:DIR, as downloaded.")
-@click.option("--part", type=click.Choice(["val", "test"]), help="Which part is captioned (default: test where there is one, else val).")
-@click.option("--decoder", metavar="built-in|DIR", help="A folder of a causal language model (default: caption.decoder).")
+@click.option(
+    "--data", required=True, metavar="KIND:DIR", help="coco:, karpathy:, flickr30k: or pairs:DIR, as downloaded."
+)
+@click.option(
+    "--part",
+    type=click.Choice(["val", "test"]),
+    help="Which part is captioned (default: test where there is one, else val).",
+)
+@click.option(
+    "--decoder", metavar="built-in|DIR", help="A folder of a causal language model (default: caption.decoder)."
+)
 @_options(_OPTIONS[3:])
 def caption(decoder: str | None, **arguments: Any) -> None:
     """Caption images: ClipCap's mapper from frozen features to a language model, CIDEr-D of its captions. The same command resumes from
@@ -93,7 +127,12 @@ def caption(decoder: str | None, **arguments: Any) -> None:
 
 @click.command("eval")
 @click.option("--suite", type=_PATH, required=True, metavar="FILE", help="YAML: lists of encoders, data and protocols.")
-@click.option("--out", type=_PATH, required=True, help="Folder of features, results and the table; the same command goes on there.")
+@click.option(
+    "--out",
+    type=_PATH,
+    required=True,
+    help="Folder of features, results and the table; the same command goes on there.",
+)
 @options.config
 @options.overrides
 def evaluate(suite: Path, out: Path, config: Path | None, overrides: tuple[str, ...]) -> None:
@@ -127,7 +166,9 @@ def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> 
     def load() -> Any:
         if evaluation.takes == "captions":
             if arguments["data"] is None or arguments.get("train_dir") or arguments.get("test_dir"):
-                raise UserError("the data is not named", allowed="--data coco:DIR, karpathy:DIR, flickr30k:DIR or pairs:DIR")
+                raise UserError(
+                    "the data is not named", allowed="--data coco:DIR, karpathy:DIR, flickr30k:DIR or pairs:DIR"
+                )
             return load_caption_set(arguments["data"], cache, arguments.get("part"))
         return named_data(arguments["data"], arguments["train_dir"], arguments["test_dir"], cache)
 
@@ -144,8 +185,8 @@ def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> 
 
 @contextmanager
 def _first_rank_speaks() -> Iterator[bool]:
-    """Around a protocol, which torchrun may have started on many ranks: whether this one is the first; the others write nothing that
-    the first one writes, and are silent. What was asked to stop leaves with the exit code that says so."""
+    """Around a protocol, which torchrun may have started on many ranks: whether this one is the first; the others write
+    nothing that the first one writes, and are silent. What was asked to stop leaves with the exit code that says so."""
     from labels.settings import Runtime
     from labels.storage import own_partials
     from train.distributed import distributed_world
@@ -154,7 +195,11 @@ def _first_rank_speaks() -> Iterator[bool]:
     many, first = int(os.environ.get("WORLD_SIZE", 1)) > 1, int(os.environ.get("RANK", 0)) == 0
     aside = nullcontext() if first else own_partials()
     try:
-        with distributed_world(Runtime()) if many else nullcontext(), aside, nullcontext() if first else redirect_stdout(io.StringIO()):
+        with (
+            distributed_world(Runtime()) if many else nullcontext(),
+            aside,
+            nullcontext() if first else redirect_stdout(io.StringIO()),
+        ):
             yield first
     except Stopped as stopped:
         print(f"{stopped} was stopped; the same command resumes it from --cache or --out")
@@ -162,10 +207,10 @@ def _first_rank_speaks() -> Iterator[bool]:
 
 
 def _plain(name: str) -> click.Command:
-    """The command of an evaluator that has no option of its own. It may take classes or captions: that is known when it is imported."""
-    data = (
-        "imagenet:, pets:, cars:, folders:, shards: or parquet:DIR, as downloaded; of captions coco:, karpathy:, flickr30k: or pairs:DIR."
-    )
+    """The command of an evaluator that has no option of its own. It may take classes or captions: that is known when it
+    is imported.
+    """
+    data = "imagenet:, pets:, cars:, folders:, shards: or parquet:DIR, as downloaded; of captions coco:, karpathy:, flickr30k: or pairs:DIR."
     add = _options((click.option("--data", metavar="KIND:DIR", help=data), *_OPTIONS[1:]))
     return click.command(name, help=summary(EVALUATORS, name))(add(lambda **arguments: _run(name, arguments, {})))
 

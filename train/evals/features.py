@@ -81,7 +81,9 @@ def decode_crop(encoded: bytes, side: int, seed: int, epoch: int, index: int) ->
 
 
 def _plain_jpeg(encoded: bytes, side: int, crop: tuple[int, int, int] | None) -> np.ndarray | None:
-    """As decode_plain_jpeg; None also for what is no JPEG, and where libturbojpeg is missing: Pillow gives these pixels slower."""
+    """As decode_plain_jpeg; None also for what is no JPEG, and where libturbojpeg is missing: Pillow gives these pixels
+    slower.
+    """
     if not encoded.startswith(_JPEG_START) or not _turbojpeg():
         return None
 
@@ -132,7 +134,9 @@ class Normaliser:
 
 
 class DecodedBatch(NamedTuple):
-    """images: uint8 [B, S, S, 3], on the CPU. numbers: int64 [B]. bad: numbers whose image cannot be decoded (black), with the reason."""
+    """images: uint8 [B, S, S, 3], on the CPU. numbers: int64 [B]. bad: numbers whose image cannot be decoded (black),
+    with the reason.
+    """
 
     images: Tensor
     numbers: np.ndarray
@@ -178,7 +182,8 @@ class Extractor:
     cache: Path | None = None
 
     def __call__(self, encoder: Encoder, data: Images) -> np.ndarray:
-        """Features of every sample, in the data's order: float32 [N, W]. The encoder is moved to the device and left there.
+        """Features of every sample, in the data's order: float32 [N, W]. The encoder is moved to the device and left
+        there.
 
         Raises:
             UserError: images that cannot be decoded (all are named or counted), or features that are not finite.
@@ -200,7 +205,8 @@ class Extractor:
         return self.settings.threads or len(os.sched_getaffinity(0))
 
     def stream(self, encoder: Encoder, data: Images, rows: np.ndarray, decoded_by: Decode) -> Iterator[Tensor]:
-        """Features of some rows, in their order, batch by batch: float32 [B, W] on the device; decoded ahead by threads.
+        """Features of some rows, in their order, batch by batch: float32 [B, W] on the device; decoded ahead by
+        threads.
 
         Args:
             rows: int [R], any order, also repeated.
@@ -218,7 +224,10 @@ class Extractor:
             bad += [f"{data.keys[row]} ({reason})" for row, reason in batch.bad]
             if bad:
                 continue  # after the first bad image only the decoding goes on, to count the others
-            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            with (
+                torch.inference_mode(),
+                torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
+            ):
                 features = net(normalise(batch.images)).float()
             yield features
         if bad:
@@ -263,7 +272,9 @@ _CUBIC_REACH = 2.0
 
 @njit
 def _window(width: int, height: int, side: int, centre: bool, seed: int, epoch: int, index: int) -> Window:
-    """The part of an image that Pillow's `resize((S, S), BICUBIC, box)` reads, and the box in it; shrunk by the decoder as `draft` does."""
+    """The part of an image that Pillow's `resize((S, S), BICUBIC, box)` reads, and the box in it; shrunk by the decoder
+    as `draft` does.
+    """
     flip, shrink = False, 1
     if centre:
         shrink = shrink_to_fill(width, height, 2 * side)
@@ -278,12 +289,22 @@ def _window(width: int, height: int, side: int, centre: bool, seed: int, epoch: 
     first_column, first_row = max(0, math.floor(x - across)), max(0, math.floor(y - down))
     columns = min(width, math.ceil(x + w + across)) - first_column
     rows = min(height, math.ceil(y + h + down)) - first_row
-    return Window(shrink, first_column, first_row, columns, rows, x - first_column, y - first_row, float(w), float(h), flip)
+    return Window(
+        shrink, first_column, first_row, columns, rows, x - first_column, y - first_row, float(w), float(h), flip
+    )
 
 
 @njit(nogil=True, cache=True)
 def _decode_plain(
-    encoded: np.ndarray, side: int, centre: bool, seed: int, epoch: int, index: int, handle: int, scratch: np.ndarray, image: np.ndarray
+    encoded: np.ndarray,
+    side: int,
+    centre: bool,
+    seed: int,
+    epoch: int,
+    index: int,
+    handle: int,
+    scratch: np.ndarray,
+    image: np.ndarray,
 ) -> int:
     """Fill `image`, uint8 [S, S, 3]; DONE, _UNFIT, or the bytes of scratch that are needed."""
     header, box = np.empty(4, np.int32), np.empty(BOX, np.float32)

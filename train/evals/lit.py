@@ -20,7 +20,8 @@ from train.trainer import train_run
 
 
 def train_lit(asked: EncoderSpec, chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
-    """A text tower and a projection for a frozen encoder (LiT, arXiv 2111.07991): its own pool, image size and normalisation.
+    """A text tower and a projection for a frozen encoder (LiT, arXiv 2111.07991): its own pool, image size and
+    normalisation.
 
     Args:
         asked: the encoder, without layer and pool: the features that it was trained for are what is projected.
@@ -47,24 +48,38 @@ def train_lit(asked: EncoderSpec, chosen: Chosen, run: Path, pipeline: Pipeline)
 
 
 def _as_encoder(pipeline: Pipeline, encoder: Encoder) -> Pipeline:
-    """The configuration with the encoder's own trunk, image size and normalisation, so that the run's folder describes it."""
+    """The configuration with the encoder's own trunk, image size and normalisation, so that the run's folder describes
+    it.
+    """
     train, form = pipeline.train, encoder.images
     model = (trained_model(encoder) or train.model).model_copy(
-        update={"image_size": form.side, "grad_checkpointing": train.model.grad_checkpointing, "compile": train.model.compile}
+        update={
+            "image_size": form.side,
+            "grad_checkpointing": train.model.grad_checkpointing,
+            "compile": train.model.compile,
+        }
     )
     data = train.data.model_copy(update={"mean": list(form.mean), "std": list(form.std)})
     return pipeline.model_copy(update={"train": train.model_copy(update={"model": model, "data": data})})
 
 
 def _told(encoder: Encoder) -> dict[str, Any]:
-    """What data.json says of a frozen encoder. `by_config`: RUN/config.yaml and trunk.safetensors are all of it; else `spec` finds it."""
+    """What data.json says of a frozen encoder. `by_config`: RUN/config.yaml and trunk.safetensors are all of it; else
+    `spec` finds it.
+    """
     asked, fingerprint = encoder.asked, encoder.describe()["weights"]
     run = encoder.checkpoint.parent.parent if encoder.checkpoint else None
     spec, weights = _absolute(asked), asked.weights and str(Path(asked.weights).resolve())
     if run and (foreign := foreign_encoder(run)):  # a text tower for what another one was made for
         spec, weights = foreign.spec, foreign.weights
     by_config = trained_model(encoder) is not None
-    return {"spec": spec, "weights": weights, "fingerprint": fingerprint, "by_config": by_config, "description": encoder.describe()}
+    return {
+        "spec": spec,
+        "weights": weights,
+        "fingerprint": fingerprint,
+        "by_config": by_config,
+        "description": encoder.describe(),
+    }
 
 
 def _absolute(asked: EncoderSpec) -> str:

@@ -1,4 +1,6 @@
-"""One protocol, one encoder, one data set -> rows for tables and result JSONs, and the splits that were drawn, for the disk."""
+"""One protocol, one encoder, one data set -> rows for tables and result JSONs, and the splits that were drawn, for the
+disk.
+"""
 
 import hashlib
 import sys
@@ -29,8 +31,18 @@ from train.evals.protocol import Evaluation, Score, format_metric, is_share
 
 MAJORITY = "majority class"
 _VERSIONS = ("torch", "timm", "numpy", "pillow", "transformers", "open_clip_torch")
-SPLITS = pa.schema([("encoder", pa.string()), ("variant", pa.string()), ("seed", pa.int64()), ("key", pa.string()), ("class", pa.string())])
-"""One row a training sample that was drawn: shots of a fewshot, or the validation part of a probe; in the order of drawing."""
+SPLITS = pa.schema(
+    [
+        ("encoder", pa.string()),
+        ("variant", pa.string()),
+        ("seed", pa.int64()),
+        ("key", pa.string()),
+        ("class", pa.string()),
+    ]
+)
+"""One row a training sample that was drawn: shots of a fewshot, or the validation part of a probe; in the order of
+drawing.
+"""
 
 
 class Measured(NamedTuple):
@@ -40,12 +52,15 @@ class Measured(NamedTuple):
     splits: pa.Table
 
 
-def measure(evaluation: Evaluation, encoder: Encoder, data: DataSet | CaptionSet, pipeline: Pipeline, extract: Extractor) -> Measured:
+def measure(
+    evaluation: Evaluation, encoder: Encoder, data: DataSet | CaptionSet, pipeline: Pipeline, extract: Extractor
+) -> Measured:
     """All seeds of one encoder. A seeded one is drawn anew for each, so that its spread includes the initialisation.
 
-    Each row: encoder, variant, description; `metrics`, the names of what was measured, the main one first; each of them as the mean over
-    seeds, with `_std` (n - 1) and `_standard_error` (what the size of the test part alone leaves); and `seeds`: every seed's metrics,
-    details, weights and the fingerprint of its split.
+    Each row: encoder, variant, description; `metrics`, the names of what was measured, the main one first; each of them
+        as the mean over
+    seeds, with `_std` (n - 1) and `_standard_error` (what the size of the test part alone leaves); and `seeds`: every
+    seed's metrics, details, weights and the fingerprint of its split.
     """
     settings: Any = evaluation.settings(pipeline)
     train = data.train if isinstance(data, DataSet) else None
@@ -85,7 +100,11 @@ def majority_row(data: DataSet) -> dict[str, Any]:
 
 
 def result(
-    evaluation: Evaluation, data: DataSet | CaptionSet, pipeline: Pipeline, extract: Extractor, rows: list[dict[str, Any]]
+    evaluation: Evaluation,
+    data: DataSet | CaptionSet,
+    pipeline: Pipeline,
+    extract: Extractor,
+    rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The whole JSON of a protocol on a data set."""
     settings = evaluation.settings(pipeline)
@@ -158,7 +177,9 @@ _WIDEST = 1000
 
 
 def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """One protocol on one data set: a line for each encoder and variant; the main metric with its spreads, then the others."""
+    """One protocol on one data set: a line for each encoder and variant; the main metric with its spreads, then the
+    others.
+    """
     several = len({row["variant"] for row in rows} - {MAJORITY}) > 1
     main, *others = rows[-1]["metrics"]
     table = Table(title=title)
@@ -176,7 +197,9 @@ class Grid:
     """Encoders down, variants across, one block a data set: what a suite ends with."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        """`rows` have `data`, `encoder`, `variant`, and the first of their `metrics` with its `_std`; a cell without a row is `-`."""
+        """`rows` have `data`, `encoder`, `variant`, and the first of their `metrics` with its `_std`; a cell without a
+        row is `-`.
+        """
         self._cells = {(row["data"], row["encoder"], row["variant"]): row for row in rows}
         self._lines = list(dict.fromkeys((row["data"], row["encoder"]) for row in rows))
         self._variants = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != MAJORITY]
@@ -188,7 +211,10 @@ class Grid:
 
     def lines(self) -> list[list[str]]:
         """Text of every cell, line by line."""
-        return [[data, encoder, *(self._cell(data, encoder, variant) for variant in self._variants)] for data, encoder in self._lines]
+        return [
+            [data, encoder, *(self._cell(data, encoder, variant) for variant in self._variants)]
+            for data, encoder in self._lines
+        ]
 
     def _cell(self, data: str, encoder: str, variant: str) -> str:
         row = self._cells.get((data, encoder, variant)) or self._cells.get((data, encoder, MAJORITY))
@@ -224,7 +250,8 @@ def _show(table: Table) -> None:
     (console if console.is_terminal else Console(width=wide.measure(table).maximum)).print(table)
 
 
-# ---- run_protocol: `train probe | fewshot | knn | ... | caption`: one protocol for some encoders on one data set, as a table and a result JSON.
+# ---- run_protocol: `train probe | fewshot | knn | ... | caption`: one protocol for some encoders on one data set, as a
+# table and a result JSON.
 
 
 def named_data(data: str | None, train_dir: Path | None, test_dir: Path | None, cache: Path | None) -> DataSet:
@@ -253,7 +280,8 @@ def run_protocol(
     extract: Extractor,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure every encoder, print one row for each and, of classes, one for the majority class, write the result and what was drawn.
+    """Measure every encoder, print one row for each and, of classes, one for the majority class, write the result and
+    what was drawn.
 
     Args:
         load: gives the data set; called when the encoders are known to be sound.
@@ -266,9 +294,15 @@ def run_protocol(
         UserError: whatever does not fit, before anything expensive begins.
     """
     if out is not None and out.is_dir():
-        raise UserError(f"--out {out} is a directory", allowed="the path of a file", mend=f"--out {out / (evaluation.name + '.json')}")
+        raise UserError(
+            f"--out {out} is a directory",
+            allowed="the path of a file",
+            mend=f"--out {out / (evaluation.name + '.json')}",
+        )
     settings = evaluation.settings(pipeline)
-    loaded = [load_encoder(asked) for asked in encoders]  # all of them: a mistake in the last one must not cost the others' time
+    loaded = [
+        load_encoder(asked) for asked in encoders
+    ]  # all of them: a mistake in the last one must not cost the others' time
     for encoder in loaded:
         if reason := evaluation.unfit(encoder):
             raise UserError(f"{evaluation.name}: the encoder {encoder.name!r} cannot be measured so: {reason}")

@@ -1,4 +1,5 @@
-"""`train predict`: the likeliest tokens of images by a run's checkpoint, as JSON; `train explain`: of one sample of a dataset.
+"""`train predict`: the likeliest tokens of images by a run's checkpoint, as JSON; `train explain`: of one sample of a
+dataset.
 
 B images, S image side, W trunk width, V vocabulary.
 """
@@ -34,8 +35,8 @@ def predict_tokens(run: Path, images: Iterable[tuple[str, bytes]], top: int) -> 
         top: how many tokens, at most V.
 
     Returns:
-        checkpoint, samples_seen, vocabulary, tokenizer_fingerprint; images: file, tokens (token_id, probability: softmax over V, or
-        sigmoid for a loss that treats each token alone).
+        checkpoint, samples_seen, vocabulary, tokenizer_fingerprint; images: file, tokens (token_id, probability:
+        softmax over V, or sigmoid for a loss that treats each token alone).
 
     Raises:
         UserError: no checkpoint, or a file that is not an image.
@@ -45,7 +46,9 @@ def predict_tokens(run: Path, images: Iterable[tuple[str, bytes]], top: int) -> 
     encoder = load_encoder(f"run:{checkpoint}")
     file, state = checkpoint / "head.safetensors", read_state(checkpoint)
     if state.method != SUPERCLASS:
-        raise UserError(f"{run} has no head of tokens: it was trained by `train {state.method}`", allowed="a run of `train run`")
+        raise UserError(
+            f"{run} has no head of tokens: it was trained by `train {state.method}`", allowed="a run of `train run`"
+        )
     vocabulary = state.vocabulary
     head = build_head(encoder.width, vocabulary)
     load_exactly(head, read_weights(file), file)
@@ -55,7 +58,9 @@ def predict_tokens(run: Path, images: Iterable[tuple[str, bytes]], top: int) -> 
     logits = head.eval()(encoder((pixels.permute(0, 3, 1, 2).float().div(255) - mean) / std))  # [B, V]
     # losses without DISTRIBUTION predict each token alone
     loss = load_pipeline(checkpoint.parent.parent / "config.yaml").train.loss.name
-    probabilities = logits.float().softmax(dim=1) if getattr(kind(loss), "DISTRIBUTION", False) else logits.float().sigmoid()  # [B, V]
+    probabilities = (
+        logits.float().softmax(dim=1) if getattr(kind(loss), "DISTRIBUTION", False) else logits.float().sigmoid()
+    )  # [B, V]
     best = probabilities.topk(min(top, vocabulary), dim=1)
     tokens = [
         [{"token_id": token, "probability": probability} for token, probability in zip(ids, values, strict=True)]
@@ -77,7 +82,9 @@ def read_images(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
         try:
             yield str(file), file.read_bytes()
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}", allowed="image files that Pillow reads") from None
+            raise UserError(
+                f"{file} cannot be read: {error.strerror}", allowed="image files that Pillow reads"
+            ) from None
 
 
 def _decode(name: str, data: bytes, side: int) -> np.ndarray:
@@ -88,7 +95,9 @@ def _decode(name: str, data: bytes, side: int) -> np.ndarray:
         raise UserError(f"{name} is not an image: {error}", allowed="image files that Pillow reads") from None
 
 
-def explain_with_predictions(out: Path, name: str, run: Path, *, shard: str | None = None, top: int = 10) -> Explanation:
+def explain_with_predictions(
+    out: Path, name: str, run: Path, *, shard: str | None = None, top: int = 10
+) -> Explanation:
     """One sample of an output folder with a run's `top` likeliest tokens.
 
     Args:

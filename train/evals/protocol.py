@@ -1,4 +1,6 @@
-"""What every protocol is: for one encoder and one data set it gives scores, one for each seed and variant. N samples, C classes."""
+"""What every protocol is: for one encoder and one data set it gives scores, one for each seed and variant. N samples, C
+classes.
+"""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -82,14 +84,18 @@ class Evaluation(Protocol):
         """Why this encoder cannot be measured so, with what could be done; None if it can."""
         ...
 
-    def scores(self, encoder: Encoder, data: Any, settings: Any, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
+    def scores(
+        self, encoder: Encoder, data: Any, settings: Any, extract: Extractor, seeds: Sequence[int]
+    ) -> list[Score]:
         """Run it. `seeds`: those of the settings, or one of them where the encoder itself is drawn from a seed."""
         ...
 
 
 @contextmanager
 def work_folder(extract: Extractor, name: str) -> Iterator[Path]:
-    """Where what a protocol trains has its checkpoints: in the cache, so that a stopped one goes on; without one, nowhere for long."""
+    """Where what a protocol trains has its checkpoints: in the cache, so that a stopped one goes on; without one,
+    nowhere for long.
+    """
     if extract.cache is not None:
         yield extract.cache / name
         return

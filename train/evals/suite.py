@@ -54,7 +54,9 @@ class EncoderEntry(Section):
 
 
 class ProtocolEntry(Section):
-    """`probe`, or a mapping: `set` overrides keys of the protocol's section, `name` stands before its variants in the table."""
+    """`probe`, or a mapping: `set` overrides keys of the protocol's section, `name` stands before its variants in the
+    table.
+    """
 
     protocol: str
     name: str | None = None
@@ -68,7 +70,9 @@ class ProtocolEntry(Section):
             UserError: there is none.
         """
         if self.protocol not in (names := protocol_names()):
-            raise UserError(f"the protocol {self.protocol!r} is unknown", allowed=", ".join(names), mend="mend the suite file")
+            raise UserError(
+                f"the protocol {self.protocol!r} is unknown", allowed=", ".join(names), mend="mend the suite file"
+            )
         return load_protocol(self.protocol)
 
     def pipeline(self, config: Path | None, overrides: tuple[str, ...]) -> Pipeline:
@@ -131,7 +135,9 @@ class _Cell(NamedTuple):
     reason: str | None
 
 
-def run_suite(suite: Suite, out: Path, extract: Extractor, config: Path | None = None, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+def run_suite(
+    suite: Suite, out: Path, extract: Extractor, config: Path | None = None, overrides: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Measure every cell that is not there yet, print the table, and write suite.json and table.md.
 
     Args:
@@ -165,17 +171,29 @@ def run_suite(suite: Suite, out: Path, extract: Extractor, config: Path | None =
     names = [data.name for data in data_sets]
     rows.sort(key=lambda row: names.index(row["data"]))  # stable: within a data set as the suite file has them
     grid = Grid(rows)
-    grid.print(f"top-1 % (retrieval: recall at the first k; caption: CIDEr-D x 100), mean ± deviation over seeds: {out}")
-    for reason in dict.fromkeys(f"{cell.planned.evaluation.name} of {cell.encoder.name}: {cell.reason}" for cell in cells if cell.reason):
+    grid.print(
+        f"top-1 % (retrieval: recall at the first k; caption: CIDEr-D x 100), mean ± deviation over seeds: {out}"
+    )
+    for reason in dict.fromkeys(
+        f"{cell.planned.evaluation.name} of {cell.encoder.name}: {cell.reason}" for cell in cells if cell.reason
+    ):
         print(f"left out: {reason}")
-    found = {"results": rows, "suite": suite.model_dump(), "cells": [cell.file.stem for cell in cells if not cell.reason]}
+    found = {
+        "results": rows,
+        "suite": suite.model_dump(),
+        "cells": [cell.file.stem for cell in cells if not cell.reason],
+    }
     write_json(out / "suite.json", found)
     write_whole(out / "table.md", lambda partial: partial.write_text(grid.markdown(), encoding="utf8"))
     return found
 
 
 def _load(spec: str, extract: Extractor) -> DataSet | CaptionSet:
-    return load_caption_set(spec, extract.cache) if spec.partition(":")[0] in CAPTION_KINDS else load_data(spec, extract.cache)
+    return (
+        load_caption_set(spec, extract.cache)
+        if spec.partition(":")[0] in CAPTION_KINDS
+        else load_data(spec, extract.cache)
+    )
 
 
 def _fits(plan: _Planned, data: DataSet | CaptionSet) -> bool:
@@ -187,13 +205,17 @@ def _check(planned: list[_Planned], data_sets: list[DataSet | CaptionSet]) -> No
     for plan in planned:
         fitting = [data for data in data_sets if _fits(plan, data)]
         if not fitting:
-            raise UserError(f"{plan.evaluation.name} takes data with {plan.evaluation.takes}, and the suite has none", mend="add some")
+            raise UserError(
+                f"{plan.evaluation.name} takes data with {plan.evaluation.takes}, and the suite has none",
+                mend="add some",
+            )
         for data in fitting:
             plan.evaluation.check(data, plan.evaluation.settings(plan.pipeline))
     for data in data_sets:
         if not any(_fits(plan, data) for plan in planned):
             raise UserError(
-                f"no protocol of the suite takes {data.name}", mend="add one (retrieval or caption for captions), or leave the data out"
+                f"no protocol of the suite takes {data.name}",
+                mend="add one (retrieval or caption for captions), or leave the data out",
             )
 
 
@@ -216,8 +238,18 @@ def _cells(
                 if not _fits(plan, data):
                     continue
                 settings: Any = plan.evaluation.settings(plan.pipeline)
-                parts = [data.name, *((part.fingerprint, part.modified_ns) for part in (data.train, data.test) if part is not None)]
-                what = [plan.evaluation.describe(settings), settings.model_dump(), asked.name, description, extract.precision, TRANSFORM]
+                parts = [
+                    data.name,
+                    *((part.fingerprint, part.modified_ns) for part in (data.train, data.test) if part is not None),
+                ]
+                what = [
+                    plan.evaluation.describe(settings),
+                    settings.model_dump(),
+                    asked.name,
+                    description,
+                    extract.precision,
+                    TRANSFORM,
+                ]
                 yield _Cell(data, asked, plan, out / "results" / f"{fingerprint([parts, what])}.json", reason)
 
 
@@ -235,13 +267,17 @@ def _rows(cell: _Cell) -> Iterator[dict[str, Any]]:
     try:
         rows = json.loads(cell.file.read_bytes())["results"]
     except (ValueError, LookupError) as error:
-        raise UserError(f"{cell.file} is damaged: {error!r}", mend="remove it; the same command measures it again") from None
+        raise UserError(
+            f"{cell.file} is damaged: {error!r}", mend="remove it; the same command measures it again"
+        ) from None
     for row in rows:
         yield {"data": cell.data.name, **row, "variant": cell.planned.prefix + row["variant"], "cell": cell.file.stem}
 
 
 def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Entries of one protocol that give the same variant, as with another `set` alone, are told apart by a number in the suite's order."""
+    """Entries of one protocol that give the same variant, as with another `set` alone, are told apart by a number in
+    the suite's order.
+    """
     seen = Counter[tuple[str, str, str]]()
     for row in rows:
         seen[key := (row["data"], row["encoder"], row["variant"])] += 1

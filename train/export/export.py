@@ -21,7 +21,8 @@ from train.export.open_clip import OPEN_CLIP
 from train.export.timm import TIMM
 from train.report.results import Row, read_results, readout_of
 
-# ---- recipe: What an encoder's card says of its training and its worth: the run's configuration and data, the results measured on these weights.
+# ---- recipe: What an encoder's card says of its training and its worth: the run's configuration and data, the results
+# measured on these weights.
 
 
 _SECTIONS = ("labels", "train")  # of config.yaml: what decides what is learnt; with two towers `text_tower` too
@@ -33,7 +34,8 @@ class Training(NamedTuple):
     """How an encoder came to its weights.
 
     Attributes:
-        told: in a sentence or two: which command has trained what, for how many of its samples; or that nothing here has.
+        told: in a sentence or two: which command has trained what, for how many of its samples; or that nothing here
+            has.
         recipe: what of the run's config.yaml decides what it learnt; empty where there is none.
         data: data.json without paths; empty likewise.
     """
@@ -60,12 +62,18 @@ def training_of(encoder: Encoder) -> Training:
         )
     sections = [*_SECTIONS, *(["text_tower"] if encoder.text is not None else [])]
     recipe = {key: config[key] for key in sections if key in config}
-    if data.get("label_options"):  # the labels' own: the configuration that a run was started with may say something else
+    if data.get(
+        "label_options"
+    ):  # the labels' own: the configuration that a run was started with may say something else
         recipe["labels"] = data["label_options"]
     if frozen is not None and not frozen["by_config"]:
-        recipe["train"] = {key: value for key, value in recipe["train"].items() if key != "model"}  # it describes no trunk
+        recipe["train"] = {
+            key: value for key, value in recipe["train"].items() if key != "model"
+        }  # it describes no trunk
     return Training(
-        _without_folders(told), _without_folders(recipe), _without_folders({key: data[key] for key in data if key not in _PLACES})
+        _without_folders(told),
+        _without_folders(recipe),
+        _without_folders({key: data[key] for key in data if key not in _PLACES}),
     )
 
 
@@ -108,13 +116,22 @@ def results_of(encoder: Encoder, places: Sequence[Path]) -> list[Row]:
     return own
 
 
-# ---- card: The model card (README.md) beside an export: what it is, how it is loaded, which pool, how it was trained, what was measured.
+# ---- card: The model card (README.md) beside an export: what it is, how it is loaded, which pool, how it was trained,
+# what was measured.
 
 
 _OPEN = "from PIL import Image\n\nfolder = {folder!r}\nimage = Image.open({image!r})\n\n"
 
 
-def card(name: str, encoder: Encoder, form: Format, written: Written, difference: float, training: Training, results: Sequence[Row]) -> str:
+def card(
+    name: str,
+    encoder: Encoder,
+    form: Format,
+    written: Written,
+    difference: float,
+    training: Training,
+    results: Sequence[Row],
+) -> str:
     """The card's text, Markdown with the Hub's metadata at its head.
 
     Args:
@@ -138,9 +155,11 @@ def _facts(encoder: Encoder, written: Written, difference: float) -> str:
     about, form = encoder.describe(), encoder.images
     mean, std = (", ".join(f"{value:.8g}" for value in values) for values in (form.mean, form.std))
     lines = {
-        "architecture": f"`{about['architecture']}`" + (f" with `{about['architecture_args']}`" if about["architecture_args"] else ""),
+        "architecture": f"`{about['architecture']}`"
+        + (f" with `{about['architecture_args']}`" if about["architecture_args"] else ""),
         "checkpoint": f"`{Path(about['checkpoint']).name}`",
-        "features": f"{written.projected or encoder.width}, {readout_of(about)}" + (", projected" if written.projected else ""),
+        "features": f"{written.projected or encoder.width}, {readout_of(about)}"
+        + (", projected" if written.projected else ""),
         "images": f"{form.side} x {form.side}: RGB, shorter side to {form.side} by antialiased bicubic resampling, centre crop",
         "normalisation": f"[0, 1], less ({mean}), by ({std})",
         "weights' fingerprint": f"`{about['weights']}`",
@@ -167,17 +186,26 @@ def _training(training: Training) -> str:
 def _results(results: Sequence[Row], encoder: Encoder) -> str:
     if not results:
         return "## Results\n\nNothing was measured on these weights yet.\n"
-    lines, own = ["| data | protocol | metric | value | seeds |", "|---|---|---|---:|---:|"], readout_of(encoder.describe())
+    lines, own = (
+        ["| data | protocol | metric | value | seeds |", "|---|---|---|---:|---:|"],
+        readout_of(encoder.describe()),
+    )
     for row in results:
-        other = f" (of {row.readout})" if row.readout not in (None, own) else ""  # not the features that this export gives
+        other = (
+            f" (of {row.readout})" if row.readout not in (None, own) else ""
+        )  # not the features that this export gives
         for metric, (mean, spread) in row.metrics.items():
             if mean is None:  # top-5 of three classes
                 continue
             value = format_metric(metric, mean) + (f" ± {format_metric(metric, spread)}" if spread is not None else "")
-            lines.append(f"| {row.data} | {row.variant}: {row.protocol}{other} | {metric} | {value} | {row.seeds or '-'} |")
+            lines.append(
+                f"| {row.data} | {row.variant}: {row.protocol}{other} | {metric} | {value} | {row.seeds or '-'} |"
+            )
     return (
         f"## Results\n\nOf the encoder's features: {own}. Pixels: {TRANSFORM}; large JPEGs are first shrunk by their decoder, to "
-        "twice image_size or more. Accuracies and recalls in percent; ± is the deviation over seeds.\n\n" + "\n".join(lines) + "\n"
+        "twice image_size or more. Accuracies and recalls in percent; ± is the deviation over seeds.\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
 
 
@@ -199,7 +227,8 @@ def export_encoder(asked: EncoderSpec, format_name: str, out: Path, results: Seq
         What export.json says: format, holds, difference, encoder, files, version.
 
     Raises:
-        UserError: `out` is something else, the format cannot hold the encoder, or what was read back differs; nothing is written then.
+        UserError: `out` is something else, the format cannot hold the encoder, or what was read back differs; nothing
+            is written then.
     """
     check_replaceable(out, MARK, "train export")
     form = FORMATS[format_name]
@@ -217,7 +246,10 @@ def export_encoder(asked: EncoderSpec, format_name: str, out: Path, results: Seq
             "format": form.name,
             "holds": written.holds,
             "difference": difference,
-            "encoder": {**encoder.describe(), "checkpoint": Path(encoder.description["checkpoint"]).name},  # no places of this machine
+            "encoder": {
+                **encoder.describe(),
+                "checkpoint": Path(encoder.description["checkpoint"]).name,
+            },  # no places of this machine
             "files": sorted(path.name for path in folder.iterdir()),
             "version": __version__,
         }

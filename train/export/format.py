@@ -1,4 +1,6 @@
-"""What a format is: it writes an encoder into a folder, and says how its library reads it back. B batch, S image side, W feature width."""
+"""What a format is: it writes an encoder into a folder, and says how its library reads it back. B batch, S image side,
+W feature width.
+"""
 
 import json
 import stat
@@ -41,7 +43,9 @@ class Written(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A format by name. `library` is the Hub's word for what loads it; `write` raises UserError for encoders that it cannot hold."""
+    """A format by name. `library` is the Hub's word for what loads it; `write` raises UserError for encoders that it
+    cannot hold.
+    """
 
     name: str
     library: str
@@ -49,7 +53,9 @@ class Format(NamedTuple):
 
 
 class TimmTower(NamedTuple):
-    """A timm model: `timm.create_model(architecture, num_classes=0, **arguments)` builds `net`. `arguments` are JSON-able."""
+    """A timm model: `timm.create_model(architecture, num_classes=0, **arguments)` builds `net`. `arguments` are
+    JSON-able.
+    """
 
     net: Any
     architecture: str
@@ -82,7 +88,8 @@ def timm_tower(encoder: Encoder, format_name: str) -> TimmTower:
     return TimmTower(encoder.net, *trunk_arguments(model))
 
 
-# ---- check: An export is what it says: the same images through the encoder and through what its library has read back. B batch, S image side.
+# ---- check: An export is what it says: the same images through the encoder and through what its library has read back.
+# B batch, S image side.
 
 
 TOLERANCE = 1e-4
@@ -105,7 +112,9 @@ def check(encoder: Encoder, written: Written, folder: Path) -> float:
         images = torch.randn(batch, 3, encoder.images.side, encoder.images.side, generator=generator)
         wanted, found = own(images), read(images)
         if wanted.shape != found.shape:
-            raise UserError(f"the {written.holds} gives features of shape {list(found.shape)}, the encoder {list(wanted.shape)}")
+            raise UserError(
+                f"the {written.holds} gives features of shape {list(found.shape)}, the encoder {list(wanted.shape)}"
+            )
         worst = max(worst, float((wanted - found).abs().max().nan_to_num(nan=float("inf"))))
     if written.text is not None:
         worst = max(worst, written.text(folder))
@@ -118,7 +127,8 @@ def check(encoder: Encoder, written: Written, folder: Path) -> float:
     return worst
 
 
-# ---- replace: Folders that are given away: which may be replaced (those with what a command of this project wrote alone), and who may read them.
+# ---- replace: Folders that are given away: which may be replaced (those with what a command of this project wrote
+# alone), and who may read them.
 
 
 def check_replaceable(out: Path, mark: str, command: str) -> None:

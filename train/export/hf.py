@@ -1,6 +1,7 @@
 """Hugging Face's form: config.json, model.safetensors, preprocessor_config.json.
 
-A timm ViT that CLIPVisionModel or ViTModel can hold becomes one (vit_classes.py); all other timm models are wrapped (TimmWrapperModel).
+A timm ViT that CLIPVisionModel or ViTModel can hold becomes one (vit_classes.py); all other timm models are wrapped
+(TimmWrapperModel).
 """
 
 from pathlib import Path
@@ -19,23 +20,38 @@ from train.encoders.libraries import import_transformers
 from train.export.format import Features, Format, TimmTower, Written, timm_tower
 from train.export.timm import image_config
 
-# ---- vit_classes: A timm ViT as transformers' CLIPVisionModel (norm before the blocks) or ViTModel (none there): configuration and weights.
+# ---- vit_classes: A timm ViT as transformers' CLIPVisionModel (norm before the blocks) or ViTModel (none there):
+# configuration and weights.
 #
-# Both have a class token, learned positions for it and for the patches, and blocks with the norm before attention and MLP. What has
-# anything else (registers, layer scale, norms of queries and keys, a norm behind the pool, ...) is neither. W width, N patches.
+# Both have a class token, learned positions for it and for the patches, and blocks with the norm before attention and
+# MLP. What has anything else (registers, layer scale, norms of queries and keys, a norm behind the pool, ...) is
+# neither. W width, N patches.
 
 
 ACTIVATIONS = {nn.GELU: "gelu", TimmGELU: "gelu", QuickGELU: "quick_gelu", GELUTanh: "gelu_pytorch_tanh"}
 _CLIP = {  # timm's name -> the part of the name that differs
-    "class": "embeddings.class_embedding", "patch": "embeddings.patch_embedding", "positions": "embeddings.position_embedding.weight",
-    "before": "pre_layrnorm", "after": "post_layernorm", "block": "encoder.layers", "norm1": "layer_norm1", "norm2": "layer_norm2",
-    "attention": "self_attn", "out": "out_proj",
-}  # fmt: skip
+    "class": "embeddings.class_embedding",
+    "patch": "embeddings.patch_embedding",
+    "positions": "embeddings.position_embedding.weight",
+    "before": "pre_layrnorm",
+    "after": "post_layernorm",
+    "block": "encoder.layers",
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attention": "self_attn",
+    "out": "out_proj",
+}
 _VIT = {
-    "class": "embeddings.cls_token", "patch": "embeddings.patch_embeddings.projection", "positions": "embeddings.position_embeddings",
-    "after": "layernorm", "block": "layers", "norm1": "layernorm_before", "norm2": "layernorm_after",
-    "attention": "attention", "out": "o_proj",
-}  # fmt: skip
+    "class": "embeddings.cls_token",
+    "patch": "embeddings.patch_embeddings.projection",
+    "positions": "embeddings.position_embeddings",
+    "after": "layernorm",
+    "block": "layers",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attention": "attention",
+    "out": "o_proj",
+}
 
 
 def transformers_vit(net: nn.Module) -> Any | None:
@@ -53,11 +69,15 @@ def transformers_vit(net: nn.Module) -> Any | None:
 
     clip, block, patches = isinstance(net.norm_pre, nn.LayerNorm), _blocks(net)[0], cast(Any, net.patch_embed)
     sizes: dict[str, Any] = {
-        "hidden_size": net.embed_dim, "intermediate_size": block.mlp.fc1.out_features, "num_hidden_layers": len(net.blocks),
-        "num_attention_heads": block.attn.num_heads, "image_size": patches.img_size[0],
-        "patch_size": patches.patch_size[0], "hidden_act": ACTIVATIONS[type(block.mlp.act)],
+        "hidden_size": net.embed_dim,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "num_hidden_layers": len(net.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "image_size": patches.img_size[0],
+        "patch_size": patches.patch_size[0],
+        "hidden_act": ACTIVATIONS[type(block.mlp.act)],
         "layer_norm_eps": net.norm.eps,
-    }  # fmt: skip
+    }
     with torch.device("meta"):
         model: Any = (
             CLIPVisionModel(CLIPVisionConfig(**sizes))
@@ -71,7 +91,9 @@ def transformers_vit(net: nn.Module) -> Any | None:
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
     if wanted != {key: tensor.shape for key, tensor in tensors.items()}:
         return None
-    model = type(model)(model.config) if clip else type(model)(model.config, add_pooling_layer=False)  # for buffers that are not kept
+    model = (
+        type(model)(model.config) if clip else type(model)(model.config, add_pooling_layer=False)
+    )  # for buffers that are not kept
     model.load_state_dict({key: tensor.clone() for key, tensor in tensors.items()}, strict=True)
     return model.eval()
 
@@ -151,7 +173,10 @@ _POOLING = {
         "The encoder's feature is the mean of the patch tokens after the final norm: of `last_hidden_state` without its first token. "
         "There is no `pooler_output`; `--encoder hf:DIR --pool avg` does the same."
     ),
-    ("ViTModel", "token"): "The encoder's feature is the class token after the final norm: the first of `last_hidden_state`.",
+    (
+        "ViTModel",
+        "token",
+    ): "The encoder's feature is the class token after the final norm: the first of `last_hidden_state`.",
     ("TimmWrapperModel", ""): "The encoder's feature is `pooler_output`: timm's own pool, `{pool}`.",
 }
 
@@ -161,13 +186,20 @@ def write_processor(folder: Path, form: ImageForm) -> None:
     write_json(
         folder / "preprocessor_config.json",
         {
-            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
-            "do_resize": True, "size": {"shortest_edge": form.side}, "resample": 3,
-            "do_center_crop": True, "crop_size": {"height": form.side, "width": form.side},
-            "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": list(form.mean), "image_std": list(form.std),
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": form.side},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": form.side, "width": form.side},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(form.mean),
+            "image_std": list(form.std),
         },
-    )  # fmt: skip
+    )
 
 
 def _write(encoder: Encoder, folder: Path) -> Written:
@@ -190,7 +222,10 @@ def _write(encoder: Encoder, folder: Path) -> Written:
 
 def _wrapped(transformers: Any, tower: TimmTower, form: ImageForm) -> Any:
     config = transformers.TimmWrapperConfig(
-        architecture=tower.architecture, model_args=tower.arguments or None, num_labels=0, pretrained_cfg=image_config(tower.net, form)
+        architecture=tower.architecture,
+        model_args=tower.arguments or None,
+        num_labels=0,
+        pretrained_cfg=image_config(tower.net, form),
     )
     model = transformers.TimmWrapperModel(config)
     model.timm_model.load_state_dict(tower.net.state_dict(), strict=True)
@@ -199,7 +234,11 @@ def _wrapped(transformers: Any, tower: TimmTower, form: ImageForm) -> Any:
 
 def _read(folder: Path, name: str, pool: str) -> Features:
     options = {"add_pooling_layer": False} if name == "ViTModel" else {}
-    model = getattr(import_transformers(), name).from_pretrained(folder, local_files_only=True, weights_only=True, **options).eval()
+    model = (
+        getattr(import_transformers(), name)
+        .from_pretrained(folder, local_files_only=True, weights_only=True, **options)
+        .eval()
+    )
 
     def features(images: torch.Tensor) -> torch.Tensor:
         found = model(pixel_values=images)

@@ -1,4 +1,6 @@
-"""ONNX: one graph, normalised float images [batch, 3, S, S] -> features [batch, W], the batch axis free; run by onnxruntime to check it."""
+"""ONNX: one graph, normalised float images [batch, 3, S, S] -> features [batch, W], the batch axis free; run by
+onnxruntime to check it.
+"""
 
 import logging
 from pathlib import Path
@@ -31,14 +33,21 @@ def _write(encoder: Encoder, folder: Path) -> Written:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
-        raise UserError("onnx, onnxscript and onnxruntime are not all installed", mend="pip install 'superclass-lean[onnx]'") from None
+        raise UserError(
+            "onnx, onnxscript and onnxruntime are not all installed", mend="pip install 'superclass-lean[onnx]'"
+        ) from None
     form = encoder.images
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         program = torch.onnx.export(
-            encoder.net, (torch.zeros(2, 3, form.side, form.side),), dynamo=True, verbose=False,
-            input_names=["images"], output_names=["features"], dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )  # fmt: skip
+            encoder.net,
+            (torch.zeros(2, 3, form.side, form.side),),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
         assert program is not None  # with dynamo=True
         program.save(folder / _FILE)
     except _FAULTS as error:
@@ -47,9 +56,7 @@ def _write(encoder: Encoder, folder: Path) -> Written:
             mend="take --format timm or hf; or another --layer and --pool",
         ) from None
     write_processor(folder, form)
-    pooling = (
-        f"The graph's only output is the encoder's feature: layer {encoder.description['layer']}, pool `{encoder.description['pool']}`."
-    )
+    pooling = f"The graph's only output is the encoder's feature: layer {encoder.description['layer']}, pool `{encoder.description['pool']}`."
     code = _CODE.format(side=form.side, mean=list(form.mean), std=list(form.std))
     return Written("onnx graph", pooling, code, _read)
 

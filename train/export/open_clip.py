@@ -1,4 +1,5 @@
-"""open_clip's own form, both towers: open_clip_config.json and open_clip_model.safetensors, for open_clip.create_model("local-dir:...").
+"""open_clip's own form, both towers: open_clip_config.json and open_clip_model.safetensors, for
+open_clip.create_model("local-dir:...").
 
 D width of the common space.
 """
@@ -22,14 +23,18 @@ from train.text_tower import CLIP
 
 # ---- open_clip_towers: A trunk and its projection as open_clip's image tower: `vision_cfg` and weights.
 #
-# A plain ViT becomes open_clip's own VisionTransformer, whose patch convolution has no bias: a bias is added to the patches' positions, where
-# it makes the same sums. A convolutional trunk is a timm model inside open_clip, which takes no arguments but the name.
-# W trunk width, D width of the common space, N patches.
+# A plain ViT becomes open_clip's own VisionTransformer, whose patch convolution has no bias: a bias is added to the
+# patches' positions, where it makes the same sums. A convolutional trunk is a timm model inside open_clip, which takes
+# no arguments but the name. W trunk width, D width of the common space, N patches.
 
 
 _INNER = {
-    "norm1": "ln_1", "norm2": "ln_2", "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-}  # fmt: skip
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "attn.proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
 _OUTER = {"norm_pre": "ln_pre", "norm": "ln_post", "patch_embed.proj": "conv1"}
 _ACT_KWARGS: dict[str, dict[str, Any] | None] = {
     "gelu": None,
@@ -69,7 +74,9 @@ def build_pair(tower: TimmTower, towers: Towers, side: int) -> tuple[nn.Module, 
     vision, visual = image_tower(tower, towers.projection, side)
     config = {"embed_dim": len(towers.projection), "vision_cfg": vision, "text_cfg": towers.text_config}
     model = CustomTextCLIP(**copy.deepcopy(config))
-    tensors = {f"visual.{key}": tensor for key, tensor in visual.items()} | {f"text.{key}": tensor for key, tensor in towers.text.items()}
+    tensors = {f"visual.{key}": tensor for key, tensor in visual.items()} | {
+        f"text.{key}": tensor for key, tensor in towers.text.items()
+    }
     try:
         model.load_state_dict({**tensors, "logit_scale": towers.logit_scale}, strict=True)
     except RuntimeError:  # norms or scales that the tower there does not have
@@ -81,13 +88,17 @@ def text_config(tower: Any) -> dict[str, int]:
     """open_clip's `text_cfg` of a text tower as train/text_tower.py builds it."""
     block = tower.transformer.resblocks[0]
     return {
-        "context_length": tower.context_length, "vocab_size": tower.vocab_size, "width": tower.token_embedding.weight.shape[1],
-        "heads": block.attn.num_heads, "layers": len(tower.transformer.resblocks),
-    }  # fmt: skip
+        "context_length": tower.context_length,
+        "vocab_size": tower.vocab_size,
+        "width": tower.token_embedding.weight.shape[1],
+        "heads": block.attn.num_heads,
+        "layers": len(tower.transformer.resblocks),
+    }
 
 
 def image_tower(tower: TimmTower, projection: Tensor, side: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`vision_cfg`, and the weights of open_clip's `visual`, for a trunk whose pooled features are projected without a bias.
+    """`vision_cfg`, and the weights of open_clip's `visual`, for a trunk whose pooled features are projected without a
+    bias.
 
     Args:
         tower: the trunk.
@@ -119,11 +130,17 @@ def _refused(tower: TimmTower) -> UserError:
 def _vit(net: VisionTransformer, projection: Tensor, side: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     block, activation = cast(Any, net.blocks)[0], ACTIVATIONS[type(cast(Any, net.blocks)[0].mlp.act)]
     config: dict[str, Any] = {
-        "image_size": side, "patch_size": cast(Any, net.patch_embed).patch_size[0], "layers": len(net.blocks), "width": net.embed_dim,
-        "head_width": net.embed_dim // block.attn.num_heads, "mlp_ratio": block.mlp.fc1.out_features / net.embed_dim,
-        "pool_type": "tok" if net.global_pool == "token" else "avg", "no_ln_pre": not isinstance(net.norm_pre, nn.LayerNorm),
-        "norm_kwargs": {"eps": cast(nn.LayerNorm, net.norm).eps}, "act_kwargs": _ACT_KWARGS[activation],
-    }  # fmt: skip
+        "image_size": side,
+        "patch_size": cast(Any, net.patch_embed).patch_size[0],
+        "layers": len(net.blocks),
+        "width": net.embed_dim,
+        "head_width": net.embed_dim // block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / net.embed_dim,
+        "pool_type": "tok" if net.global_pool == "token" else "avg",
+        "no_ln_pre": not isinstance(net.norm_pre, nn.LayerNorm),
+        "norm_kwargs": {"eps": cast(nn.LayerNorm, net.norm).eps},
+        "act_kwargs": _ACT_KWARGS[activation],
+    }
     tensors: dict[str, Tensor] = {"proj": projection.T}
     for key, tensor in net.state_dict().items():
         module, _, kind = key.rpartition(".")
@@ -159,7 +176,11 @@ with torch.inference_mode():
 
 def _write(encoder: Encoder, folder: Path) -> Written:
     if encoder.asked.layer is not None or encoder.asked.pool is not None:
-        raise UserError("--format open_clip holds whole towers", allowed="--layer and --pool with --format onnx", mend="leave them out")
+        raise UserError(
+            "--format open_clip holds whole towers",
+            allowed="--layer and --pool with --format onnx",
+            mend="leave them out",
+        )
     kind, _, name = encoder.asked.spec.partition(":")
     if kind == "open_clip":
         import open_clip
@@ -181,11 +202,15 @@ def _write(encoder: Encoder, folder: Path) -> Written:
         f"{_texts(encoder, int(model.vocab_size))}"  # type: ignore[arg-type]
     )
     projection: Any = joint.projection
-    return written._replace(pooling=pooling, wanted=lambda images: projection(encoder(images)), projected=len(projection.weight))
+    return written._replace(
+        pooling=pooling, wanted=lambda images: projection(encoder(images)), projected=len(projection.weight)
+    )
 
 
 def _texts(encoder: Encoder, vocabulary: int) -> str:
-    """How texts become the tower's tokens: CLIP's are open_clip's own, all others are framed as train/text_tower.py says."""
+    """How texts become the tower's tokens: CLIP's are open_clip's own, all others are framed as train/text_tower.py
+    says.
+    """
     assert encoder.checkpoint is not None
     data = json.loads((encoder.checkpoint.parent.parent / "data.json").read_bytes())
     if data["tokenizer"] == CLIP:
@@ -204,11 +229,15 @@ def write_pair(model: Any, config: dict[str, Any], encoder: Encoder, folder: Pat
         config: what it is built from, open_clip's `model_cfg`.
         encoder: its image tower, or what gives the same features.
     """
-    save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {key: tensor.contiguous() for key, tensor in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
     form = encoder.images
     preprocess = {"mean": list(form.mean), "std": list(form.std), "interpolation": "bicubic", "resize_mode": "shortest"}
     write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
-    tokens = torch.randint(1, model.vocab_size, (_CAPTIONS, model.context_length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        1, model.vocab_size, (_CAPTIONS, model.context_length), generator=torch.Generator().manual_seed(0)
+    )
     with torch.inference_mode():
         wanted = model.encode_text(tokens)
 

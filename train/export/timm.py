@@ -40,7 +40,9 @@ def image_config(net: Any, form: ImageForm) -> dict[str, Any]:
 
 def _write(encoder: Encoder, folder: Path) -> Written:
     tower = timm_tower(encoder, "timm")
-    save_file({key: tensor.contiguous() for key, tensor in tower.net.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tower.net.state_dict().items()}, folder / "model.safetensors"
+    )
     write_json(
         folder / "config.json",
         {

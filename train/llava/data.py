@@ -1,6 +1,7 @@
 """Image-text pairs in LLaVA's json format, or captioned images told in it.
 
-[{"id": ..., "image": "path below --images", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": ...}]}]
+[{"id": ..., "image": "path below --images", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from":
+"gpt", "value": ...}]}]
 """
 
 import json
@@ -26,13 +27,13 @@ from train.evals.features import DECODE_FAULTS, decode
 IMAGE = "<image>"
 ASKED = f"{IMAGE}\nGive a brief description of the image."
 """What is asked of a captioned image: one of the questions of LLaVA's own pre-training data."""
-_SHAPE = (
-    '[{"id": ..., "image": FILE, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": ...}, ...]}, ...]'
-)
+_SHAPE = '[{"id": ..., "image": FILE, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": ...}, ...]}, ...]'
 
 
 class Record(NamedTuple):
-    """One image and what is said of it: human's and gpt's turns, one after the other; the image's mark stands in the first."""
+    """One image and what is said of it: human's and gpt's turns, one after the other; the image's mark stands in the
+    first.
+    """
 
     name: str
     place: Place
@@ -40,17 +41,22 @@ class Record(NamedTuple):
 
 
 def load_records(data: str, images: Path | None) -> list[Record]:
-    """The records of a file of LLaVA's json with its folder of images, or of the training part of captioned data (KIND:DIR).
+    """The records of a file of LLaVA's json with its folder of images, or of the training part of captioned data
+    (KIND:DIR).
 
     Raises:
         UserError: see read_records and load_captions.
     """
     if data.partition(":")[0] in CAPTION_KINDS:
         if images is not None:
-            raise UserError(f"--images {images} was given with --data {data}", mend="leave --images out: the data have their own")
+            raise UserError(
+                f"--images {images} was given with --data {data}", mend="leave --images out: the data have their own"
+            )
         parts = load_captions(data)
         if "train" not in parts:
-            raise UserError(f"--data {data} has no part 'train'", allowed=f"its parts: {', '.join(parts)}", mend="mend --data")
+            raise UserError(
+                f"--data {data} has no part 'train'", allowed=f"its parts: {', '.join(parts)}", mend="mend --data"
+            )
         part = parts["train"]
         rows = zip(part.keys, part.places, part.captions, strict=True)
         return [Record(key, place, [ASKED, caption]) for key, place, captions in rows for caption in captions]
@@ -73,11 +79,18 @@ def read_records(file: Path, images: Path) -> list[Record]:
         raise UserError(f"{file} is not readable as JSON: {error}", allowed=_SHAPE) from None
     if not isinstance(content, list):
         raise UserError(f"{file} holds a {type(content).__name__}", allowed=_SHAPE)
-    records = [_record(file, number, one, images) for number, one in enumerate(content) if not isinstance(one, dict) or one.get("image")]
+    records = [
+        _record(file, number, one, images)
+        for number, one in enumerate(content)
+        if not isinstance(one, dict) or one.get("image")
+    ]
     if not records:
         raise UserError(f"{file} holds no record with an image", allowed=_SHAPE)
     if len(records) < len(content):
-        print(f"{file}: {len(content) - len(records)} of {len(content)} records have no image and are left out", flush=True)
+        print(
+            f"{file}: {len(content) - len(records)} of {len(content)} records have no image and are left out",
+            flush=True,
+        )
     gone = [record for record in records if not record.place.path.is_file()]
     if gone:
         raise UserError(
@@ -105,13 +118,16 @@ def _record(file: Path, number: int, found: Any, images: Path) -> Record:
         if speaker != ("human", "gpt")[place % 2] or not isinstance(value, str):
             raise wrong(f"has in turn {place + 1} `from` {speaker!r}")
         if value.count(IMAGE) != (place == 0):
-            raise wrong(f"has the mark {IMAGE} {value.count(IMAGE)} times in turn {place + 1}: once in the first is wanted")
+            raise wrong(
+                f"has the mark {IMAGE} {value.count(IMAGE)} times in turn {place + 1}: once in the first is wanted"
+            )
         values.append(value.strip())
     path = images / found["image"]
     return Record(name, FilePlace.of_file(path) if path.is_file() else FilePlace(path, 0, 0), values)
 
 
-# ---- prompt: Conversations as LLaVA-1.5 writes them (its template `v1`): for training here and, saved with the tokenizer, for every evaluation.
+# ---- prompt: Conversations as LLaVA-1.5 writes them (its template `v1`): for training here and, saved with the
+# tokenizer, for every evaluation.
 #
 # T tokens of a conversation, the image's tokens among them.
 
@@ -154,7 +170,9 @@ def written(turns: list[str], end: str) -> tuple[str, list[tuple[int, int]]]:
     return text, spans
 
 
-def conversation_ids(turns: list[str], tokenizer: Any, image_token: int, image_tokens: int, most: int) -> tuple[list[int], list[int]]:
+def conversation_ids(
+    turns: list[str], tokenizer: Any, image_token: int, image_tokens: int, most: int
+) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation; learnt are gpt's turns with their end tokens.
 
     Args:
@@ -186,7 +204,9 @@ def conversation_ids(turns: list[str], tokenizer: Any, image_token: int, image_t
 
 @dataclass(frozen=True)
 class TalkBatch:
-    """images: uint8 [B, S, S, 3]. talk: int64 [B, T, 2], ids and labels, padded with the end token and IGNORED. bad: none ever."""
+    """images: uint8 [B, S, S, 3]. talk: int64 [B, T, 2], ids and labels, padded with the end token and IGNORED. bad:
+    none ever.
+    """
 
     images: Tensor
     talk: Tensor

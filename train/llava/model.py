@@ -25,10 +25,11 @@ from train.evals.captioner import LanguageModel
 from train.export.export import export_encoder
 from train.llava.data import IMAGE, TEMPLATE
 
-# ---- llava: An exported tower and a language model, put together as transformers' LLaVA, with a fresh projector as all that is trained.
+# ---- llava: An exported tower and a language model, put together as transformers' LLaVA, with a fresh projector as all
+# that is trained.
 #
-# The tower is a CLIPVisionModel or ViTModel (`train export --format hf`): LLaVA wants hidden states [B, 1 + N, W], class token first.
-# B batch, N patches, W width.
+# The tower is a CLIPVisionModel or ViTModel (`train export --format hf`): LLaVA wants hidden states [B, 1 + N, W],
+# class token first. B batch, N patches, W width.
 
 
 TOWERS = ("CLIPVisionModel", "ViTModel")
@@ -41,7 +42,11 @@ def load_tower(folder: Path) -> "PreTrainedModel":
         UserError: there is none, weights are missing, or it is of a class whose hidden states LLaVA cannot take.
     """
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json", allowed="a folder of `train export ENCODER --format hf`", mend="mend the path")
+        raise UserError(
+            f"{folder} has no config.json",
+            allowed="a folder of `train export ENCODER --format hf`",
+            mend="mend the path",
+        )
     tower = load_vision_model(folder)
     if type(tower).__name__ not in TOWERS:
         raise UserError(
@@ -61,13 +66,16 @@ def build_llava(
     layer: int = -2,
     select: Literal["default", "full"] = "default",
 ) -> "LlavaForConditionalGeneration":
-    """Tower, projector and language model as one. Only the projector, two linear layers drawn from torch's seed, takes gradients.
+    """Tower, projector and language model as one. Only the projector, two linear layers drawn from torch's seed, takes
+    gradients.
 
     Args:
         tower: CLIPVisionModel or ViTModel, see `load_tower`; taken as it is, not copied.
-        language_model: a causal language model of transformers; taken as it is. Its embedding grows where `image_token_id` is beyond it.
+        language_model: a causal language model of transformers; taken as it is. Its embedding grows where
+            `image_token_id` is beyond it.
         image_token_id: the token that stands for one patch; a prompt holds `config.image_seq_length` of them an image.
-        layer: hidden states that are projected: -1 the last block's, -2 the one's before (LLaVA 1.5); without the tower's final norm.
+        layer: hidden states that are projected: -1 the last block's, -2 the one's before (LLaVA 1.5); without the
+            tower's final norm.
         select: `default` leaves the class token out, `full` keeps it.
 
     Raises:
@@ -78,21 +86,32 @@ def build_llava(
 
     depth = getattr(tower.config, "num_hidden_layers", 0)
     if type(tower).__name__ not in TOWERS:
-        raise UserError(f"transformers' LLaVA cannot take a {type(tower).__name__} as its tower", allowed=", ".join(TOWERS))
+        raise UserError(
+            f"transformers' LLaVA cannot take a {type(tower).__name__} as its tower", allowed=", ".join(TOWERS)
+        )
     if not -depth - 1 <= layer <= depth:
-        raise UserError(f"the tower has no hidden states {layer}", allowed=f"{-depth - 1} to {depth}: the embeddings, and {depth} blocks")
+        raise UserError(
+            f"the tower has no hidden states {layer}",
+            allowed=f"{-depth - 1} to {depth}: the embeddings, and {depth} blocks",
+        )
     if image_token_id >= language_model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
         language_model.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
     text_config = copy.deepcopy(language_model.config)
     decoder, head = language_model.get_decoder(), cast(torch.nn.Linear, language_model.get_output_embeddings())
     if text_config.tie_word_embeddings and not hasattr(decoder, "embed_tokens"):
-        text_config.tie_word_embeddings = False  # LLaVA ties by LLaMA's names only: others' heads become tensors of their own
+        text_config.tie_word_embeddings = (
+            False  # LLaVA ties by LLaMA's names only: others' heads become tensors of their own
+        )
         head = copy.deepcopy(head)
     side = tower.config.image_size // tower.config.patch_size
     config = LlavaConfig(
-        vision_config=tower.config, text_config=text_config, image_token_index=image_token_id, vision_feature_layer=layer,
-        image_seq_length=side**2 + (select == "full"), vision_feature_select_strategy=select,
-    )  # fmt: skip
+        vision_config=tower.config,
+        text_config=text_config,
+        image_token_index=image_token_id,
+        vision_feature_layer=layer,
+        image_seq_length=side**2 + (select == "full"),
+        vision_feature_select_strategy=select,
+    )
     with torch.device("meta"):  # no second copy of a large language model
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower, model.model.language_model, model.lm_head = tower, decoder, head
@@ -106,7 +125,9 @@ def build_llava(
 
 
 def _unread_pooler(config: Any) -> torch.nn.Module:
-    """ViTModel's pooler, zeros: LLaVA's class builds one when it loads, though nothing reads it, and would tell of missing weights."""
+    """ViTModel's pooler, zeros: LLaVA's class builds one when it loads, though nothing reads it, and would tell of
+    missing weights.
+    """
     from transformers.models.vit.modeling_vit import ViTPooler
 
     pooler = ViTPooler(config)
@@ -119,7 +140,9 @@ _SHORTEST_TEXT = 32  # tokens beside the image's that a conversation has at the 
 
 
 class Assembled(NamedTuple):
-    """`model`: LlavaForConditionalGeneration, its projector alone trained. `processor`: LlavaProcessor. `form`: the tower's images."""
+    """`model`: LlavaForConditionalGeneration, its projector alone trained. `processor`: LlavaProcessor. `form`: the
+    tower's images.
+    """
 
     model: Any
     processor: Any
@@ -167,7 +190,9 @@ def assemble(tower: Path, language: LanguageModel, settings: Llava, seed: int) -
 
     tokenizer = language.tokenizer
     if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer in {language.name} has no tokenizer.json", mend="save it with transformers' AutoTokenizer")
+        raise UserError(
+            f"the tokenizer in {language.name} has no tokenizer.json", mend="save it with transformers' AutoTokenizer"
+        )
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     tokenizer.chat_template = TEMPLATE
     if tokenizer.pad_token_id is None:
@@ -185,7 +210,11 @@ def assemble(tower: Path, language: LanguageModel, settings: Llava, seed: int) -
             allowed=f"at least {model.config.image_seq_length + _SHORTEST_TEXT}",
         )
     processor = LlavaProcessor(
-        AutoImageProcessor.from_pretrained(tower, local_files_only=True), tokenizer, patch_size=net.config.patch_size,
-        vision_feature_select_strategy=select, chat_template=TEMPLATE, num_additional_image_tokens=1,
-    )  # fmt: skip
+        AutoImageProcessor.from_pretrained(tower, local_files_only=True),
+        tokenizer,
+        patch_size=net.config.patch_size,
+        vision_feature_select_strategy=select,
+        chat_template=TEMPLATE,
+        num_additional_image_tokens=1,
+    )
     return Assembled(model, processor, image_form(tower))

@@ -1,4 +1,5 @@
-"""`train llava`: a projector between a frozen tower and a frozen language model, written as transformers and lmms-eval load it.
+"""`train llava`: a projector between a frozen tower and a frozen language model, written as transformers and lmms-eval
+load it.
 
 tower, language model -> LlavaForConditionalGeneration -> loop (Projecting, AdamW) on LLaVA's records -> OUT, loaded back
 """
@@ -28,13 +29,23 @@ from train.trainer import train_model
 MARK = "llava.json"
 """What a folder of ours holds: no other is ever replaced."""
 TASKS = {
-    "VQAv2": "vqav2_val", "GQA": "gqa", "VizWiz": "vizwiz_vqa_val", "TextVQA": "textvqa_val", "SciQA": "scienceqa_img",
-    "MMBench": "mmbench_en_dev", "MME": "mme", "POPE": "pope", "MMMU": "mmmu_val", "SEED": "seedbench",
-}  # fmt: skip
+    "VQAv2": "vqav2_val",
+    "GQA": "gqa",
+    "VizWiz": "vizwiz_vqa_val",
+    "TextVQA": "textvqa_val",
+    "SciQA": "scienceqa_img",
+    "MMBench": "mmbench_en_dev",
+    "MME": "mme",
+    "POPE": "pope",
+    "MMMU": "mmmu_val",
+    "SEED": "seedbench",
+}
 """The paper's ten benchmarks, and what lmms-eval calls them."""
 
 
-def train_llava(asked: EncoderSpec, language: Path, data: str, images: Path | None, pipeline: Pipeline, out: Path) -> bool:
+def train_llava(
+    asked: EncoderSpec, language: Path, data: str, images: Path | None, pipeline: Pipeline, out: Path
+) -> bool:
     """Train a projector, or resume its training, and write the whole model into `out`.
 
     Args:
@@ -59,19 +70,36 @@ def train_llava(asked: EncoderSpec, language: Path, data: str, images: Path | No
         weights = weights_fingerprint(held.model)  # before the image's token joins its embedding
         parts = assemble(tower, held, pipeline.llava, settings.runtime.seed)
         projecting = Projecting(parts.model.to(world.device))
-        facts = {"language_model_weights": weights, **_facts(asked, language, data, records, parts, pipeline.llava, settings)}
+        facts = {
+            "language_model_weights": weights,
+            **_facts(asked, language, data, records, parts, pipeline.llava, settings),
+        }
         identity = fingerprint(facts)
-        if not _train(projecting, parts, records, pipeline.llava, settings, folder / identity, identity, world, stopping):
+        if not _train(
+            projecting, parts, records, pipeline.llava, settings, folder / identity, identity, world, stopping
+        ):
             return False
         if world.is_first:
             write_llava(parts, facts, out)
-            print(f"{out}: loaded back by transformers, the same logits. The paper's ten benchmarks ({', '.join(TASKS)}):\n{command(out)}")
+            print(
+                f"{out}: loaded back by transformers, the same logits. The paper's ten benchmarks ({', '.join(TASKS)}):\n{command(out)}"
+            )
     return True
 
 
 def command(out: Path) -> str:
     """The command of lmms-eval for the paper's benchmarks."""
-    words = ["python3", "-m", "lmms_eval", "--model", "llava_hf", "--model_args", f"pretrained={out}", "--tasks", ",".join(TASKS.values())]
+    words = [
+        "python3",
+        "-m",
+        "lmms_eval",
+        "--model",
+        "llava_hf",
+        "--model_args",
+        f"pretrained={out}",
+        "--tasks",
+        ",".join(TASKS.values()),
+    ]
     return shlex.join([*words, "--batch_size", "1", "--output_path", f"{out}.lmms-eval"])
 
 
@@ -92,7 +120,9 @@ def write_llava(parts: Assembled, facts: dict[str, Any], out: Path) -> None:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         talk = [{"role": "user", "content": f"{IMAGE}\nWhat is this?"}]
         text = processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        ids = processor.tokenizer(text.replace(IMAGE, IMAGE * model.config.image_seq_length), return_tensors="pt")["input_ids"]
+        ids = processor.tokenizer(text.replace(IMAGE, IMAGE * model.config.image_seq_length), return_tensors="pt")[
+            "input_ids"
+        ]
         pixels = torch.randn(1, 3, parts.form.side, parts.form.side, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             wanted, found = (one(input_ids=ids, pixel_values=pixels).logits.float() for one in (model, read))
@@ -108,9 +138,16 @@ def write_llava(parts: Assembled, facts: dict[str, Any], out: Path) -> None:
 
 
 def _train(
-    projecting: Projecting, parts: Assembled, records: list[Record], llava: Llava, settings: Train, run: Path, identity: str, world: World,
+    projecting: Projecting,
+    parts: Assembled,
+    records: list[Record],
+    llava: Llava,
+    settings: Train,
+    run: Path,
+    identity: str,
+    world: World,
     stopping: Callable[[], bool],
-) -> bool:  # fmt: skip
+) -> bool:
     tokenizer, config = parts.processor.tokenizer, parts.model.config
 
     most = min(llava.max_tokens, getattr(config.text_config, "max_position_embeddings", None) or llava.max_tokens)
@@ -136,7 +173,13 @@ def _trainer_settings(train: Train, llava: Llava) -> Train:
 
 
 def _facts(
-    asked: EncoderSpec, language: Path, data: str, records: list[Record], parts: Assembled, llava: Llava, settings: Train
+    asked: EncoderSpec,
+    language: Path,
+    data: str,
+    records: list[Record],
+    parts: Assembled,
+    llava: Llava,
+    settings: Train,
 ) -> dict[str, Any]:
     files = [[file.name, file.stat().st_size] for file in sorted(language.iterdir()) if file.is_file()]
     return {
@@ -146,7 +189,9 @@ def _facts(
         "language_model_files": fingerprint(files),
         "data": data,
         "records": len(records),
-        "records_fingerprint": fingerprint([[record.name, record.place.size_bytes, record.turns] for record in records]),
+        "records_fingerprint": fingerprint(
+            [[record.name, record.place.size_bytes, record.turns] for record in records]
+        ),
         "settings": llava.model_dump(),
         "seed": settings.runtime.seed,
         "lmms_eval": TASKS,

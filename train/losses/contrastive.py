@@ -1,11 +1,12 @@
-"""CLIP's loss over the batch of all ranks (arXiv 2103.00020; open_clip/loss.py, ClipLoss with local_loss and gather_with_grad).
+"""CLIP's loss over the batch of all ranks (arXiv 2103.00020; open_clip/loss.py, ClipLoss with local_loss and
+gather_with_grad).
 
     logits = scale * images texts'      rows and columns: the pairs of all ranks
     loss   = (mean of the rows' cross-entropy against the diagonal + the same of the columns) / 2
 
-Each rank computes the rows of its own images and the columns of its own texts, so that no rank holds all logits; gathered features carry
-gradients back to the rank that they came from. The mean of the ranks' losses is the loss of the whole batch, and so are the gradients that
-DDP and FSDP average.
+Each rank computes the rows of its own images and the columns of its own texts, so that no rank holds all logits;
+gathered features carry gradients back to the rank that they came from. The mean of the ranks' losses is the loss of the
+whole batch, and so are the gradients that DDP and FSDP average.
 
 B pairs of this rank, G of all ranks, D width of the common space.
 """
@@ -20,12 +21,15 @@ from torch.nn import functional
 from train.losses.distributed import ranks, sum_over
 
 
-def contrastive_loss(images: Tensor, texts: Tensor, valid: Tensor, scale: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def contrastive_loss(
+    images: Tensor, texts: Tensor, valid: Tensor, scale: Tensor, group: dist.ProcessGroup | None
+) -> Tensor:
     """This rank's part of the loss, a scalar; the mean over ranks is the loss.
 
     Args:
         images, texts: unit vectors [B, D], pair by pair.
-        valid: bool [B]. A sample that is no pair (a damaged image, a caption without tokens) has no loss and is nobody's negative.
+        valid: bool [B]. A sample that is no pair (a damaged image, a caption without tokens) has no loss and is
+            nobody's negative.
         scale: of the cosines, a scalar.
         group: the ranks; None: this one alone.
 

@@ -1,8 +1,8 @@
 """The head's classes divided among the ranks: who has which, and what is gathered and summed for that.
 
-Every rank takes the features of all ranks and makes its own classes' logits. So the gradients of its classes are complete where they are
-made, and neither the head's weight nor its gradient, V x W numbers, is ever sent: only features, their gradients, label ids and, for losses
-that compare classes, a few numbers a sample.
+Every rank takes the features of all ranks and makes its own classes' logits. So the gradients of its classes are
+complete where they are made, and neither the head's weight nor its gradient, V x W numbers, is ever sent: only
+features, their gradients, label ids and, for losses that compare classes, a few numbers a sample.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,9 @@ def split_of(weight: torch.Tensor) -> Split | None:
 
 
 def can_split(vocabulary: int, ranks: int) -> bool:
-    """Whether every rank gets a class: classes are dealt out in equal parts, and what is left over to the last rank is less."""
+    """Whether every rank gets a class: classes are dealt out in equal parts, and what is left over to the last rank is
+    less.
+    """
     return ranks > 1 and (ranks - 1) * _widest(vocabulary, ranks) < vocabulary
 
 

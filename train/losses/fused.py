@@ -12,12 +12,15 @@ Compute = Callable[[tuple[bool, ...]], tuple[torch.Tensor, list[torch.Tensor | N
 class _Fused(torch.autograd.Function):
     """The gradients are made with the loss; backward multiplies them by what comes from above and gives them away.
 
-    They are as large as the head: a copy would cost as much memory again, and its first touch some hundredths of a second. So a second
+    They are as large as the head: a copy would cost as much memory again, and its first touch some hundredths of a
+        second. So a second
     backward pass over a retained graph computes them anew.
     """
 
     @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, compute: Compute) -> torch.Tensor:
+    def forward(
+        ctx: Any, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, compute: Compute
+    ) -> torch.Tensor:
         ctx.compute, ctx.dtypes = compute, (features.dtype, weight.dtype, bias.dtype)
         loss, ctx.gradients = compute(ctx.needs_input_grad[:3])
         return loss
@@ -60,11 +63,19 @@ def product_type(features: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     kind = weight.device.type
     if weight.dtype == torch.float64:
         return torch.float64
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.promote_types(features.dtype, weight.dtype)
+    dtype = (
+        torch.get_autocast_dtype(kind)
+        if torch.is_autocast_enabled(kind)
+        else torch.promote_types(features.dtype, weight.dtype)
+    )
     return torch.float32 if kind == "cpu" and dtype != torch.float32 and not fast_on_cpu(dtype) else dtype
 
 
 def fast_on_cpu(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of a 16-bit type by instructions of its own."""
-    asked = torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    asked = (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported
+        if dtype == torch.bfloat16
+        else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    )
     return asked()

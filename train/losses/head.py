@@ -14,9 +14,10 @@ from train.losses.distributed import Split
 
 # ---- blocks: How many rows are taken at once: chunks by the memory budget, blocks within a chunk by the cache.
 #
-# The products want large chunks. What is done element by element (maximum, exponential, sum, scaling: five and more readings) wants
-# few rows, which stay in the cache from the first reading to the last: 1 MiB for each thread on a CPU (a quarter of it makes the threads wait
-# for each other four times as often; twice as much, with what asl keeps beside it, is too large for the cache).
+# The products want large chunks. What is done element by element (maximum, exponential, sum, scaling: five and more
+# readings) wants few rows, which stay in the cache from the first reading to the last: 1 MiB for each thread on a CPU
+# (a quarter of it makes the threads wait for each other four times as often; twice as much, with what asl keeps beside
+# it, is too large for the cache).
 
 
 _CPU_BLOCK_BYTES = 1 << 20
@@ -61,8 +62,8 @@ def float_blocks(logits: torch.Tensor, keep: bool, whole: bool = False) -> Itera
 class Positives:
     """The labels of some rows, in places of fixed number so that nothing has to wait for a GPU.
 
-    A place that holds no label (padding, an id said twice) repeats the row's first label: writing into
-    the logits there does no harm, since the same value is written as for that label. Sums leave such places out by `valid`.
+    A place that holds no label (padding, an id said twice) repeats the row's first label: writing into the logits there
+    does no harm, since the same value is written as for that label. Sums leave such places out by `valid`.
 
     Attributes:
         ids: int64 [B, K]; 0 in rows without any label.
@@ -82,13 +83,17 @@ class Positives:
         return Positives(self.ids[rows], self.shares[rows], self.valid[rows], self.counts[rows], self.weighted[rows])
 
     def of_classes(self, first: int, count: int) -> "Positives":
-        """Only the labels among `count` classes from `first` on, which become 0; shares and counts stay those of all labels."""
+        """Only the labels among `count` classes from `first` on, which become 0; shares and counts stay those of all
+        labels.
+        """
         valid = self.valid & (self.ids >= first) & (self.ids < first + count)
         ids, shares = _fill(self.ids - first, self.shares, valid)
         return Positives(ids, shares, valid, self.counts, self.weighted)
 
     def put(self, logits: torch.Tensor, values: torch.Tensor) -> None:
-        """Write [B, K], of the logits' type, into contiguous logits [B, V] at the labels; `scatter_` would copy all of bf16."""
+        """Write [B, K], of the logits' type, into contiguous logits [B, V] at the labels; `scatter_` would copy all of
+        bf16.
+        """
         rows = torch.arange(len(logits), device=logits.device)[:, None]
         logits.put_(self.ids + rows * logits.shape[1], values)
 
@@ -128,7 +133,8 @@ def _fill(ids: torch.Tensor, shares: torch.Tensor, valid: torch.Tensor) -> tuple
 
 
 RowLoss = Callable[[torch.Tensor, Positives, bool], torch.Tensor]
-"""Logits [R, V], the rows' labels, whether gradients are wanted -> losses [R]; then the logits hold d loss / d logits."""
+"""Logits [R, V], the rows' labels, whether gradients are wanted -> losses [R]; then the logits hold d loss / d logits.
+"""
 
 _PRODUCT_ROWS = 4096
 _SUMMED_ROWS = 16
@@ -149,9 +155,16 @@ class Head:
     """
 
     def __init__(
-        self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, needs: tuple[bool, ...], dtype: torch.dtype, memory: int,
-        buffer: torch.Tensor | None = None, split: Split | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        features: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        needs: tuple[bool, ...],
+        dtype: torch.dtype,
+        memory: int,
+        buffer: torch.Tensor | None = None,
+        split: Split | None = None,
+    ) -> None:
         self.features, self.weight, self.bias = features.to(dtype), weight.to(dtype), bias.to(dtype)
         self.memory, self.split = memory, split
         self.sums = torch.float64 if dtype == torch.float64 else torch.float32
@@ -199,7 +212,8 @@ class Head:
             beside: bytes a logit that the loss needs for itself where it takes a chunk as a whole.
         """
         losses = self.features.new_empty(len(self.features), dtype=self.sums)
-        # Ranks that ask each other in every chunk need the same chunks, and room for a chunk in float32 as well (`float_blocks`, whole).
+        # Ranks that ask each other in every chunk need the same chunks, and room for a chunk in float32 as well
+        # (`float_blocks`, whole).
         size, columns = self.features.element_size(), len(self.weight)
         if self.split is not None:
             size, columns = size + 4 * (size < 4) + beside, self.split.widest
@@ -228,7 +242,9 @@ class Head:
         losses = self.features.new_empty(len(ids), dtype=self.sums)
         for part in chunks(len(ids), len(self.features), self.features.element_size(), self.memory):
             logits = self._chunk(len(ids[part]), len(self.features))
-            losses[part] = loss(torch.addmm(self.bias[ids[part], None], self.weight[ids[part]], self.features.T, out=logits), part)
+            losses[part] = loss(
+                torch.addmm(self.bias[ids[part], None], self.weight[ids[part]], self.features.T, out=logits), part
+            )
         return losses
 
     def _chunk(self, rows: int, columns: int) -> torch.Tensor:
@@ -249,7 +265,9 @@ def _column_sums(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, first: bool) -> None:
-    """into += scale * left @ right (=, the first time); where `into` is of a finer type, part by part: no second [V, W] is made."""
+    """into += scale * left @ right (=, the first time); where `into` is of a finer type, part by part: no second [V, W]
+    is made.
+    """
     if into.dtype == left.dtype:
         into.addmm_(left, right, alpha=scale, beta=0.0 if first else 1.0)
         return
@@ -259,12 +277,13 @@ def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sca
         torch.mul(product, scale, out=into[rows]) if first else into[rows].add_(product, alpha=scale)
 
 
-# ---- classwise: Losses that take every class by itself, such as binary cross-entropy and the asymmetric loss. R rows, V vocabulary, K label limit.
+# ---- classwise: Losses that take every class by itself, such as binary cross-entropy and the asymmetric loss. R rows,
+# V vocabulary, K label limit.
 #
-# Each is the loss of a row without labels, one dense reduction, and a correction at the labels. The dense part sees -inf at the labels,
-# where a loss of negatives is 0: nothing large is added and taken away again. IDF weighs the positives (Positives.weights, mean 1 over a
-# row's labels, so that positives and negatives keep their balance); the paper compares these losses without IDF and says nothing of it.
-# A row without labels is all negatives.
+# Each is the loss of a row without labels, one dense reduction, and a correction at the labels. The dense part sees
+# -inf at the labels, where a loss of negatives is 0: nothing large is added and taken away again. IDF weighs the
+# positives (Positives.weights, mean 1 over a row's labels, so that positives and negatives keep their balance); the
+# paper compares these losses without IDF and says nothing of it. A row without labels is all negatives.
 
 
 _HALVINGS = 6
@@ -273,8 +292,8 @@ _HALVINGS = 6
 def softplus_sum(x: torch.Tensor) -> torch.Tensor:
     """sum_c log(1 + e^x_c) of every row of [R, V], as max(x, 0) + log1p(e^-|x|): one logarithm for 64 classes.
 
-    (1 + a)(1 + b) = 1 + (a + b + ab): the product's excess over 1 is kept, not the product, so that no small e^x is lost beside the 1.
-    torch's log1p takes 5 ns a value, more than all else together.
+    (1 + a)(1 + b) = 1 + (a + b + ab): the product's excess over 1 is kept, not the product, so that no small e^x is
+    lost beside the 1. torch's log1p takes 5 ns a value, more than all else together.
     """
     losses = x.relu().sum(dim=1)
     excess = x.abs().neg_().exp_()

@@ -27,17 +27,21 @@ class HeadLoss(nn.Module):
         super().__init__()
         self.settings = settings
         self._batch_loss = kind(settings.name).batch_loss
-        self._buffer: torch.Tensor | None = None  # kept from step to step: touching fresh memory costs more than using it
+        self._buffer: torch.Tensor | None = (
+            None  # kept from step to step: touching fresh memory costs more than using it
+        )
         # Not a part of the weights: it comes from OUT, whose fingerprint every checkpoint names.
         self.register_buffer("idf", idf if settings.idf else torch.ones_like(idf), persistent=False)
 
-    def forward(self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, label_ids: torch.Tensor
+    ) -> torch.Tensor:
         """Mean loss of a batch. Its gradients are computed here, and are exact under autocast as under float32.
 
         Args:
             features: [B, W], after the head's norm.
-            weight, bias: [V, W] and [V], of the head's linear layer; where they are split by class (train/distributed.py), all ranks call this
-                together, and each gets the loss of all ranks' samples.
+            weight, bias: [V, W] and [V], of the head's linear layer; where they are split by class
+                (train/distributed.py), all ranks call this together, and each gets the loss of all ranks' samples.
             label_ids: int [B, K], padded with PAD_ID.
 
         Returns:
@@ -50,7 +54,11 @@ class HeadLoss(nn.Module):
 
         def compute(needs: tuple[bool, ...]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
             with torch.autocast(weight.device.type, enabled=False):
-                rows, ids = (features, label_ids) if split is None else (split.gather(features.to(dtype)), split.gather(label_ids))
+                rows, ids = (
+                    (features, label_ids)
+                    if split is None
+                    else (split.gather(features.to(dtype)), split.gather(label_ids))
+                )
                 head = Head(rows, weight, bias, needs, dtype, self.settings.memory, self._buffer, split)
                 labels = positives(ids, self.idf.to(head.sums))
                 if split is not None:
@@ -59,7 +67,9 @@ class HeadLoss(nn.Module):
                 self._buffer = head.buffer
                 if split is not None:
                     sum_over(loss, split.group)
-                    if into_features is not None:  # the mean over the ranks is taken of the trunk's gradients, and of them alone
+                    if (
+                        into_features is not None
+                    ):  # the mean over the ranks is taken of the trunk's gradients, and of them alone
                         into_features = split.sum_own(into_features).mul_(ranks(split.group))
                 return loss, [into_features, *into_head]
 

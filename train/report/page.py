@@ -56,9 +56,24 @@ def _overview(runs: Sequence[Run]) -> Section:
     for run in runs:
         rate, wait, mfu = (run.weighed(key) for key in ("samples_per_s", "data_wait", "mfu"))
         seen = f"{short_number(run.samples)} ({run.samples / run.budget:.0%})"
-        numbers = [_or_dash(run.last_loss(), "{:.3f}"), format_seconds(run.seconds()), _or_dash(rate, "{:,.0f}"), _or_dash(wait, "{:.1%}")]
+        numbers = [
+            _or_dash(run.last_loss(), "{:.3f}"),
+            format_seconds(run.seconds()),
+            _or_dash(rate, "{:,.0f}"),
+            _or_dash(wait, "{:.1%}"),
+        ]
         rows.append([run.name, seen, *numbers, _or_dash(mfu, "{:.1%}"), f"{run.skipped:,}", f"{run.bad_images:,}"])
-    columns = ["Run", "#Samples seen", "#Loss (nats)", "#Time", "#Samples/s", "#Data wait", "#MFU", "#Skipped steps", "#Bad images"]
+    columns = [
+        "Run",
+        "#Samples seen",
+        "#Loss (nats)",
+        "#Time",
+        "#Samples/s",
+        "#Data wait",
+        "#MFU",
+        "#Skipped steps",
+        "#Bad images",
+    ]
     note = "Loss: mean of the last 1% of steps. Losses of different kinds or of different labels cannot be compared."
     return Section("runs", "Runs", join([table(columns, rows, caption="All runs"), paragraph(note, muted=True)]))
 
@@ -86,7 +101,9 @@ def _speed(runs: Sequence[Run]) -> Html:
         curves = throughput_curves(runs, key, factor)
         if curves:
             top = max(max(curve.ys) for curve in curves)
-            charts.append(line_chart(title, Axis("samples seen", low=0.0), Axis(label, low=0.0, high=top * 1.05 or 1.0), curves))
+            charts.append(
+                line_chart(title, Axis("samples seen", low=0.0), Axis(label, low=0.0, high=top * 1.05 or 1.0), curves)
+            )
     if not charts:
         return paragraph("No throughput is logged yet.")
     if all(run.weighed("mfu") is None for run in runs):
@@ -100,7 +117,9 @@ def _recipe(runs: Sequence[Run]) -> Html:
         lead = "Keys that differ between the runs." if rows else "All runs have the same recipe."
     else:
         lead = "Keys that differ from the built-in defaults." if rows else "The built-in defaults."
-    shown = table(["Key", *(run.name for run in runs)], rows, caption=lead.removesuffix(".")) if rows else paragraph(lead)
+    shown = (
+        table(["Key", *(run.name for run in runs)], rows, caption=lead.removesuffix(".")) if rows else paragraph(lead)
+    )
     whole = [
         details(
             f"The whole recipe of {run.name}",
@@ -118,7 +137,11 @@ def _recipe(runs: Sequence[Run]) -> Html:
 def _value(value: object) -> str:
     if value is None:
         return "-"
-    return short_number(value) if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)
+    return (
+        short_number(value)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000
+        else str(value)
+    )
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -1,4 +1,6 @@
-"""Result JSONs of `train probe | fewshot | ... | eval` -> rows -> tables, with the paper's figures (published.json) next to them."""
+"""Result JSONs of `train probe | fewshot | ... | eval` -> rows -> tables, with the paper's figures (published.json)
+next to them.
+"""
 
 import json
 import statistics
@@ -66,7 +68,9 @@ def read_results(paths: Sequence[Path], *, may_be_none: bool = False) -> list[Ro
                 mend="give the path of the evaluation's `--out`",
             )
         files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-        results = {file.resolve(): content for file in files if (content := _result(file, named=file == path)) is not None}
+        results = {
+            file.resolve(): content for file in files if (content := _result(file, named=file == path)) is not None
+        }
         if not results and not may_be_none:
             raise UserError(
                 f"{path} holds no result",
@@ -115,7 +119,9 @@ def _rows(file: Path, content: dict[str, Any], protocols: dict[str, str]) -> Ite
 
 def readout_of(description: dict[str, Any]) -> str | None:
     """Layer and pool of an encoder's description, in words; None if it has none."""
-    return f"layer {description['layer']}, pool {description['pool']}" if {"layer", "pool"} <= description.keys() else None
+    return (
+        f"layer {description['layer']}, pool {description['pool']}" if {"layer", "pool"} <= description.keys() else None
+    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,9 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of an ablation: `published` figures by column; `where`: keys of the runs of this line (see `matches`), empty: none."""
+    """A line of an ablation: `published` figures by column; `where`: keys of the runs of this line (see `matches`),
+    empty: none.
+    """
 
     name: str
     published: list[float | None]
@@ -164,7 +172,9 @@ class Published:
 def published() -> Published:
     """Read published.json."""
     content = json.loads(resources.files("train.report").joinpath("published.json").read_text("utf8"))
-    benchmarks = [Benchmark(**{**one, "rows": [(name, value) for name, value in one["rows"]]}) for one in content["benchmarks"]]
+    benchmarks = [
+        Benchmark(**{**one, "rows": [(name, value) for name, value in one["rows"]]}) for one in content["benchmarks"]
+    ]
     ablations = [Ablation(**{**one, "rows": [Line(**line) for line in one["rows"]]}) for one in content["ablations"]]
     return Published(content["source"], benchmarks, ablations)
 
@@ -175,7 +185,9 @@ def is_of(row: Row, data: Sequence[str], protocol: str) -> bool:
 
 
 def is_variant(row: Row, protocol: str) -> bool:
-    """Whether a row is of a protocol or a variant of it, e.g. `probe, MAE's recipe`; a suite writes its name and a colon first."""
+    """Whether a row is of a protocol or a variant of it, e.g. `probe, MAE's recipe`; a suite writes its name and a
+    colon first.
+    """
     return row.variant.rpartition(": ")[2].partition(",")[0].partition(" (")[0] == protocol
 
 
@@ -187,7 +199,9 @@ def matches(run: Run, line: Line) -> bool:
 
 @dataclass(frozen=True)
 class AblationResults:
-    """Own results for an ablation: `columns` (data, variant); `cells`: one row for each line, in the order of the columns."""
+    """Own results for an ablation: `columns` (data, variant); `cells`: one row for each line, in the order of the
+    columns.
+    """
 
     columns: list[tuple[str, str]]
     cells: list[list[str]]
@@ -201,7 +215,10 @@ def measured(ablation: Ablation, runs: Sequence[Run], rows: Sequence[Row]) -> Ab
     kinds = [{run.path.resolve() for run in runs if matches(run, line)} for line in ablation.rows]
     own = [row for row in rows if row.run and any(is_variant(row, column) for column in ablation.columns)]
     columns = list(dict.fromkeys((row.data, row.variant) for row in own if any(row.run in kind for kind in kinds)))
-    cells = [[_cell([row for row in own if row.run in kind and (row.data, row.variant) == column]) for column in columns] for kind in kinds]
+    cells = [
+        [_cell([row for row in own if row.run in kind and (row.data, row.variant) == column]) for column in columns]
+        for kind in kinds
+    ]
     return AblationResults(columns, cells) if sum(any(cell != "-" for cell in line) for line in cells) > 1 else None
 
 
@@ -218,8 +235,13 @@ def _cell(rows: list[Row]) -> str:
 def measured_tables(rows: Sequence[Row], paper: Published) -> Html:
     """A table for each data set: a row for each encoder, a column for each variant of a protocol."""
     if not rows:
-        return paragraph("No results: add --results with result JSONs (of train probe, fewshot, finetune, caption, eval), or their folder.")
-    blocks = [_block(data, [row for row in rows if row.data == data], paper.benchmarks) for data in dict.fromkeys(row.data for row in rows)]
+        return paragraph(
+            "No results: add --results with result JSONs (of train probe, fewshot, finetune, caption, eval), or their folder."
+        )
+    blocks = [
+        _block(data, [row for row in rows if row.data == data], paper.benchmarks)
+        for data in dict.fromkeys(row.data for row in rows)
+    ]
     units = "Accuracies and recalls in percent; ± is the standard deviation over seeds."
     return join([paragraph(units, muted=True), *blocks, details("All metrics", _all_metrics(rows))])
 
@@ -230,7 +252,9 @@ def paper_tables(runs: Sequence[Run], rows: Sequence[Row], paper: Published) -> 
         "As published, in percent. If two or more of the runs above differ in what a table compares, the table shows their results too. "
         "They are of another size and other data: compare the order, not the values."
     )
-    return join([paragraph(text), *(_ablation(one, runs, rows) for one in paper.ablations), paragraph(paper.source, muted=True)])
+    return join(
+        [paragraph(text), *(_ablation(one, runs, rows) for one in paper.ablations), paragraph(paper.source, muted=True)]
+    )
 
 
 def _block(data: str, rows: Sequence[Row], benchmarks: Sequence[Benchmark]) -> Html:
@@ -244,9 +268,20 @@ def _block(data: str, rows: Sequence[Row], benchmarks: Sequence[Benchmark]) -> H
         row_cells = [cells.get((encoder, variant)) or cells.get((encoder, encoder)) for variant in variants]
         lines.append([tag("code", encoder), *(_value(row, row.main) if row else "-" for row in row_cells)])
     names = [f"#{variant}" + (f" ({metric})" if (metric := _metric(rows, variant)) else "") for variant in variants]
-    matching = [benchmark for benchmark in benchmarks if any(is_of(row, benchmark.data, benchmark.protocol) for row in rows)]
-    published_tables = [table(["Published", "#Figure"], benchmark.rows, caption=f"Published: {benchmark.title}") for benchmark in matching]
-    return join([tag("h3", data), table(["Encoder", *names], lines, caption="Measured", label=f"Measured on {data}"), *published_tables])
+    matching = [
+        benchmark for benchmark in benchmarks if any(is_of(row, benchmark.data, benchmark.protocol) for row in rows)
+    ]
+    published_tables = [
+        table(["Published", "#Figure"], benchmark.rows, caption=f"Published: {benchmark.title}")
+        for benchmark in matching
+    ]
+    return join(
+        [
+            tag("h3", data),
+            table(["Encoder", *names], lines, caption="Measured", label=f"Measured on {data}"),
+            *published_tables,
+        ]
+    )
 
 
 def _metric(rows: Sequence[Row], variant: str) -> str:
@@ -273,7 +308,11 @@ def _all_metrics(rows: Sequence[Row]) -> Html:
         for row in rows
         for name in row.metrics
     ]
-    return table(["Data", "Encoder", "Variant", "Metric", "#Value", "#Seeds", "Protocol"], lines, caption="Every metric of every result")
+    return table(
+        ["Data", "Encoder", "Variant", "Metric", "#Value", "#Seeds", "Protocol"],
+        lines,
+        caption="Every metric of every result",
+    )
 
 
 def _published(value: float | None) -> str:
@@ -289,4 +328,9 @@ def _ablation(ablation: Ablation, runs: Sequence[Run], rows: Sequence[Row]) -> H
     for place, line in enumerate(ablation.rows):
         numbers = [_published(value) for value in line.published]
         lines.append([line.name, *numbers, *(own.cells[place] if own else [])])
-    return join([tag("h3", ablation.title), table(columns, lines, caption=ablation.setting, label=f"{ablation.title}: {ablation.setting}")])
+    return join(
+        [
+            tag("h3", ablation.title),
+            table(columns, lines, caption=ablation.setting, label=f"{ablation.title}: {ablation.setting}"),
+        ]
+    )

@@ -95,7 +95,9 @@ class Run:
 
     def last_loss(self, share: float = 0.01) -> float | None:
         """The mean loss over the last `share` of the steps, without skipped steps."""
-        tail = [line["loss"] for line in self.steps[-max(1, round(share * len(self.steps))) :] if line["loss"] is not None]
+        tail = [
+            line["loss"] for line in self.steps[-max(1, round(share * len(self.steps))) :] if line["loss"] is not None
+        ]
         return sum(tail) / len(tail) if tail else None
 
 
@@ -114,7 +116,11 @@ def _read(path: Path, name: str) -> Run:
     for file in ("config.yaml", "metrics.jsonl"):
         if not (path / file).is_file():
             reason = f"it has no {file}" if path.is_dir() else "there is no such folder"
-            raise UserError(f"{path} is not a run: {reason}", allowed="a folder written by `train run --out`", mend="correct the path")
+            raise UserError(
+                f"{path} is not a run: {reason}",
+                allowed="a folder written by `train run --out`",
+                mend="correct the path",
+            )
     facts = _json(path / "data.json") if (path / "data.json").is_file() else {}
     lines = _lines(path / "metrics.jsonl")
     steps, throughput = [line for line in lines if "loss" in line], [line for line in lines if "samples_per_s" in line]
@@ -143,7 +149,11 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
         sides = [defaults, {key: value for key, value in runs[0].recipe.items() if not key.startswith("data.")}]
     keys = dict.fromkeys(key for side in sides for key in side)
     rows = [(key, [side.get(key) for side in sides]) for key in keys]
-    return [(key, values[-len(runs) :]) for key, values in rows if any(value != values[0] for value in values) and values[-1] is not None]
+    return [
+        (key, values[-len(runs) :])
+        for key, values in rows
+        if any(value != values[0] for value in values) and values[-1] is not None
+    ]
 
 
 def _names(paths: list[Path]) -> dict[Path, str]:
@@ -188,7 +198,8 @@ def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def loss_curves(runs: Sequence[Run], shown: Sequence[Run]) -> list[Series]:
-    """Curves of the runs in `shown`: means of neighbouring steps without the skipped ones, and for a single run its steps too.
+    """Curves of the runs in `shown`: means of neighbouring steps without the skipped ones, and for a single run its
+    steps too.
 
     The position in `runs` decides a curve's colour.
     """

@@ -30,7 +30,9 @@ def _in_lanes(compare_16: Callable[..., Scalar]) -> Callable[..., Scalar]:
 
     @inlined
     def compare(ids: np.ndarray, at: Scalar, lanes: int, token: Scalar) -> Scalar:
-        """A bit for each of ids[at : at + lanes] for which it holds, the first lowest. `lanes`: a number that the compiler knows."""
+        """A bit for each of ids[at : at + lanes] for which it holds, the first lowest. `lanes`: a number that the
+        compiler knows.
+        """
         found = compare_16(ids, at, token)
         for lane in range(16, lanes, 16):
             found |= compare_16(ids, at + lane, token) << np.uint64(lane)
@@ -46,8 +48,8 @@ _equal, _less = _in_lanes(equal_16), _in_lanes(less_16)
 def _few_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, lanes: int, out: np.ndarray, at: Scalar) -> Scalar:
     """Write the distinct ids of ids[begin : begin + count], ascending, to out from `at` on; where they end.
 
-    An id's place is the number of smaller ones, of each only its first; no branch depends on the ids. `lanes`: as many as `count` or more,
-    all of which are read.
+    An id's place is the number of smaller ones, of each only its first; no branch depends on the ids. `lanes`: as many
+    as `count` or more, all of which are read.
     """
     firsts = ~_ZERO >> np.uint64(_WORD - count)
     for i in range(count):
@@ -96,7 +98,12 @@ def _ranked_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, out: np.ndar
 
 @njit(nogil=True, cache=True)
 def gather(
-    rows: np.ndarray, counts: np.ndarray, ids: np.ndarray, offsets: np.ndarray, label_ids: np.ndarray, label_offsets: np.ndarray
+    rows: np.ndarray,
+    counts: np.ndarray,
+    ids: np.ndarray,
+    offsets: np.ndarray,
+    label_ids: np.ndarray,
+    label_offsets: np.ndarray,
 ) -> None:
     """Close the gaps between rows int32 [R, L] of counts int64 [R] ids each, and make the label sets.
 

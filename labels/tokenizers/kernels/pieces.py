@@ -24,9 +24,10 @@ from labels.tokenizers.kernels.table import (
     resolve_known,
 )
 
-# Flags of a block. JOINED: a piece is looked up with the space before it, if there is one. STRICT: a caption with a space at its
-# beginning, its end or next to another is slow. RUNS: it is not, but the spaces too many are a piece: all at the end of a caption, all
-# but the last one elsewhere. MARKUP: a caption with both `&` and `<`, or longer than ftfy takes at once, is slow.
+# Flags of a block. JOINED: a piece is looked up with the space before it, if there is one. STRICT: a caption with a
+# space at its beginning, its end or next to another is slow. RUNS: it is not, but the spaces too many are a piece: all
+# at the end of a caption, all but the last one elsewhere. MARKUP: a caption with both `&` and `<`, or longer than ftfy
+# takes at once, is slow.
 JOINED, STRICT, RUNS, MARKUP = 1, 2, 4, 8
 # A longer piece makes its caption slow: it hardly ever comes twice.
 MAX_PIECE_BYTES = 256
@@ -104,7 +105,9 @@ def _encode_caption(
         at, size = _queue_pieces(words.slots, text, begin, at, end, flags, queue)
         if at == SLOW:
             return SLOW, missed
-        _, count, missed = resolve_known(words.slots, words.letters, words.ids, text, queue, 0, size, rows, row, count, missing, missed)
+        _, count, missed = resolve_known(
+            words.slots, words.letters, words.ids, text, queue, 0, size, rows, row, count, missing, missed
+        )
         if count == SLOW:
             return SLOW, missed
     return (WAITING if missed > before else count), missed
@@ -121,7 +124,9 @@ def encode_pieces(
     counts: np.ndarray,
     missing: np.ndarray,
 ) -> int:
-    """Encode the captions `pending` of a block into out int32 [R, L] and counts int64 [R]; the number of missing pieces."""
+    """Encode the captions `pending` of a block into out int32 [R, L] and counts int64 [R]; the number of missing
+    pieces.
+    """
     missed, queue = 0, new_queue(1)
     for row in pending:
         begin, end = offsets[row], offsets[row + 1]
@@ -133,7 +138,9 @@ def encode_pieces(
 
 
 @njit(nogil=True, cache=True)
-def add_known(words: Words, text: np.ndarray, ends: np.ndarray, ids: np.ndarray, id_ends: np.ndarray, unsafe: np.ndarray) -> None:
+def add_known(
+    words: Words, text: np.ndarray, ends: np.ndarray, ids: np.ndarray, id_ends: np.ndarray, unsafe: np.ndarray
+) -> None:
     """Add P pieces: text uint8 [B] and ends int64 [P]; ids int64 and id_ends int64 [P]; unsafe int64 [P], 0 or UNSAFE."""
     begin, first_id = 0, 0
     for piece in range(len(ends)):

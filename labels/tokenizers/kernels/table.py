@@ -1,10 +1,11 @@
-"""The table of known words that all compiled paths look up, and what its kernels are made of: loads, bit counts, the queue of look-ups.
+"""The table of known words that all compiled paths look up, and what its kernels are made of: loads, bit counts, the
+queue of look-ups.
 
     a word's bytes -> `keys`: two columns of 64 bits -> `home`: its first slot -> `enqueue`: fetched from memory, not yet read
     -> `resolve_known`: the exact word, found by its own bytes -> its ids into the row; a word that is not there is reported
 
-The table is open addressing over the words' own bytes, so that a look-up is exact and makes no object. The words of several captions
-are queued before the first is resolved, so that the cache misses overlap.
+The table is open addressing over the words' own bytes, so that a look-up is exact and makes no object. The words of
+several captions are queued before the first is resolved, so that the cache misses overlap.
 
 Shapes: B bytes of text, S slots, Q queued words, M missing pieces, R captions (rows), L ids a caption at most.
 """
@@ -22,14 +23,16 @@ from labels.native import njit
 # A NumPy or Python number: they are the same to the compiler, but not to a type checker.
 Scalar = Any
 
-# numba counts an atomic reference up and down for every array that a function is given, inlined or not: four fifths of the time of a
-# look-up that is a handful of instructions. These functions only borrow what their callers hold; they make and return no arrays.
-# The option is underscored, but numba's own way (numba/core/options.py) since the first of its runtime.
+# numba counts an atomic reference up and down for every array that a function is given, inlined or not: four fifths of
+# the time of a look-up that is a handful of instructions. These functions only borrow what their callers hold; they
+# make and return no arrays. The option is underscored, but numba's own way (numba/core/options.py) since the first of
+# its runtime.
 _BORROWING: dict[str, Any] = {"nogil": True, "_nrt": False}
 compiled = njit(**_BORROWING)
 inlined = njit(forceinline=True, **_BORROWING)
 
-# In place of a number of ids: captions that wait for unknown pieces; captions, and pieces, that belong to the slow path.
+# In place of a number of ids: captions that wait for unknown pieces; captions, and pieces, that belong to the slow
+# path.
 WAITING, SLOW = -1, -2
 UNSAFE = 0xFFFF
 
@@ -66,7 +69,9 @@ def load(typingctx: Any, text: Any, at: Any) -> Any:
 
 @intrinsic
 def prefetch(typingctx: Any, array: Any, at: Any) -> Any:
-    """Have the cache line of array[at] fetched from memory while other work goes on; the caller has looked that it is there."""
+    """Have the cache line of array[at] fetched from memory while other work goes on; the caller has looked that it is
+    there.
+    """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -105,7 +110,9 @@ def _comparing(relation: str) -> Any:
 
     @intrinsic
     def compare(typingctx: Any, numbers: Any, at: Any, number: Any) -> Any:
-        """A bit for each of int32 numbers[at : at + 16] that is equal to (less than) one, the first lowest; all 16 are read."""
+        """A bit for each of int32 numbers[at : at + 16] that is equal to (less than) one, the first lowest; all 16 are
+        read.
+        """
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             array = context.make_array(signature.args[0])(context, builder, arguments[0])
@@ -134,7 +141,8 @@ def lowest_bytes(value: Scalar, count: Scalar) -> Scalar:
 
 @inlined
 def leading_letters(text: np.ndarray, at: Scalar) -> tuple[Scalar, Scalar]:
-    """How many of the eight bytes from `at` on, up to the first that is none, are ASCII letters; and these in lower case as one number.
+    """How many of the eight bytes from `at` on, up to the first that is none, are ASCII letters; and these in lower
+    case as one number.
 
     Any byte from 0x80 on is no letter; what its carry does above it is behind the first that is none.
     """
@@ -149,9 +157,9 @@ class Words(NamedTuple):
     """Open-addressing table of words and pieces with their ids.
 
     Attributes:
-        slots: uint64 [4 S], S a power of two, in fours: bytes 0-7; bytes 8-15 (of more than 16: hash of all from 8 on); length,
-            number of ids (16 bits each) and place in `letters` (32 bits); up to two ids, or where they begin in `ids`.
-            Length 0 is an empty slot.
+        slots: uint64 [4 S], S a power of two, in fours: bytes 0-7; bytes 8-15 (of more than 16: hash of all from 8 on);
+            length, number of ids (16 bits each) and place in `letters` (32 bits); up to two ids, or where they begin in
+            `ids`. Length 0 is an empty slot.
         letters: uint8, the bytes of words of more than 16, so that two words with one hash differ.
         ids: int32, the ids of words of more than two.
         fill: int64 [4]: words, bytes of `letters`, items of `ids` in use; and 1 if a word found no room.
@@ -191,7 +199,14 @@ def _home(first: Scalar, second: Scalar, length: Scalar) -> Scalar:
 
 @inlined
 def find(
-    slots: np.ndarray, letters: np.ndarray, text: np.ndarray, begin: Scalar, end: Scalar, fold: Scalar, first: Scalar, second: Scalar
+    slots: np.ndarray,
+    letters: np.ndarray,
+    text: np.ndarray,
+    begin: Scalar,
+    end: Scalar,
+    fold: Scalar,
+    first: Scalar,
+    second: Scalar,
 ) -> int:
     """Where the slot of text[begin:end] begins in `slots`, or -1 - the beginning of the free slot where it would be."""
     return find_from(slots, letters, text, begin, end, fold, first, second, home(slots, end - begin, first, second))
@@ -254,7 +269,11 @@ def insert(
     letters = length if length > 16 else 0
     listed = count if 2 < count < UNSAFE else 0
     fill = words.fill
-    if (fill[0] + 1) * 8 > len(words.slots) or fill[1] + letters > len(words.letters) or fill[2] + listed > len(words.ids):
+    if (
+        (fill[0] + 1) * 8 > len(words.slots)
+        or fill[1] + letters > len(words.letters)
+        or fill[2] + listed > len(words.ids)
+    ):
         fill[3] = 1
         return
     for i in range(letters):
@@ -318,7 +337,14 @@ def new_queue(captions: int) -> np.ndarray:
 
 @inlined
 def enqueue(
-    slots: np.ndarray, queue: np.ndarray, size: Scalar, begin: Scalar, end: Scalar, kind: Scalar, first: Scalar, second: Scalar
+    slots: np.ndarray,
+    queue: np.ndarray,
+    size: Scalar,
+    begin: Scalar,
+    end: Scalar,
+    kind: Scalar,
+    first: Scalar,
+    second: Scalar,
 ) -> Scalar:
     """Queue text[begin:end] behind `size` words, for which there has to be room; the new size."""
     slot = home(slots, end - begin, first, second)
@@ -356,10 +382,11 @@ def resolve_known(
     missing: np.ndarray,
     missed: Scalar,
 ) -> tuple[Scalar, Scalar, Scalar]:
-    """Append the ids of queue[item:last], words of one caption, to rows[row], up to the first word that is not in the table.
+    """Append the ids of queue[item:last], words of one caption, to rows[row], up to the first word that is not in the
+    table.
 
-    Pieces that are not in it are appended to missing int64 [M, 2] (begin, end). All of them are looked at, even past the limit, since one
-    unsafe piece may change how the whole caption is read.
+    Pieces that are not in it are appended to missing int64 [M, 2] (begin, end). All of them are looked at, even past
+    the limit, since one unsafe piece may change how the whole caption is read.
 
     Returns:
         where it stopped (`last`, or an unknown word); the new number of ids, or SLOW; the new number of missing pieces.

@@ -77,7 +77,9 @@ def contraction(text: np.ndarray, begin: Scalar, end: Scalar) -> int:
     if begin + 2 == end:
         return 0
     second = text[begin + 2] | 0x20
-    pair = ((first == ord("r") or first == ord("v")) and second == ord("e")) or (first == ord("l") and second == ord("l"))
+    pair = ((first == ord("r") or first == ord("v")) and second == ord("e")) or (
+        first == ord("l") and second == ord("l")
+    )
     return 3 if pair else 0
 
 
@@ -102,7 +104,9 @@ def scan_letters(text: np.ndarray, begin: Scalar, end: Scalar) -> tuple[Scalar, 
 
 
 @compiled
-def _scan_each(text: np.ndarray, begin: Scalar, at: Scalar, end: Scalar, first: Scalar, second: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+def _scan_each(
+    text: np.ndarray, begin: Scalar, at: Scalar, end: Scalar, first: Scalar, second: Scalar
+) -> tuple[Scalar, Scalar, Scalar]:
     """The same byte by byte from `at` on: at the end of the text or the caption, and in long words."""
     while at < end:
         byte = np.uint32(text[at]) | _CASE
@@ -230,7 +234,9 @@ def merge(merges: Merges, text: np.ndarray, begin: Scalar, end: Scalar, fold: Sc
 def _queue_plain(
     slots: np.ndarray, text: np.ndarray, at: Scalar, end: Scalar, queue: np.ndarray, size: Scalar, room: Scalar
 ) -> tuple[Scalar, Scalar]:
-    """Queue the words of plain ASCII (printable and white space); where it stopped (`end`, or there was no room), and the new size."""
+    """Queue the words of plain ASCII (printable and white space); where it stopped (`end`, or there was no room), and
+    the new size.
+    """
     while at < end and size < room:
         if text[at] <= 0x20:
             at += 1
@@ -245,7 +251,9 @@ def _queue_plain(
 def _queue_mixed(
     slots: np.ndarray, text: np.ndarray, at: Scalar, end: Scalar, queue: np.ndarray, size: Scalar, room: Scalar
 ) -> tuple[Scalar, Scalar]:
-    """The same for a caption beyond plain ASCII: of each piece that is, the whole; SLOW instead of a place if one is too long."""
+    """The same for a caption beyond plain ASCII: of each piece that is, the whole; SLOW instead of a place if one is
+    too long.
+    """
     while at < end and size < room:
         odd = at
         while odd < end and text[odd] < 0x80 and text[odd] != 0x26:
@@ -285,10 +293,14 @@ def _resolve(
     missing: np.ndarray,
     missed: Scalar,
 ) -> tuple[Scalar, Scalar]:
-    """Append the ids of queue[item:last] to rows[row], learning unknown words; the number of ids, or SLOW, and of missing pieces."""
+    """Append the ids of queue[item:last] to rows[row], learning unknown words; the number of ids, or SLOW, and of
+    missing pieces.
+    """
     slots, letters, listed, limit = words.slots, words.letters, words.ids, rows.shape[1]
     while True:
-        item, count, missed = resolve_known(slots, letters, listed, text, queue, item, last, rows, row, count, missing, missed)
+        item, count, missed = resolve_known(
+            slots, letters, listed, text, queue, item, last, rows, row, count, missing, missed
+        )
         if count == SLOW or item == last:
             return count, missed
         begin, end, fold, first, second, start = queued(queue, item)
@@ -308,9 +320,17 @@ def _resolve(
 
 @compiled
 def _encode_block(
-    words: Words, merges: Merges, text: np.ndarray, offsets: np.ndarray, pending: np.ndarray, out: np.ndarray, counts: np.ndarray,
-    missing: np.ndarray, queue: np.ndarray, group: np.ndarray,
-) -> Scalar:  # fmt: skip
+    words: Words,
+    merges: Merges,
+    text: np.ndarray,
+    offsets: np.ndarray,
+    pending: np.ndarray,
+    out: np.ndarray,
+    counts: np.ndarray,
+    missing: np.ndarray,
+    queue: np.ndarray,
+    group: np.ndarray,
+) -> Scalar:
     """Encode some captions of a block.
 
     Args:
@@ -350,7 +370,13 @@ def _encode_block(
                 count, missed = _resolve(words, merges, text, queue, item, ends[number], out, row, 0, missing, missed)
             item = ends[number]
             # What the queue had no room for: long captions.
-            while kinds[number] != SLOW and at != SLOW and at < end and count != SLOW and (kinds[number] == 1 or count < out.shape[1]):
+            while (
+                kinds[number] != SLOW
+                and at != SLOW
+                and at < end
+                and count != SLOW
+                and (kinds[number] == 1 or count < out.shape[1])
+            ):
                 if kinds[number] == 0:
                     at, last = _queue_plain(slots, text, at, end, queue, size, size + QUEUED_WORDS)
                 else:

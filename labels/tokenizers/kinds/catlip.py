@@ -5,9 +5,10 @@
     WordNet: index.noun (lemma -> offsets of its senses), data.noun (offset -> words of the synset), noun.exc (irregular plurals)
     -> word -> lemma, as NLTK's lemmatizer does it -> its first sense, if that is named `lemma.n.01`
 
-A synset is named by its first word; so the first sense of a lemma is `lemma.n.01` exactly if the lemma is its first word.
-The paper does not say how words are cut, and its code was not available: a word is a run of letters and digits.
-The vocabulary file is JSON: type `catlip`, wordnet (SHA-256 of the three noun files), min_count (captions), synsets (ascending).
+A synset is named by its first word; so the first sense of a lemma is `lemma.n.01` exactly if the lemma is its first
+word. The paper does not say how words are cut, and its code was not available: a word is a run of letters and digits.
+The vocabulary file is JSON: type `catlip`, wordnet (SHA-256 of the three noun files), min_count (captions), synsets
+(ascending).
 """
 
 from __future__ import annotations
@@ -43,7 +44,17 @@ _MEND = "apt-get install wordnet-base, or `python -m nltk.downloader wordnet` an
 # A longer word is no noun: its endings would be taken off one by one, in quadratic time.
 _MAX_LETTERS = 100
 # Morphy's rules for nouns, in its order.
-_ENDINGS = (("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y"))
+_ENDINGS = (
+    ("s", ""),
+    ("ses", "s"),
+    ("ves", "f"),
+    ("xes", "x"),
+    ("zes", "z"),
+    ("ches", "ch"),
+    ("shes", "sh"),
+    ("men", "man"),
+    ("ies", "y"),
+)
 
 
 @cache
@@ -72,9 +83,14 @@ def read_vocabulary(file: Path) -> dict[str, Any] | None:
     if value is None or value.get("type") != _TYPE:
         return None
     synsets = value.get("synsets")
-    sound = isinstance(synsets, list) and all(isinstance(name, str) for name in synsets) and synsets == sorted(set(synsets))
+    sound = (
+        isinstance(synsets, list) and all(isinstance(name, str) for name in synsets) and synsets == sorted(set(synsets))
+    )
     if not sound or not synsets or not isinstance(value.get("wordnet"), str):
-        raise UserError(f"labels.tokenizer: {file} is a damaged CatLIP vocabulary", mend="make it again with train-tokenizer --kind catlip")
+        raise UserError(
+            f"labels.tokenizer: {file} is a damaged CatLIP vocabulary",
+            mend="make it again with train-tokenizer --kind catlip",
+        )
     return value
 
 
@@ -84,13 +100,20 @@ def write_vocabulary(path: Path, nouns: Nouns, synsets: list[str], min_count: in
 
 
 class CatlipTokenizer:
-    """Captions to synset ids. Attributes: see `labels.tokenizers.tokenizer.Tokenizer`; `nouns`, the WordNet that is used."""
+    """Captions to synset ids. Attributes: see `labels.tokenizers.tokenizer.Tokenizer`; `nouns`, the WordNet that is
+    used.
+    """
 
     name = _TYPE
     path: Literal["fast", "plain"] = "fast"
 
     def __init__(
-        self, vocabulary: dict[str, Any], wordnet: str, *, without_stop_words: bool = False, max_known: int = _MAX_KNOWN_PIECES
+        self,
+        vocabulary: dict[str, Any],
+        wordnet: str,
+        *,
+        without_stop_words: bool = False,
+        max_known: int = _MAX_KNOWN_PIECES,
     ) -> None:
         """
         Args:
@@ -119,7 +142,9 @@ class CatlipTokenizer:
         self._ids = {name: number for number, name in enumerate(self.tokens)}
         versions = {"ftfy": ftfy.__version__, "regex": regex.__version__}
         removed = {"stop_words": sorted(stop_words())} if without_stop_words else {}
-        self.fingerprint = fingerprint({"name": _TYPE, "wordnet": self.nouns.sha256, "tokens": self.tokens, **versions, **removed})
+        self.fingerprint = fingerprint(
+            {"name": _TYPE, "wordnet": self.nouns.sha256, "tokens": self.tokens, **versions, **removed}
+        )
 
     @classmethod
     def of_all_nouns(cls, wordnet: str) -> CatlipTokenizer:
@@ -185,13 +210,17 @@ class Nouns:
             UserError: the files in `folder` are not WordNet 3's.
         """
         index, data, exceptions = (_read(folder / name) for name in _FILES)
-        self.sha256 = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in (index, data, exceptions))).hexdigest()
+        self.sha256 = hashlib.sha256(
+            b"".join(hashlib.sha256(part).digest() for part in (index, data, exceptions))
+        ).hexdigest()
         try:
             first_words = dict(map(_first_word, _lines(data)))
             self._named = {lemma: first_words[offset] == lemma for lemma, offset in map(_first_sense, _lines(index))}
             self._exceptions = {word: lemmas for word, *lemmas in map(str.split, _lines(exceptions))}
         except (ValueError, IndexError, KeyError) as error:
-            raise UserError(f"labels.wordnet: the files in {folder} are not WordNet 3's: {error!r}", mend=_MEND) from None
+            raise UserError(
+                f"labels.wordnet: the files in {folder} are not WordNet 3's: {error!r}", mend=_MEND
+            ) from None
         self.synsets = sorted(f"{lemma}.n.01" for lemma, named in self._named.items() if named)
 
     def lemma(self, word: str) -> str:
@@ -233,7 +262,12 @@ def load_nouns(setting: str) -> Nouns:
 
 
 def _usual_folders() -> list[Path]:
-    roots = [*os.environ.get("NLTK_DATA", "").split(os.pathsep), "~/nltk_data", "/usr/share/nltk_data", "/usr/local/share/nltk_data"]
+    roots = [
+        *os.environ.get("NLTK_DATA", "").split(os.pathsep),
+        "~/nltk_data",
+        "/usr/share/nltk_data",
+        "/usr/local/share/nltk_data",
+    ]
     return [Path("/usr/share/wordnet"), *(Path(root).expanduser() / "corpora" / "wordnet" for root in roots if root)]
 
 
@@ -259,7 +293,9 @@ def _first_sense(line: str) -> tuple[str, str]:
 
 
 def _first_word(line: str) -> tuple[str, str]:
-    """A line of data.noun to its offset and the first word of the synset: offset lex_filenum ss_type w_cnt word lex_id ..."""
+    """A line of data.noun to its offset and the first word of the synset: offset lex_filenum ss_type w_cnt word lex_id
+    ...
+    """
     offset, _, _, _, word, _ = line.split(" ", 5)
     return offset, word.lower()
 

@@ -3,8 +3,10 @@
     caption -> clip_clean -> words by CLIP's pattern -> table of known words -> ids
                                     a word not in the table -> byte-pair merges, once -> into the table
 
-The words of a caption are encoded one by one, so a table of whole words changes no id. There are two ways, with the same ids: `FastWords`,
-compiled, and `ClipTokenizer.encode_slowly`, which is the reference, and which takes the few captions that can only be cleaned as a whole.
+The words of a caption are encoded one by one, so a table of whole words changes no id. There are two ways, with the
+    same ids: `FastWords`,
+compiled, and `ClipTokenizer.encode_slowly`, which is the reference, and which takes the few captions that can only be
+cleaned as a whole.
 
     FastWords: captions -> encode_block -> missing pieces -> clean_piece, split, add_pieces -> encode_block again
 """
@@ -63,9 +65,17 @@ def _character_map() -> dict[int, str]:
     from ftfy.chardata import CONTROL_CHARS, DOUBLE_QUOTE_RE, LIGATURES, SINGLE_QUOTE_RE, WIDTH_MAP
     from ftfy.fixes import fix_latin_ligatures, fix_line_breaks, remove_control_chars, uncurl_quotes
 
-    quotes = [code for code in range(0x2BC, 0x2020) if SINGLE_QUOTE_RE.match(chr(code)) or DOUBLE_QUOTE_RE.match(chr(code))]
+    quotes = [
+        code for code in range(0x2BC, 0x2020) if SINGLE_QUOTE_RE.match(chr(code)) or DOUBLE_QUOTE_RE.match(chr(code))
+    ]
     changed = {*LIGATURES, *WIDTH_MAP, *CONTROL_CHARS, *quotes, 0x0D, 0x2028, 0x2029}
-    steps = fix_latin_ligatures, lambda text: text.translate(WIDTH_MAP), uncurl_quotes, fix_line_breaks, remove_control_chars
+    steps = (
+        fix_latin_ligatures,
+        lambda text: text.translate(WIDTH_MAP),
+        uncurl_quotes,
+        fix_line_breaks,
+        remove_control_chars,
+    )
     result = {}
     for code in changed:
         text = chr(code)
@@ -76,19 +86,22 @@ def _character_map() -> dict[int, str]:
 
 
 def clean_piece(piece: str) -> str | None:
-    """What `clip_clean` makes of a piece in any caption that does not hold both `&` and `<`; None where its rest may matter.
+    """What `clip_clean` makes of a piece in any caption that does not hold both `&` and `<`; None where its rest may
+    matter.
 
-    `clip_clean` of a caption is that of its pieces, joined by spaces, since every step works on a character, or on neighbours
-    that no white space parts, save one: ftfy fixes the whole caption's encoding as soon as `is_bad` finds mojibake anywhere.
-    So a piece for which no neighbours can make `is_bad` true is cleaned here, alone and once; the rest is cleaned with its caption.
+    `clip_clean` of a caption is that of its pieces, joined by spaces, since every step works on a character, or on
+    neighbours that no white space parts, save one: ftfy fixes the whole caption's encoding as soon as `is_bad` finds
+    mojibake anywhere. So a piece for which no neighbours can make `is_bad` true is cleaned here, alone and once; the
+    rest is cleaned with its caption.
 
-    Why the steps are local, white space being tab, line feed, form feed, carriage return and space:
-    - is_bad: a pattern; white space in it stands only next to the non-ASCII characters it is about, never between two of
-      them, so a match has them all from one piece. `a ` before and ` a` behind allow all that any other neighbours allow.
-    - entities: their names hold no white space. A caption with both `&` and `<` is not cleaned piecewise (ftfy looks at both).
-    - ligatures, width, quotes, line breaks, control characters: one character at a time. Surrogates cannot be in UTF-8.
-    - normalisation: a space neither composes nor is reordered. Lower case: a final sigma is decided by the letters next to it.
-    tests/test_fast_ids.py holds every one of these sentences against ftfy, over all code points.
+    Why the steps are local, white space being tab, line feed, form feed, carriage return and space: - is_bad: a
+    pattern; white space in it stands only next to the non-ASCII characters it is about, never between two of
+      them, so a match has them all from one piece. `a ` before and ` a` behind allow all that any other neighbours
+      allow.
+    - entities: their names hold no white space. A caption with both `&` and `<` is not cleaned piecewise (ftfy looks at
+    both). - ligatures, width, quotes, line breaks, control characters: one character at a time. Surrogates cannot be in
+    UTF-8. - normalisation: a space neither composes nor is reordered. Lower case: a final sigma is decided by the
+    letters next to it. tests/test_fast_ids.py holds every one of these sentences against ftfy, over all code points.
 
     Args:
         piece: one or more characters, none of them ASCII white space or an ASCII control character, no lone surrogates.
@@ -136,15 +149,24 @@ class ClipTokenizer:
 
         merges = _read_merges()
         alphabet = _byte_alphabet()
-        self.tokens: list[str] = [*alphabet, *(symbol + "</w>" for symbol in alphabet), *("".join(pair) for pair in merges), *_SPECIALS]
+        self.tokens: list[str] = [
+            *alphabet,
+            *(symbol + "</w>" for symbol in alphabet),
+            *("".join(pair) for pair in merges),
+            *_SPECIALS,
+        ]
         self.excluded = np.array([len(self.tokens) - 2, len(self.tokens) - 1], dtype=np.int32)
         self._dropped = sorted(stop_words() | set(_CONTRACTIONS)) if without_stop_words else []
         versions = {"ftfy": ftfy.__version__, "regex": regex.__version__}
         removed = {"stop_words": self._dropped} if without_stop_words else {}
-        self.fingerprint = fingerprint({"name": self.name, "tokens": self.tokens, "pattern": word_pattern().pattern, **versions, **removed})
+        self.fingerprint = fingerprint(
+            {"name": self.name, "tokens": self.tokens, "pattern": word_pattern().pattern, **versions, **removed}
+        )
         self._merges = merges
         self._vocabulary = {token: token_id for token_id, token in enumerate(self.tokens)}
-        self._engine = BpeEngine(models.BPE(vocab=self._vocabulary, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix=""))
+        self._engine = BpeEngine(
+            models.BPE(vocab=self._vocabulary, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix="")
+        )
         self._engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._known: dict[str, tuple[int, ...]] = {}
 
@@ -200,7 +222,9 @@ class ClipTokenizer:
         if len(self._known) + len(words) > _MAX_KNOWN_WORDS:
             # Bounded memory on any input; the table only saves time, so starting over changes nothing.
             self._known = {}
-        batch = sorted(word for word in words if word not in self._known)  # `words - keys` would walk all the known ones
+        batch = sorted(
+            word for word in words if word not in self._known
+        )  # `words - keys` would walk all the known ones
         for word, encoding in zip(batch, self._engine.encode_batch(batch, add_special_tokens=False), strict=True):
             self._known[word] = tuple(encoding.ids)
 
@@ -208,7 +232,9 @@ class ClipTokenizer:
 class FastWords(FastPath):
     """Captions to ids by a table of CLIP's words, the same ids as the slow path."""
 
-    def __init__(self, merges: Merges, split: Callable[[str], list[str]], slow: Slow, max_words: int, dropped: Iterable[str] = ()) -> None:
+    def __init__(
+        self, merges: Merges, split: Callable[[str], list[str]], slow: Slow, max_words: int, dropped: Iterable[str] = ()
+    ) -> None:
         """
         Args:
             merges: the byte-pair merges, see `byte_pairs`.
@@ -226,7 +252,9 @@ class FastWords(FastPath):
     def _start_table(self) -> None:
         self._add([(word.encode("ascii"), True, []) for word in self._dropped])
 
-    def _encode(self, text: np.ndarray, offsets: np.ndarray, pending: np.ndarray, rows: np.ndarray, counts: np.ndarray) -> int:
+    def _encode(
+        self, text: np.ndarray, offsets: np.ndarray, pending: np.ndarray, rows: np.ndarray, counts: np.ndarray
+    ) -> int:
         from labels.tokenizers.kernels.words import encode_block
 
         return encode_block(self._words, self._merges, text, offsets, pending, rows, counts, self._missing)
@@ -263,7 +291,9 @@ class FastWords(FastPath):
         )
 
 
-def byte_pairs(inner: list[int], last: list[int], merges: list[tuple[int, int, int]], dropped: Iterable[int] = ()) -> Merges:
+def byte_pairs(
+    inner: list[int], last: list[int], merges: list[tuple[int, int, int]], dropped: Iterable[int] = ()
+) -> Merges:
     """Byte-pair merges for the kernel.
 
     Args:
@@ -292,7 +322,11 @@ def byte_pairs(inner: list[int], last: list[int], merges: list[tuple[int, int, i
 
 def make(settings: Labels) -> ClipTokenizer | None:
     """See labels/tokenizers/kinds/__init__.py."""
-    return ClipTokenizer(without_stop_words=settings.stop_words == "remove") if settings.tokenizer == ClipTokenizer.name else None
+    return (
+        ClipTokenizer(without_stop_words=settings.stop_words == "remove")
+        if settings.tokenizer == ClipTokenizer.name
+        else None
+    )
 
 
 def _read_merges() -> list[tuple[str, str]]:

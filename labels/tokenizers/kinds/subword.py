@@ -1,21 +1,23 @@
-"""Any tokenizer of the `tokenizers` library: WordPiece, unigram, byte-pair and word-level; its very ids, faster where that is proven.
+"""Any tokenizer of the `tokenizers` library: WordPiece, unigram, byte-pair and word-level; its very ids, faster where
+that is proven.
 
     caption -> stop words removed, if asked for -> pieces -> table of known pieces -> ids      (path `fast`)
                                             |  a new piece -> the library, once -> into the table
                                             +> the library, whole captions                     (path `plain`)
 
-`piece_rule` says whether a tokenizer gives a caption the ids of its pieces between single spaces, one after another.
-A tokenizer normalises the caption, cuts it into words, and encodes each word alone. Its ids are those of the pieces if
-- the normaliser works on characters, or on neighbours that no space parts; `Rule.allows` sees it do so for every piece, and
-- the cutting parts the text at every space, whatever stands next to it. Three kinds do, and nothing else is trusted:
+`piece_rule` says whether a tokenizer gives a caption the ids of its pieces between single spaces, one after another. A
+tokenizer normalises the caption, cuts it into words, and encodes each word alone. Its ids are those of the pieces if -
+the normaliser works on characters, or on neighbours that no space parts; `Rule.allows` sees it do so for every piece,
+and - the cutting parts the text at every space, whatever stands next to it. Three kinds do, and nothing else is
+trusted:
   DROPPING  white space is removed first, then each word is taken alone (BERT, Whitespace, CLIP's pattern): any piece, any space.
   MARKING   a word begins with the space before it (ByteLevel, GPT's patterns, Metaspace): no white space but spaces. Those too
-            many in a row are a piece of their own, unless the normaliser is after them. If the first word is given a space
-            too, all pieces are alike; else a piece is JOINED to the space before it.
+            many in a row are a piece of their own, unless the normaliser is after them. If the first word is given a
+            space too, all pieces are alike; else a piece is JOINED to the space before it.
   WHOLE     no cutting, but a BPE none of whose tokens has a space mark behind another character, so that no merge crosses
             one (LLaMA): single spaces, no other white space.
-White space is what Python takes for it, which is more than the `tokenizers` library does. tests/test_tokenizers.py holds all this
-against the library over all of Unicode.
+White space is what Python takes for it, which is more than the `tokenizers` library does. tests/test_tokenizers.py
+holds all this against the library over all of Unicode.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ _AT_ONCE = 4096
 _MARK, _BYTE_SPACE = "\u2581", "\u0120"
 _CUTTING = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
 _BY_CHARACTER = ("BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Precompiled")
-# CLIP's words, with and without its special tokens, in its own tokenizer.json: matches hold no white space, the rest is removed.
+# CLIP's words, with and without its special tokens, in its own tokenizer.json: matches hold no white space, the rest is
+# removed.
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _WORDS = (_CLIP_WORDS, r"<\|startoftext\|>|<\|endoftext\|>|" + _CLIP_WORDS)
 # The patterns of GPT-2, of cl100k and LLaMA 3, and of Qwen 2: a space is only ever the first character of a match.
@@ -89,7 +92,11 @@ class SubwordTokenizer:
             self.tokens[number] = token
         self.excluded = self._find_excluded(vocabulary)
         # What comes after the ids are known has no part in them.
-        content = {key: value for key, value in self._parts.items() if key not in ("truncation", "padding", "post_processor", "decoder")}
+        content = {
+            key: value
+            for key, value in self._parts.items()
+            if key not in ("truncation", "padding", "post_processor", "decoder")
+        }
         removed = {"stop_words": sorted(stop_words()), "regex": regex.__version__} if without_stop_words else {}
         self.fingerprint = fingerprint({"tokenizer": content, "library": tokenizers.__version__, **removed})
         rule = piece_rule(engine)
@@ -179,9 +186,9 @@ class SubwordTokenizer:
     @staticmethod
     def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
         counts = np.concatenate([np.empty(0, np.int64), *(np.diff(offsets) for _, offsets in parts)])
-        return np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in parts)]), np.concatenate([[0], np.cumsum(counts)]).astype(
-            np.int64
-        )
+        return np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in parts)]), np.concatenate(
+            [[0], np.cumsum(counts)]
+        ).astype(np.int64)
 
 
 def make(settings: Labels) -> SubwordTokenizer:
@@ -190,7 +197,9 @@ def make(settings: Labels) -> SubwordTokenizer:
     Raises:
         UserError: there is no such tokenizer.
     """
-    return SubwordTokenizer(load_engine(find_source(settings.tokenizer)), without_stop_words=settings.stop_words == "remove")
+    return SubwordTokenizer(
+        load_engine(find_source(settings.tokenizer)), without_stop_words=settings.stop_words == "remove"
+    )
 
 
 def _in_parts(captions: Captions) -> Iterator[list[str]]:
@@ -266,7 +275,9 @@ def piece_rule(engine: Engine) -> Rule | None:
         marks = 0 if pre_tokenizers[-1]["type"] == "Metaspace" else None
     if flags is None or not (whole or all(_is_local(step, flags) for step in normalizers)):
         return None
-    spaced = any(step["type"] == "Strip" or (step["type"] == "Replace" and "Regex" in step["pattern"]) for step in normalizers)
+    spaced = any(
+        step["type"] == "Strip" or (step["type"] == "Replace" and "Regex" in step["pattern"]) for step in normalizers
+    )
     if flags & RUNS and spaced:
         flags &= ~RUNS
     normalizer = engine.normalizer
@@ -304,7 +315,11 @@ def _marking(steps: Sequence[dict[str, Any]], model: dict[str, Any]) -> int | No
             return None
         return STRICT | (RUNS if last["split"] else 0) | (0 if last["prepend_scheme"] == "always" else JOINED)
     if len(steps) == 2 and steps[0]["type"] == "Split" and last["type"] == "ByteLevel":
-        known = steps[0]["pattern"].get("Regex") in _MARKING and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]
+        known = (
+            steps[0]["pattern"].get("Regex") in _MARKING
+            and steps[0]["behavior"] == "Isolated"
+            and not steps[0]["invert"]
+        )
         return STRICT | RUNS | JOINED if known and not last["use_regex"] and not last["add_prefix_space"] else None
     return None
 
@@ -331,7 +346,9 @@ def _is_local(step: dict[str, Any], flags: int) -> bool:
         literal, pattern = step["pattern"].get("String"), step["pattern"].get("Regex")
         if literal is not None:
             return bool(literal) and not any(character.isspace() for character in literal)
-        return (pattern == " {2,}" and (step["content"] == " " or bool(flags & STRICT))) or (pattern == r"\s+" and step["content"] == " ")
+        return (pattern == " {2,}" and (step["content"] == " " or bool(flags & STRICT))) or (
+            pattern == r"\s+" and step["content"] == " "
+        )
     return step["type"] in _BY_CHARACTER
 
 

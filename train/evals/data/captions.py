@@ -29,7 +29,8 @@ class CaptionSet:
     """A captioned data set. The test part is for the last figure alone: no choice may look at it.
 
     name: what results call it. kind: the word before the colon. part: which one `test` is.
-    train: for what is trained on it; None where the data have no such part. cache: a folder that keeps what took long to find.
+    train: for what is trained on it; None where the data have no such part. cache: a folder that keeps what took long
+        to find.
     """
 
     name: str
@@ -47,7 +48,9 @@ class CaptionSet:
             UserError: there is none.
         """
         if self.train is None:
-            raise UserError(f"{self.name} has no training part", allowed="data with a part `train`", mend="give the data whole")
+            raise UserError(
+                f"{self.name} has no training part", allowed="data with a part `train`", mend="give the data whole"
+            )
         return self.train
 
     @cached_property
@@ -80,7 +83,9 @@ def load_caption_set(spec: str, cache: Path | None = None, part: str | None = No
     found = next((name for name in wanted if name in parts), None)
     if found is None:
         raise UserError(
-            f"--data {spec} has the parts {', '.join(parts)}", allowed=f"one named {' or '.join(wanted)}", mend="mend the data, or --part"
+            f"--data {spec} has the parts {', '.join(parts)}",
+            allowed=f"one named {' or '.join(wanted)}",
+            mend="mend the data, or --part",
         )
     return CaptionSet(published_name(spec), spec.partition(":")[0], found, parts[found], parts.get("train"), cache)
 
@@ -93,7 +98,9 @@ def load_captions(spec: str) -> dict[str, CaptionedImages]:
     """
     kind, _, value = spec.partition(":")
     if kind not in CAPTION_KINDS or not value:
-        raise UserError(f"--data {spec!r} names no captioned data", allowed=", ".join(f"{name}:DIR" for name in CAPTION_KINDS))
+        raise UserError(
+            f"--data {spec!r} names no captioned data", allowed=", ".join(f"{name}:DIR" for name in CAPTION_KINDS)
+        )
     directory = Path(value)
     if not directory.is_dir():
         raise UserError(f"no directory at {directory}", mend="mend the path given to --data")
@@ -101,7 +108,9 @@ def load_captions(spec: str) -> dict[str, CaptionedImages]:
 
 
 def published_name(spec: str) -> str:
-    """What results call the data: Karpathy's splits by the images that they divide, so that published figures stand beside them."""
+    """What results call the data: Karpathy's splits by the images that they divide, so that published figures stand
+    beside them.
+    """
     kind, _, value = spec.partition(":")
     if kind != "karpathy":
         return spec
@@ -120,8 +129,13 @@ def read_coco(directory: Path) -> dict[str, CaptionedImages]:
         captions: dict[int, list[str]] = {}
         for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
             captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
-        folder = next((directory / place for place in (name, f"images/{name}") if (directory / place).is_dir()), directory / name)
-        images = [(image["file_name"], folder / image["file_name"], captions.get(image["id"], [])) for image in content["images"]]
+        folder = next(
+            (directory / place for place in (name, f"images/{name}") if (directory / place).is_dir()), directory / name
+        )
+        images = [
+            (image["file_name"], folder / image["file_name"], captions.get(image["id"], []))
+            for image in content["images"]
+        ]
         parts[part] = _captioned(directory, images)
     if not parts:
         raise missing("COCO captions", directory, "annotations/captions_{train,val}{2014,2017}.json")
@@ -140,7 +154,9 @@ def read_karpathy(directory: Path) -> dict[str, CaptionedImages]:
         # COCO's entries name the folder, Flickr's lie in one.
         path = directory / image["filepath"] / image["filename"] if "filepath" in image else folder / image["filename"]
         part = _PART_OF.get(str(image["split"]), str(image["split"]))
-        found.setdefault(part, []).append((image["filename"], path, [sentence["raw"].strip() for sentence in image["sentences"]]))
+        found.setdefault(part, []).append(
+            (image["filename"], path, [sentence["raw"].strip() for sentence in image["sentences"]])
+        )
     return {part: _captioned(directory, images) for part, images in found.items()}
 
 
@@ -159,7 +175,9 @@ def read_pairs(directory: Path) -> dict[str, CaptionedImages]:
         if samples:
             parts[part] = CaptionedImages.of(directory / part, samples)
     if not parts:
-        raise UserError(f"{directory} holds no pairs", allowed="DIR/{train,val,test}/*.tar with <key>.jpg and <key>.txt")
+        raise UserError(
+            f"{directory} holds no pairs", allowed="DIR/{train,val,test}/*.tar with <key>.jpg and <key>.txt"
+        )
     return parts
 
 
@@ -167,7 +185,8 @@ def _captioned(directory: Path, images: list[tuple[str, Path, list[str]]]) -> Ca
     gone = [path for _, path, _ in images if not path.is_file()]
     if gone:
         raise UserError(
-            f"{len(gone)} of {len(images)} images are missing, the first: {gone[0]}", mend=f"unpack the images into {directory}"
+            f"{len(gone)} of {len(images)} images are missing, the first: {gone[0]}",
+            mend=f"unpack the images into {directory}",
         )
     bare = [name for name, _, captions in images if not captions]
     if bare:

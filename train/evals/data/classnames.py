@@ -62,7 +62,9 @@ def templates(source: str) -> list[str]:
     lines = _lines(Path(source), "templates")
     without = [line for line in lines if "{}" not in line]
     if without:
-        raise UserError(f"{source}: {len(without)} templates have no {{}}, the first: {without[0]!r}", allowed="a photo of a {}.")
+        raise UserError(
+            f"{source}: {len(without)} templates have no {{}}, the first: {without[0]!r}", allowed="a photo of a {}."
+        )
     return lines
 
 
@@ -100,5 +102,7 @@ def _metadata() -> Any:
         from open_clip import zero_shot_metadata
     except ImportError:
         mend = "pip install 'superclass-lean[evals]', or give a file"
-        raise UserError("ImageNet's class names and templates come with open_clip, which is not installed", mend=mend) from None
+        raise UserError(
+            "ImageNet's class names and templates come with open_clip, which is not installed", mend=mend
+        ) from None
     return zero_shot_metadata

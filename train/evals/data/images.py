@@ -65,9 +65,9 @@ class Sample(NamedTuple):
 class Images:
     """Images without more: what features are extracted from.
 
-    `fingerprint` is SHA-256 over the sorted (key, class or captions, bytes) of all samples, 16 hex digits: the same for the same
-    data in another place. `modified_ns` is the newest modification time of the files, which tells a cache of changes that the
-    fingerprint cannot see.
+    `fingerprint` is SHA-256 over the sorted (key, class or captions, bytes) of all samples, 16 hex digits: the same for
+    the same data in another place. `modified_ns` is the newest modification time of the files, which tells a cache of
+    changes that the fingerprint cannot see.
     """
 
     directory: Path
@@ -113,7 +113,9 @@ class LabelledImages(Images):
     def describe(self) -> dict[str, Any]:
         """Directory, samples, samples per class, fingerprint."""
         counts = np.bincount(self.targets, minlength=len(self.classes))
-        return super().describe() | {"samples_per_class": {name: int(count) for name, count in zip(self.classes, counts, strict=True)}}
+        return super().describe() | {
+            "samples_per_class": {name: int(count) for name, count in zip(self.classes, counts, strict=True)}
+        }
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,9 @@ def newest(places: Iterable[Place]) -> int:
 
 def class_order(labels: Iterable[str]) -> tuple[str, ...]:
     """Class names in the order of their numbers: whole numbers first, by value, then names by code point."""
-    return tuple(sorted(set(labels), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))
+    return tuple(
+        sorted(set(labels), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    )
 
 
 def suffix(name: str) -> str:
@@ -225,11 +229,16 @@ def list_folders(directory: Path) -> list[Sample]:
 def list_images(folder: Path) -> list[Path]:
     """Image files anywhere below `folder`, sorted."""
     files = sorted(folder.rglob("*"))
-    return [file for file in files if suffix(file.name) in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()]
+    return [
+        file
+        for file in files
+        if suffix(file.name) in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+    ]
 
 
 def tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, str, dict[str, tarfile.TarInfo]]]:
-    """The samples of one tar, in its order: the open tar, key, members by ending. Before a basename's first dot is the key.
+    """The samples of one tar, in its order: the open tar, key, members by ending. Before a basename's first dot is the
+    key.
 
     Raises:
         UserError: the tar is damaged or cut, at whatever place.
@@ -243,7 +252,9 @@ def tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, str, dict[str, ta
                 for member in group:
                     ending = _split_key(member.name)[1]
                     if fields.setdefault(ending, member) is not member:
-                        raise UserError(f"{path}: the sample {key!r} has two members .{ending}", allowed="one of each ending")
+                        raise UserError(
+                            f"{path}: the sample {key!r} has two members .{ending}", allowed="one of each ending"
+                        )
                 yield tar, key, fields
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{path} cannot be read to its end: {error}", mend="fetch or write this shard again") from None
@@ -283,12 +294,16 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> None:
 
 
 def _class_of(tar: tarfile.TarFile, path: Path, key: str, fields: dict[str, tarfile.TarInfo]) -> str:
-    """The class name: the text of <key>.cls, or of `class` in <key>.json: a string, or a whole number taken as its digits."""
+    """The class name: the text of <key>.cls, or of `class` in <key>.json: a string, or a whole number taken as its
+    digits.
+    """
     where = f"{path}: the sample {key!r}"
     member = fields.get("cls") or fields.get("json")
     file = tar.extractfile(member) if member else None
     if file is None:
-        raise UserError(f"{where} has no json", allowed='<key>.json with {"class": "name"}, or <key>.cls', mend=_CLASS_MEND)
+        raise UserError(
+            f"{where} has no json", allowed='<key>.json with {"class": "name"}, or <key>.cls', mend=_CLASS_MEND
+        )
     try:
         content = {"class": file.read().decode().strip()} if "cls" in fields else json.loads(file.read())
     except ValueError as error:  # both JSON and UTF-8 faults
@@ -313,7 +328,8 @@ def _split_key(name: str) -> tuple[str, str]:
 
 # ---- overlap: Test images that the training part holds too, found by their bytes, whatever they are called.
 #
-# Only images whose size stands in both parts are read; where sizes are unknown (Parquet), all are. The finding is kept in a cache.
+# Only images whose size stands in both parts are read; where sizes are unknown (Parquet), all are. The finding is kept
+# in a cache.
 
 
 class Overlap(NamedTuple):
@@ -336,7 +352,11 @@ def find_overlap(train: Images, test: Images, cache: Path | None = None) -> Over
         return Overlap(**json.loads(file.read_bytes()))
     train_rows, test_rows = _same_sizes(train.places, test.places)
     digests = dict(zip(_digests(train, train_rows), train_rows, strict=True))
-    twins = [(row, digests[digest]) for row, digest in zip(test_rows, _digests(test, test_rows), strict=True) if digest in digests]
+    twins = [
+        (row, digests[digest])
+        for row, digest in zip(test_rows, _digests(test, test_rows), strict=True)
+        if digest in digests
+    ]
     first = (test.keys[twins[0][0]], train.keys[twins[0][1]]) if twins else ("", "")
     found = Overlap(len(twins), *first)
     if file:
@@ -356,7 +376,10 @@ def check_overlap(name: str, train: Images, test: Images, cache: Path | None, *,
     """
     overlap = find_overlap(train, test, cache)
     if overlap.images and published:
-        print(f"{name}: {overlap.images} test images are training images too, as published; the result says so", flush=True)
+        print(
+            f"{name}: {overlap.images} test images are training images too, as published; the result says so",
+            flush=True,
+        )
     elif overlap.images:
         raise UserError(
             f"{overlap.images} of {len(test)} test images are training images too, "
@@ -371,7 +394,9 @@ def _same_sizes(train: Sequence[Place], test: Sequence[Place]) -> tuple[list[int
     """Positions in both parts of the images that may have a twin in the other."""
     sizes = [{place.size_bytes for place in part} for part in (train, test)]
     shared = sizes[0] & sizes[1] if -1 not in sizes[0] | sizes[1] else sizes[0] | sizes[1]
-    train_rows, test_rows = ([row for row, place in enumerate(part) if place.size_bytes in shared] for part in (train, test))
+    train_rows, test_rows = (
+        [row for row, place in enumerate(part) if place.size_bytes in shared] for part in (train, test)
+    )
     return train_rows, test_rows
 
 

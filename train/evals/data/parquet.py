@@ -68,9 +68,13 @@ def list_parquet(files: list[Path]) -> tuple[list[Sample], tuple[str, ...] | Non
                 for group in range(file.num_row_groups):
                     for row, value in enumerate(file.read_row_group(group, columns=[label]).column(0).to_pylist()):
                         key = f"{path.name}/{len(samples)}"
-                        samples.append(Sample(key, _name(path, row, value, names), ParquetPlace(path, group, row, image)))
+                        samples.append(
+                            Sample(key, _name(path, row, value, names), ParquetPlace(path, group, row, image))
+                        )
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} is not readable as Parquet: {error}", mend="fetch or write this file again") from None
+            raise UserError(
+                f"{path} is not readable as Parquet: {error}", mend="fetch or write this file again"
+            ) from None
     return samples, names
 
 
@@ -104,7 +108,9 @@ def _name(path: Path, row: int, value: Any, names: tuple[str, ...] | None) -> st
     if isinstance(value, int) and names is not None:
         if 0 <= value < len(names):
             return names[value]
-        raise UserError(f"{path} has the class {value} in row {row}", allowed=f"0 to {len(names) - 1}, which the file names")
+        raise UserError(
+            f"{path} has the class {value} in row {row}", allowed=f"0 to {len(names) - 1}, which the file names"
+        )
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise UserError(f"{path} has no class in row {row}: {value!r}", allowed="a name or a whole number")
     return str(value)

@@ -1,4 +1,5 @@
-"""A data set with both parts, from `--data KIND:DIR` or from the two folders of `--train` and `--test`; checked before it is used.
+"""A data set with both parts, from `--data KIND:DIR` or from the two folders of `--train` and `--test`; checked before
+it is used.
 
 imagenet:DIR  pets:DIR  cars:DIR    published data sets as they are downloaded; class names and counts are checked
 folders:DIR   DIR/train/<class>/*.jpg, DIR/{test,val}/<class>/*.jpg
@@ -27,7 +28,8 @@ from train.evals.data.images import (
 )
 from train.evals.data.parquet import list_parquet
 
-# ---- published: What the readers of published data sets share: the two parts as they are found, and the counts that a whole copy has.
+# ---- published: What the readers of published data sets share: the two parts as they are found, and the counts that a
+# whole copy has.
 
 
 class Parts(NamedTuple):
@@ -70,7 +72,9 @@ def first_file(directory: Path, *candidates: str) -> Path | None:
 
 def missing(name: str, directory: Path, wanted: str) -> UserError:
     """The error for a layout that is not there."""
-    return UserError(f"{directory} is not {name} as it is downloaded: {wanted} is missing", mend="mend the path given to --data")
+    return UserError(
+        f"{directory} is not {name} as it is downloaded: {wanted} is missing", mend="mend the path given to --data"
+    )
 
 
 def read_mat(path: Path) -> dict[str, Any]:
@@ -83,7 +87,9 @@ def read_mat(path: Path) -> dict[str, Any]:
         from scipy.io import loadmat
         from scipy.io.matlab import MatReadError
     except ImportError:
-        raise UserError(f"{path} is a MATLAB file, and SciPy is not installed", mend="pip install 'superclass-lean[evals]'") from None
+        raise UserError(
+            f"{path} is a MATLAB file, and SciPy is not installed", mend="pip install 'superclass-lean[evals]'"
+        ) from None
     try:
         return loadmat(str(path), squeeze_me=True, struct_as_record=False)
     except (MatReadError, OSError, ValueError, TypeError, NotImplementedError) as error:
@@ -137,7 +143,9 @@ def _part(folder: Path, annotations: Path, classes: tuple[str, ...]) -> list[Sam
     for annotation in read_mat(annotations)["annotations"]:
         file = folder / str(annotation.fname)
         if not file.is_file():
-            raise UserError(f"{file} is missing, which {annotations.name} names", mend=f"unpack {folder.name}.tgz again")
+            raise UserError(
+                f"{file} is missing, which {annotations.name} names", mend=f"unpack {folder.name}.tgz again"
+            )
         samples.append(Sample(file.name, classes[int(getattr(annotation, "class")) - 1], FilePlace.of_file(file)))
     return samples
 
@@ -205,7 +213,11 @@ def _devkit_imagenet(directory: Path, images: int) -> dict[str, str]:
     wnid_of = {int(synset.ILSVRC2012_ID): str(synset.WNID) for synset in read_mat(meta)["synsets"]}
     numbers = [int(line) for line in truth.read_text(encoding="ascii").split()]
     if len(numbers) != images:
-        raise UserError(f"{truth} has {len(numbers)} lines for {images} images", allowed="a line for every image", mend="fetch both whole")
+        raise UserError(
+            f"{truth} has {len(numbers)} lines for {images} images",
+            allowed="a line for every image",
+            mend="fetch both whole",
+        )
     return {f"ILSVRC2012_val_{index:08d}": wnid_of[number] for index, number in enumerate(numbers, start=1)}
 
 
@@ -217,7 +229,8 @@ def _names(directory: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(words.get(wnid) or wnid for wnid in classes)
 
 
-# ---- pets: Oxford-IIIT Pets as it is downloaded: images/*.jpg, and annotations/{trainval,test}.txt, which name image and class number.
+# ---- pets: Oxford-IIIT Pets as it is downloaded: images/*.jpg, and annotations/{trainval,test}.txt, which name image
+# and class number.
 
 
 PETS = Counts(train=3680, test=3669, classes=37)
@@ -247,7 +260,9 @@ def _part_pets(directory: Path, name: str, order: dict[int, str]) -> list[Sample
         stem, number, *_ = *line.split(), ""
         label, image = stem.rpartition("_")[0], directory / "images" / f"{stem}.jpg"
         if not number.isdecimal() or order.setdefault(int(number), label) != label:
-            raise UserError(f"{file}: the line {line!r} gives no class, or another than before", allowed="NAME_NUMBER CLASS ...")
+            raise UserError(
+                f"{file}: the line {line!r} gives no class, or another than before", allowed="NAME_NUMBER CLASS ..."
+            )
         if not image.is_file():
             raise UserError(f"{image} is missing, which {name} names", mend="unpack images.tar.gz again")
         samples.append(Sample(image.name, label, FilePlace.of_file(image)))
@@ -261,8 +276,10 @@ _TEST_NAMES = ("test", "val", "validation")
 class DataSet:
     """Both parts of a data set. The test part is for the last figure alone: no choice may look at it.
 
-    name: as the user gave it. kind: the word before the colon, or `folders`. names: what people call the classes, for zero-shot.
-    overlap: test images that the training part holds too; not 0 in published data sets alone, where it belongs to the data.
+    name: as the user gave it. kind: the word before the colon, or `folders`. names: what people call the classes, for
+        zero-shot.
+    overlap: test images that the training part holds too; not 0 in published data sets alone, where it belongs to the
+        data.
     """
 
     name: str
@@ -295,12 +312,17 @@ def load_data(spec: str, cache: Path | None = None) -> DataSet:
         cache: a folder that keeps what took long to find.
 
     Raises:
-        UserError: an unknown kind, a layout that is not there, counts that are not the published ones, and all of `load_pair`.
+        UserError: an unknown kind, a layout that is not there, counts that are not the published ones, and all of
+            `load_pair`.
     """
     kind, _, value = spec.partition(":")
     if kind not in _KINDS or not value:
         kinds = ", ".join(f"{name}:DIR" for name in _KINDS)
-        raise UserError(f"--data {spec!r} is no known kind of data", allowed=kinds, mend="name the kind, or give --train DIR --test DIR")
+        raise UserError(
+            f"--data {spec!r} is no known kind of data",
+            allowed=kinds,
+            mend="name the kind, or give --train DIR --test DIR",
+        )
     directory = Path(value)
     if not directory.is_dir():
         raise UserError(f"no directory at {directory}", mend="mend the path given to --data")
@@ -311,8 +333,9 @@ def load_pair(train_dir: Path, test_dir: Path, cache: Path | None = None) -> Dat
     """Both parts from two folders, each with class folders or shards. No image is decoded.
 
     Raises:
-        UserError: a directory is missing or empty, a sample has no class or no image, a tar is damaged, a key comes twice, the training
-            part has one class only, the test part has a class that the training part lacks, or an image is in both.
+        UserError: a directory is missing or empty, a sample has no class or no image, a tar is damaged, a key comes
+            twice, the training part has one class only, the test part has a class that the training part lacks, or an
+            image is in both.
     """
     parts = _named_by_class(list_samples(train_dir), list_samples(test_dir), None)
     return _checked(f"{train_dir} and {test_dir}", "folders", train_dir, test_dir, parts, cache)
@@ -372,7 +395,9 @@ def _test_part(directory: Path) -> Path:
     for name in _TEST_NAMES:
         if (directory / name).is_dir():
             return directory / name
-    raise UserError(f"{directory} has no test part", allowed=f"one of the folders {', '.join(_TEST_NAMES)} beside train")
+    raise UserError(
+        f"{directory} has no test part", allowed=f"one of the folders {', '.join(_TEST_NAMES)} beside train"
+    )
 
 
 _PUBLISHED: dict[str, Callable[[Path], Parts]] = {"imagenet": read_imagenet, "pets": read_pets, "cars": read_cars}

@@ -2,7 +2,8 @@
 
     EVALUATION: protocol.Evaluation    whose `name` is the file's
 
-Suites find it by that name, and so does `train NAME`. The command has the options that all share, and the first paragraph of the file's
-docstring for its words; one with more options is written in train/evals/commands.py. Keys of its own are a `Section` in its file, with
-`seeds: Seeds` among them, that `labels.config.own_section` fills from the configuration's section `NAME`.
+Suites find it by that name, and so does `train NAME`. The command has the options that all share, and the first
+paragraph of the file's docstring for its words; one with more options is written in train/evals/commands.py. Keys of
+its own are a `Section` in its file, with `seeds: Seeds` among them, that `labels.config.own_section` fills from the
+configuration's section `NAME`.
 """

@@ -1,4 +1,6 @@
-"""`train caption`: ClipCap (arXiv 2111.09734) on the features of frozen encoders; CIDEr-D of the test part, times 100 as papers tell it."""
+"""`train caption`: ClipCap (arXiv 2111.09734) on the features of frozen encoders; CIDEr-D of the test part, times 100
+as papers tell it.
+"""
 
 import math
 import statistics
@@ -34,7 +36,16 @@ from train.checkpoint import weights_fingerprint
 from train.data.feeder import feed_batches, pinned, rows_of_steps
 from train.distributed import World, distributed_world
 from train.encoders.encoder import Encoder
-from train.evals.captioner import BUILT_IN, Captioner, LanguageModel, MlpMapper, SmallDecoder, TransformerMapper, check_folder, make_decoder
+from train.evals.captioner import (
+    BUILT_IN,
+    Captioner,
+    LanguageModel,
+    MlpMapper,
+    SmallDecoder,
+    TransformerMapper,
+    check_folder,
+    make_decoder,
+)
 from train.evals.cider import cider_d, ptb_tokens
 from train.evals.data.captions import CaptionSet
 from train.evals.features import TRANSFORM, Extractor
@@ -80,7 +91,9 @@ def pair_batches(
 
     def collate(rows: np.ndarray, ids: list[Tensor]) -> PairBatch:
         padded = pad_sequence(ids, batch_first=True, padding_value=PAD_ID)
-        return PairBatch(pinned(torch.from_numpy(features[pairs.image[rows]]), world.device), pinned(padded, world.device))
+        return PairBatch(
+            pinned(torch.from_numpy(features[pairs.image[rows]]), world.device), pinned(padded, world.device)
+        )
 
     batches = (rows[share] for rows in rows_of_steps(len(pairs.ids), size, seed, first_step, steps))
     return feed_batches(batches, lambda row: torch.tensor(pairs.ids[row]), collate, threads=1)
@@ -131,9 +144,13 @@ class Work:
 def trainer_settings(caption: Caption, runtime: Runtime) -> Train:
     """The trainer's section for the budget and the optimiser of captioning."""
     return Train(
-        samples=caption.samples, batch_size=caption.batch_size, runtime=runtime, optimizer=Optimizer(**caption.optimizer.model_dump()),
-        log=Log(tensorboard=False), checkpoint=Checkpoint(every_samples=caption.samples, every_minutes=_SAVE_EVERY_MINUTES, keep=1),
-    )  # fmt: skip
+        samples=caption.samples,
+        batch_size=caption.batch_size,
+        runtime=runtime,
+        optimizer=Optimizer(**caption.optimizer.model_dump()),
+        log=Log(tensorboard=False),
+        checkpoint=Checkpoint(every_samples=caption.samples, every_minutes=_SAVE_EVERY_MINUTES, keep=1),
+    )
 
 
 def make_captioner(width: int, language: LanguageModel, settings: Caption, seed: int) -> Captioner:
@@ -148,7 +165,13 @@ def make_captioner(width: int, language: LanguageModel, settings: Caption, seed:
 
 
 def train_captioner(
-    captioner: Captioner, features: np.ndarray, pairs: Pairs, settings: Train, work: Work, world: World, stopping: Callable[[], bool]
+    captioner: Captioner,
+    features: np.ndarray,
+    pairs: Pairs,
+    settings: Train,
+    work: Work,
+    world: World,
+    stopping: Callable[[], bool],
 ) -> bool:
     """Train, or go on; see train_model.
 
@@ -168,7 +191,12 @@ def train_captioner(
 
 
 def captions_of(
-    captioner: Captioner, language: LanguageModel, features: np.ndarray, settings: Caption, precision: str, device: torch.device
+    captioner: Captioner,
+    language: LanguageModel,
+    features: np.ndarray,
+    settings: Caption,
+    precision: str,
+    device: torch.device,
 ) -> list[str]:
     """A caption for every row of features [N, W]."""
     captioner.eval()
@@ -184,7 +212,9 @@ _PERCENT = 100
 
 
 class Captioning:
-    """See `Evaluation`. Metrics, checkpoints and all captions lie in the cache's folder `caption`; the same command goes on there."""
+    """See `Evaluation`. Metrics, checkpoints and all captions lie in the cache's folder `caption`; the same command
+    goes on there.
+    """
 
     name, takes = "caption", "captions"
 
@@ -206,7 +236,9 @@ class Captioning:
     def unfit(self, encoder: Encoder) -> str | None:
         return None
 
-    def scores(self, encoder: Encoder, data: CaptionSet, settings: Caption, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
+    def scores(
+        self, encoder: Encoder, data: CaptionSet, settings: Caption, extract: Extractor, seeds: Sequence[int]
+    ) -> list[Score]:
         features, found = [extract(encoder, part) for part in (data.trained, data.test)], []
         runtime = Runtime(device=extract.device.type, precision=extract.precision)  # type: ignore[arg-type]
         with work_folder(extract, self.name) as folder, distributed_world(runtime) as world, stop_signals() as stopping:
@@ -220,14 +252,24 @@ EVALUATION = Captioning()
 
 
 def _score(
-    encoder: Encoder, features: list[np.ndarray], data: CaptionSet, settings: Caption, extract: Extractor, runtime: Runtime, folder: Path,
-    world: World, stopping: Callable[[], bool],
-) -> Score:  # fmt: skip
+    encoder: Encoder,
+    features: list[np.ndarray],
+    data: CaptionSet,
+    settings: Caption,
+    extract: Extractor,
+    runtime: Runtime,
+    folder: Path,
+    world: World,
+    stopping: Callable[[], bool],
+) -> Score:
     """Train the mapper of one seed, caption the test part, compare."""
     language = _language(settings, [caption for one in data.trained.captions for caption in one], runtime.seed)
     captioner = make_captioner(encoder.width, language, settings, runtime.seed)
     decoder = weights_fingerprint(language.model)
-    chosen, images = settings.model_dump(exclude={"seeds", "beams"}), [data.trained.fingerprint, data.trained.modified_ns]
+    chosen, images = (
+        settings.model_dump(exclude={"seeds", "beams"}),
+        [data.trained.fingerprint, data.trained.modified_ns],
+    )
     work = Work.of(folder, [encoder.describe(), images, chosen, runtime.seed, decoder, TRANSFORM, extract.precision])
     pairs = tokenized(data.trained.captions, language.tokenizer, settings.max_tokens)
     if not train_captioner(captioner, features[0], pairs, trainer_settings(settings, runtime), work, world, stopping):
@@ -237,7 +279,9 @@ def _score(
     values = [_PERCENT * one for one in cider_d([ptb_tokens(caption) for caption in captions], references)]
     file = work.folder / f"{data.part}-{fingerprint([data.test.fingerprint, settings.beams])}.json"
     if world.is_first:
-        write_json(file, [{"image_id": key, "caption": caption} for key, caption in zip(data.test.keys, captions, strict=True)])
+        write_json(
+            file, [{"image_id": key, "caption": caption} for key, caption in zip(data.test.keys, captions, strict=True)]
+        )
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     about = {"decoder_weights": decoder, "captions": str(file), "test_images_in_train": data.overlap}
     variant = f"caption, {'built-in decoder' if settings.decoder == BUILT_IN else Path(settings.decoder).name}"
@@ -252,7 +296,9 @@ def _language(settings: Caption, captions: Sequence[str], seed: int) -> Language
 
 
 def _decoder_told(decoder: str) -> str:
-    """A folder with the fingerprint of its files' names, sizes and times: they decide the result, and reading them all takes long."""
+    """A folder with the fingerprint of its files' names, sizes and times: they decide the result, and reading them all
+    takes long.
+    """
     if decoder == BUILT_IN:
         return decoder
     about = [(file.name, (facts := file.stat()).st_size, facts.st_mtime_ns) for file in sorted(Path(decoder).iterdir())]

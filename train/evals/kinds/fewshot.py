@@ -40,7 +40,8 @@ _TEST_ROWS = 8192
 def draw_shots(y: np.ndarray, classes: int, shots: int, seed: int) -> np.ndarray:
     """Rows of y [N], int64 [classes * shots], class by class: the first `shots` of a permutation of each class' rows.
 
-    One generator for all classes, in the order of their numbers, whatever `shots` is: fewer shots are the first of more.
+    One generator for all classes, in the order of their numbers, whatever `shots` is: fewer shots are the first of
+        more.
     """
     random = np.random.default_rng(seed)
     return np.concatenate([random.permutation(np.flatnonzero(y == label))[:shots] for label in range(classes)])
@@ -101,15 +102,21 @@ class FewShot:
     def unfit(self, encoder: Encoder) -> str | None:
         return None
 
-    def scores(self, encoder: Encoder, data: DataSet, settings: Fewshot, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
+    def scores(
+        self, encoder: Encoder, data: DataSet, settings: Fewshot, extract: Extractor, seeds: Sequence[int]
+    ) -> list[Score]:
         train_x, test_x = (torch.from_numpy(extract(encoder, part)) for part in (data.train, data.test))
         train_y, test_y = torch.from_numpy(data.train.targets), torch.from_numpy(data.test.targets)
         found = []
         for shots in settings.shots:
             for seed in seeds:
                 rows = draw_shots(data.train.targets, len(data.classes), shots, seed)
-                ridge = fit_ridge(train_x[rows].to(extract.device), train_y[rows].to(extract.device), len(data.classes), settings.l2)
-                guesses = torch.cat([ridge.logits(part.to(extract.device)).argmax(1).cpu() for part in test_x.split(_TEST_ROWS)])
+                ridge = fit_ridge(
+                    train_x[rows].to(extract.device), train_y[rows].to(extract.device), len(data.classes), settings.l2
+                )
+                guesses = torch.cat(
+                    [ridge.logits(part.to(extract.device)).argmax(1).cpu() for part in test_x.split(_TEST_ROWS)]
+                )
                 top1 = float((guesses == test_y).double().mean())
                 found.append(Score(f"{shots}-shot", seed, {"top1": top1, "top5": None}, split=rows))
         return found

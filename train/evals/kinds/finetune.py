@@ -1,4 +1,5 @@
-"""`train finetune`: the whole encoder trained on the labels, MAE's end-to-end recipe (arXiv 2111.06377, table 9; main_finetune.py).
+"""`train finetune`: the whole encoder trained on the labels, MAE's end-to-end recipe (arXiv 2111.06377, table 9;
+main_finetune.py).
 
 places -> random crops and flips -> mixup or cutmix -> loop (FineTuned, AdamW with a rate for each layer) -> test part, once, at the end
 
@@ -76,7 +77,8 @@ class LabelledBatch:
 def cropped_batches(
     data: LabelledImages, side: int, size: int, seed: int, threads: int, world: World, first_step: int, steps: int
 ) -> Iterator[LabelledBatch]:
-    """This rank's share of every batch from `first_step` on: random resized crops and flips, all a function of (seed, epoch, row).
+    """This rank's share of every batch from `first_step` on: random resized crops and flips, all a function of (seed,
+    epoch, row).
 
     Args:
         side: S. size: of the batch of all ranks, at most N. threads: that decode.
@@ -106,7 +108,8 @@ def cropped_batches(
 
 
 class Mixing:
-    """Called with a batch: normalised images float32 [B, 3, S, S] and targets float32 [B, C], mixed with one another, on the device.
+    """Called with a batch: normalised images float32 [B, 3, S, S] and targets float32 [B, C], mixed with one another,
+    on the device.
 
     What is mixed how is a function of (seed, the batch's first number) alone.
     """
@@ -141,13 +144,21 @@ def _numpy_seeded(numbers: list[int]) -> Iterator[None]:
         np.random.set_state(before)
 
 
-# ---- finetune_model: What is fine-tuned: an encoder's own net with a linear head; its rates layer by layer, and its drop path.
+# ---- finetune_model: What is fine-tuned: an encoder's own net with a linear head; its rates layer by layer, and its
+# drop path.
 #
 # B batch, S image side, W feature width, C classes.
 
 
 _HEAD_STD = 2e-5
-_NOT_DECAYED = ("*pos_embed*", "*positional_embedding*", "*position_embedding*", "*cls_token*", "*class_embedding*", "*reg_token*")
+_NOT_DECAYED = (
+    "*pos_embed*",
+    "*positional_embedding*",
+    "*position_embedding*",
+    "*cls_token*",
+    "*class_embedding*",
+    "*reg_token*",
+)
 _DROP_PATHS = ("drop_path", "drop_path1", "drop_path2")
 _AFTER_ALL = "a name that no matcher knows"
 
@@ -179,10 +190,12 @@ class FineTuned(nn.Module):
 
 
 def layers(trunk: nn.Module) -> dict[str, int]:
-    """The layer of every trained parameter of a trunk; the highest number is the head's, whether or not the trunk has something there.
+    """The layer of every trained parameter of a trunk; the highest number is the head's, whether or not the trunk has
+    something there.
 
-    timm's nets group themselves. Of others: what comes before the blocks is layer 0, then block after block, then the rest (BEiT's, MAE's).
-    Blocks that nothing reads (beyond `--layer`) do not count: the last one that is read is next to the head.
+    timm's nets group themselves. Of others: what comes before the blocks is layer 0, then block after block, then the
+    rest (BEiT's, MAE's). Blocks that nothing reads (beyond `--layer`) do not count: the last one that is read is next
+    to the head.
     """
     held = getattr(trunk, "net", trunk)  # a readout holds the model as `net`
     before = "net." if held is not trunk else ""
@@ -208,7 +221,8 @@ def _by_blocks(net: nn.Module, trained: Sequence[str]) -> dict[str, int]:
 
 
 def set_drop_path(trunk: nn.Module, rate: float) -> float:
-    """Drop residual branches while training: never in the first block, `rate` in the last, linearly between, as timm's `drop_path_rate`.
+    """Drop residual branches while training: never in the first block, `rate` in the last, linearly between, as timm's
+    `drop_path_rate`.
 
     Args:
         trunk: unfrozen; blocks without a trained parameter do not count.
@@ -226,7 +240,9 @@ def set_drop_path(trunk: nn.Module, rate: float) -> float:
 
 
 def _drop_paths(module: nn.Module) -> list[str]:
-    return [name for name in _DROP_PATHS if hasattr(module, name) and isinstance(getattr(module, name), nn.Module | None)]
+    return [
+        name for name in _DROP_PATHS if hasattr(module, name) and isinstance(getattr(module, name), nn.Module | None)
+    ]
 
 
 def train_what_is_read(model: FineTuned, side: int) -> None:
@@ -248,7 +264,9 @@ def make_layer_decayed(layer_decay: float) -> MakeOptimizer:
     """A maker of AdamW whose rate falls by the factor `layer_decay` with every layer below the head."""
 
     def make(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
-        groups = param_groups_layer_decay(model, settings.weight_decay, no_weight_decay_list=_NOT_DECAYED, layer_decay=layer_decay)
+        groups = param_groups_layer_decay(
+            model, settings.weight_decay, no_weight_decay_list=_NOT_DECAYED, layer_decay=layer_decay
+        )
         return adamw(groups, settings)
 
     return make
@@ -277,21 +295,39 @@ class FineTune:
         batch_size(len(data.train), settings, ranks=1)
 
     def unfit(self, encoder: Encoder) -> str | None:
-        return None if any(True for _ in encoder.net.parameters()) else "it has no weights to train; give run:, timm:, open_clip: or hf:"
+        return (
+            None
+            if any(True for _ in encoder.net.parameters())
+            else "it has no weights to train; give run:, timm:, open_clip: or hf:"
+        )
 
-    def scores(self, encoder: Encoder, data: DataSet, settings: Finetune, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
+    def scores(
+        self, encoder: Encoder, data: DataSet, settings: Finetune, extract: Extractor, seeds: Sequence[int]
+    ) -> list[Score]:
         with work_folder(extract, self.name) as folder:
             return [self._score(encoder, data, settings, extract, seed, folder) for seed in seeds]
 
-    def _score(self, frozen: Encoder, data: DataSet, settings: Finetune, extract: Extractor, seed: int, folder: Path) -> Score:
+    def _score(
+        self, frozen: Encoder, data: DataSet, settings: Finetune, extract: Extractor, seed: int, folder: Path
+    ) -> Score:
         encoder = load_encoder(frozen.asked, seed=seed)  # its own weights, which training changes
-        runtime = Runtime(device=extract.device.type, precision=extract.precision, accumulation=settings.accumulation, seed=seed)  # type: ignore[arg-type]
+        runtime = Runtime(
+            device=extract.device.type, precision=extract.precision, accumulation=settings.accumulation, seed=seed
+        )  # type: ignore[arg-type]
         with distributed_world(runtime) as world, stop_signals() as stopping:
             train = train_settings(settings, runtime, len(data.train), world)
             model, drop_path = make_model(encoder, len(data.classes), settings.drop_path, seed, world)
             images = [data.train.fingerprint, data.train.modified_ns]
             identity = fingerprint(
-                [encoder.describe(), images, settings.model_dump(exclude={"seeds"}), seed, world.size, TRANSFORM, extract.precision]
+                [
+                    encoder.describe(),
+                    images,
+                    settings.model_dump(exclude={"seeds"}),
+                    seed,
+                    world.size,
+                    TRANSFORM,
+                    extract.precision,
+                ]
             )
             mixing = Mixing(settings, len(data.classes), encoder.images, seed, world.device)
 
@@ -304,7 +340,12 @@ class FineTune:
                 raise Stopped(f"fine-tuning of {encoder.name}")
             metrics = accuracies(logits(model, encoder, data, extract), torch.from_numpy(data.test.targets))
         steps = train.samples // train.batch_size
-        about = {"batch_size": train.batch_size, "steps": steps, "learning_rate": train.optimizer.lr, "drop_path": drop_path}
+        about = {
+            "batch_size": train.batch_size,
+            "steps": steps,
+            "learning_rate": train.optimizer.lr,
+            "drop_path": drop_path,
+        }
         return Score("fine-tuned", seed, metrics, about)
 
 
@@ -312,7 +353,8 @@ EVALUATION = FineTune()
 
 
 def batch_size(samples: int, settings: Finetune, ranks: int) -> int:
-    """The batch that is asked for, or as much of it as the training part has; it can be shared out and, where it is mixed, paired.
+    """The batch that is asked for, or as much of it as the training part has; it can be shared out and, where it is
+    mixed, paired.
 
     Raises:
         UserError: no such batch is left.
@@ -335,16 +377,26 @@ def train_settings(settings: Finetune, runtime: Runtime, samples: int, world: Wo
     total = max(settings.epochs * samples // size, 1) * size
     warmup = min(settings.warmup_epochs * samples, total - 1)
     return Train(
-        samples=total, batch_size=size, runtime=runtime, log=Log(tensorboard=False),
+        samples=total,
+        batch_size=size,
+        runtime=runtime,
+        log=Log(tensorboard=False),
         optimizer=Optimizer(
-            lr=lr, betas=[0.9, 0.999], eps=1e-8, weight_decay=settings.weight_decay, warmup_samples=warmup, clip_norm=settings.clip_norm
+            lr=lr,
+            betas=[0.9, 0.999],
+            eps=1e-8,
+            weight_decay=settings.weight_decay,
+            warmup_samples=warmup,
+            clip_norm=settings.clip_norm,
         ),
         checkpoint=Checkpoint(every_samples=total, every_minutes=_SAVE_EVERY_MINUTES, keep=1),
-    )  # fmt: skip
+    )
 
 
 def make_model(encoder: Encoder, classes: int, drop_path: float, seed: int, world: World) -> tuple[FineTuned, float]:
-    """The encoder's net with a new head drawn from `seed`, on the device, all that is read to be trained; and the drop path it took."""
+    """The encoder's net with a new head drawn from `seed`, on the device, all that is read to be trained; and the drop
+    path it took.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FineTuned(encoder.net, encoder.width, classes)
@@ -356,5 +408,7 @@ def logits(model: FineTuned, encoder: Encoder, data: DataSet, extract: Extractor
     """Logits [N, C] of the test part's central crops, float32 on the CPU."""
     net = nn.Sequential(model.trunk, model.head).eval()
     whole = Encoder(encoder.asked, net, encoder.images, len(data.classes), encoder.seeded, {})
-    found = extract.stream(whole, data.test, np.arange(len(data.test)), lambda encoded, side, row: decode(encoded, side))
+    found = extract.stream(
+        whole, data.test, np.arange(len(data.test)), lambda encoded, side, row: decode(encoded, side)
+    )
     return torch.cat([part.cpu() for part in found])

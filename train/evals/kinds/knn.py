@@ -54,7 +54,9 @@ def weighted_votes(cosines: Tensor, classes_of: Tensor, classes: int, temperatur
 
 
 def majority_votes(classes_of: Tensor, classes: int) -> Tensor:
-    """The neighbours' classes [M, k] -> scores int64 [M, C] without ties: counts, and of equals the smaller class first."""
+    """The neighbours' classes [M, k] -> scores int64 [M, C] without ties: counts, and of equals the smaller class
+    first.
+    """
     counts = torch.zeros(len(classes_of), classes, dtype=torch.int64, device=classes_of.device)
     counts.scatter_add_(1, classes_of, torch.ones_like(classes_of))
     return counts * classes + torch.arange(classes - 1, -1, -1, device=classes_of.device)
@@ -86,8 +88,12 @@ class NearestNeighbours:
     def unfit(self, encoder: Encoder) -> str | None:
         return None
 
-    def scores(self, encoder: Encoder, data: DataSet, settings: Knn, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
-        train_x, test_x = (torch.from_numpy(extract(encoder, part)).to(extract.device) for part in (data.train, data.test))
+    def scores(
+        self, encoder: Encoder, data: DataSet, settings: Knn, extract: Extractor, seeds: Sequence[int]
+    ) -> list[Score]:
+        train_x, test_x = (
+            torch.from_numpy(extract(encoder, part)).to(extract.device) for part in (data.train, data.test)
+        )
         train_y, test_y = (torch.from_numpy(part.targets).to(extract.device) for part in (data.train, data.test))
         cosines, rows = nearest(train_x, test_x, max(settings.k))
         found = []

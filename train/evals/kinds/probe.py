@@ -95,8 +95,9 @@ def fit(
         curvature: [W], what the Hessian's diagonal is guessed from; it changes the way to the minimum, not the minimum.
         start: where to begin, as the solution of a neighbouring weight decay.
     """
-    # At uniform p the Hessian is p(1-p) * curvature + weight_decay. p(1-p) shrinks as the fit grows confident: a quarter
-    # of 1/C was the fastest over a sweep. The floor keeps directions without variance finite when weight_decay is 0.
+    # At uniform p the Hessian is p(1-p) * curvature + weight_decay. p(1-p) shrinks as the fit grows confident: a
+    # quarter of 1/C was the fastest over a sweep. The floor keeps directions without variance finite when weight_decay
+    # is 0.
     diagonal = curvature / (4 * len(start.bias)) + weight_decay
     scale = diagonal.clamp_min(1e-9 * float(diagonal.max())).rsqrt()[:, None]  # [W, 1]
     inner = (start.weight / scale).requires_grad_()  # [W, C]
@@ -175,9 +176,16 @@ def make_optimizer(linear: nn.Linear) -> Lars:
 
 
 def mae_probe(
-    epoch_features: Epoch, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, *, classes: int, settings: MaeProbe, seed: int,
+    epoch_features: Epoch,
+    train_y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+    *,
+    classes: int,
+    settings: MaeProbe,
+    seed: int,
     device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Train the head and test it.
 
     Args:
@@ -186,7 +194,8 @@ def mae_probe(
         seed: of the head's weights and of the order.
 
     Returns:
-        top1, top5 (None with 5 classes or fewer), batch_size (of the head, at most N), learning_rate (the peak), final_loss.
+        top1, top5 (None with 5 classes or fewer), batch_size (of the head, at most N), learning_rate (the peak),
+        final_loss.
     """
     batch = min(settings.batch_size, len(train_y))
     steps = len(train_y) // batch  # what is left over sits out this epoch, as in MAE's loader
@@ -222,7 +231,9 @@ def augmented_epochs(encoder: Encoder, train: LabelledImages, extract: Extractor
     """Random resized crops and flips of the images, through the encoder in every epoch."""
 
     def features(epoch: int, rows: np.ndarray) -> Iterator[Tensor]:
-        return extract.stream(encoder, train, rows, lambda encoded, side, row: decode_crop(encoded, side, seed, epoch, row))
+        return extract.stream(
+            encoder, train, rows, lambda encoded, side, row: decode_crop(encoded, side, seed, epoch, row)
+        )
 
     return features
 
@@ -249,10 +260,11 @@ def _regrouped(pieces: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
             held, count = [joined[whole:]], count - whole
 
 
-# ---- lbfgs_probe: The linear probe: logistic regression on frozen features, its weight decay chosen within the training part.
+# ---- lbfgs_probe: The linear probe: logistic regression on frozen features, its weight decay chosen within the
+# training part.
 #
-# L-BFGS (logistic.py) is the usual stand-in, on small data, for the linear probe of MAE (arXiv 2111.06377) that the paper
-# uses; a result names it as that. N samples, W feature width, C classes.
+# L-BFGS (logistic.py) is the usual stand-in, on small data, for the linear probe of MAE (arXiv 2111.06377) that the
+# paper uses; a result names it as that. N samples, W feature width, C classes.
 
 
 class Probe(Section):
@@ -285,7 +297,9 @@ def stratified_split(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndar
         validation.append(order[:count])
         fitting.append(order[count:])
     if not sum(map(len, validation)):
-        raise UserError("no class of the training part has two samples", allowed="two or more, one of them to validate on")
+        raise UserError(
+            "no class of the training part has two samples", allowed="two or more, one of them to validate on"
+        )
     return np.sort(np.concatenate(fitting)), np.sort(np.concatenate(validation))
 
 
@@ -354,15 +368,21 @@ def linear_probe(
     refits: dict[float, dict[str, Any]] = {}
     results = []
     for seed in seeds:
-        best, accuracy = choose_weight_decay(x, train_y, classes=classes, curvature=axes.curvature, settings=settings, seed=seed)
+        best, accuracy = choose_weight_decay(
+            x, train_y, classes=classes, curvature=axes.curvature, settings=settings, seed=seed
+        )
         if best not in refits:
             zero = start_at_zero(x.shape[1], classes, device)
-            solution = fit(x, y, weight_decay=best, curvature=axes.curvature, start=zero, max_iterations=settings.max_iterations)
+            solution = fit(
+                x, y, weight_decay=best, curvature=axes.curvature, start=zero, max_iterations=settings.max_iterations
+            )
             how = {"converged": solution.converged, "evaluations": solution.evaluations}
             refits[best] = {**accuracies(solution.logits(x_test), y_test), **how}
         edges = (min(accuracy), max(accuracy)) if len(accuracy) > 1 else ()
         validation = {str(value): share for value, share in accuracy.items()}
-        results.append({"seed": seed, "weight_decay": best, "at_edge": best in edges, "validation": validation, **refits[best]})
+        results.append(
+            {"seed": seed, "weight_decay": best, "at_edge": best in edges, "validation": validation, **refits[best]}
+        )
     return results
 
 
@@ -383,26 +403,43 @@ class LinearProbe:
     def describe(self, settings: Probe) -> str:
         if settings.recipe == "lbfgs":
             return PROTOCOL
-        features = "random resized crops and flips" if settings.mae.augment else "cached features of the central crop, no augmentation"
+        features = (
+            "random resized crops and flips"
+            if settings.mae.augment
+            else "cached features of the central crop, no augmentation"
+        )
         return f"MAE's linear probe: LARS, BatchNorm head, {settings.mae.epochs} epochs, {features}"
 
     def check(self, data: DataSet, settings: Probe) -> None:
         if settings.recipe == "lbfgs" and len(data.train) == len(set(data.train.targets.tolist())):
-            raise UserError("no class of the training part has two samples", allowed="two or more, one of them to validate on")
+            raise UserError(
+                "no class of the training part has two samples", allowed="two or more, one of them to validate on"
+            )
 
     def unfit(self, encoder: Encoder) -> str | None:
         return None
 
-    def scores(self, encoder: Encoder, data: DataSet, settings: Probe, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
+    def scores(
+        self, encoder: Encoder, data: DataSet, settings: Probe, extract: Extractor, seeds: Sequence[int]
+    ) -> list[Score]:
         if settings.recipe == "mae":
             return [self._mae(encoder, data, settings, extract, seed) for seed in seeds]
         train_x, test_x = extract(encoder, data.train), extract(encoder, data.test)
         found = linear_probe(
-            train_x, data.train.targets, test_x, data.test.targets,
-            classes=len(data.classes), settings=settings, seeds=seeds, device=extract.device,
-        )  # fmt: skip
+            train_x,
+            data.train.targets,
+            test_x,
+            data.test.targets,
+            classes=len(data.classes),
+            settings=settings,
+            seeds=seeds,
+            device=extract.device,
+        )
         validation = [stratified_split(data.train.targets, settings.validation_fraction, seed)[1] for seed in seeds]
-        return [Score("probe", one.pop("seed"), _metrics(one), one, rows) for one, rows in zip(found, validation, strict=True)]
+        return [
+            Score("probe", one.pop("seed"), _metrics(one), one, rows)
+            for one, rows in zip(found, validation, strict=True)
+        ]
 
     def _mae(self, encoder: Encoder, data: DataSet, settings: Probe, extract: Extractor, seed: int) -> Score:
         test_x = extract(encoder, data.test)
@@ -411,10 +448,18 @@ class LinearProbe:
         else:
             epochs = cached_epochs(extract(encoder, data.train), extract.device)
         found = mae_probe(
-            epochs, data.train.targets, test_x, data.test.targets,
-            classes=len(data.classes), settings=settings.mae, seed=seed, device=extract.device,
-        )  # fmt: skip
-        return Score("probe, MAE's recipe" if settings.mae.augment else "probe, MAE's head", seed, _metrics(found), found)
+            epochs,
+            data.train.targets,
+            test_x,
+            data.test.targets,
+            classes=len(data.classes),
+            settings=settings.mae,
+            seed=seed,
+            device=extract.device,
+        )
+        return Score(
+            "probe, MAE's recipe" if settings.mae.augment else "probe, MAE's head", seed, _metrics(found), found
+        )
 
 
 EVALUATION = LinearProbe()

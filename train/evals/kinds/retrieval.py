@@ -1,9 +1,11 @@
-"""`train retrieval`: captions by images and images by captions, recall among the first k; an image may have several captions.
+"""`train retrieval`: captions by images and images by captions, recall among the first k; an image may have several
+captions.
 
     image to text   share of images of which any caption is among the k most similar captions
     text to image   share of captions whose image is among the k most similar images
 
-Of equal cosines the one with the smaller number comes first. Similarities are there a part at a time. N images, M captions, D width.
+Of equal cosines the one with the smaller number comes first. Similarities are there a part at a time. N images, M
+captions, D width.
 """
 
 from collections.abc import Sequence
@@ -87,15 +89,23 @@ class Recall:
             return "it has no text tower, or was asked for by --layer and --pool; `train lit ENCODER --beton OUT` gives it one"
         return None
 
-    def scores(self, encoder: Encoder, data: CaptionSet, settings: Retrieval, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
+    def scores(
+        self, encoder: Encoder, data: CaptionSet, settings: Retrieval, extract: Extractor, seeds: Sequence[int]
+    ) -> list[Score]:
         assert encoder.text is not None
         side, captions = encoder.text(), data.test.captions
-        texts = side.texts([text for one in captions for text in one], extract.device, Path(settings.labels) if settings.labels else None)
+        texts = side.texts(
+            [text for one in captions for text in one],
+            extract.device,
+            Path(settings.labels) if settings.labels else None,
+        )
         images = side.images(extract(encoder, data.test), extract.device)
         of = np.repeat(np.arange(len(captions)), [len(one) for one in captions])  # [M], the image of each caption
         both = torch.from_numpy(np.stack([of, np.arange(len(of))], axis=1)).to(extract.device)
         return [
-            Score(f"retrieval, {way}", seeds[0], recalls(ranks(queries, items, matches), settings.k), trials=len(queries))
+            Score(
+                f"retrieval, {way}", seeds[0], recalls(ranks(queries, items, matches), settings.k), trials=len(queries)
+            )
             for way, queries, items, matches in (
                 ("image to text", images, texts, both),
                 ("text to image", texts, images, both.flip(1)),

@@ -1,8 +1,8 @@
 """`train zeroshot`: classes by their names alone.
 
-With a text tower (open_clip/zero_shot_classifier.py): every name in every template is embedded and normalised, their mean normalised again;
-an image belongs to the class with the largest cosine. Without one: the pre-training head's logits of the names' tokens (token_logits.py).
-C classes, T templates, N images, D width of the common space.
+With a text tower (open_clip/zero_shot_classifier.py): every name in every template is embedded and normalised, their
+mean normalised again; an image belongs to the class with the largest cosine. Without one: the pre-training head's
+logits of the names' tokens (token_logits.py). C classes, T templates, N images, D width of the common space.
 """
 
 import json
@@ -90,7 +90,9 @@ class TokenLogits:
     def check(self, data: DataSet, settings: Zeroshot) -> None:
         names = class_names(settings.classnames, data)
         twice = sorted({name for name in names if names.count(name) > 1})
-        if twice and settings.classnames != "imagenet" and data.kind != "imagenet":  # ImageNet's own names hold `crane` twice and such
+        if (
+            twice and settings.classnames != "imagenet" and data.kind != "imagenet"
+        ):  # ImageNet's own names hold `crane` twice and such
             raise UserError(
                 f"{len(twice)} names stand for several classes of {data.name}: {shorten(twice)}",
                 allowed="a name a class",
@@ -105,7 +107,9 @@ class TokenLogits:
             return "the pre-training head takes the run's own pooled features; leave --layer and --pool out"
         return None
 
-    def scores(self, encoder: Encoder, data: DataSet, settings: Zeroshot, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
+    def scores(
+        self, encoder: Encoder, data: DataSet, settings: Zeroshot, extract: Extractor, seeds: Sequence[int]
+    ) -> list[Score]:
         assert encoder.checkpoint is not None
         names, forms = class_names(settings.classnames, data), templates(settings.templates)
         built, idf = _labels_of(encoder.checkpoint.parent.parent, settings)
@@ -123,7 +127,8 @@ class TokenLogits:
         head = {key: tensor.double() for key, tensor in read_weights(file).items()}
         if len(head["1.bias"]) != len(idf):
             raise UserError(
-                f"{file} has {len(head['1.bias'])} classes, the IDF table of {built} {len(idf)} tokens", allowed="the same number"
+                f"{file} has {len(head['1.bias'])} classes, the IDF table of {built} {len(idf)} tokens",
+                allowed="the same number",
             )
         logits = class_scores(torch.from_numpy(extract(encoder, data.test)).double(), head, torch.from_numpy(targets))
         metrics = accuracies(logits, torch.from_numpy(data.test.targets))
@@ -173,16 +178,23 @@ class ZeroShot(TokenLogits):
     def unfit(self, encoder: Encoder) -> str | None:
         return None if encoder.text else super().unfit(encoder)
 
-    def scores(self, encoder: Encoder, data: DataSet, settings: Zeroshot, extract: Extractor, seeds: Sequence[int]) -> list[Score]:
+    def scores(
+        self, encoder: Encoder, data: DataSet, settings: Zeroshot, extract: Extractor, seeds: Sequence[int]
+    ) -> list[Score]:
         if encoder.text is None:
-            print(f"zeroshot: {encoder.name} has no text tower: its head's token logits are taken; `train lit` gives it one", flush=True)
+            print(
+                f"zeroshot: {encoder.name} has no text tower: its head's token logits are taken; `train lit` gives it one",
+                flush=True,
+            )
             return super().scores(encoder, data, settings, extract, seeds)
         names, forms, side = class_names(settings.classnames, data), templates(settings.templates), encoder.text()
         texts = [form.replace("{}", name) for name in names for form in forms]
         tokens = side.tokens(texts, Path(settings.labels) if settings.labels else None)
         check_told_apart(names, tokens.unflatten(0, (-1, len(forms))), encoder.name)
         embedded = side.embedded(tokens, extract.device)
-        cosines = side.images(extract(encoder, data.test), extract.device) @ class_embeddings(embedded, len(forms)).T  # [N, C]
+        cosines = (
+            side.images(extract(encoder, data.test), extract.device) @ class_embeddings(embedded, len(forms)).T
+        )  # [N, C]
         metrics = accuracies(cosines, torch.from_numpy(data.test.targets).to(extract.device))
         return [Score("zeroshot", seeds[0], metrics, {"names": names, "templates": forms})]
 

@@ -2,9 +2,10 @@
 
     def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor
 
-The loss of a batch, scalar, computed with its gradients, which it adds to the head's: `head.mean(rows, labels)` does both for a loss of
-rows (head.RowLoss; classwise.Classwise where every class is taken by itself). Of a split head it is this rank's part of a sum; `head.group`
-are then the ranks that hold the other classes of the same samples. `settings` is `train.loss`. And, each only where it is so:
+The loss of a batch, scalar, computed with its gradients, which it adds to the head's: `head.mean(rows, labels)` does
+both for a loss of rows (head.RowLoss; classwise.Classwise where every class is taken by itself). Of a split head it is
+this rank's part of a sum; `head.group` are then the ranks that hold the other classes of the same samples. `settings`
+is `train.loss`. And, each only where it is so:
 
     WHOLE_BATCH = True     it compares the samples of a batch: gradient accumulation, which never has them together, is refused
     DISTRIBUTION = True    the softmax of the logits is what is learnt, for `train predict`; else it is the sigmoid of each

@@ -1,7 +1,7 @@
 """The asymmetric loss (Ridnik et al., ICCV 2021), summed over the classes. R rows, V vocabulary, K label limit.
 
-With p = s(x), q = min(1 - p + clip, 1): -(1 - p)^gp log p for a label, -(1 - q)^gn log q for any other class; logarithms of at least
-1e-8. The gradient is that of the whole formula, powers included.
+With p = s(x), q = min(1 - p + clip, 1): -(1 - p)^gp log p for a label, -(1 - q)^gn log q for any other class;
+logarithms of at least 1e-8. The gradient is that of the whole formula, powers included.
 """
 
 import torch

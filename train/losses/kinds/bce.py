@@ -1,4 +1,5 @@
-"""Binary cross-entropy, summed over the classes (CatLIP's reduction, arXiv 2404.15653). R rows, V vocabulary, K label limit.
+"""Binary cross-entropy, summed over the classes (CatLIP's reduction, arXiv 2404.15653). R rows, V vocabulary, K label
+limit.
 
 -sum_c [y log s(x) + (1 - y) log s(-x)], s the sigmoid.
 """

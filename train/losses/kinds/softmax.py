@@ -11,12 +11,14 @@ from labels.settings import Loss
 from train.losses.distributed import merge_exponentials, ranks
 from train.losses.head import Head, Positives, float_blocks
 
-# ---- softmax_kernel: softmax.py's pass over a chunk's logits as one Triton kernel, for CUDA: logsumexp online, gradient in place, labels included.
+# ---- softmax_kernel: softmax.py's pass over a chunk's logits as one Triton kernel, for CUDA: logsumexp online,
+# gradient in place, labels included.
 #
-# R rows, V classes, K label limit. A program takes a row: it reads the logits once for maximum and sum, and once more, while they are still
-# in the L2 cache, to put the gradient into their place; all in float32, whatever the logits' type. torch's own operations, a block at a time,
-# read and write them several times. Where Triton is missing softmax.py does without; torch's CUDA builds bring it. Tested in Triton's
-# interpreter, which runs it on the CPU; no GPU has measured it.
+# R rows, V classes, K label limit. A program takes a row: it reads the logits once for maximum and sum, and once more,
+# while they are still in the L2 cache, to put the gradient into their place; all in float32, whatever the logits' type.
+# torch's own operations, a block at a time, read and write them several times. Where Triton is missing softmax.py does
+# without; torch's CUDA builds bring it. Tested in Triton's interpreter, which runs it on the CPU; no GPU has measured
+# it.
 
 
 _BLOCK = 4096
@@ -32,7 +34,8 @@ if _INSTALLED:
     def _statistics(logits, tops, totals, columns, block: tl.constexpr):  # noqa: ANN202  (types are Triton's)
         row = tl.program_id(0).to(tl.int64)
         place = tl.arange(0, block)
-        # One maximum and sum a lane; together they are one of each in the end. Finite, so that no infinity is taken from another.
+        # One maximum and sum a lane; together they are one of each in the end. Finite, so that no infinity is taken
+        # from another.
         top = tl.full((block,), -3.0e38, tl.float32)
         total = tl.zeros((block,), tl.float32)
         for start in range(0, columns, block):
@@ -46,7 +49,9 @@ if _INSTALLED:
         tl.store(totals + row, tl.sum(total * tl.exp(top - highest), 0))
 
     @triton.jit
-    def _gradient(logits, tops, totals, weighted, ids, shares, columns, limit, block: tl.constexpr, places: tl.constexpr):  # noqa: ANN202
+    def _gradient(
+        logits, tops, totals, weighted, ids, shares, columns, limit, block: tl.constexpr, places: tl.constexpr
+    ):
         row = tl.program_id(0).to(tl.int64)
         place = tl.arange(0, block)
         start_of_row = logits + row * columns
@@ -64,7 +69,9 @@ if _INSTALLED:
             x = tl.load(start_of_row + start + place, mask=inside, other=-float("inf")).to(tl.float32)
             tl.store(start_of_row + start + place, (tl.exp(x - top) * scale).to(logits.dtype.element_ty), mask=inside)
         tl.debug_barrier()
-        tl.store(start_of_row + column, (tl.exp(picked - top) * scale - share).to(logits.dtype.element_ty), mask=is_label)
+        tl.store(
+            start_of_row + column, (tl.exp(picked - top) * scale - share).to(logits.dtype.element_ty), mask=is_label
+        )
 
 
 def serves(logits: torch.Tensor) -> bool:
@@ -96,9 +103,17 @@ def put_gradient(logits: torch.Tensor, tops: torch.Tensor, totals: torch.Tensor,
     """
     limit = labels.ids.shape[1]
     _gradient[(len(logits),)](
-        logits, tops, totals, labels.weighted.float(), labels.ids.contiguous(), labels.shares.contiguous(), logits.shape[1], limit,
-        block=_block(logits), places=triton.next_power_of_2(max(limit, 1)),  # type: ignore[arg-type]
-    )  # fmt: skip
+        logits,
+        tops,
+        totals,
+        labels.weighted.float(),
+        labels.ids.contiguous(),
+        labels.shares.contiguous(),
+        logits.shape[1],
+        limit,
+        block=_block(logits),
+        places=triton.next_power_of_2(max(limit, 1)),  # type: ignore[arg-type]
+    )
 
 
 def _block(logits: torch.Tensor) -> int:
@@ -113,7 +128,9 @@ def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor:
     return head.mean(partial(softmax_rows, group=head.group), labels)
 
 
-def softmax_rows(logits: torch.Tensor, labels: Positives, gradient: bool, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+def softmax_rows(
+    logits: torch.Tensor, labels: Positives, gradient: bool, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
     """-sum_c t_c log softmax(x)_c of every row, as logsumexp(x) - sum_c t_c x_c; then the logits hold softmax(x) - t.
 
     Rows without weight have loss 0 and gradient 0, as in the reference (x-cls/superclass, ClsLoss).
@@ -138,7 +155,9 @@ def softmax_rows(logits: torch.Tensor, labels: Positives, gradient: bool, group:
     top, total = picked.new_empty(2, len(logits), 1)
     for rows, block in float_blocks(logits, keep=gradient, whole=group is not None):
         top[rows] = block.amax(dim=1, keepdim=True)
-        torch.softmax(block, dim=1, out=block)  # in fewer passes, and with a faster exponential, than its steps one by one
+        torch.softmax(
+            block, dim=1, out=block
+        )  # in fewer passes, and with a faster exponential, than its steps one by one
         own = block.amax(dim=1, keepdim=True).reciprocal_()  # the largest is exp(0) / total
         total[rows] = own
         factor = merge_exponentials(top[rows], total[rows], group)
@@ -150,7 +169,9 @@ def softmax_rows(logits: torch.Tensor, labels: Positives, gradient: bool, group:
     return _losses(above, total, labels, group)
 
 
-def _losses(above: torch.Tensor, total: torch.Tensor, labels: Positives, group: dist.ProcessGroup | None) -> torch.Tensor:
+def _losses(
+    above: torch.Tensor, total: torch.Tensor, labels: Positives, group: dist.ProcessGroup | None
+) -> torch.Tensor:
     """From the labels' logits [R, K] less the row's largest, and the rows' sums of exponentials [R, 1]."""
     targets = labels.shares.masked_fill(~labels.valid, 0.0)
     return total.squeeze(1).log() * labels.weighted / ranks(group) - (targets * above).sum(dim=1)

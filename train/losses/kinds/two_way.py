@@ -1,14 +1,18 @@
-"""Two-way multi-label loss (Kobayashi, CVPR 2023): hardest positives against hardest negatives, along the classes and along the batch.
+"""Two-way multi-label loss (Kobayashi, CVPR 2023): hardest positives against hardest negatives, along the classes and
+along the batch.
 
-R rows of an axis (samples, or classes), N values a row (classes, or samples). With Tp = 4, Tn = 1:
-p = Tp logsumexp over positives of (log w - x / Tp), n = Tn logsumexp over negatives of (x / Tn); softplus(n + p), mean over the
-samples that have a positive, plus the same by class over the batch, mean over the classes that have a positive.
+R rows of an axis (samples, or classes), N values a row (classes, or samples). With Tp = 4, Tn = 1: p = Tp logsumexp
+over positives of (log w - x / Tp), n = Tn logsumexp over negatives of (x / Tn); softplus(n + p), mean over the samples
+that have a positive, plus the same by class over the batch, mean over the classes that have a positive.
 
-- IDF: w weighs the positives inside the logsumexp (Positives.weights; 1 without IDF, the paper's form). A label of weight 0 is neither.
-- Only classes with a label in the batch have the second term, some quarter of them at a batch of 4,096 captions. A first pass makes the
-  logits of just these classes, a part at a time, and keeps a few sums of each; with them the second pass, over rows, makes the gradient of
-  both terms. So the second term takes a part of one product more, not of three, and no logits of the whole batch are kept.
-- The batch is the global one: ranks merge the logsumexp of each class (a few numbers a class), so that two ranks give what one gives. Under
+- IDF: w weighs the positives inside the logsumexp (Positives.weights; 1 without IDF, the paper's form). A label of
+weight 0 is neither. - Only classes with a label in the batch have the second term, some quarter of them at a batch of
+4,096 captions. A first pass makes the
+  logits of just these classes, a part at a time, and keeps a few sums of each; with them the second pass, over rows,
+  makes the gradient of both terms. So the second term takes a part of one product more, not of three, and no logits of
+  the whole batch are kept.
+- The batch is the global one: ranks merge the logsumexp of each class (a few numbers a class), so that two ranks give
+what one gives. Under
   gradient accumulation it is the micro-batch of all ranks: the loss of the whole batch is not a mean over its parts.
 """
 
@@ -43,7 +47,9 @@ class Term:
 def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor:
     """See train/losses/kinds/__init__.py."""
     of_classes = head.group  # ranks that hold the other classes: the loss is then this rank's part of a sum
-    of_samples = None if of_classes else everyone()  # ranks that hold the other samples: it is then one whose mean over the ranks counts
+    of_samples = (
+        None if of_classes else everyone()
+    )  # ranks that hold the other samples: it is then one whose mean over the ranks counts
     samples = sum_over(labels.weighted.sum(), of_samples)
     row, place = labels.valid.nonzero(as_tuple=True)
     column, weight = labels.ids[row, place], labels.weights[row, place]
@@ -52,12 +58,16 @@ def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor:
     seen_anywhere = sum_over(torch.tensor(len(classes), device=column.device), of_classes)
     by_sample, by_class = (ranks(of_samples) / max(1, count) for count in (samples.item(), seen_anywhere.item()))
 
-    slot = torch.full_like(seen, -1).index_copy_(0, classes, torch.arange(len(classes), dtype=torch.int32, device=column.device))[column]
+    slot = torch.full_like(seen, -1).index_copy_(
+        0, classes, torch.arange(len(classes), dtype=torch.int32, device=column.device)
+    )[column]
     term = Term(*weight.new_zeros(4, len(seen)))  # of classes without a label, which have none: 0
 
     def of_class(logits: torch.Tensor, part: slice) -> torch.Tensor:
         here = (slot >= part.start) & (slot < part.stop)
-        losses, found = axis_rows(logits, slot[here].long() - part.start, row[here], weight[here], gradient=False, group=of_samples)
+        losses, found = axis_rows(
+            logits, slot[here].long() - part.start, row[here], weight[here], gradient=False, group=of_samples
+        )
         term.high[classes[part]], term.top[classes[part]] = found.high, found.top
         # Relative to the first term's scale, with which `head.rows` multiplies the sum of both gradients.
         term.negative[classes[part]] = found.negative * (by_class / by_sample)
