@@ -107,7 +107,7 @@ def check_same_rows(out: Path, manifest: Manifest, other_out: Path, other: Manif
                 f"{other_out} holds labels of other rows than {out}. The first shard that differs: "
                 f"{_told(other_part)} in {other_out}, {_told(part)} in {out}",
                 allowed="the same shards with the same keys, in the same order",
-                mend=f"run `preprocess build-labels DATA --out {other_out} --no-beton --overwrite` with the DATA of {out} "
+                fix=f"run `preprocess build-labels DATA --out {other_out} --no-beton --overwrite` with the DATA of {out} "
                 "and the options that are wanted",
             )
 
@@ -177,20 +177,20 @@ def write_rows(out: Path, part: ShardPart, label_limit: int, column: Column = "l
         UserError: the label file is not the one of the manifest, or OUT cannot be written.
     """
     path, source = rows_file(out, part, column), Layout(out).label_file(part.name)
-    mend = f"run `preprocess verify {out}`, then its build-labels command again"
+    fix = f"run `preprocess verify {out}`, then its build-labels command again"
     if not source.is_file():
-        raise UserError(f"{source} is missing", mend=mend)
+        raise UserError(f"{source} is missing", fix=fix)
     found = sha256_file(source)
     if found != part.labels_sha256:
         raise UserError(
             f"{source} changed since the build: SHA-256 {found[:_SHA_DIGITS]}..., in the manifest {part.labels_sha256[:_SHA_DIGITS]}...",
-            mend=mend,
+            fix=fix,
         )
     try:
         with own_partials():  # several runs may be started with the same labels at the same time
             write_whole(path, lambda partial: _pad_file(source, partial, part.rows, label_limit, column))
     except ValueError as error:  # pyarrow's ArrowInvalid is one
-        raise UserError(f"{source} does not fit its manifest: {error}", mend=mend) from None
+        raise UserError(f"{source} does not fit its manifest: {error}", fix=fix) from None
     for old in path.parent.glob(f"{escape(part.name)}-{'[0-9a-f]' * _SHA_DIGITS}{_ENDINGS[column]}"):
         if old != path:
             old.unlink(missing_ok=True)

@@ -87,7 +87,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         values = yaml.load(file.read_text(encoding="utf8"), _Loader)
     except FileNotFoundError:
         raise UserError(
-            f"no configuration file at {file}", mend="give --config an existing file, or leave it out"
+            f"no configuration file at {file}", fix="give --config an existing file, or leave it out"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file} is not readable as YAML: {error}") from None
@@ -104,7 +104,7 @@ def _recipe(values: dict[str, Any], name: str) -> dict[str, Any]:
         raise UserError(
             f"no recipe named {name!r}",
             allowed=", ".join(recipes),
-            mend="give --recipe one of these, or write it into pipeline.yaml",
+            fix="give --recipe one of these, or write it into pipeline.yaml",
         )
     return copy.deepcopy(recipes[name])  # overrides are laid into it, and RECIPES has to stay as it is
 

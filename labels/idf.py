@@ -36,7 +36,7 @@ def idf_weights(document_frequency: np.ndarray, captions: int, formula: Formula)
     if formula == "none":
         return np.ones_like(df)
     raise UserError(
-        f"unknown IDF formula {formula!r}", allowed="smooth, paper, none", mend="set labels.idf to one of them"
+        f"unknown IDF formula {formula!r}", allowed="smooth, paper, none", fix="set labels.idf to one of them"
     )
 
 
@@ -46,19 +46,19 @@ def read_idf(path: Path) -> np.ndarray:
     Raises:
         UserError: the file is missing, unreadable, or not such a table.
     """
-    mend = "run `preprocess build-labels` for this OUT again"
+    fix = "run `preprocess build-labels` for this OUT again"
     if not path.is_file():
-        raise UserError(f"no IDF table at {path}", mend=mend)
+        raise UserError(f"no IDF table at {path}", fix=fix)
     try:
         # Not pq.read_table, whose threads close the file some time later.
         with local_copy(path) as file, pq.ParquetFile(file, pre_buffer=False) as opened:
             table = opened.read(use_threads=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable as Parquet: {error}", mend=mend) from None
+        raise UserError(f"{path} is not readable as Parquet: {error}", fix=fix) from None
     if table.schema.names != TOKENS.names:
-        raise UserError(f"{path} has the columns {table.schema.names}", allowed=f"{TOKENS.names}", mend=mend)
+        raise UserError(f"{path} has the columns {table.schema.names}", allowed=f"{TOKENS.names}", fix=fix)
     if not np.array_equal(table["token_id"].to_numpy(), np.arange(len(table))):
-        raise UserError(f"{path}: token_id is not 0, 1, 2, ... in order", mend=mend)
+        raise UserError(f"{path}: token_id is not 0, 1, 2, ... in order", fix=fix)
     return table["idf"].to_numpy().astype(np.float32)
 
 

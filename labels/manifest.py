@@ -160,23 +160,23 @@ def read_manifest(out: Path) -> Manifest:
         UserError: OUT is missing, unfinished, of another format version, or its manifest is damaged.
     """
     layout = Layout(out)
-    mend = f"run `preprocess build-labels DATA --out {out}`"
+    fix = f"run `preprocess build-labels DATA --out {out}`"
     if not out.is_dir():
         raise UserError(
-            f"{out} does not exist or is not a folder", allowed="the OUT of a finished build-labels", mend=mend
+            f"{out} does not exist or is not a folder", allowed="the OUT of a finished build-labels", fix=fix
         )
     if not layout.manifest.is_file():
-        raise UserError(f"{out} has no manifest.json: the build is unfinished or this is no OUT folder", mend=mend)
+        raise UserError(f"{out} has no manifest.json: the build is unfinished or this is no OUT folder", fix=fix)
     text = layout.manifest.read_bytes()
     try:
         found = _Format.model_validate_json(text).format
         if found != FORMAT_VERSION:
-            raise UserError(f"{layout.manifest} is of format {found}", allowed=f"format {FORMAT_VERSION}", mend=mend)
+            raise UserError(f"{layout.manifest} is of format {found}", allowed=f"format {FORMAT_VERSION}", fix=fix)
         return Manifest.model_validate_json(text)
     except ValidationError as error:
         raise UserError(
             f"{layout.manifest} is damaged: {error.error_count()} faults, the first: {error.errors()[0]['msg']}",
-            mend=mend,
+            fix=fix,
         ) from None
 
 
@@ -230,7 +230,7 @@ def read_sources(layout: Layout) -> dict[str, Source]:
         raise UserError(
             f"{path} cannot be read: {error}",
             allowed='{"<shard>": {"path": "<tar>", "bytes": <its length>}, ...}',
-            mend=f"run `preprocess build-labels DATA --out {layout.out} --no-images`",
+            fix=f"run `preprocess build-labels DATA --out {layout.out} --no-images`",
         ) from None
 
 
@@ -245,12 +245,12 @@ def open_places(path: Path) -> np.ndarray:
         whole = places.dtype == PLACE and places.ndim == 1 and places.offset + places.nbytes == path.stat().st_size
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
-            f"{path} cannot be read: {error}", mend="run `preprocess verify OUT`, then its build-labels command"
+            f"{path} cannot be read: {error}", fix="run `preprocess verify OUT`, then its build-labels command"
         ) from None
     if not whole:
         raise UserError(
             f"{path} holds {places.dtype} {list(places.shape)}, or is cut",
             allowed=f"places: {PLACE}",
-            mend="run `preprocess verify OUT`, then its build-labels command",
+            fix="run `preprocess verify OUT`, then its build-labels command",
         )
     return places

@@ -99,7 +99,7 @@ def _cache_folder(folder: str) -> str:
         return str(path)
     raise UserError(
         "no folder for compiled code can be written: not the package's, not the user's cache, no temporary one",
-        mend="set NUMBA_CACHE_DIR to a folder that can be written",
+        fix="set NUMBA_CACHE_DIR to a folder that can be written",
     )
 
 
@@ -172,7 +172,7 @@ def load_turbojpeg() -> ctypes.CDLL:
         library.tjGetErrorStr2.restype = ctypes.c_char_p
         return library
     raise UserError(
-        "libturbojpeg is not installed", allowed=" or ".join(TURBOJPEG), mend="apt-get install libturbojpeg0"
+        "libturbojpeg is not installed", allowed=" or ".join(TURBOJPEG), fix="apt-get install libturbojpeg0"
     )
 
 

@@ -59,7 +59,7 @@ def find_sample(out: Path, manifest: Manifest, name: str, shard: str | None = No
     parts = {part.name: part for part in manifest.shards if shard in (None, part.name)}
     if not parts:
         names = [part.name for part in manifest.shards]
-        raise UserError(f"{out} has no shard {shard!r}", allowed=_first_names(names), mend="correct --shard")
+        raise UserError(f"{out} has no shard {shard!r}", allowed=_first_names(names), fix="correct --shard")
     layout = Layout(out)
     try:
         shards = _shards_with(layout, list(parts), name)
@@ -73,12 +73,12 @@ def find_sample(out: Path, manifest: Manifest, name: str, shard: str | None = No
             ]
             return read_samples(layout, parts[shards[0]], rows[:1], repeats=len(rows) - 1)[0]
     except (OSError, ValueError) as error:
-        raise UserError(f"{layout.labels} cannot be read: {error}", mend=f"run `preprocess verify {out}`") from None
+        raise UserError(f"{layout.labels} cannot be read: {error}", fix=f"run `preprocess verify {out}`") from None
     if not shards:
         example = f'preprocess sql {out} "SELECT key, uid FROM labels LIMIT 5"'
-        raise UserError(_why_missing(layout, name, out), mend=f"list samples: {example}")
+        raise UserError(_why_missing(layout, name, out), fix=f"list samples: {example}")
     raise UserError(
-        f"{name!r} is in {len(shards)} shards", allowed=_first_names(shards), mend="add --shard NAME, or give a uid"
+        f"{name!r} is in {len(shards)} shards", allowed=_first_names(shards), fix="add --shard NAME, or give a uid"
     )
 
 

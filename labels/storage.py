@@ -19,39 +19,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-# ---- errors: The one error a user is meant to read: what is wrong, what is allowed, and how to mend it.
+# ---- errors: The one error a user is meant to read: what is wrong, what is allowed, and how to fix it.
 
 
 class UserError(Exception):
-    """A mistake in the input, the configuration or the machine, told so that it can be mended.
+    """A mistake in the input, the configuration or the machine, told so that it can be fixed.
 
     Args:
         problem: names the thing and the value that is wrong.
         allowed: what would have been right, if that can be said in a line.
-        mend: the command or the change that puts it right.
+        fix: the command or the change that puts it right.
     """
 
-    def __init__(self, problem: str, *, allowed: str | None = None, mend: str | None = None) -> None:
-        self.problem, self.allowed, self.mend = problem, allowed, mend
+    def __init__(self, problem: str, *, allowed: str | None = None, fix: str | None = None) -> None:
+        self.problem, self.allowed, self.fix = problem, allowed, fix
         lines = [problem]
         if allowed:
             lines.append(f"  allowed: {allowed}")
-        if mend:
-            lines.append(f"  mend: {mend}")
+        if fix:
+            lines.append(f"  fix: {fix}")
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Keep the three parts when the error crosses a process border."""
-        return (_rebuild, (self.problem, self.allowed, self.mend))
+        return (_rebuild, (self.problem, self.allowed, self.fix))
 
 
-def _rebuild(problem: str, allowed: str | None, mend: str | None) -> UserError:
-    return UserError(problem, allowed=allowed, mend=mend)
+def _rebuild(problem: str, allowed: str | None, fix: str | None) -> UserError:
+    return UserError(problem, allowed=allowed, fix=fix)
 
 
 TEMPORARY_SUFFIX = ".partial"
 _AGAIN = "run the same command again: what is finished is kept"
-_MENDS = {
+_FIXES = {
     errno.ENOSPC: "free space there, then {again}",
     errno.EDQUOT: "free space there or have the quota raised, then {again}",
     errno.EFBIG: "raise the limit (`ulimit -f`) or take a file system that holds larger files, then {again}",
@@ -67,21 +67,21 @@ _partial_tag: ContextVar[str] = ContextVar("partial_tag", default="")
 
 
 @contextmanager
-def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a local temporary path; on success the file there takes the place of `path` in one step, else it is
     removed.
 
     A process killed inside the block leaves only `<name>.partial`, which nothing reads and the next try overwrites.
-    Without `durable` a power cut soon afterwards may leave a file that is cut: for what is soon made anew, and checked.
+    Without `durable` a power cut soon afterwards may leave a file that is cut: for what is soon made again, and checked.
 
     Raises:
         UserError: the disk is full or may not be written, for errors of Python, pyarrow and DuckDB inside the block.
     """
-    with plain_disk_faults(path):
+    with disk_errors(path):
         if is_remote(path):
             with tempfile.TemporaryDirectory() as folder:
                 partial = Path(folder) / path.name
-                with plain_disk_faults(partial):
+                with disk_errors(partial):
                     yield partial
                 path.fs.put_file(str(partial), path.path)  # type: ignore[attr-defined]  # a UPath
             return
@@ -112,7 +112,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         UserError: the disk is full or may not be written.
     """
     partial, old = (path.with_name(f"{path.name}{ending}{TEMPORARY_SUFFIX}") for ending in ("", ".old"))
-    with plain_disk_faults(path):
+    with disk_errors(path):
         if old.exists() and not path.exists():  # killed between the two renames
             os.replace(old, path)
         shutil.rmtree(partial, ignore_errors=True)
@@ -152,7 +152,7 @@ def make_folder(path: Path) -> None:
         if taken is not None:
             why = f"{taken} is {'a link that leads nowhere' if taken.is_symlink() and not taken.exists() else 'a file'}"
         raise UserError(
-            f"no folder {path} can be made: {why}", allowed="a folder, there or not yet", mend="name another one"
+            f"no folder {path} can be made: {why}", allowed="a folder, there or not yet", fix="name another one"
         ) from error
 
 
@@ -174,16 +174,16 @@ def remove_partials(*folders: Path) -> None:
     for folder in folders:
         if is_remote(folder) or not folder.is_dir():
             continue
-        with plain_disk_faults(folder):
+        with disk_errors(folder):
             for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
                 if path.is_file():
                     path.unlink()
 
 
 @contextmanager
-def plain_disk_faults(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Turn "no space left" and its like, raised while `path` is written, into a UserError that names path, reason and
-    mend.
+    fix.
 
     An error that names a file elsewhere (an input that may not be read) passes as it is.
     """
@@ -194,18 +194,18 @@ def plain_disk_faults(path: Path) -> Iterator[None]:
         named = getattr(error, "filename", None)
         if number is None or (isinstance(named, str) and not _below(named, path.parent)):
             raise
-        mend = _MENDS[number].format(again=_AGAIN)
-        raise UserError(f"{path} cannot be written: {os.strerror(number)}{_space(path)}", mend=mend) from error
+        fix = _FIXES[number].format(again=_AGAIN)
+        raise UserError(f"{path} cannot be written: {os.strerror(number)}{_space(path)}", fix=fix) from error
 
 
 def _disk_fault(error: Exception) -> int | None:
-    """The number of the system's reason, if `error` is a disk's fault that a user can mend."""
-    if isinstance(error, OSError) and error.errno in _MENDS:
+    """The number of the system's reason, if `error` is a disk's fault that a user can fix."""
+    if isinstance(error, OSError) and error.errno in _FIXES:
         return error.errno
     if isinstance(error, PermissionError):  # as object stores tell it
         return errno.EACCES
     if isinstance(error, OSError) or type(error).__module__ in _TOLD_IN_WORDS:
-        told = (number for number in _MENDS if os.strerror(number) in str(error))
+        told = (number for number in _FIXES if os.strerror(number) in str(error))
         return next(told, errno.ENOSPC if _SHORT.search(str(error)) else None)
     return None
 
@@ -236,7 +236,7 @@ def local_copy(path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
-        with plain_disk_faults(copy):
+        with disk_errors(copy):
             path.fs.get_file(path.path, str(copy))  # type: ignore[attr-defined]  # a UPath
         yield copy
 
@@ -252,7 +252,7 @@ def fsync_directory(path: Path) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary path)` and put the result in place of `path` in one step."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         write(partial)
 
 
@@ -311,7 +311,7 @@ def local_out(text: str | Path) -> Path:
     """OUT for what needs it on this machine's disks: training maps betons into memory.
 
     Raises:
-        UserError: it is a URL; the mend is the command that copies it here.
+        UserError: it is a URL; the fix is the command that copies it here.
     """
     found = _URL.match(str(text)) or _COLLAPSED.match(str(text))
     protocol = found.group(1).lower() if found else "file"
@@ -320,7 +320,7 @@ def local_out(text: str | Path) -> Path:
     url = f"{protocol}://{str(text)[found.end() :].strip('/')}"
     here = url.rpartition("/")[2]
     copy = f"aws s3 sync {url} {here}" if protocol == "s3" else f"copy {url} to a local folder {here}"
-    raise UserError(f"{url} is not on this machine", allowed="a local folder", mend=f"{copy}; then give {here}")
+    raise UserError(f"{url} is not on this machine", allowed="a local folder", fix=f"{copy}; then give {here}")
 
 
 @dataclass(frozen=True)

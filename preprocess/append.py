@@ -81,7 +81,7 @@ def _known_inputs(layout: Layout) -> BuildInputs:
     if inputs is None:
         raise UserError(
             f"{layout.record} is missing or damaged: which shards {layout.out} was made from is not known",
-            mend=f"run `preprocess build-labels DATA --out {layout.out}` once with its DATA, then append",
+            fix=f"run `preprocess build-labels DATA --out {layout.out}` once with its DATA, then append",
         )
     return inputs
 
@@ -104,7 +104,7 @@ def _new_shards(inputs: BuildInputs, shards: list[Shard]) -> list[Shard]:
         if known and known.source != shard.source:
             raise UserError(
                 f"{shard.path} has changed since it was built into this output folder as shard {known.name}",
-                mend="run build-labels with all DATA of this output folder, which makes its files again; append only adds",
+                fix="run build-labels with all DATA of this output folder, which makes its files again; append only adds",
             )
         if known:
             continue
@@ -116,7 +116,7 @@ def _new_shards(inputs: BuildInputs, shards: list[Shard]) -> list[Shard]:
             added.append(shard)
             continue
         prefix = _prefix_after(last, len(inputs.batches))
-        raise UserError(problem, allowed=f"names that come after {last}", mend=f"add `--prefix {prefix}`")
+        raise UserError(problem, allowed=f"names that come after {last}", fix=f"add `--prefix {prefix}`")
     return added
 
 
@@ -136,6 +136,6 @@ def _same_subset(layout: Layout, settings: Pipeline, sources: list[str]) -> str 
     if subset and not subset.endswith((".npy", ".parquet")) and settings.build.metadata is None:
         raise UserError(
             f"the subset of {layout.out} is the condition {subset!r} on the metadata of its first DATA, not on that of other shards",
-            mend="build the new shards into an output folder of their own (`preprocess idf` sums the IDF tables of several)",
+            fix="build the new shards into an output folder of their own (`preprocess idf` sums the IDF tables of several)",
         )
     return chosen_uids(sources, layout, settings)

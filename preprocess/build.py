@@ -161,7 +161,7 @@ def _run_labels(
     if unknown:
         raise UserError(
             f"{layout.labels} holds label files of {len(unknown)} shards that are not in the input, the first: {unknown[0]}",
-            mend="name all shards of this output folder (`preprocess append` remembers them), give another --out, or --overwrite; "
+            fix="name all shards of this output folder (`preprocess append` remembers them), give another --out, or --overwrite; "
             "files that no build has written have to be moved away",
         )
     settings, options = build.settings.labels, build.label_options
@@ -325,11 +325,11 @@ def _check_out(out: Path) -> None:
     """Refuse, before any work, an output folder that cannot be written or that DuckDB could not name."""
     path = str(out) if is_remote(out) else str(out.resolve())
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file", allowed="a folder, there or not yet", mend="give another --out")
+        raise UserError(f"{out} is a file", allowed="a folder, there or not yet", fix="give another --out")
     if patterns := sorted(set("*?[]") & set(path)):
         raise UserError(
             f"the path {path} holds {' '.join(patterns)}, which DuckDB takes for a pattern",
-            mend="give --out a path without it",
+            fix="give --out a path without it",
         )
 
 
@@ -342,14 +342,14 @@ def check_images(shards: list[Shard], images: ImageOutput) -> None:
         raise UserError(
             f"{without.path} has captions, but no images: neither image bytes nor a column of paths",
             allowed="tables with a column `image` or `jpg` of bytes, or `path` of files",
-            mend="add --no-beton to make labels and IDF alone",
+            fix="add --no-beton to make labels and IDF alone",
         )
     elsewhere = next((shard for shard in shards if images == "places" and not is_local_tar(shard)), None)
     if elsewhere:
         raise UserError(
             f"the images of {elsewhere.path} cannot be read in place",
             allowed="with --no-images: uncompressed tars on local disks",
-            mend="leave out --no-images, so that they are copied into betons",
+            fix="leave out --no-images, so that they are copied into betons",
         )
 
 
@@ -399,12 +399,12 @@ def _check_usable(
         raise UserError(
             f"the input gave no usable sample: {reasons or 'its shards are empty'}{others}",
             allowed="tars with an image (.jpg, .png, ...) and a caption (.txt, or `caption` in .json) for each key; tables with a caption",
-            mend=f"see {build.layout.quarantine}" if bad else None,
+            fix=f"see {build.layout.quarantine}" if bad else None,
         )
     raise UserError(
         f"{bad} of {total} samples are bad ({bad / total:.1%}): {reasons}",
         allowed=f"build.max_bad_fraction = {limit:.1%}",
-        mend=f"see {build.layout.quarantine}; raise the limit with --set build.max_bad_fraction=...",
+        fix=f"see {build.layout.quarantine}; raise the limit with --set build.max_bad_fraction=...",
     )
 
 

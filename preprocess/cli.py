@@ -88,7 +88,7 @@ def explain_command(
     if run is not None:
         raise UserError(
             f"preprocess explain loads no model: --checkpoint {run}",
-            mend=f"run `train explain {out} {sample} --checkpoint {run} --top {top}` with the other options as they are",
+            fix=f"run `train explain {out} {sample} --checkpoint {run} --top {top}` with the other options as they are",
         )
     show(explain(out, sample, shard=shard), html=html, svg=svg, png=png)
 
@@ -268,12 +268,12 @@ def build_labels_command(
         raise UserError(
             "--no-beton and --no-images are both given",
             allowed="one of them",
-            mend="--no-beton makes neither betons nor places",
+            fix="--no-beton makes neither betons nor places",
         )
     if overwrite and share:
         raise UserError(
             "--overwrite with --shard would remove what the other shares write",
-            mend="run it once without --shard first",
+            fix="run it once without --shard first",
         )
     target = out_path(out or settings.paths.out)
     manifest = build_labels(
@@ -304,7 +304,7 @@ def append_command(
 ) -> None:
     """Add the shards of DATA to a finished OUT with OUT's own options; without DATA finish what was begun.
 
-    Label rows and betons that are there stay as they are; the IDF table is summed anew.
+    Label rows and betons that are there stay as they are; the IDF table is summed again.
     """
     from preprocess.append import append_shards, undo_append
     from preprocess.build import print_summary
@@ -383,7 +383,9 @@ def train_tokenizer_command(
 @click.argument("outs", nargs=-1, required=True, callback=parse_outs)
 @click.option("--shards", metavar="GLOB", help="Only shards whose name fits, e.g. '0000[0-4]*'.")
 @click.option("--formula", type=click.Choice(get_args(Formula)), help="Default: the one that OUT was built with.")
-@click.option("--recount", is_flag=True, help="Count the label files anew instead of summing the counts that are kept.")
+@click.option(
+    "--recount", is_flag=True, help="Count the label files again instead of summing the counts that are kept."
+)
 @click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The Parquet file to write.")
 def idf_command(
     outs: tuple[Path, ...], shards: str | None, formula: Formula | None, recount: bool, target: Path
@@ -409,13 +411,13 @@ def sql_command(out: Path, query: str, form: str) -> None:
 @click.argument("out", callback=parse_out)
 def verify_command(out: Path) -> None:
     """Read back everything in OUT and compare it with the manifest; exit code 1 if anything differs."""
-    from preprocess.inspect.verify import mending_command, verify_build
+    from preprocess.inspect.verify import repair_command, verify_build
 
     faults = verify_build(out)
     for fault in faults:
         print(fault)
     if faults:
-        print(f"{out}: {len(faults)} faults; mend: {mending_command(out)}")
+        print(f"{out}: {len(faults)} faults; fix: {repair_command(out)}")
         sys.exit(1)
     print(f"{out}: whole and unchanged")
 

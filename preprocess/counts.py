@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from labels.idf import idf_weights, read_idf
 from labels.manifest import COUNTS, TOKENS, Manifest, ShardPart, read_manifest
 from labels.settings import Formula
-from labels.storage import Layout, UserError, is_remote, local_copy, whole_file, write_whole
+from labels.storage import Layout, UserError, atomic_write, is_remote, local_copy, write_whole
 
 # The tokenizer's fingerprint apart, what decides which label a caption gets: counts that differ in one of these are of
 # different things.
@@ -76,7 +76,7 @@ class ShardCounts:
         self._count()
         query = "SELECT token_id, sum(document_frequency)::BIGINT AS document_frequency FROM counted GROUP BY token_id ORDER BY token_id"
         counted = self._con.sql(query).to_arrow_table()
-        with whole_file(path, durable=False) as partial:
+        with atomic_write(path, durable=False) as partial:
             pq.write_table(counted.cast(COUNTS), partial, compression="zstd")
             return partial.stat().st_size
 
@@ -129,7 +129,7 @@ def _frequencies(query: str, files: Sequence[Path], vocabulary: int, memory: str
             counted = con.sql(query, params=[[str(file) for file in files]]).to_arrow_table()
     except duckdb.OutOfMemoryException as error:
         raise UserError(
-            f"build.duckdb_memory = {memory} is too little to count in: {error}", mend="raise it, e.g. to 1GiB"
+            f"build.duckdb_memory = {memory} is too little to count in: {error}", fix="raise it, e.g. to 1GiB"
         ) from None
     frequency = np.zeros(vocabulary, np.int64)
     frequency[counted["token_id"].to_numpy()] = counted["document_frequency"].to_numpy()
@@ -278,14 +278,14 @@ def sum_idf(
     files = [Layout(out).label_file(part.name) if recount else _count_file(out, part) for out, part in chosen]
     count = document_frequencies if recount else sum_counts
     captions = sum(part.rows for _, part in chosen)
-    mend = f"run `preprocess verify` on {_listed(outs)}"
+    fix = f"run `preprocess verify` on {_listed(outs)}"
     try:
         with tempfile.TemporaryDirectory() as spill:
             frequency = count(files, len(names), memory, Path(spill))
     except (duckdb.Error, IndexError) as error:
-        raise UserError(f"the shards' counts cannot be summed: {error}", mend=mend) from None
+        raise UserError(f"the shards' counts cannot be summed: {error}", fix=fix) from None
     if frequency.max(initial=0) > captions:
-        raise UserError(f"the shards' counts hold a token {frequency.max()} times, in {captions} captions", mend=mend)
+        raise UserError(f"the shards' counts hold a token {frequency.max()} times, in {captions} captions", fix=fix)
     write_idf_parquet(target, names, frequency, captions, formula)
     return Summed(captions, len(chosen), formula)
 
@@ -296,11 +296,11 @@ def _check_target(target: Path, outs: list[Path]) -> None:
     for path, out in zip(paths, outs, strict=True):
         if paths.count(path) > 1:
             raise UserError(
-                f"{out} is given twice: its captions would count twice", mend="name every output folder once"
+                f"{out} is given twice: its captions would count twice", fix="name every output folder once"
             )
         if not is_remote(path) and target.resolve().is_relative_to(path):
             raise UserError(
-                f"--out {target} lies in {out}, whose files only a build writes", mend="give a file elsewhere"
+                f"--out {target} lies in {out}, whose files only a build writes", fix="give a file elsewhere"
             )
     if target.suffix != ".parquet" or target.is_dir():
         raise UserError(f"--out {target} is not the name of a Parquet file", allowed="a path that ends in .parquet")
@@ -319,12 +319,12 @@ def _common_tokens(outs: list[Path], manifests: list[Manifest]) -> list[str]:
                 raise UserError(
                     f"{outs[0]} and {out} differ in {thing}: {first} and {other}",
                     allowed="output folders with the same labels",
-                    mend="build the labels of one of them again with the other's options",
+                    fix="build the labels of one of them again with the other's options",
                 )
         if _tokens(out) != names:
             raise UserError(
                 f"{outs[0]} and {out} have other classes: each chose its own word pairs (labels.ngrams)",
-                mend="build them into one output folder, or both with labels.ngrams=1",
+                fix="build them into one output folder, or both with labels.ngrams=1",
             )
     return names
 
@@ -349,7 +349,7 @@ def _common_formula(outs: list[Path], manifests: list[Manifest]) -> Formula:
     if len(formulas) > 1:
         raise UserError(
             f"{_listed(outs)} were built with different IDF formulas: {', '.join(formulas)}",
-            mend="choose one with --formula",
+            fix="choose one with --formula",
         )
     return formulas[0]  # type: ignore[return-value]  # idf_weights refuses another
 
@@ -357,9 +357,7 @@ def _common_formula(outs: list[Path], manifests: list[Manifest]) -> Formula:
 def _count_file(out: Path, part: ShardPart) -> Path:
     path = Layout(out).count_file(part.name)
     if not path.is_file():
-        raise UserError(
-            f"no counts of shard {part.name} at {path}", mend=f"run the build-labels command of {out} again"
-        )
+        raise UserError(f"no counts of shard {part.name} at {path}", fix=f"run the build-labels command of {out} again")
     return path
 
 

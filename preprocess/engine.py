@@ -148,7 +148,7 @@ def run_tasks(
         except BrokenProcessPool:
             raise UserError(
                 "a worker process exited unexpectedly; finished shards are kept",
-                mend="look for the out-of-memory killer in `dmesg`, take fewer --workers, and run the same command again",
+                fix="look for the out-of-memory killer in `dmesg`, take fewer --workers, and run the same command again",
             ) from None
         finally:
             for future in running:

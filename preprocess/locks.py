@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from labels.storage import UserError, is_remote, make_folder, plain_disk_faults
+from labels.storage import UserError, disk_errors, is_remote, make_folder
 
 REFRESH_S = 20.0
 STALE_S = 120.0
@@ -116,7 +116,7 @@ def one_of_many(path: Path, i: int, n: int) -> Iterator[None]:
                 raise UserError(
                     f"another process is writing to {path.parent} as {name} {Holder.read(member)}",
                     allowed=f"members of {n} next to this one ({i} of {n})",
-                    mend=_WAIT,
+                    fix=_WAIT,
                 )
         yield
 
@@ -131,7 +131,7 @@ def _members(path: Path) -> dict[Path, int]:
 def _busy(path: Path) -> UserError:
     holders = filter(None, map(Holder.read, [path, *_members(path)]))  # a shared lock names nobody: its members do
     holder = next(holders, "(host and process are not known)")
-    return UserError(f"another process is writing to {path.parent} {holder}", mend=_WAIT)
+    return UserError(f"another process is writing to {path.parent} {holder}", fix=_WAIT)
 
 
 def _note_abandoned(path: Path) -> None:
@@ -152,7 +152,7 @@ def _locked(path: Path, mode: int) -> Iterator[None]:
         _note_abandoned(path)
         os.ftruncate(descriptor, 0)
         if mode == fcntl.LOCK_EX:
-            with plain_disk_faults(path):
+            with disk_errors(path):
                 os.pwrite(descriptor, Holder.me().raw, 0)
                 os.fsync(descriptor)  # other machines read it too
         yield
@@ -167,7 +167,7 @@ def _locked(path: Path, mode: int) -> Iterator[None]:
 def _flock(path: Path, mode: int) -> int | None:
     """A descriptor of `path` that holds the kernel's lock; None if the file system has no locks."""
     while True:
-        with plain_disk_faults(path):
+        with disk_errors(path):
             make_folder(path.parent)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -227,7 +227,7 @@ def leased(path: Path) -> Iterator[None]:
         other = Holder.read(path) or ""
         raise UserError(
             f"the lock {path} was taken over by another process {other}: it was not refreshed for {STALE_S:.0f} s",
-            mend="make sure that only one command writes there, then run it again: finished parts are kept",
+            fix="make sure that only one command writes there, then run it again: finished parts are kept",
         ) from None
     finally:
         ended.set()
@@ -263,7 +263,7 @@ def _create_lease(path: Path, mine: Holder) -> None:
 def _create(path: Path, content: bytes) -> bool:
     """Write `path` unless it exists; whether it was written."""
     try:
-        with plain_disk_faults(path):
+        with disk_errors(path):
             if is_remote(path):
                 path.fs.pipe_file(path.path, content, mode="create")  # type: ignore[attr-defined]  # a UPath
             else:

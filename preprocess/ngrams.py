@@ -296,7 +296,7 @@ def choose_pairs(
             return con.sql(_RANK, params={"captions": corpus.captions, "classes": classes}).to_arrow_table().cast(PAIRS)
     except duckdb.OutOfMemoryException as error:
         raise UserError(
-            f"build.duckdb_memory = {memory} is too little to count pairs in: {error}", mend="raise it, e.g. to 1GiB"
+            f"build.duckdb_memory = {memory} is too little to count pairs in: {error}", fix="raise it, e.g. to 1GiB"
         ) from None
     except duckdb.Error:
         if corpus.error is None:
@@ -332,7 +332,7 @@ class _Corpus:
                 self.error = error
                 raise
             except (OSError, ValueError, KeyError) as error:
-                self.error = UserError(f"{file} cannot be counted for word pairs: {error}", mend=_VERIFY)
+                self.error = UserError(f"{file} cannot be counted for word pairs: {error}", fix=_VERIFY)
                 raise self.error from None
 
     def _count(self, rows: pa.ListArray) -> pa.RecordBatch:
@@ -403,25 +403,25 @@ def read_pairs(path: Path, vocabulary: int) -> pa.Table:
     Raises:
         UserError: the file is missing, unreadable, no such table, or of another vocabulary than V.
     """
-    mend = "run `preprocess build-labels` for this output folder again"
+    fix = "run `preprocess build-labels` for this output folder again"
     if not path.is_file():
-        raise UserError(f"no word pairs at {path}", mend=mend)
+        raise UserError(f"no word pairs at {path}", fix=fix)
     try:
         with local_copy(path) as local:
             table = pq.read_table(local)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable as Parquet: {error}", mend=mend) from None
+        raise UserError(f"{path} is not readable as Parquet: {error}", fix=fix) from None
     if not table.schema.equals(PAIRS):
         raise UserError(
             f"{path} has the columns {table.schema.names}",
             allowed=f"{PAIRS.names}, of their types and never null",
-            mend=mend,
+            fix=fix,
         )
     for name in ("first", "second"):
         try:
             _check_ids(table[name].to_numpy(), vocabulary)
         except ValueError as error:
-            raise UserError(f"{path}: {error}", mend=mend) from None
+            raise UserError(f"{path}: {error}", fix=fix) from None
     return table
 
 

@@ -90,7 +90,7 @@ def _results(ray: ModuleType, function: Callable[[Task], Result], tasks: Sequenc
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as error:
         raise UserError(
             f"a shard's worker on the Ray cluster was lost {MAX_RETRIES + 1} times: {str(error).splitlines()[0]}",
-            mend="look for nodes that run out of memory or disk (`ray status`), and run the same command again: finished shards are kept",
+            fix="look for nodes that run out of memory or disk (`ray status`), and run the same command again: finished shards are kept",
         ) from None
     finally:
         for task in running:
@@ -115,7 +115,7 @@ def _check_node(home: _Home) -> None:
         raise UserError(
             f"the Ray node {socket.gethostname()} would not give the same bytes: {'; '.join(others)}",
             allowed="the versions of the machine that started the command, on every node",
-            mend="install them there, e.g. pip install -r requirements.lock",
+            fix="install them there, e.g. pip install -r requirements.lock",
         )
     if home.shared is None:
         return
@@ -127,7 +127,7 @@ def _check_node(home: _Home) -> None:
         raise UserError(
             f"the Ray node {socket.gethostname()} does not see the OUT of this command: {home.shared} is not there or another file",
             allowed="an OUT that all nodes share: a network file system under the same path, or a URL such as s3://bucket/out",
-            mend="give another --out",
+            fix="give another --out",
         )
 
 
@@ -152,7 +152,7 @@ def _import_ray() -> ModuleType:
         raise UserError(
             f"--engine ray needs the package ray: {error}",
             allowed="local, or ray where it is installed",
-            mend="pip install 'ray>=2.50'",
+            fix="pip install 'ray>=2.50'",
         ) from None
     return ray
 
@@ -167,7 +167,7 @@ def _connect(ray: ModuleType, workers: int) -> None:
         if address != "auto":
             raise UserError(
                 f"no Ray cluster is reached at RAY_ADDRESS={address}: {str(error).splitlines()[0]}",
-                mend="start it (`ray start --head`), or unset RAY_ADDRESS to use this machine alone",
+                fix="start it (`ray start --head`), or unset RAY_ADDRESS to use this machine alone",
             ) from None
         ray.init(
             address="local",

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from labels.manifest import LABELS
 from labels.settings import Labels
-from labels.storage import Layout, sha256_file, whole_file
+from labels.storage import Layout, atomic_write, sha256_file
 from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.counts import ShardCounts
 from preprocess.readers.base import Fault
@@ -147,7 +147,7 @@ def write_labels(layout: Layout, shard: str, batches: Iterable[pa.Table]) -> dic
     """
     rows = tokens = 0
     keys, counts = hashlib.sha256(), ShardCounts()
-    with whole_file(layout.label_file(shard)) as partial:
+    with atomic_write(layout.label_file(shard)) as partial:
         with pq.ParquetWriter(partial, LABELS, **_PARQUET) as writer:
             for batch in batches:
                 if not len(batch):

@@ -25,10 +25,10 @@ from labels.settings import Pipeline
 from labels.storage import (
     Layout,
     UserError,
+    disk_errors,
     fingerprint,
     is_remote,
     own_partials,
-    plain_disk_faults,
     remove_partials,
     write_json,
 )
@@ -402,7 +402,7 @@ def spill_folder(layout: Layout) -> Iterator[Path]:
         return
     spill = layout.out / "spill.partial"
     try:
-        with plain_disk_faults(spill):
+        with disk_errors(spill):
             yield spill
     finally:
         shutil.rmtree(spill, ignore_errors=True)
@@ -459,7 +459,7 @@ def check_same_options(build: BuildContext, *, alone: bool) -> None:
         raise UserError(
             f"{build.layout.out} was begun with other options: {'; '.join(_differences(before, build.options))}",
             allowed="the options it was begun with",
-            mend="give another --out, or --overwrite to remove what was built there",
+            fix="give another --out, or --overwrite to remove what was built there",
         )
 
 

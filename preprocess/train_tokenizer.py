@@ -26,7 +26,7 @@ Captions = Callable[[], Iterable[list[str]]]
 # Characters of WordPiece's alphabet, the commonest; BERT's own trainer has the same bound.
 _MAX_ALPHABET = 1000
 _BYTES = 256
-# sentencepiece holds its captions in memory; of more, it draws so many, with a seed.
+# sentencepiece holds its captions in memory; of more, it draws this many, with a seed.
 _MAX_SENTENCES = 5_000_000
 
 
@@ -45,7 +45,7 @@ def train_tokenizer(
         captions: gives the captions in batches, the same each time it is called; as they came.
         kind: of tokenizer. `bpe` over bytes, `wordpiece` as BERT's, `unigram` and `wordlevel` with NFKC.
         out: the file, a tokenizer.json or, for catlip, a vocabulary.
-        vocab_size: at most so many tokens; catlip has as many as are frequent.
+        vocab_size: at most this many tokens; catlip has as many as are frequent.
         min_count: bpe, wordpiece: how often a pair must come to be merged; wordlevel: a word to be a token (both 2 if
             None); catlip: how many captions a synset must be in (500 if None). unigram has no use for it.
         wordnet: `labels.wordnet`, for catlip.
@@ -64,7 +64,7 @@ def train_tokenizer(
     if not counted.captions:
         raise UserError(
             "train-tokenizer: there are no captions in the input",
-            mend="give a folder of shards or a table with captions",
+            fix="give a folder of shards or a table with captions",
         )
     write_whole(out, lambda partial: partial.write_text(engine.to_str(pretty=True) + "\n", encoding="utf8"))
     return engine.get_vocab_size()
@@ -128,7 +128,7 @@ def _train_wordpiece(captions: _Counted, vocab_size: int, min_count: int) -> Eng
         show_progress=False,
     )
     trained.train_from_iterator(captions, trainer)
-    # Made anew: to the trained one the characters inside words are special tokens.
+    # Made again: to the trained one the characters inside words are special tokens.
     engine = Engine(models.WordPiece(trained.get_vocab(with_added_tokens=False) or {"[UNK]": 0}, unk_token="[UNK]"))
     engine.normalizer, engine.pre_tokenizer, engine.decoder = (
         normalizer,
@@ -146,7 +146,7 @@ def _train_unigram(captions: _Counted, vocab_size: int, min_count: int) -> Engin
     except ImportError:
         raise UserError(
             "train-tokenizer: --kind unigram needs sentencepiece, which is not installed",
-            mend="pip install sentencepiece",
+            fix="pip install sentencepiece",
         ) from None
     normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     model = io.BytesIO()
@@ -169,7 +169,7 @@ def _train_unigram(captions: _Counted, vocab_size: int, min_count: int) -> Engin
         if not captions.captions:
             return Engine(models.Unigram())
         raise UserError(
-            f"train-tokenizer: sentencepiece cannot train on these captions: {error}", mend="another --vocab-size"
+            f"train-tokenizer: sentencepiece cannot train on these captions: {error}", fix="another --vocab-size"
         ) from None
     trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     controls = {number for number in range(trained.get_piece_size()) if trained.is_control(number)}
@@ -215,7 +215,7 @@ def _train_catlip(captions: Captions, out: Path, min_count: int, wordnet: str) -
         raise UserError(
             f"train-tokenizer: no synset is in {min_count} captions or more; there are {total:,} captions, the commonest synset is in "
             f"{int(frequency.max()):,}",
-            mend="a smaller --min-count",
+            fix="a smaller --min-count",
         )
     write_vocabulary(out, everything.nouns, kept, min_count)
     return len(kept)

@@ -28,7 +28,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 from labels.settings import Section
-from labels.storage import TEMPORARY_SUFFIX, UserError, fsync_directory, plain_disk_faults
+from labels.storage import TEMPORARY_SUFFIX, UserError, disk_errors, fsync_directory
 from train.distributed import laid_out_like, whole
 from train.loop import TrainState
 
@@ -66,7 +66,7 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         raise UserError(
             f"{file} cannot be read as weights: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             allowed="a whole .safetensors file, or a torch file that holds nothing but tensors",
-            mend="fetch or write the file again",
+            fix="fetch or write the file again",
         ) from None
     others = [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if others or not tensors:
@@ -107,7 +107,7 @@ def copy_exactly(
         raise UserError(
             f"{file} does not fit the architecture: {told}",
             allowed=f"the {len(wanted)} tensors of {what}, by their own names",
-            mend="give the weights and the architecture (and image size) of the same model",
+            fix="give the weights and the architecture (and image size) of the same model",
         )
     for key, tensor in wanted.items():
         tensor.copy_(laid_out_like(tensors[key], tensor))
@@ -194,7 +194,7 @@ class CheckpointWriter:
     def _write(self, tensors: Tensors, state: State) -> None:
         folder = self._folder / f"{_PREFIX}{state.samples_seen:012d}"
         partial = folder.with_name(folder.name + TEMPORARY_SUFFIX)
-        with plain_disk_faults(partial):
+        with disk_errors(partial):
             partial.mkdir(parents=True)
             for name, named in tensors.items():
                 save_file(named, partial / f"{name}.safetensors")
@@ -247,16 +247,16 @@ def read_state(folder: Path) -> State:
     Raises:
         UserError: missing, damaged, or not of this folder.
     """
-    path, mend = folder / "state.json", f"remove {folder}; the checkpoint before it is taken"
+    path, fix = folder / "state.json", f"remove {folder}; the checkpoint before it is taken"
     try:
         state = State.model_validate(json.loads(path.read_bytes()))
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        raise UserError(f"{path} is not valid: {'.'.join(map(str, fault['loc']))}: {fault['msg']}", mend=mend) from None
+        raise UserError(f"{path} is not valid: {'.'.join(map(str, fault['loc']))}: {fault['msg']}", fix=fix) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable: {error}", mend=mend) from None
+        raise UserError(f"{path} is not readable: {error}", fix=fix) from None
     if state.samples_seen != int(folder.name.removeprefix(_PREFIX)):
-        raise UserError(f"{path} says {state.samples_seen} samples seen, its folder {folder.name}", mend=mend)
+        raise UserError(f"{path} says {state.samples_seen} samples seen, its folder {folder.name}", fix=fix)
     return state
 
 

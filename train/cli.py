@@ -385,7 +385,7 @@ def plan_command(
         raise UserError(
             "--measure trains as `train run` does, on betons",
             allowed="--method run with --beton OUT",
-            mend="add --beton, or give --rate",
+            fix="add --beton, or give --rate",
         )
     vocabulary, _, samples = head_size(pipeline, beton)
     device = torch.device("cuda" if torch.cuda.is_available() and pipeline.train.runtime.device != "cpu" else "cpu")

@@ -55,7 +55,7 @@ def check_whole_batches(settings: Train, command: str) -> None:
             f"`{command}` compares every image with all captions of its batch, and train.runtime.accumulation "
             f"{settings.runtime.accumulation} never has them together",
             allowed="1",
-            mend="save memory by train.model.grad_checkpointing=true, train.runtime.parallel=fsdp or more ranks",
+            fix="save memory by train.model.grad_checkpointing=true, train.runtime.parallel=fsdp or more ranks",
         )
 
 

@@ -64,7 +64,7 @@ def distributed_world(runtime: Runtime) -> Iterator[World]:
         raise UserError(
             "train.runtime.device is cuda, but torch sees no CUDA device",
             allowed="auto, cpu",
-            mend="--set train.runtime.device=cpu",
+            fix="--set train.runtime.device=cpu",
         )
     on_gpu = available and runtime.device != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
@@ -72,7 +72,7 @@ def distributed_world(runtime: Runtime) -> Iterator[World]:
         if device.index >= torch.cuda.device_count():
             raise UserError(
                 f"rank {device.index} of this node has no GPU of its own: torch sees {torch.cuda.device_count()}",
-                mend=f"--nproc-per-node={torch.cuda.device_count()}",
+                fix=f"--nproc-per-node={torch.cuda.device_count()}",
             )
         torch.cuda.set_device(device)
     if runtime.threads:

@@ -75,7 +75,7 @@ class _WeightsAndBiases:
             raise UserError(
                 f"train.log.wandb is {project!r}, but wandb is not installed",
                 allowed="null, where wandb is not",
-                mend="pip install 'superclass-lean[wandb]', or --set train.log.wandb=null",
+                fix="pip install 'superclass-lean[wandb]', or --set train.log.wandb=null",
             ) from None
         # The same name for every part of a run, so that a resumed one goes on in the same chart.
         name = fingerprint(str(run.resolve()))
@@ -173,7 +173,7 @@ class Metrics:
             raise UserError(
                 f"the last {self.skipped_in_a_row} steps, up to step {self._step}, were skipped: their loss or gradient is not finite",
                 allowed=f"fewer than train.runtime.max_skipped_steps = {limit} in a row",
-                mend="lower train.optimizer.lr, lengthen train.optimizer.warmup_samples, set train.optimizer.clip_norm, or use bf16",
+                fix="lower train.optimizer.lr, lengthen train.optimizer.warmup_samples, set train.optimizer.clip_norm, or use bf16",
             )
         if self._world.is_first:
             print(self._line(lines[-1], throughput), flush=True)
@@ -262,7 +262,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Lines beyond the checkpoint will be written anew; a line cut by a kill is dropped with them."""
+    """Lines beyond the checkpoint will be written again; a line cut by a kill is dropped with them."""
     if not path.is_file():
         return
     kept = []

@@ -45,7 +45,7 @@ PRESETS = {
 
 
 @torch.no_grad()
-def begin_as_reference(vit: VisionTransformer) -> None:
+def init_like_reference(vit: VisionTransformer) -> None:
     """Draw a ViT's first weights as the reference does: tokens and positions from N(0, W^-1/2), query, key and value by
     Xavier, all other layers as torch draws them, biases of the attention 0.
     """
@@ -75,10 +75,10 @@ def build_trunk(model: Model) -> nn.Module:
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(
             f"timm cannot build {model.trunk!r} with {arguments}: {error}",
-            mend="mend train.model.trunk_args or train.model.image_size",
+            fix="fix train.model.trunk_args or train.model.image_size",
         ) from None
     if model.trunk in PRESETS and isinstance(trunk, VisionTransformer):
-        begin_as_reference(trunk)
+        init_like_reference(trunk)
     return trunk
 
 
@@ -95,7 +95,7 @@ def trunk_arguments(model: Model) -> tuple[str, dict[str, Any]]:
             f"timm has no model named {model.trunk!r}",
             allowed=f"{', '.join(PRESETS)}, or any name of timm.list_models()"
             + (f", e.g. {', '.join(near)}" if near else ""),
-            mend="set train.model.trunk",
+            fix="set train.model.trunk",
         )
     arguments: dict[str, Any] = {**preset.arguments, **model.trunk_args}
     if is_vit(model):
@@ -123,7 +123,7 @@ def set_up_trunk(trunk: nn.Module, model: Model) -> None:
         except (AttributeError, AssertionError):
             raise UserError(
                 f"timm has no gradient checkpointing for {model.trunk!r}",
-                mend="--set train.model.grad_checkpointing=false",
+                fix="--set train.model.grad_checkpointing=false",
             ) from None
     if model.compile:
         trunk.compile()

@@ -74,6 +74,6 @@ def chosen(
 
     if not betons:
         raise UserError(
-            f"`{command}` was given no betons", mend=f"add --beton OUT (--beton alone takes paths.out){or_else}"
+            f"`{command}` was given no betons", fix=f"add --beton OUT (--beton alone takes paths.out){or_else}"
         )
     return Chosen([beton or pipeline.paths.out for beton in betons], [local_out(one) for one in labels], idf)

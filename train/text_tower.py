@@ -154,7 +154,7 @@ def build_text_tower(settings: TextTower, vocabulary: int) -> Any:
         from open_clip.transformer import TextTransformer
     except ImportError:
         raise UserError(
-            "open_clip, whose text tower is taken, is not installed", mend="pip install 'superclass-lean[evals]'"
+            "open_clip, whose text tower is taken, is not installed", fix="pip install 'superclass-lean[evals]'"
         ) from None
     return TextTransformer(
         context_length=settings.context,

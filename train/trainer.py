@@ -412,7 +412,7 @@ def resume_point(run: Path, betons: BetonSet, settings: Train, method: Method) -
     state = read_state(folders[-1])
     if state.method != method.name:
         raise UserError(
-            f"{run} holds a run of the method {state.method}, not of `{method.command}`", mend="give another --out"
+            f"{run} holds a run of the method {state.method}, not of `{method.command}`", fix="give another --out"
         )
     differs = {
         "labels": ("with other labels: fingerprint", betons.labels_out),
@@ -425,7 +425,7 @@ def resume_point(run: Path, betons: BetonSet, settings: Train, method: Method) -
             what, where = differs[name]
             raise UserError(
                 f"{run} was trained {what} {before[:16]}, {where} has {value[:16]}",
-                mend="give the --beton and --labels that the run was begun with, or another --out",
+                fix="give the --beton and --labels that the run was begun with, or another --out",
             )
     if state.options != fingerprint(kept):
         facts = run / "data.json"
@@ -434,7 +434,7 @@ def resume_point(run: Path, betons: BetonSet, settings: Train, method: Method) -
         raise UserError(
             f"{run} was begun with another configuration: {'; '.join(_differences(before, kept))}",
             allowed="the configuration it was begun with",
-            mend=f"take --config {run / 'config.yaml'}, or another --out",
+            fix=f"take --config {run / 'config.yaml'}, or another --out",
         )
     return folders[-1], state
 
@@ -447,7 +447,7 @@ def _resume_point_of_model(run: Path, identity: str) -> tuple[Path | None, State
     if state.options != identity:
         raise UserError(
             f"{run} was begun with other data, weights or settings: fingerprint {state.options}, now {identity}",
-            mend="give what it was begun with, or another --out",
+            fix="give what it was begun with, or another --out",
         )
     return folders[-1], state
 

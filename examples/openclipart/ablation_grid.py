@@ -109,7 +109,7 @@ def read_grid(file: Path) -> Grid:
         faults = [f"  {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_url=False)]
         raise UserError(
             "\n".join([f"{file} is no ablation:", *faults]),
-            mend="correct these keys; for an example see examples/openclipart/ablations.yaml",
+            fix="correct these keys; for an example see examples/openclipart/ablations.yaml",
         ) from None
     named = [row.cell for table in grid.tables for row in table.rows]
     named += [cell for plot in grid.plots for cells in plot.lines.values() for cell in cells]

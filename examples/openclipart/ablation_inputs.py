@@ -63,7 +63,7 @@ def make_labels(grid: Grid, name: str, data: Path, work: Path) -> None:
 def _preprocess(*words: str) -> None:
     print(f"== preprocess {' '.join(words)}", flush=True)
     if subprocess.run([sys.executable, "-m", "preprocess", *words]).returncode:
-        raise UserError(f"`preprocess {words[0]}` failed", mend="see its output above")
+        raise UserError(f"`preprocess {words[0]}` failed", fix="see its output above")
 
 
 def make_evaluation_set(settings: EvaluationSet, data: Path, folder: Path) -> None:
@@ -90,7 +90,7 @@ def make_evaluation_set(settings: EvaluationSet, data: Path, folder: Path) -> No
         if not used:
             raise UserError(
                 f"{data / part} has no shards with drawings of classes",
-                mend="name the folder that make_shards.py wrote",
+                fix="name the folder that make_shards.py wrote",
             )
         table = pa.table({"image": [image for image, _ in used], "class": [name for _, name in used]}, schema=_SCHEMA)
         write_whole(folder / f"{part}.parquet", lambda partial, table=table: pq.write_table(table, partial))

@@ -178,7 +178,7 @@ def _from_hub(name: str) -> tokenizers.Tokenizer:
         raise UserError(
             f"labels.tokenizer: {name!r} is no file here, and its tokenizer.json could not be fetched from the hub: {reason[0]}",
             allowed=ALLOWED,
-            mend="check the name and the network, or download the tokenizer.json (or vocab.txt) elsewhere and give its path",
+            fix="check the name and the network, or download the tokenizer.json (or vocab.txt) elsewhere and give its path",
         ) from None
 
 

@@ -27,7 +27,7 @@ def aligned_buffer(size: int) -> np.ndarray:
 
 
 class DirectFile:
-    """Written anew by `write`. What is not aligned, in practice the end, and file systems without such writes go
+    """Written again by `write`. What is not aligned, in practice the end, and file systems without such writes go
     through the cache.
     """
 

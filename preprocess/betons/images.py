@@ -152,7 +152,7 @@ _ORIENTATION = 0x0112
 _TURNED, _SIDEWAYS = range(2, 9), range(5, 9)
 # Not all that PIL knows: some of its formats start other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# A JPEG that is shrunk is decoded at a fraction of its size, but not below so many times what is wanted.
+# A JPEG that is shrunk is decoded at a fraction of its size, but not below this many times what is wanted.
 _DRAFT = 2
 
 
@@ -336,7 +336,7 @@ class DecodeCheck:
             raise UserError(
                 "build.decode_check is full, and libturbojpeg is not installed",
                 allowed=" or ".join(TURBOJPEG),
-                mend="apt-get install libturbojpeg0, or --decode-check header",
+                fix="apt-get install libturbojpeg0, or --decode-check header",
             ) from None
         self._pixels = np.empty(0, np.uint8)
 

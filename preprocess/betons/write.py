@@ -26,7 +26,7 @@ from labels.arrays import pad_rows
 from labels.manifest import PLACE, BetonPart
 from labels.native import njit
 from labels.settings import Build
-from labels.storage import Layout, is_remote, local_copy, whole_file
+from labels.storage import Layout, atomic_write, is_remote, local_copy
 from preprocess.betons.direct_io import DirectFile, aligned_buffer
 from preprocess.betons.images import MAX_BYTES, BadImage, DecodeCheck, lying, prepare, scan_jpegs
 from preprocess.betons.plan import Group, Member, image_folder, row_order
@@ -71,7 +71,7 @@ class Samples:
 
 
 def write_beton(path: Path, samples: Samples) -> tuple[int, str]:
-    """Write the file anew.
+    """Write the file again.
 
     Returns:
         Its length in bytes and its SHA-256.
@@ -373,7 +373,7 @@ def write_group(task: GroupTask) -> GroupMarker:
         rows = _collect(task, spool, scratch)
         for number, order in enumerate(row_order(group, task.settings), start=group.first):
             kept = order[rows.good[order]]
-            with whole_file(task.file(number)) as partial:
+            with atomic_write(task.file(number)) as partial:
                 size, digest = (
                     _write_copies(partial, rows, kept) if task.copy else _write_places(partial, group, rows, kept)
                 )

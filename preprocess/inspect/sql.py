@@ -28,7 +28,7 @@ def open_tables(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """
     layout = Layout(out if is_remote(out) else out.resolve())
     if not layout.idf_duckdb.is_file():
-        raise UserError(f"{out} has no idf.duckdb", mend=f"run `preprocess build-labels DATA --out {out}` first")
+        raise UserError(f"{out} has no idf.duckdb", fix=f"run `preprocess build-labels DATA --out {out}` first")
     with local_copy(layout.idf_duckdb) as database, _open(database, layout) as con:
         # The file's own view is relative to OUT, and DuckDB resolves that against the working directory when locked
         # down.
@@ -36,7 +36,7 @@ def open_tables(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
             con.execute(f"CREATE TEMP VIEW labels AS SELECT * FROM read_parquet({quoted(layout.labels / '*.parquet')})")
         except duckdb.Error as error:
             raise UserError(
-                f"{layout.labels} cannot be read: {error}", mend="run `preprocess verify` on this OUT"
+                f"{layout.labels} cannot be read: {error}", fix="run `preprocess verify` on this OUT"
             ) from None
         con.execute(f"SET allowed_directories = [{quoted(layout.out)}]")
         con.execute("SET enable_external_access = false")
@@ -49,7 +49,7 @@ def _open(database: Path, layout: Layout) -> duckdb.DuckDBPyConnection:
         con = duckdb.connect(str(database), read_only=True)
     except duckdb.Error as error:
         raise UserError(
-            f"{layout.idf_duckdb} cannot be opened: {error}", mend="run `preprocess verify` on this OUT"
+            f"{layout.idf_duckdb} cannot be opened: {error}", fix="run `preprocess verify` on this OUT"
         ) from None
     if is_remote(layout.out):
         con.register_filesystem(layout.out.fs)  # type: ignore[attr-defined]  # a UPath

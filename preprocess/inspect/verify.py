@@ -1,6 +1,6 @@
 """`preprocess verify`: read back everything a build wrote and compare it with the manifest and with itself.
 
-A faulty file is removed from the finished ones by dropping its marker, so that the build command makes it anew.
+A faulty file is removed from the finished ones by dropping its marker, so that the build command makes it again.
 """
 
 from collections.abc import Iterator
@@ -206,8 +206,8 @@ def verify_build(out: Path) -> list[str]:
     return faults
 
 
-def mending_command(out: Path) -> str:
-    """What makes anew that which `verify_build` has found faulty."""
+def repair_command(out: Path) -> str:
+    """What makes again that which `verify_build` has found faulty."""
     inputs = read_inputs(Layout(out))
     if inputs and len(inputs.batches) > 1:
         return f"run `preprocess append {out}`"
@@ -280,9 +280,8 @@ def _idf_faults(layout: Layout, manifest: Manifest, frequency: np.ndarray) -> li
     faults = []
     if not np.array_equal(table["document_frequency"].to_numpy(), frequency):
         faults.append(f"{layout.idf_parquet}: its document frequencies are not those of the label files")
-    if not np.allclose(
-        table["idf"].to_numpy(), idf_weights(frequency, manifest.captions, manifest.idf_formula), rtol=1e-12
-    ):  # type: ignore[arg-type]
+    expected = idf_weights(frequency, manifest.captions, manifest.idf_formula)  # type: ignore[arg-type]
+    if not np.allclose(table["idf"].to_numpy(), expected, rtol=1e-12):
         faults.append(f"{layout.idf_parquet}: its idf column does not follow from its document frequencies")
     if not layout.idf_duckdb.is_file():
         return [*faults, f"{layout.idf_duckdb}: missing"]

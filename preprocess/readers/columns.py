@@ -137,7 +137,7 @@ def _chosen(batch: pa.RecordBatch, choice: Choice, path: str) -> tuple[pa.String
             raise UserError(
                 f"{path}: the column {item.name!r} of build.caption_key holds {column.type}",
                 allowed="a column of strings or of lists of strings",
-                mend=f"name another column, of: {', '.join(batch.schema.names)}",
+                fix=f"name another column, of: {', '.join(batch.schema.names)}",
             )
         texts, wrong = _lines(column) if _is_list(column.type) else _texts(column)
         parts.append(texts)
@@ -196,7 +196,7 @@ def _identifiers(batch: pa.RecordBatch, name: str, path: str) -> pa.StringArray:
         raise UserError(
             f"{path}: the column {name!r} holds {column.type}",
             allowed="strings or whole numbers",
-            mend="convert or rename the column",
+            fix="convert or rename the column",
         )
     texts, invalid = _texts(column)
     if invalid:

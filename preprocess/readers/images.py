@@ -73,7 +73,7 @@ def table_images(shard: Shard, keys: Sequence[str]) -> Iterator[tuple[int, bytes
     if row < len(keys):
         raise UserError(
             f"{shard.path} no longer holds the sample {keys[row]!r} that its label file has",
-            mend="the table changed during the build: run the same command again",
+            fix="the table changed during the build: run the same command again",
         )
 
 
@@ -122,7 +122,7 @@ def _read(shard: Shard, key: str, value: bytes | str | None) -> bytes | Fault:
         filesystem, path = url_to_fs(place)
         return filesystem.cat_file(path)
     except ImportError as error:
-        raise UserError(f"{place} cannot be opened: {error}", mend="install the package that it names") from None
+        raise UserError(f"{place} cannot be opened: {error}", fix="install the package that it names") from None
     except Exception as error:  # what a server's client raises is its own affair
         told = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return Fault(key, "no image", f"{_printable(value)}: {told}")
@@ -214,7 +214,7 @@ def _of_tar(
         if missing.any():
             raise UserError(
                 f"{shard.path} no longer holds the sample {keys[int(missing.argmax())].as_py()!r} that its label file has",
-                mend="the tar changed during the build: run the same command again",
+                fix="the tar changed during the build: run the same command again",
             )
         return Pictures(data, of_rows, {})
     texts = np.where(missing[:, None], -1, members[numbers, wanted.index("txt")]) if len(members) else of_rows

@@ -22,7 +22,7 @@ _ALLOWED = (
     "a folder with .tar files (also in its shards/ or deeper), or else with .parquet, .csv or .tsv files; a glob, or such files;"
     " local paths or fsspec URLs"
 )
-_MEND = "name the folder that img2dataset or DataComp's download script wrote"
+_FIX = "name the folder that img2dataset or DataComp's download script wrote"
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4")
 _COMPRESSED_TABLES = tuple(
     f".{kind}.{packed}" for kind in ("csv", "tsv") for packed in ("gz", "bz2", "xz", "zst", "lz4", "zip")
@@ -94,7 +94,7 @@ def find_shards(sources: list[str]) -> Found:
         f"{len(waiting)} of {len(waiting) + len(files)} shards have no {_STATS} yet and are left out: {_names(waiting)}"
     )
     if not files:
-        raise UserError(told, mend=again)
+        raise UserError(told, fix=again)
     return Found(_named(list(files.values())), [f"{told}; {again}"] if waiting else [])
 
 
@@ -114,9 +114,7 @@ def _named(files: list[Shard]) -> list[Shard]:
     for file in files:
         name = "--".join(PurePosixPath(file.path).with_suffix("").parts[common:])
         if name in shards:
-            raise UserError(
-                f"{shards[name].path} and {file.path} would both be shard {name}", mend="rename one of them"
-            )
+            raise UserError(f"{shards[name].path} and {file.path} would both be shard {name}", fix="rename one of them")
         shards[name] = replace(file, name=name)
     # Not by the bare name: `a-b.parquet` comes before `a.parquet`, and rows are counted in file-name order.
     return sorted(shards.values(), key=lambda shard: f"{shard.name}.parquet")
@@ -139,7 +137,7 @@ def _expand(source: str) -> tuple[list[Shard], list[str]]:
     kinds = {name: kind for name, kind in kinds.items() if kind == "tar" or _stem(name) not in stems}
     if not kinds:
         known = ".tar, .parquet, .csv or .tsv"
-        raise UserError(f"{source} holds no {known} file ({len(found)} other files)", allowed=_ALLOWED, mend=_MEND)
+        raise UserError(f"{source} holds no {known} file ({len(found)} other files)", allowed=_ALLOWED, fix=_FIX)
     listed = set(found) if folder else _beside(filesystem, kinds)
     marks = {name.removesuffix(_STATS) for name in listed if name.endswith(_STATS)}
     # A mark of no shard is another program's, and says nothing.
@@ -166,7 +164,7 @@ def _files(filesystem: AbstractFileSystem, source: str, path: str) -> tuple[bool
         return False, [path]
     if any(character in path for character in "*?["):
         return False, [str(name) for name in filesystem.glob(path)]
-    raise UserError(f"{source} does not exist", allowed=_ALLOWED, mend=_MEND)
+    raise UserError(f"{source} does not exist", allowed=_ALLOWED, fix=_FIX)
 
 
 def _refuse_compressed(source: str, folder: bool, found: list[str]) -> None:
@@ -175,14 +173,14 @@ def _refuse_compressed(source: str, folder: bool, found: list[str]) -> None:
         raise UserError(
             f"{source} holds compressed tars ({len(packed)}, the first: {packed[0]})",
             allowed="plain .tar",
-            mend="unpack them (e.g. gunzip), or leave them out with a glob such as 'shards/*.tar'",
+            fix="unpack them (e.g. gunzip), or leave them out with a glob such as 'shards/*.tar'",
         )
     packed = sorted(name for name in found if name.endswith(_COMPRESSED_TABLES))
     if packed and not (folder and any(name.endswith(".tar") for name in found)):
         raise UserError(
             f"{source} holds compressed tables ({len(packed)}, the first: {packed[0]})",
             allowed="plain .csv, .tsv or .parquet",
-            mend="unpack them (e.g. gunzip), or leave them out with a glob such as 'data/*.csv'",
+            fix="unpack them (e.g. gunzip), or leave them out with a glob such as 'data/*.csv'",
         )
 
 

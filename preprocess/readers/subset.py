@@ -17,7 +17,7 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from labels.storage import UserError, is_remote, sha256_file, whole_file
+from labels.storage import UserError, atomic_write, is_remote, sha256_file
 from labels.subset import (
     ALLOWED,
     OUT_OF_MEMORY,
@@ -68,11 +68,11 @@ def resolve_subset(
     with (
         enough_memory(memory),
         _uids(text, metadata, sources, memory, spill) as (uids, in_order),
-        whole_file(target) as partial,
+        atomic_write(target) as partial,
     ):
         count = _write(partial, uids if in_order else sort_uids(uids, memory, spill))
         if not count:
-            raise UserError(f"the subset {text!r} selects no sample", mend="name another subset, or leave it out")
+            raise UserError(f"the subset {text!r} selects no sample", fix="name another subset, or leave it out")
         return sha256_file(partial)[:_FINGERPRINT_DIGITS]
 
 
@@ -178,7 +178,7 @@ def metadata_files(metadata: str | None, sources: Sequence[str], condition: str)
         raise UserError(
             f"--subset {condition!r} is an SQL condition, and there are no {_FOLDER}/*{_SUFFIX} in or next to {', '.join(sources)}",
             allowed=ALLOWED,
-            mend="give --metadata FOLDER, or --set build.metadata=FOLDER; a file has to end in .npy or .parquet",
+            fix="give --metadata FOLDER, or --set build.metadata=FOLDER; a file has to end in .npy or .parquet",
         )
     return files
 
@@ -194,7 +194,7 @@ def open_metadata(files: Files, memory: str, spill: Path) -> Iterator[duckdb.Duc
     if odd := next((name for name in names if set("*?[") & set(name)), None):
         raise UserError(
             f"the path {odd} holds one of * ? [, which DuckDB takes for a pattern",
-            mend="give the folder a name without it",
+            fix="give the folder a name without it",
         )
     config = {
         "memory_limit": memory,
@@ -229,7 +229,7 @@ def _strings(reader: pa.RecordBatchReader) -> Iterator[pa.StringArray]:
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         raise_if_out_of_memory(error)
         raise UserError(
-            f"the metadata cannot be read: {one_line(error)}", mend="download again the file that it names"
+            f"the metadata cannot be read: {one_line(error)}", fix="download again the file that it names"
         ) from None
 
 
@@ -259,4 +259,4 @@ def enough_memory(memory: str) -> Iterator[None]:
         if OUT_OF_MEMORY not in str(error):
             raise
         problem = f"build.duckdb_memory = {memory} is too little for the subset: {one_line(error)}"
-        raise UserError(problem, mend="raise it, e.g. to 1GiB") from None
+        raise UserError(problem, fix="raise it, e.g. to 1GiB") from None

@@ -71,7 +71,7 @@ class Table(ABC):
         twice = sorted(name for name in columns if self.schema.names.count(name) > 1)
         if twice:
             problem = f"{self.shard.path} has the column {twice[0]!r} twice"
-            raise UserError(problem, allowed="every column once", mend="rename one of them")
+            raise UserError(problem, allowed="every column once", fix="rename one of them")
         first = 0
         for whole in self._stream(columns, batch_rows, faults):
             for start in range(0, len(whole), batch_rows):
@@ -387,7 +387,7 @@ def read_table_rows(shard: Shard, choices: Sequence[Choice], batch_rows: int) ->
         raise UserError(
             f"{shard.path} has no column that build.caption_key names ({', '.join(map(str, choices))})",
             allowed=f"its columns: {columns}" + ("; a CSV needs a header line" if shard.kind == "csv" else ""),
-            mend=f"add `--caption-key {shard.kind}:COLUMN` with one of them",
+            fix=f"add `--caption-key {shard.kind}:COLUMN` with one of them",
         )
     captions = [item.name for choice in usable for item in choice.items]
     sizes = [name for pair in SIZE_COLUMNS for name in pair]

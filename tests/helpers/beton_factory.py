@@ -46,7 +46,7 @@ def write_shards(folder: Path, counts: list[int]) -> Path:
 
 
 def build_out(folder: Path, counts: list[int], *overrides: str) -> Path:
-    """A finished OUT with so many samples in each of its betons: a batch each, since small shards of one batch share a
+    """A finished OUT with this many samples in each of its betons: a batch each, since small shards of one batch share a
     beton.
     """
     shards = find_shards([str(write_shards(folder / "shards", counts))]).shards

@@ -115,7 +115,7 @@ def made(draw: random.Random) -> bytes:
 
 
 def mutated(draw: random.Random, data: bytes) -> bytes:
-    """A few bytes changed, mostly in headers, whose checksums are mended half of the time; or a stretch cut, doubled or
+    """A few bytes changed, mostly in headers, whose checksums are fixed half of the time; or a stretch cut, doubled or
     dropped.
     """
     if draw.random() < 0.2:

@@ -182,5 +182,5 @@ def end_without_a_word(how: str) -> str:
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "raise":
-        raise UserError("this task is the user's mistake", allowed="another", mend="mend it")
+        raise UserError("this task is the user's mistake", allowed="another", fix="fix it")
     return how

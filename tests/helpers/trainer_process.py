@@ -31,7 +31,7 @@ def start(*arguments: object, said: Path, ranks: tuple[int, int, int] | None = N
 
 
 def train(*arguments: object, said: Path, ranks: int = 1) -> tuple[int | None, str]:
-    """Run `train ARGUMENTS` to its end, as so many ranks: the first one's exit code, and what it said."""
+    """Run `train ARGUMENTS` to its end, as this many ranks: the first one's exit code, and what it said."""
     port = free_port()
     files = [said.with_name(f"{said.name}-{rank}") for rank in range(ranks)]
     processes = [
@@ -45,7 +45,7 @@ def train(*arguments: object, said: Path, ranks: int = 1) -> tuple[int | None, s
 
 
 def assert_ranks_succeed(function: Callable[..., Any], *arguments: object, ranks: int = 2) -> None:
-    """Call `function(rank, *arguments)` as so many gloo ranks; an assertion that fails in one fails here."""
+    """Call `function(rank, *arguments)` as this many gloo ranks; an assertion that fails in one fails here."""
     port = free_port()
     processes = [
         _server.Process(target=_as_rank, args=(function, arguments, rank, ranks, port)) for rank in range(ranks)

@@ -248,4 +248,4 @@ def test_the_command_tells_a_mistake_with_exit_code_2(tmp_path: Path) -> None:
 
 
 def test_yaml_numbers_are_numbers() -> None:
-    assert isinstance(yaml.safe_load("1e-3"), str), "YAML 1.1 itself takes it for a string: what the loader here mends"
+    assert isinstance(yaml.safe_load("1e-3"), str), "YAML 1.1 itself takes it for a string: what the loader here fixes"

@@ -81,7 +81,7 @@ def test_again_does_nothing_and_a_damaged_file_is_made_anew(dataset: Built, out:
     for name in ("beton/00000.beton", "beton/00002.beton", "labels/00000003.parquet"):
         (out / name).write_bytes((out / name).read_bytes()[:-1])
         said = preprocess("verify", out)
-        assert said.code == 1 and name in said.out and f"mend: run `preprocess append {out}`" in said.out
+        assert said.code == 1 and name in said.out and f"fix: run `preprocess append {out}`" in said.out
         append(out)
         assert contents(out) == before
 

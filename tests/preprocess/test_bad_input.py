@@ -194,7 +194,7 @@ def _compressed(folder: Path) -> str:
     [
         (
             lambda folder: str(folder / "missing"),
-            ["missing does not exist", "allowed: a folder with .tar files", "mend: name the folder"],
+            ["missing does not exist", "allowed: a folder with .tar files", "fix: name the folder"],
         ),
         (_empty, ["holds no .tar, .parquet, .csv or .tsv file (0 other files)", "allowed: a folder with .tar files"]),
         (_other_files, ["(2 other files)"]),

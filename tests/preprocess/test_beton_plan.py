@@ -12,7 +12,7 @@ from preprocess.readers.shards import Shard
 
 
 def shards(rows: list[int], first: int = 0, size: int = 0) -> list[Member]:
-    """Shards of so many rows, `size` bytes a row."""
+    """Shards of this many rows, `size` bytes a row."""
     members = []
     for number, count in enumerate(rows):
         name = f"{number:08d}"

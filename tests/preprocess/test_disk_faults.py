@@ -1,4 +1,4 @@
-"""A full disk, a limit on file sizes, lost rights: the file, the reason and the mend are told, nothing half-made stays."""
+"""A full disk, a limit on file sizes, lost rights: the file, the reason and the fix are told, nothing half-made stays."""
 
 import errno
 import os
@@ -22,10 +22,10 @@ from labels.storage import (
     TEMPORARY_SUFFIX,
     Layout,
     UserError,
+    atomic_write,
+    disk_errors,
     own_partials,
-    plain_disk_faults,
     remove_partials,
-    whole_file,
     write_json,
 )
 from preprocess.betons.direct_io import DirectFile
@@ -100,10 +100,10 @@ def test_a_full_disk_is_told_whoever_writes(small_disk: Path, write: Callable[[P
     (small_disk / "kept").write_text("kept")
     with (
         pytest.raises(UserError, match=r"made cannot be written: No space left on device \(\d+ MiB free\)") as caught,
-        whole_file(small_disk / "made") as partial,
+        atomic_write(small_disk / "made") as partial,
     ):
         write(partial)
-    assert "mend: free space there, then run the same command again: what is finished is kept" in str(caught.value)
+    assert "fix: free space there, then run the same command again: what is finished is kept" in str(caught.value)
     assert [path.name for path in small_disk.iterdir()] == ["kept"]
 
 
@@ -113,7 +113,7 @@ def test_a_limit_on_file_sizes_is_told_whoever_writes(
 ) -> None:
     with (
         pytest.raises(UserError, match=r"made cannot be written: (File too large|No space left)"),
-        whole_file(tmp_path / "made") as partial,
+        atomic_write(tmp_path / "made") as partial,
     ):
         write(partial)
     assert not list(tmp_path.iterdir())
@@ -124,7 +124,7 @@ def test_duckdb_that_spills_to_a_full_disk(small_disk: Path) -> None:
     with (
         duckdb.connect(config={"temp_directory": str(spill), "memory_limit": "20MB", "threads": 1}) as con,
         pytest.raises(UserError, match=r"spill.partial cannot be written: No space left on device"),
-        plain_disk_faults(spill),
+        disk_errors(spill),
     ):
         con.execute("SELECT count(*) FROM (SELECT DISTINCT hash(range) FROM range(3_000_000))").fetchall()
 
@@ -138,7 +138,7 @@ def test_a_build_on_a_full_disk_goes_on_where_there_is_space(tmp_path: Path, sma
     )
     build(data, tmp_path / "expected")
     found = refused(data, small_disk / "out")
-    assert "cannot be written: No space left on device" in found and "mend: free space there" in found
+    assert "cannot be written: No space left on device" in found and "fix: free space there" in found
     out = small_disk / "out"
     assert (
         list(out.rglob("*.parquet"))
@@ -179,7 +179,7 @@ def test_every_reason_at_every_step(
             patched.setattr(storage.os, {"fsync": "fsync", "rename": "replace"}[where], fail)
         with pytest.raises(UserError, match="made.json cannot be written: " + os.strerror(number)) as caught:
             write_json(path, {})
-    assert told in (caught.value.mend or "") and "run the same command again" in (caught.value.mend or "")
+    assert told in (caught.value.fix or "") and "run the same command again" in (caught.value.fix or "")
     assert not [left for left in tmp_path.rglob("*") if left.is_file()]
     write_json(path, {})
 
@@ -206,11 +206,11 @@ def test_rights_lost_in_the_middle_of_a_build(finished: Built, tmp_path: Path, m
 
 def test_an_input_that_may_not_be_read_is_no_fault_of_the_output(tmp_path: Path) -> None:
     denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data/0.tar")
-    with pytest.raises(PermissionError, match=r"/data/0\.tar"), whole_file(tmp_path / "made"):
+    with pytest.raises(PermissionError, match=r"/data/0\.tar"), atomic_write(tmp_path / "made"):
         raise denied
-    with pytest.raises(OSError, match="Input/output error"), whole_file(tmp_path / "made"):
+    with pytest.raises(OSError, match="Input/output error"), atomic_write(tmp_path / "made"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
-    with pytest.raises(ValueError, match="No space left on device"), whole_file(tmp_path / "made"):
+    with pytest.raises(ValueError, match="No space left on device"), atomic_write(tmp_path / "made"):
         raise ValueError("a caption: No space left on device")
     assert not list(tmp_path.iterdir())
 
@@ -220,20 +220,20 @@ def test_the_first_error_is_told_where_cleaning_up_fails_too(tmp_path: Path, mon
         raise OSError(errno.EROFS, "later")
 
     monkeypatch.setattr(Path, "unlink", fail)
-    with pytest.raises(ValueError, match="first"), whole_file(tmp_path / "made"):
+    with pytest.raises(ValueError, match="first"), atomic_write(tmp_path / "made"):
         raise ValueError("first")
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     """A lost worker that still lives and the one that took its task."""
-    with own_partials(), whole_file(tmp_path / "made") as first:
+    with own_partials(), atomic_write(tmp_path / "made") as first:
         first.write_text("same")
-        with own_partials(), whole_file(tmp_path / "made") as second:
+        with own_partials(), atomic_write(tmp_path / "made") as second:
             assert second != first
             second.write_text("same")
         assert (tmp_path / "made").read_text() == "same"
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
-    with whole_file(tmp_path / "made") as partial:
+    with atomic_write(tmp_path / "made") as partial:
         partial.write_text("new")
         assert partial.name == "made.partial"
 

@@ -146,7 +146,7 @@ def test_markers_that_do_not_tell_their_tokens_are_made_up_for(tmp_path: Path) -
     marker.write_text(json.dumps(told))
     (out / "idf.duckdb").unlink()
     build(tmp_path, out, "--no-beton")
-    assert "tokens" not in json.loads(marker.read_text()), "the shard has not been labelled anew"
+    assert "tokens" not in json.loads(marker.read_text()), "the shard has not been labelled again"
     with duckdb.connect(str(out / "idf.duckdb"), read_only=True) as con:
         assert con.execute("SELECT tokens FROM corpus").fetchall() == [(5,)]
 

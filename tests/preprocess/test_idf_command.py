@@ -143,7 +143,7 @@ def test_other_labels_are_not_summed(outs: list[Path], tmp_path: Path, options: 
     other = make_out(tmp_path / "other", FIRST, **options)
     with pytest.raises(UserError, match=told) as caught:
         sum_idf([outs[0], other], tmp_path / "sum.parquet")
-    assert str(outs[0]) in str(caught.value) and str(other) in str(caught.value) and "mend: " in str(caught.value)
+    assert str(outs[0]) in str(caught.value) and str(other) in str(caught.value) and "fix: " in str(caught.value)
     assert not (tmp_path / "sum.parquet").exists()
 
 
@@ -179,7 +179,7 @@ def test_damaged_counts_are_told(outs: list[Path], tmp_path: Path, spoil: Callab
     spoil(Layout(outs[0]).count_file("00001"))
     with pytest.raises(UserError, match=told) as caught:
         sum_idf(outs[:1], tmp_path / "sum.parquet")
-    assert "mend: run " in str(caught.value) and str(outs[0]) in str(caught.value)
+    assert "fix: run " in str(caught.value) and str(outs[0]) in str(caught.value)
 
 
 def test_the_command(outs: list[Path], tmp_path: Path) -> None:

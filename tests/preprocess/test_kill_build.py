@@ -136,7 +136,7 @@ def test_a_worker_that_dies_ends_the_run_with_a_reason(how: str) -> None:
 def test_an_error_in_a_worker_keeps_its_parts() -> None:
     with pytest.raises(UserError, match="this task is the user's mistake") as caught:
         list(run_tasks(end_without_a_word, ["fine", "raise", *["fine"] * 9], 2))
-    assert (caught.value.allowed, caught.value.mend) == ("another", "mend it")
+    assert (caught.value.allowed, caught.value.fix) == ("another", "fix it")
 
 
 def test_all_results_come_once() -> None:

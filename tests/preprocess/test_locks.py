@@ -62,7 +62,7 @@ def test_the_error_of_a_second_writer_names_the_first_and_its_age(
         holder = (
             f"another process is writing to {path.parent} (host {socket.gethostname()}, process {process.pid}), for "
         )
-        with pytest.raises(UserError, match=re.escape(holder) + r"\d+ s\n  mend: wait for it, or stop it"):
+        with pytest.raises(UserError, match=re.escape(holder) + r"\d+ s\n  fix: wait for it, or stop it"):
             take(path)
         with pytest.raises(UserError, match=re.escape(holder)), one_of_many(path, 0, 4):
             pass

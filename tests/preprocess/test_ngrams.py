@@ -216,7 +216,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, spoil: Callable[[Path], object], 
     spoil(path)
     with pytest.raises(UserError, match=told) as caught:
         read_pairs(path, V)
-    assert "mend: run `preprocess build-labels`" in str(caught.value)
+    assert "fix: run `preprocess build-labels`" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from labels.manifest import read_manifest
 from labels.storage import (
     Layout,
     UserError,
+    atomic_write,
     is_remote,
     local_copy,
     local_out,
     out_path,
     sha256_file,
-    whole_file,
     write_json,
 )
 from preprocess import locks
@@ -212,7 +212,7 @@ def test_objects_appear_whole(server: Any, bucket: str) -> None:
     path = out_path(bucket) / "made.json"
 
     def fail() -> None:
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             assert isinstance(partial, Path)
             partial.write_text("half")
             raise ZeroDivisionError
@@ -277,8 +277,8 @@ def test_training_is_refused_with_the_command_that_copies(tmp_path: Path) -> Non
     for url in ("s3://bucket/my/out/", "s3://bucket/my/out", Path("s3://bucket/my/out")):
         with pytest.raises(UserError, match=r"s3://bucket/my/out is not on this machine") as caught:
             local_out(url)
-        assert caught.value.mend == "aws s3 sync s3://bucket/my/out out; then give out"
-    with pytest.raises(UserError, match=r"mend: copy gs://bucket/out to a local folder out; then give out"):
+        assert caught.value.fix == "aws s3 sync s3://bucket/my/out out; then give out"
+    with pytest.raises(UserError, match=r"fix: copy gs://bucket/out to a local folder out; then give out"):
         local_out("gs://bucket/out")
 
 

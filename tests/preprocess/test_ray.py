@@ -67,7 +67,7 @@ def fail(how: str) -> str:
 
 
 def started(folder: Path, nodes: int) -> set[str]:
-    """Wait until tasks have begun on so many nodes; the nodes' ids."""
+    """Wait until tasks have begun on this many nodes; the nodes' ids."""
     end = time.monotonic() + 60
     while len(found := {path.name.split()[2] for path in folder.iterdir()}) < nodes:
         assert time.monotonic() < end, found
@@ -112,7 +112,7 @@ def test_a_task_that_always_kills_its_worker_ends_the_run(cluster: Any, monkeypa
 def test_errors_come_back(cluster: Any) -> None:
     with pytest.raises(UserError, match="this task is the user's mistake") as caught:
         list(run_tasks(end_without_a_word, ["fine", "raise", "fine"], 1, "ray"))
-    assert (caught.value.allowed, caught.value.mend) == ("another", "mend it")
+    assert (caught.value.allowed, caught.value.fix) == ("another", "fix it")
     with pytest.raises(ZeroDivisionError, match=r"(?s)in fail.*raise ZeroDivisionError.*by zero"):
         list(run_tasks(fail, ["zero"], 1, "ray"))
     assert list(run_tasks(end_without_a_word, ["fine"], 1, "ray")) == ["fine"]
@@ -174,7 +174,7 @@ def test_an_address_without_a_cluster_is_an_error(monkeypatch: pytest.MonkeyPatc
 
 def test_without_ray_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"needs the package ray.*\n.*\n  mend: pip install 'ray>=2.50'"):
+    with pytest.raises(UserError, match=r"needs the package ray.*\n.*\n  fix: pip install 'ray>=2.50'"):
         list(run_tasks(end_without_a_word, ["fine"], 1, "ray"))
 
 

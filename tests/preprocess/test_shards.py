@@ -72,7 +72,7 @@ def test_none_complete_is_an_error(tmp_path: Path) -> None:
     told = refused(tmp_path / "1.tar")
     assert (
         "1 of 1 shards have no _stats.json" in told
-        and "mend: run the same command again when the download has ended" in told
+        and "fix: run the same command again when the download has ended" in told
     )
 
 
@@ -122,7 +122,7 @@ def test_the_same_file_twice_is_one_shard_and_order_is_that_of_label_files(tmp_p
 
 def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
     files(tmp_path, "a.csv", "a.parquet")
-    assert "would both be shard a" in refused(tmp_path) and "mend: rename one" in refused(tmp_path)
+    assert "would both be shard a" in refused(tmp_path) and "fix: rename one" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.csv.gz", "a.tsv.zst", "a.csv.zip"])
@@ -136,7 +136,7 @@ def test_compressed_tables_are_refused(tmp_path: Path, name: str) -> None:
 def test_what_holds_no_shard_is_refused(tmp_path: Path) -> None:
     files(tmp_path, "a.jpg", "b.json")
     assert "holds no .tar, .parquet, .csv or .tsv file (2 other files)" in refused(tmp_path)
-    assert "allowed: a folder with .tar files" in refused(tmp_path) and "mend: name the folder" in refused(tmp_path)
+    assert "allowed: a folder with .tar files" in refused(tmp_path) and "fix: name the folder" in refused(tmp_path)
     assert "does not exist" in refused(tmp_path / "missing")
 
 

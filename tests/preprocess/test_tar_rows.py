@@ -221,7 +221,7 @@ BASE = (
     st.integers(0, 2000),
 )
 def test_mutated_tars(tmp_path: Path, base: int, changes: list[tuple[int, int, int]], cut: int) -> None:
-    """Bytes changed mostly within headers, checksums mended half of the time, ends cut."""
+    """Bytes changed mostly within headers, checksums fixed half of the time, ends cut."""
     data = np.frombuffer(BASE[base], np.uint8).copy()
     for block, place, value in changes:
         start = block % (len(data) // 512) * 512

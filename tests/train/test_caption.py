@@ -199,9 +199,9 @@ def test_errors_name_the_mend(pairs: Path, tmp_path: Path) -> None:
         and "model.safetensors (or its parts)" in message
         and "git lfs pull" in message
     )
-    assert "has the parts train, test; allowed: one named val; mend the data, or --part" in told(
+    assert "has the parts train, test; allowed: one named val; fix the data, or --part" in told(
         "--part", "val"
-    ).replace("\n  mend:", ";").replace("\n ", ";")
+    ).replace("\n  fix:", ";").replace("\n ", ";")
     double = coloured_pairs(tmp_path / "double")
     (double / "test" / "0.tar").write_bytes((double / "train" / "0.tar").read_bytes())
     message = told(data=f"pairs:{double}")

@@ -95,7 +95,7 @@ def test_unreadable_images_are_named_and_counted(data: DataSet) -> None:
         "2 of 5 images" in text
         and "a/1.png (UnidentifiedImageError" in text
         and "b/1.png" in text
-        and "mend or remove" in text
+        and "fix or remove" in text
     )
 
 

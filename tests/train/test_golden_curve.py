@@ -1,6 +1,6 @@
 """The demo's configuration, cut short, on drawings made in code: the losses are those of golden_curve.json.
 
-After a change that is meant to change them: `python tests/train/test_golden_curve.py` writes the file anew.
+After a change that is meant to change them: `python tests/train/test_golden_curve.py` writes the file again.
 """
 
 import json

@@ -78,7 +78,7 @@ def test_auto_leaves_the_resampling_to_cuda_alone() -> None:
 def decoded(
     jpeg: bytes, device: bool, size: int, epoch: int | None = None, canvas: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """One image as decode_row leaves it: the crop of an epoch, or a centre crop; on a canvas of so many rows and
+    """One image as decode_row leaves it: the crop of an epoch, or a centre crop; on a canvas of this many rows and
     columns.
     """
     width, height = Image.open(io.BytesIO(jpeg)).size

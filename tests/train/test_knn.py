@@ -81,7 +81,7 @@ def test_results_of_the_command(folders: tuple[Path, Path], tmp_path: Path) -> N
     variants = ["3-nn", "3-nn majority", "5-nn", "5-nn majority"]
     assert [variant for _, variant in rows] == ["majority class", *variants, *variants]
     assert rows["pixels:2", "3-nn"]["top1"] == 1.0 and rows["pixels:2", "3-nn"]["top1_std"] is None
-    assert len(rows[asked[1].spec, "5-nn"]["seeds"]) == 3  # drawn anew for each seed
+    assert len(rows[asked[1].spec, "5-nn"]["seeds"]) == 3  # drawn again for each seed
     assert not (tmp_path / "knn.splits.parquet").exists()  # nothing is drawn from the data
 
 

@@ -239,7 +239,7 @@ def test_run_probe_reports_every_encoder(tmp_path: Path, capsys, monkeypatch) ->
     assert rows["pixels:4"]["top1"] > 0.9 and rows["pixels:4"]["description"]["architecture"] == "raw pixels"
     assert rows["pixels:4"]["description"]["layer"] == "none" and rows[specs[0]]["description"]["pool"] == "avg"
     drawn = {spec: {one["encoder_weights"] for one in rows[spec]["seeds"]} for spec in specs}
-    assert [len(drawn[spec]) for spec in specs] == [1, 2, 1]  # only the untrained trunk is drawn anew for each seed
+    assert [len(drawn[spec]) for spec in specs] == [1, 2, 1]  # only the untrained trunk is drawn again for each seed
     assert rows[specs[1]]["seed_varies"] == "initialisation and what is drawn"
     top1 = [one["top1"] for one in rows[specs[1]]["seeds"]]
     assert rows[specs[1]]["top1"] == pytest.approx(np.mean(top1))

@@ -206,7 +206,7 @@ def test_an_array_is_made_once_and_again_when_it_is_cut_or_of_other_labels(folde
         assert make_all(out, short) == ["00000001"]
         assert path.read_bytes() == whole[path]
 
-    # The label file was built anew: its old array is neither used nor kept; one of a shard with a longer name stays.
+    # The label file was built again: its old array is neither used nor kept; one of a shard with a longer name stays.
     table = pq.read_table(Layout(short).label_file("00000001"))
     pq.write_table(table, Layout(short).label_file("00000001"), compression="none")
     edit(short, 3, labels_sha256=sha256_file(Layout(short).label_file("00000001")))

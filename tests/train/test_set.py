@@ -59,7 +59,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 def seen(betons: BetonSet, steps: int, batch: int = 10, **settings: object) -> list[int]:
-    """Positions of the label rows of all samples of so many steps."""
+    """Positions of the label rows of all samples of this many steps."""
     options = Data.model_validate({"shuffle_block": 4, "shuffle_window": 3} | settings)
     loader = Loader(betons, options, image_size=16, batch_size=batch, seed=2, first_step=0, last_step=steps)
     found = []

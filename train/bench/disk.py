@@ -42,7 +42,7 @@ def bench_disk(
         UserError: the set lies in an object store.
     """
     if betons.staging:
-        raise UserError("train bench disk needs the betons on this machine", mend="copy the OUT to a local folder")
+        raise UserError("train bench disk needs the betons on this machine", fix="copy the OUT to a local folder")
     loader = make_loader(betons, settings, 0, 1, world)
     order, threads = loader.order, loading_threads(settings.data)
     most = min(betons.samples, _MOST_SAMPLES)

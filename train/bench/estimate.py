@@ -157,7 +157,7 @@ class Pace:
     memory_gib: float
 
     def seconds(self, samples: int, checkpoints: int, devices: int) -> float:
-        """Wall clock of a run of so many samples on so many devices like this one."""
+        """Wall clock of a run of this many samples on this many devices like this one."""
         return self.start_s + samples / (self.samples_per_s * devices) + checkpoints * self.pause_s
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labels.manifest import BetonPart
-from labels.storage import TEMPORARY_SUFFIX, UserError, is_remote, make_folder, whole_file
+from labels.storage import TEMPORARY_SUFFIX, UserError, atomic_write, is_remote, make_folder
 from train.data.files import OpenFiles, Threads
 from train.data.image_index import NO_FILE, Tables
 
@@ -48,7 +48,7 @@ class Cache:
             if not target.is_file() or target.stat().st_size != part.bytes:
                 while not self._reserve(target, part.bytes):
                     time.sleep(_WAIT_S)  # what others fetch just now can go when they have opened it
-                with whole_file(target, durable=False) as partial:
+                with atomic_write(target, durable=False) as partial:
                     _fetch(source, part, partial)
             os.utime(target)  # the least recently used goes first
             yield target
@@ -83,7 +83,7 @@ class Cache:
             try:
                 return [(path.stat(), path) for path in self.folder.glob("*.beton*") if path.suffix != ".lock"]
             except FileNotFoundError:
-                # fetched to its end meanwhile, so that it bears another name: looked at anew, or it would not be
+                # fetched to its end meanwhile, so that it bears another name: looked at again, or it would not be
                 # counted
                 continue
 
@@ -189,7 +189,7 @@ def _lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def _fetch(source: Path, part: BetonPart, target: Path) -> None:
-    mend = f"run `preprocess verify` on the OUT of {source}; copy it anew if it is whole"
+    fix = f"run `preprocess verify` on the OUT of {source}; copy it again if it is whole"
     digest, size = hashlib.sha256(), 0
     try:
         with source.open("rb") as remote, open(target, "r+b") as local:
@@ -198,10 +198,10 @@ def _fetch(source: Path, part: BetonPart, target: Path) -> None:
                 local.write(chunk)
                 size += len(chunk)
     except FileNotFoundError:
-        raise UserError(f"{source} is missing", mend=mend) from None
+        raise UserError(f"{source} is missing", fix=fix) from None
     if size != part.bytes or digest.hexdigest() != part.sha256:
         raise UserError(
             f"{source} has {size} bytes and SHA-256 {digest.hexdigest()[:16]}..., in the manifest {part.bytes} bytes and "
             f"{part.sha256[:16]}...",
-            mend=mend,
+            fix=fix,
         )

@@ -173,7 +173,7 @@ class BetonSet:
         if not any(map(is_remote, self.paths)):
             return None
         if cache is None:
-            raise UserError(f"{self.opened[0].source.out} is not on this machine", mend="copy it to a local folder")
+            raise UserError(f"{self.opened[0].source.out} is not on this machine", fix="copy it to a local folder")
 
         def open_copy(number: int, copy: Path) -> int:
             one = self._owners[number]
@@ -196,7 +196,7 @@ class BetonSet:
         self._part = part, name
         if not all(self.sizes):
             raise UserError(
-                "train.data.subset leaves no sample of a --beton", mend="name another subset, or leave that --beton out"
+                "train.data.subset leaves no sample of a --beton", fix="name another subset, or leave that --beton out"
             )
 
     def chosen(self, numbers: np.ndarray) -> np.ndarray:
@@ -310,7 +310,7 @@ class BetonSet:
             else:
                 continue
             raise UserError(
-                f"{self.paths[number]} {what}", mend="put it back; the same command goes on from the last checkpoint"
+                f"{self.paths[number]} {what}", fix="put it back; the same command goes on from the last checkpoint"
             )
 
     def check_bytes(self, numbers: Sequence[int]) -> None:
@@ -324,5 +324,5 @@ class BetonSet:
             if found != wanted:
                 raise UserError(
                     f"{self.paths[number]} is damaged: SHA-256 {found[:16]}..., in the manifest {wanted[:16]}...",
-                    mend=f"run `preprocess verify {self._owners[number].source.out}`, then {self._owners[number].rebuild}",
+                    fix=f"run `preprocess verify {self._owners[number].source.out}`, then {self._owners[number].rebuild}",
                 )

@@ -38,19 +38,19 @@ class OpenFiles:
         """Open a beton after checking size, version, fields and counts; its descriptor.
 
         Raises:
-            UserError: it is not the file of the manifest; `rebuild` is the mend.
+            UserError: it is not the file of the manifest; `rebuild` is the fix.
         """
         if not path.is_file():
-            raise UserError(f"{path} is missing", mend=rebuild)
+            raise UserError(f"{path} is missing", fix=rebuild)
         descriptor = self.open(path)
         size = os.fstat(descriptor).st_size
         if size != part.bytes:
             raise UserError(
-                f"{path} has {size} bytes, in the manifest {part.bytes}: it was cut or replaced", mend=rebuild
+                f"{path} has {size} bytes, in the manifest {part.bytes}: it was cut or replaced", fix=rebuild
             )
         header, fields = _head(os.pread(descriptor, beton.METADATA_OFFSET, 0))
         if header["version"] != beton.VERSION:
-            raise UserError(f"{path} is of beton version {header['version']}", allowed=str(beton.VERSION), mend=rebuild)
+            raise UserError(f"{path} is of beton version {header['version']}", allowed=str(beton.VERSION), fix=rebuild)
         names = tuple(field["name"].tobytes().rstrip(b"\0").decode("utf8", "replace") for field in fields)
         if (
             header["num_fields"] != len(fields)
@@ -58,28 +58,28 @@ class OpenFiles:
             or tuple(fields["type_id"]) != beton.FIELD_TYPES
         ):
             raise UserError(
-                f"{path} has the fields {', '.join(names)}", allowed=", ".join(beton.FIELD_NAMES), mend=rebuild
+                f"{path} has the fields {', '.join(names)}", allowed=", ".join(beton.FIELD_NAMES), fix=rebuild
             )
         if header["num_samples"] != part.samples or beton.label_limit_of(fields) != label_limit:
             raise UserError(
                 f"{path} holds {header['num_samples']} samples of {beton.label_limit_of(fields)} labels; in the manifest "
                 f"{part.samples} of {label_limit}",
-                mend=rebuild,
+                fix=rebuild,
             )
         table_end = int(header["alloc_table_ptr"]) + 2 * part.samples * beton.ALLOCATION.itemsize
         if table_end != size:
-            raise UserError(f"{path}: its allocation table ends at byte {table_end}, the file at {size}", mend=rebuild)
+            raise UserError(f"{path}: its allocation table ends at byte {table_end}, the file at {size}", fix=rebuild)
         return descriptor
 
     def places(self, path: Path, part: BetonPart, rebuild: str) -> tuple[int, int]:
         """Open a file of places: descriptor, and offset of its first row.
 
         Raises:
-            UserError: it is not the file of the manifest; `rebuild` is the mend.
+            UserError: it is not the file of the manifest; `rebuild` is the fix.
         """
         places = open_places(path)
         if len(places) != part.samples:
-            raise UserError(f"{path} holds {len(places)} places, in the manifest {part.samples}", mend=rebuild)
+            raise UserError(f"{path} holds {len(places)} places, in the manifest {part.samples}", fix=rebuild)
         return self.open(path), path.stat().st_size - len(places) * PLACE.itemsize
 
     def tar(self, name: str, source: Source | None, sources: Path) -> tuple[int, int]:
@@ -89,20 +89,20 @@ class OpenFiles:
             UserError: it is not where `sources` (sources.json) says, or of another length.
         """
         if source is None:
-            raise UserError(f"{sources} does not say where the tar of shard {name} is", mend=f"add it to {sources}")
+            raise UserError(f"{sources} does not say where the tar of shard {name} is", fix=f"add it to {sources}")
         path = Path(source.path)
         try:
             descriptor = self.open(path)
         except OSError as error:
             raise UserError(
                 f"{path}, the tar of shard {name}, cannot be opened: {error.strerror}",
-                mend=f"put it back, or say in {sources} where it is",
+                fix=f"put it back, or say in {sources} where it is",
             ) from None
         size = os.fstat(descriptor).st_size
         if size != source.bytes:
             raise UserError(
                 f"{path} has {size} bytes, and had {source.bytes} when its places were read: it was cut or replaced",
-                mend="put the old file back, or run the build-labels command again",
+                fix="put the old file back, or run the build-labels command again",
             )
         return descriptor, size
 
@@ -117,7 +117,7 @@ class OpenFiles:
             raise UserError(
                 f"{path} is missing or not whole",
                 allowed="an array of label rows, made from the label file of the same name",
-                mend="start `train run` again, which makes it; the folder has to be one that all nodes write to or each node its own",
+                fix="start `train run` again, which makes it; the folder has to be one that all nodes write to or each node its own",
             )
         return self.open(path), rows.offset
 
@@ -146,7 +146,7 @@ def allow_open_files(files: int) -> None:
         raise UserError(
             f"the betons and label arrays are {files} files to hold open, the system allows this process {hard}",
             allowed=f"a limit of {wanted} open files",
-            mend=f"raise the hard limit of open files (`ulimit -Hn {wanted}` as root, or `nofile` in /etc/security/limits.conf)",
+            fix=f"raise the hard limit of open files (`ulimit -Hn {wanted}` as root, or `nofile` in /etc/security/limits.conf)",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 

@@ -211,38 +211,36 @@ def count_bad(betons: BetonSet, samples: np.ndarray, rows: Rows) -> int:
             _raise_label(betons, sample, int(rows.labels[row].max()))
         opened = betons.owner(sample)
         index = rows.positions[row] - betons.tables.first_rows[betons.number(sample)]
-        mend = f"run `preprocess verify {opened.source.out}`, then the build-labels command again"
+        fix = f"run `preprocess verify {opened.source.out}`, then the build-labels command again"
         if status == BAD_INDEX:
-            raise UserError(f"{betons.name(sample)} has the index {index}, which is no row of its shard", mend=mend)
+            raise UserError(f"{betons.name(sample)} has the index {index}, which is no row of its shard", fix=fix)
         if status == BAD_TABLE:
-            raise UserError(f"{betons.name(sample)}: its table entry points outside the file", mend=mend)
+            raise UserError(f"{betons.name(sample)}: its table entry points outside the file", fix=fix)
         if status == BAD_READ:
-            _raise_unread(betons, sample, mend)
+            _raise_unread(betons, sample, fix)
         print(f"bad image, left out of the loss: {betons.name(sample)}, index {index}", flush=True)
     return len(bad)
 
 
 def _raise_label(betons: BetonSet, sample: int, label: int) -> None:
     array, name = betons.label_array(sample), betons.name(sample)
-    mend = f"run `preprocess verify {betons.owner(sample).source.out}`, then the build-labels command again"
+    fix = f"run `preprocess verify {betons.owner(sample).source.out}`, then the build-labels command again"
     if array:
-        name, mend = f"{array}, made for {name},", f"remove {array}; the same command makes it anew"
-    raise UserError(
-        f"{name} has the label {label}", allowed=f"0 to {betons.vocabulary - 1}, the head's width", mend=mend
-    )
+        name, fix = f"{array}, made for {name},", f"remove {array}; the same command makes it again"
+    raise UserError(f"{name} has the label {label}", allowed=f"0 to {betons.vocabulary - 1}, the head's width", fix=fix)
 
 
-def _raise_unread(betons: BetonSet, sample: int, mend: str) -> None:
+def _raise_unread(betons: BetonSet, sample: int, fix: str) -> None:
     """Say why a sample could not be read: of its beton or tar, or of its label array."""
     for path in (betons.paths[betons.number(sample)], betons.image_file(sample), betons.label_array(sample)):
         if path is not None and not path.is_file():
-            raise UserError(f"{path} disappeared while it was in use", mend="put it back; the same command goes on")
+            raise UserError(f"{path} disappeared while it was in use", fix="put it back; the same command goes on")
     place = betons.place(sample)
     size = os.fstat(place.file).st_size
     raise UserError(
         f"{betons.image_file(sample)} cannot be read at byte {place.offset} (it has {size} bytes now): it was cut, or its disk fails; "
         f"wanted for {betons.name(sample)}",
-        mend=mend,
+        fix=fix,
     )
 
 
@@ -269,7 +267,7 @@ class _Filling:
 
 
 class Loader:
-    """Iterates over the batches of steps first_step, first_step + 1, ... last_step - 1, each time anew.
+    """Iterates over the batches of steps first_step, first_step + 1, ... last_step - 1, each time again.
 
     Its threads end with the iterator: when it is exhausted, when it is dropped after a `break`, and at the latest with
         the loader's

@@ -69,14 +69,14 @@ def parse_sources(texts: Sequence[str], labels: Sequence[Path] = ()) -> Mixture:
         raise UserError(
             f"--beton {without} has no share, others have",
             allowed="a share for all of them, or for none",
-            mend="add =SHARE",
+            fix="add =SHARE",
         )
     sources: list[Source] = []
     for group, (text, _) in enumerate(parsed):
         sources += [replace(source, group=group if shares else 0) for source in _named(text)]
     places = [str(source.out) for source in sources]
     if twice := next((place for place in places if places.count(place) > 1), None):
-        raise UserError(f"--beton names {twice} twice", mend="name every OUT once; its betons together, as one glob")
+        raise UserError(f"--beton names {twice} twice", fix="name every OUT once; its betons together, as one glob")
     if labels and len(labels) != len(sources):
         raise UserError(
             f"{len(labels)} --labels for {len(sources)} OUTs of --beton",
@@ -109,7 +109,7 @@ def _quotas(shares: list[Fraction]) -> tuple[int, ...]:
         raise UserError(
             f"the shares {', '.join(map(str, shares))} repeat only every {sum(quotas):,} samples",
             allowed=f"every {_LONGEST_PERIOD:,} at most",
-            mend="round them, e.g. to three digits",
+            fix="round them, e.g. to three digits",
         )
     return quotas
 
@@ -138,7 +138,7 @@ def _named(text: str) -> list[Source]:
 def _number(path: Path) -> int:
     if not path.stem.isdigit() or path.resolve() != Layout(path.resolve().parent.parent).beton_file(int(path.stem)):
         raise UserError(
-            f"--beton {path} is no beton of an OUT", allowed=_ALLOWED, mend="give the OUT that build-labels wrote"
+            f"--beton {path} is no beton of an OUT", allowed=_ALLOWED, fix="give the OUT that build-labels wrote"
         )
     return int(path.stem)
 
@@ -167,7 +167,7 @@ class Opened:
 
     @property
     def rebuild(self) -> str:
-        """The command that makes its files anew."""
+        """The command that makes its files again."""
         return f"run `preprocess build-labels DATA --out {self.source.out}{' --no-images' if self.manifest.places else ''}`"
 
     def path(self, part: BetonPart) -> Path:
@@ -187,11 +187,11 @@ def open_out(source: Source) -> Opened:
     if not manifest.betons and not manifest.places:
         raise UserError(
             f"{out} holds labels but no betons (it was built with --no-beton)",
-            mend=f"{opened.rebuild} without --no-beton",
+            fix=f"{opened.rebuild} without --no-beton",
         )
     if manifest.samples == 0:
         raise UserError(
-            f"the betons of {out} hold no samples: every image was quarantined", mend="see quarantine.parquet"
+            f"the betons of {out} hold no samples: every image was quarantined", fix="see quarantine.parquet"
         )
     known = {part.number for part in manifest.betons or manifest.places}
     if strange := sorted(set(source.numbers or ()) - known):
@@ -222,7 +222,7 @@ def check_agreement(opened: list[Opened]) -> None:
                 raise UserError(
                     f"{first.labels_out} and {other.labels_out} differ in {thing}: {one} and {another}",
                     allowed="OUTs with the same labels",
-                    mend="label the rows of one with the other's options (`preprocess build-labels DATA --out NEW --no-beton "
+                    fix="label the rows of one with the other's options (`preprocess build-labels DATA --out NEW --no-beton "
                     "--set labels...`), and give a --labels for each --beton",
                 )
 
@@ -245,7 +245,7 @@ def idf_of(opened: list[Opened], chosen: Path | None) -> tuple[np.ndarray, str]:
         if len(idf) != vocabulary or _tokens(path) != _tokens(Layout(opened[0].labels_out).idf_parquet):
             raise UserError(
                 f"{path} is the table of other tokens than those of {opened[0].labels_out}",
-                mend=f"run `preprocess idf {_told(opened)} --out {path}`",
+                fix=f"run `preprocess idf {_told(opened)} --out {path}`",
             )
         return idf, sha256_file(path)
     tables = {one.labels.idf_sha256 for one in opened}
@@ -253,7 +253,7 @@ def idf_of(opened: list[Opened], chosen: Path | None) -> tuple[np.ndarray, str]:
         raise UserError(
             f"{_told(opened)} have different IDF tables",
             allowed="--idf with one of these OUTs, or with a table of them all",
-            mend=f"run `preprocess idf {_told(opened)} --out idf.parquet`, then give --idf idf.parquet",
+            fix=f"run `preprocess idf {_told(opened)} --out idf.parquet`, then give --idf idf.parquet",
         )
     return _own_idf(opened[0]), opened[0].labels.idf_sha256
 
@@ -272,13 +272,13 @@ def _own_idf(opened: Opened) -> np.ndarray:
     path, rebuild = Layout(out).idf_parquet, f"run `preprocess build-labels DATA --out {out}`"
     idf = read_idf(path)
     if len(idf) != manifest.tokenizer.vocabulary:
-        raise UserError(f"{path} has {len(idf)} tokens, the manifest {manifest.tokenizer.vocabulary}", mend=rebuild)
+        raise UserError(f"{path} has {len(idf)} tokens, the manifest {manifest.tokenizer.vocabulary}", fix=rebuild)
     found = sha256_file(path)
     if found != manifest.idf_sha256:
         whose = "labels" if opened.source.labels else "betons"
         raise UserError(
             f"{path} is not the table that the {whose} were built with: SHA-256 {found[:16]}..., "
             f"in the manifest {manifest.idf_sha256[:16]}...",
-            mend=rebuild,
+            fix=rebuild,
         )
     return idf

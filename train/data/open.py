@@ -129,7 +129,7 @@ def find_part(betons: BetonSet, subset: str, metadata: str | None) -> tuple[np.n
     """
     if betons.staging:
         raise UserError(
-            "train.data.subset needs the betons on this machine", mend="copy the output folder to this machine"
+            "train.data.subset needs the betons on this machine", fix="copy the output folder to this machine"
         )
     found = []
     for one in betons.opened:
@@ -141,7 +141,7 @@ def find_part(betons: BetonSet, subset: str, metadata: str | None) -> tuple[np.n
                 found.append(np.repeat(np.arange(first, first + part.samples), repeats))
     chosen = np.concatenate(found)
     if not len(chosen):
-        raise UserError(f"the subset {subset!r} selects no sample", mend="name another one")
+        raise UserError(f"the subset {subset!r} selects no sample", fix="name another one")
     is_file = subset.endswith((".npy", ".parquet"))
     return chosen, fingerprint([sha256_file(Path(subset)) if is_file else subset, metadata])
 
@@ -262,7 +262,7 @@ def _check_local(labels: Path) -> None:
     if is_remote(labels):
         raise UserError(
             f"captions in their order are mapped from arrays beside the label files, and {labels} is not on this machine",
-            mend="copy it to a local folder without its beton/, and give that as --labels",
+            fix="copy it to a local folder without its beton/, and give that as --labels",
         )
 
 
@@ -336,5 +336,5 @@ def _check_window(betons: BetonSet, settings: Data) -> None:
             f"two windows of {settings.shuffle_window} blocks of {settings.shuffle_block} samples lie in {touched} remote betons of "
             f"{bytes_each / 2**20:,.0f} MiB, train.data.cache_size is {settings.cache_size / 2**20:,.0f} MiB",
             allowed="windows whose betons fit the cache",
-            mend=f"--set train.data.shuffle_block={int(samples_each)} --set train.data.shuffle_window={window}, or a larger cache",
+            fix=f"--set train.data.shuffle_block={int(samples_each)} --set train.data.shuffle_window={window}, or a larger cache",
         )

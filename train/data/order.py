@@ -69,7 +69,7 @@ def _sample(position: int, epoch: int, count: int, block: int, window: int, seed
 
 
 @njit(nogil=True, cache=True)
-def _fill(
+def _fill(  # noqa: ANN202
     begin: int,
     sizes: np.ndarray,
     quotas: np.ndarray,

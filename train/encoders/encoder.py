@@ -75,7 +75,7 @@ class ImageForm(NamedTuple):
 class Encoder:
     """A frozen net: normalised float images [B, 3, S, S] -> features [B, W].
 
-    `seeded` says that its weights were drawn from a seed, so that a spread over seeds has to include drawing them anew.
+    `seeded` says that its weights were drawn from a seed, so that a spread over seeds has to include drawing them again.
     `checkpoint` is the folder of a run's checkpoint, with the pre-training head, if it is one. `text` loads the text
     tower of those that have one: its weights take memory only where they are used.
     """
@@ -128,7 +128,7 @@ def finish(
         raise UserError(
             f"the encoder {asked.name!r} gives features of shape {list(features.shape)}",
             allowed="[B, W], pooled",
-            mend="give --pool avg or --pool cls",
+            fix="give --pool avg or --pool cls",
         )
     held = getattr(net, "net", net)  # a readout holds the model as `net`: its weights are the same whatever is read
     words = {**words, "weights": weights_fingerprint(held)}
@@ -192,13 +192,13 @@ def read_out(asked: EncoderSpec, net: nn.Module, blocks: Blocks) -> tuple[nn.Mod
         raise UserError(
             f"the encoder {asked.spec!r} has no layer {layer}: it has {blocks.depth}",
             allowed=f"1 to {blocks.depth}, or -1 (the last) to -{blocks.depth}",
-            mend="mend --layer",
+            fix="fix --layer",
         )
     if pool not in POOLS:
-        raise UserError(f"the pool {pool!r} is unknown", allowed=", ".join(POOLS), mend="mend --pool")
+        raise UserError(f"the pool {pool!r} is unknown", allowed=", ".join(POOLS), fix="fix --pool")
     if "cls" in pool and not blocks.prefix:
         raise UserError(
-            f"the encoder {asked.spec!r} has no class token to pool by {pool!r}", allowed="avg", mend="give --pool avg"
+            f"the encoder {asked.spec!r} has no class token to pool by {pool!r}", allowed="avg", fix="give --pool avg"
         )
     block = layer - 1 if layer > 0 else blocks.depth + layer
     words = {"pool": pool, "layer": f"{block + 1} of {blocks.depth}", "norm": blocks.norm}
@@ -213,7 +213,7 @@ def timm_blocks(net: Any) -> Blocks:
     """
     if not hasattr(net, "forward_intermediates"):
         raise UserError(
-            f"timm's {type(net).__name__} gives no intermediate features", mend="leave --layer and --pool out"
+            f"timm's {type(net).__name__} gives no intermediate features", fix="leave --layer and --pool out"
         )
     prefix = int(getattr(net, "num_prefix_tokens", 0))
     takes = inspect.signature(net.forward_intermediates).parameters

@@ -32,14 +32,14 @@ def load_timm(asked: EncoderSpec, name: str) -> Encoder:
         raise UserError(
             f"the encoder {asked.spec!r} has no weights",
             allowed=f"--weights FILE (.safetensors or .pth), or --weights {HUB} for timm's own from its hub",
-            mend=f"--encoder {asked.spec} --weights {HUB}",
+            fix=f"--encoder {asked.spec} --weights {HUB}",
         )
     if weights == HUB:
         try:
             net = timm.create_model(name, pretrained=True, num_classes=0)
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(
-                f"timm's weights of {name!r} cannot be fetched: {error}", mend="give --weights FILE"
+                f"timm's weights of {name!r} cannot be fetched: {error}", fix="give --weights FILE"
             ) from None
     else:
         net = timm.create_model(name, pretrained=False, num_classes=0)
@@ -78,7 +78,7 @@ def _finish(asked: EncoderSpec, name: str, net: nn.Module, weights: str, *, seed
 def _check_name(name: str) -> None:
     if not timm.is_model(name):
         raise UserError(
-            f"timm has no model named {name!r}", allowed="any name of timm.list_models()", mend="mend --encoder"
+            f"timm has no model named {name!r}", allowed="any name of timm.list_models()", fix="fix --encoder"
         )
 
 
@@ -128,18 +128,18 @@ def load_clip(name: str, weights: str | None) -> Any:
     try:
         import open_clip
     except ImportError:
-        raise UserError("open_clip is not installed", mend="pip install 'superclass-lean[evals]'") from None
+        raise UserError("open_clip is not installed", fix="pip install 'superclass-lean[evals]'") from None
     if name not in open_clip.list_models():
         raise UserError(
             f"open_clip has no model named {name!r}",
             allowed="any name of open_clip.list_models()",
-            mend="mend --encoder",
+            fix="fix --encoder",
         )
     if weights is None:
         raise UserError(
             f"the encoder 'open_clip:{name}' has no weights",
             allowed="--weights FILE (open_clip_model.safetensors, or a .pt file of tensors)",
-            mend=f"--encoder open_clip:{name} --weights FILE",
+            fix=f"--encoder open_clip:{name} --weights FILE",
         )
     model: nn.Module = open_clip.create_model(name, load_weights=False)
     load_exactly(model, read_weights(Path(weights)), Path(weights))
@@ -190,7 +190,7 @@ def import_transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise UserError("transformers is not installed", mend="pip install 'superclass-lean[evals]'") from None
+        raise UserError("transformers is not installed", fix="pip install 'superclass-lean[evals]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
@@ -220,7 +220,7 @@ def load_folder(auto: str, folder: Path, what: str, **options: Any) -> tuple[Any
         raise UserError(
             f"{folder} cannot be loaded by transformers: {reason}",
             allowed=f"a folder of {what}, whole, without code of its own",
-            mend=_mend(folder, reason),
+            fix=_mend(folder, reason),
         ) from None
 
 
@@ -235,7 +235,7 @@ def check_whole(folder: Path, info: dict[str, Any]) -> None:
         shown = ", ".join(faults[:_SHOWN])
         raise UserError(
             f"{folder}: {len(faults)} weights are missing or of another shape, the first: {shown}",
-            mend="download it again",
+            fix="download it again",
         )
 
 
@@ -267,12 +267,12 @@ def load_hf(asked: EncoderSpec, folder: Path) -> Encoder:
         UserError: transformers is missing; the folder lacks configuration or weights; weights do not fit; it is no
             vision model.
     """
-    for name, mend in (
+    for name, fix in (
         ("config.json", "give hf: a folder that save_pretrained wrote, or that was downloaded whole"),
         ("preprocessor_config.json", "save the image processor beside the model: it says size, mean and std"),
     ):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}", allowed="hf:DIR, a folder in Hugging Face's form", mend=mend)
+            raise UserError(f"{folder} has no {name}", allowed="hf:DIR, a folder in Hugging Face's form", fix=fix)
     form = image_form(folder)
     model = load_vision_model(folder)
     net, words = _Pooled(model), {"pool": "the model's own", "layer": "last"}
@@ -292,7 +292,7 @@ def load_vision_model(folder: Path) -> Any:
         raise UserError(
             f"{folder} has no weights",
             allowed="model.safetensors, or pytorch_model.bin",
-            mend="download the weights too; after git clone: git lfs pull",
+            fix="download the weights too; after git clone: git lfs pull",
         )
     model, info = load_folder("AutoModel", folder, "a vision model")
     if any(key.startswith("pooler.") for key in info["missing_keys"]):  # a pooler that the weights lack would be random
@@ -328,7 +328,7 @@ def _blocks_hf_models(model: Any, side: int) -> Blocks:
     with torch.inference_mode():
         states = model(pixel_values=torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states
     if not states or states[-1].ndim not in (3, 4):
-        raise UserError(f"{type(model).__name__} gives no hidden states", mend="leave --layer and --pool out")
+        raise UserError(f"{type(model).__name__} gives no hidden states", fix="leave --layer and --pool out")
     grid = states[-1].ndim == 4
     norm = (
         None

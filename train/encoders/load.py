@@ -59,7 +59,7 @@ def _load_foreign(asked: EncoderSpec, foreign: Foreign, checkpoint: Path) -> Enc
         raise UserError(
             f"the encoder {foreign.spec!r} has other weights than when {checkpoint.parent.parent} was trained: "
             f"{found.describe()['weights']}, then {foreign.weights_fingerprint}",
-            mend="put its weights back",
+            fix="put its weights back",
         )
     words = {**found.description, "checkpoint": checkpoint.name, "frozen": foreign.spec}
     return replace(found, asked=asked, description=words, checkpoint=checkpoint, text=None, seeded=False)
@@ -69,7 +69,7 @@ def untrained_run(asked: EncoderSpec, run: Path, seed: int) -> Encoder:
     """The trunk that RUN/config.yaml describes, drawn from `seed`."""
     if not run.is_dir():
         raise UserError(
-            f"no run folder at {run}", allowed="untrained:RUN, RUN holding a config.yaml", mend="mend --encoder"
+            f"no run folder at {run}", allowed="untrained:RUN, RUN holding a config.yaml", fix="fix --encoder"
         )
     train = load_pipeline(run / "config.yaml").train
     with torch.random.fork_rng(devices=[]):
@@ -99,7 +99,7 @@ def newest_checkpoint(run: Path) -> Path:
         raise UserError(
             f"{run} has no finished checkpoint",
             allowed="a run folder with checkpoints/samples-<number>/, or one such folder",
-            mend="train first (train run), or wait for the run's first checkpoint",
+            fix="train first (train run), or wait for the run's first checkpoint",
         )
     return folders[-1]
 
@@ -150,7 +150,7 @@ def load_encoder(asked: EncoderSpec | str, *, seed: int = 0) -> Encoder:
         raise UserError(
             f"the encoder {asked.spec!r} is no known kind, nor is a folder at {path}",
             allowed=KINDS,
-            mend="mend --encoder",
+            fix="fix --encoder",
         )
     return load_run(asked, path)
 
@@ -166,7 +166,7 @@ def pair_weights(
     """
     taking = [spec for spec in specs if spec.partition(":")[0] in _WITH_WEIGHTS]
     if not specs:
-        raise UserError("no encoder is named", mend="give --encoder, e.g. run:RUN")
+        raise UserError("no encoder is named", fix="give --encoder, e.g. run:RUN")
     if len(weights) not in (0, len(taking)):
         raise UserError(
             f"--weights was given {len(weights)} times for {len(taking)} timm and open_clip encoders ({', '.join(taking) or 'none'})",
@@ -182,7 +182,7 @@ def _pixels(asked: EncoderSpec, side: str) -> Encoder:
             f"the encoder {asked.spec!r} has no whole number of pixels as its side", allowed="e.g. pixels:32"
         )
     if asked.layer is not None or asked.pool is not None:
-        raise UserError(f"the encoder {asked.spec!r} has no layers to choose from", mend="leave --layer and --pool out")
+        raise UserError(f"the encoder {asked.spec!r} has no layers to choose from", fix="leave --layer and --pool out")
     form = ImageForm(int(side or _DEFAULT_SIDE), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     words = {
         "architecture": "raw pixels",

@@ -44,7 +44,7 @@ def label_texts(texts: Sequence[str], built: Path, column: Column = "label_ids")
         raise UserError(
             f"texts are labelled with the tokenizer {now[:16]}, {built} was with {was[:16]}",
             allowed="the tokenizer, and the versions of ftfy and regex, that the labels were made with",
-            mend="install these versions, or label again and train on that",
+            fix="install these versions, or label again and train on that",
         )
     token_ids, token_offsets, label_ids, label_offsets = tokenizer.encode_rows(list(texts), settings.context)
     ids, offsets = (label_ids, label_offsets) if column == "label_ids" else (token_ids, token_offsets)
@@ -143,19 +143,19 @@ def _built(run: Path, labels: Path | None) -> Path:
     """
     facts = json.loads((run / "data.json").read_bytes())
     built, wanted = labels or Path(facts["labels"]), facts["tokenizer_fingerprint"]
-    mend = "--set zeroshot.labels=OUT, or retrieval.labels, if it has moved"
+    fix = "--set zeroshot.labels=OUT, or retrieval.labels, if it has moved"
     if not Layout(built).manifest.is_file():
         raise UserError(
             f"{run} was trained on the captions of {built}, and no manifest is there",
             allowed="the OUT of its build-labels",
-            mend=mend,
+            fix=fix,
         )
     found = read_manifest(built).tokenizer.fingerprint
     if found != wanted:
         raise UserError(
             f"{run} was trained with the tokenizer {wanted[:16]}, {built} has {found[:16]}",
             allowed="the same",
-            mend=mend,
+            fix=fix,
         )
     return built
 

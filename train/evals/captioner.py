@@ -52,7 +52,7 @@ class LanguageModel:
         if self.positions is not None and tokens > self.positions:
             raise UserError(
                 f"{told} need {tokens} positions, the language model {self.name} has {self.positions}",
-                mend=f"lower {told}",
+                fix=f"lower {told}",
             )
 
 
@@ -75,12 +75,10 @@ def load_language_model(folder: Path, dtype: torch.dtype = torch.float32) -> Lan
         raise UserError(
             f"the tokenizer in {folder} cannot be loaded by transformers: {reason}",
             allowed="tokenizer.json, or the files of a tokenizer that transformers knows",
-            mend="download it again",
+            fix="download it again",
         ) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer in {folder} has no end token", mend="set eos_token in its tokenizer_config.json"
-        )
+        raise UserError(f"the tokenizer in {folder} has no end token", fix="set eos_token in its tokenizer_config.json")
     return LanguageModel(str(folder), model.eval().requires_grad_(False), tokenizer)
 
 
@@ -94,19 +92,19 @@ def check_folder(folder: Path) -> None:
         raise UserError(
             f"no language model at {folder}",
             allowed="a folder that save_pretrained wrote, or that was downloaded whole",
-            mend="mend the path",
+            fix="fix the path",
         )
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} has no config.json",
             allowed="a folder of a causal language model, whole",
-            mend="download it whole",
+            fix="download it whole",
         )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise UserError(
             f"{folder} has no weights",
             allowed="model.safetensors (or its parts), or pytorch_model.bin",
-            mend="download the weights too; after git clone: git lfs pull",
+            fix="download the weights too; after git clone: git lfs pull",
         )
     if not any(
         (folder / name).is_file()
@@ -115,7 +113,7 @@ def check_folder(folder: Path) -> None:
         raise UserError(
             f"{folder} has no tokenizer",
             allowed="tokenizer.json, tokenizer.model or vocab.json",
-            mend="download it whole",
+            fix="download it whole",
         )
 
 

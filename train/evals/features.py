@@ -22,7 +22,7 @@ from torch import Tensor
 
 from labels.native import Decompressor, njit, tj_error, tj_header
 from labels.settings import Features
-from labels.storage import UserError, fingerprint, whole_file
+from labels.storage import UserError, atomic_write, fingerprint
 from train.data.crops import flipped, random_crop
 from train.data.decode import BOX, DONE, Crops, Window, decode_row, shrink_to_fill, shrunk
 from train.data.feeder import feed_batches, stack_pinned
@@ -235,7 +235,7 @@ class Extractor:
             raise UserError(
                 f"{len(bad)} of {len(rows)} images of {data.directory} cannot be decoded: {', '.join(bad[:_BAD_SHOWN])}{rest}",
                 allowed="whole image files that Pillow reads",
-                mend="mend or remove them: leaving them out here would make accuracies on other copies of the data differ",
+                fix="fix or remove them: leaving them out here would make accuracies on other copies of the data differ",
             )
 
     def _extract(self, encoder: Encoder, data: Images, file: Path | None) -> np.ndarray:
@@ -248,10 +248,10 @@ class Extractor:
             bad = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
             raise UserError(
                 f"the encoder {encoder.name!r} gives features that are not finite, first for {data.keys[bad]}",
-                mend="probe an earlier checkpoint: the weights of this one have diverged",
+                fix="probe an earlier checkpoint: the weights of this one have diverged",
             )
         if file:
-            with whole_file(file) as partial, open(partial, "wb") as stream:
+            with atomic_write(file) as partial, open(partial, "wb") as stream:
                 np.save(stream, features)
         return features
 

@@ -55,7 +55,7 @@ class Measured(NamedTuple):
 def measure(
     evaluation: Evaluation, encoder: Encoder, data: DataSet | CaptionSet, pipeline: Pipeline, extract: Extractor
 ) -> Measured:
-    """All seeds of one encoder. A seeded one is drawn anew for each, so that its spread includes the initialisation.
+    """All seeds of one encoder. A seeded one is drawn again for each, so that its spread includes the initialisation.
 
     Each row: encoder, variant, description; `metrics`, the names of what was measured, the main one first; each of them
         as the mean over
@@ -297,7 +297,7 @@ def run_protocol(
         raise UserError(
             f"--out {out} is a directory",
             allowed="the path of a file",
-            mend=f"--out {out / (evaluation.name + '.json')}",
+            fix=f"--out {out / (evaluation.name + '.json')}",
         )
     settings = evaluation.settings(pipeline)
     loaded = [

@@ -118,7 +118,7 @@ def explain_with_predictions(
         raise UserError(
             f"{run} was trained on other classes: {predicted['vocabulary']:,} of tokenizer {predicted['tokenizer_fingerprint']}, "
             f"{out} has {tokenizer.vocabulary:,} of {tokenizer.fingerprint}",
-            mend="give the output folder whose labels the run was trained on",
+            fix="give the output folder whose labels the run was trained on",
         )
     tokens = [(row["token_id"], row["probability"]) for row in predicted["images"][0]["tokens"]]
     return with_guesses(explanation, out, predicted["checkpoint"], tokens)

@@ -76,7 +76,7 @@ class Evaluation(Protocol):
         """Refuse data that it cannot be run on, before anything expensive.
 
         Raises:
-            UserError: naming the thing and the mend.
+            UserError: naming the thing and the fix.
         """
         ...
 

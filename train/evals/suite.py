@@ -71,7 +71,7 @@ class ProtocolEntry(Section):
         """
         if self.protocol not in (names := protocol_names()):
             raise UserError(
-                f"the protocol {self.protocol!r} is unknown", allowed=", ".join(names), mend="mend the suite file"
+                f"the protocol {self.protocol!r} is unknown", allowed=", ".join(names), fix="fix the suite file"
             )
         return load_protocol(self.protocol)
 
@@ -207,7 +207,7 @@ def _check(planned: list[_Planned], data_sets: list[DataSet | CaptionSet]) -> No
         if not fitting:
             raise UserError(
                 f"{plan.evaluation.name} takes data with {plan.evaluation.takes}, and the suite has none",
-                mend="add some",
+                fix="add some",
             )
         for data in fitting:
             plan.evaluation.check(data, plan.evaluation.settings(plan.pipeline))
@@ -215,7 +215,7 @@ def _check(planned: list[_Planned], data_sets: list[DataSet | CaptionSet]) -> No
         if not any(_fits(plan, data) for plan in planned):
             raise UserError(
                 f"no protocol of the suite takes {data.name}",
-                mend="add one (retrieval or caption for captions), or leave the data out",
+                fix="add one (retrieval or caption for captions), or leave the data out",
             )
 
 
@@ -268,7 +268,7 @@ def _rows(cell: _Cell) -> Iterator[dict[str, Any]]:
         rows = json.loads(cell.file.read_bytes())["results"]
     except (ValueError, LookupError) as error:
         raise UserError(
-            f"{cell.file} is damaged: {error!r}", mend="remove it; the same command measures it again"
+            f"{cell.file} is damaged: {error!r}", fix="remove it; the same command measures it again"
         ) from None
     for row in rows:
         yield {"data": cell.data.name, **row, "variant": cell.planned.prefix + row["variant"], "cell": cell.file.stem}

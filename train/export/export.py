@@ -111,7 +111,7 @@ def results_of(encoder: Encoder, places: Sequence[Path]) -> list[Row]:
         raise UserError(
             f"no result in {', '.join(map(str, places))} is of the weights of {encoder.name!r} (fingerprint {weights})",
             allowed=f"results of {', '.join(sorted({row.encoder for row in rows if row.weights == weights})) or 'this checkpoint'}",
-            mend="measure this checkpoint (train probe, fewshot, knn, eval), or leave --results out",
+            fix="measure this checkpoint (train probe, fewshot, knn, eval), or leave --results out",
         )
     return own
 

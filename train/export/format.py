@@ -73,7 +73,7 @@ def timm_tower(encoder: Encoder, format_name: str) -> TimmTower:
         raise UserError(
             f"--format {format_name} holds the whole model, not layer {asked.layer or 'last'} with pool {asked.pool or 'its own'}",
             allowed="--layer and --pool with --format onnx",
-            mend="leave them out: the library's own words choose layer and pool there",
+            fix="leave them out: the library's own words choose layer and pool there",
         )
     spec = encoder.description.get("frozen", asked.spec)  # what `train lit` has frozen
     kind, _, name = spec.removeprefix("untrained:").partition(":")
@@ -83,7 +83,7 @@ def timm_tower(encoder: Encoder, format_name: str) -> TimmTower:
         raise UserError(
             f"the encoder {encoder.name!r} is no timm model, as --format {format_name} wants it",
             allowed="run:RUN, untrained:RUN, timm:NAME, untrained:timm:NAME",
-            mend="--format onnx takes any encoder" + (", --format open_clip this one" if kind == "open_clip" else ""),
+            fix="--format onnx takes any encoder" + (", --format open_clip this one" if kind == "open_clip" else ""),
         )
     return TimmTower(encoder.net, *trunk_arguments(model))
 
@@ -122,7 +122,7 @@ def check(encoder: Encoder, written: Written, folder: Path) -> float:
         raise UserError(
             f"the {written.holds} differs from the encoder {encoder.name!r} by {worst:.1e}; nothing was written",
             allowed=f"at most {TOLERANCE:.0e}",
-            mend="take another --format; if the weights are sound, this is a fault of the conversion: please report it",
+            fix="take another --format; if the weights are sound, this is a fault of the conversion: please report it",
         )
     return worst
 
@@ -143,21 +143,21 @@ def check_replaceable(out: Path, mark: str, command: str) -> None:
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    mend = "give another --out, or move that away yourself"
+    fix = "give another --out, or move that away yourself"
     try:
         files = set(json.loads((out / mark).read_bytes())["files"])
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(
             f"--out {out} exists and is not of `{command}`: it has no {mark} of ours",
             allowed=f"a new or empty folder, or one that `{command}` has written",
-            mend=mend,
+            fix=fix,
         ) from None
     others = sorted(path.name for path in out.iterdir() if path.name not in files | {mark})
     if others:
         raise UserError(
             f"--out {out} holds what `{command}` has not written there, and replacing the folder would remove it: {', '.join(others[:4])}",
             allowed=f"a new or empty folder, or one as `{command}` has written it",
-            mend=mend,
+            fix=fix,
         )
 
 

@@ -34,7 +34,7 @@ def _write(encoder: Encoder, folder: Path) -> Written:
         import onnxscript  # noqa: F401
     except ImportError:
         raise UserError(
-            "onnx, onnxscript and onnxruntime are not all installed", mend="pip install 'superclass-lean[onnx]'"
+            "onnx, onnxscript and onnxruntime are not all installed", fix="pip install 'superclass-lean[onnx]'"
         ) from None
     form = encoder.images
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -53,7 +53,7 @@ def _write(encoder: Encoder, folder: Path) -> Written:
     except _FAULTS as error:
         raise UserError(
             f"torch cannot export {encoder.name!r} to ONNX: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            mend="take --format timm or hf; or another --layer and --pool",
+            fix="take --format timm or hf; or another --layer and --pool",
         ) from None
     write_processor(folder, form)
     pooling = f"The graph's only output is the encoder's feature: layer {encoder.description['layer']}, pool `{encoder.description['pool']}`."

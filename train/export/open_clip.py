@@ -123,7 +123,7 @@ def _refused(tower: TimmTower) -> UserError:
     return UserError(
         f"open_clip has no image tower like {tower.architecture!r} with {tower.arguments}",
         allowed="a ViT with class token, learned positions and GELU, or a timm model without arguments (train.model.trunk_args: {})",
-        mend="--format timm, hf or onnx hold the image tower alone",
+        fix="--format timm, hf or onnx hold the image tower alone",
     )
 
 
@@ -179,7 +179,7 @@ def _write(encoder: Encoder, folder: Path) -> Written:
         raise UserError(
             "--format open_clip holds whole towers",
             allowed="--layer and --pool with --format onnx",
-            mend="leave them out",
+            fix="leave them out",
         )
     kind, _, name = encoder.asked.spec.partition(":")
     if kind == "open_clip":
@@ -191,7 +191,7 @@ def _write(encoder: Encoder, folder: Path) -> Written:
         raise UserError(
             f"the encoder {encoder.name!r} has no text tower, as --format open_clip wants it",
             allowed="a run of train clip or train lit; open_clip:NAME with --weights FILE",
-            mend=f"train lit --encoder {encoder.asked.spec} gives it one; --format timm, hf or onnx hold the image tower alone",
+            fix=f"train lit --encoder {encoder.asked.spec} gives it one; --format timm, hf or onnx hold the image tower alone",
         )
     text, joint = encoder.text().modules
     towers = Towers(joint.projection.weight, text_config(text), text.state_dict(), joint.log_scale[0])  # type: ignore[union-attr, index, arg-type]

@@ -50,12 +50,12 @@ def load_records(data: str, images: Path | None) -> list[Record]:
     if data.partition(":")[0] in CAPTION_KINDS:
         if images is not None:
             raise UserError(
-                f"--images {images} was given with --data {data}", mend="leave --images out: the data have their own"
+                f"--images {images} was given with --data {data}", fix="leave --images out: the data have their own"
             )
         parts = load_captions(data)
         if "train" not in parts:
             raise UserError(
-                f"--data {data} has no part 'train'", allowed=f"its parts: {', '.join(parts)}", mend="mend --data"
+                f"--data {data} has no part 'train'", allowed=f"its parts: {', '.join(parts)}", fix="fix --data"
             )
         part = parts["train"]
         rows = zip(part.keys, part.places, part.captions, strict=True)
@@ -70,11 +70,11 @@ def read_records(file: Path, images: Path) -> list[Record]:
         UserError: the file or a record has another form, or images are missing.
     """
     if not images.is_dir():
-        raise UserError(f"no folder of images at {images}", mend="mend --images")
+        raise UserError(f"no folder of images at {images}", fix="fix --images")
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"no file at {file}", allowed=f"JSON: {_SHAPE}", mend="mend --data") from None
+        raise UserError(f"no file at {file}", allowed=f"JSON: {_SHAPE}", fix="fix --data") from None
     except ValueError as error:
         raise UserError(f"{file} is not readable as JSON: {error}", allowed=_SHAPE) from None
     if not isinstance(content, list):
@@ -96,7 +96,7 @@ def read_records(file: Path, images: Path) -> list[Record]:
         raise UserError(
             f"{len(gone)} of {len(records)} images are missing, the first: {gone[0].place.path} of the record {gone[0].name}",
             allowed=f"paths of `image` below {images}",
-            mend="unpack the images there, or mend --images",
+            fix="unpack the images there, or fix --images",
         )
     return records
 
@@ -106,7 +106,7 @@ def _record(file: Path, number: int, found: Any, images: Path) -> Record:
     turns = found.get("conversations") if isinstance(found, dict) else None
 
     def wrong(what: str) -> UserError:
-        return UserError(f"{file}: the record {name} {what}", allowed=_SHAPE, mend="mend or remove this record")
+        return UserError(f"{file}: the record {name} {what}", allowed=_SHAPE, fix="fix or remove this record")
 
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         raise wrong("has no conversations of human and gpt by turns")
@@ -232,14 +232,14 @@ class Reader(NamedTuple):
         except DECODE_FAULTS as error:
             raise UserError(
                 f"the image of the record {record.name}, {record.place.path}, cannot be decoded: {type(error).__name__}: {error}",
-                mend="mend it, or remove the record",
+                fix="fix it, or remove the record",
             ) from None
         talk = torch.tensor(self.tokens(record.turns)).T
         if (talk[1:, 1] == IGNORED).all():
             raise UserError(
                 f"the record {record.name} has no answer within its first {len(talk)} tokens",
                 allowed="some of an answer within llava.max_tokens and the language model's positions",
-                mend="raise llava.max_tokens, or shorten the record's first question",
+                fix="raise llava.max_tokens, or shorten the record's first question",
             )
         return image, talk
 

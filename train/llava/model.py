@@ -45,7 +45,7 @@ def load_tower(folder: Path) -> "PreTrainedModel":
         raise UserError(
             f"{folder} has no config.json",
             allowed="a folder of `train export ENCODER --format hf`",
-            mend="mend the path",
+            fix="fix the path",
         )
     tower = load_vision_model(folder)
     if type(tower).__name__ not in TOWERS:
@@ -53,7 +53,7 @@ def load_tower(folder: Path) -> "PreTrainedModel":
             f"{folder} holds a {type(tower).__name__}, which transformers' LLaVA cannot take as its tower: it wants hidden states "
             "[images, 1 + patches, width], class token first",
             allowed=", ".join(TOWERS),
-            mend="export a ViT with class token (train.model.trunk: vit_b16, vit_tiny_patch16_224, ...)",
+            fix="export a ViT with class token (train.model.trunk: vit_b16, vit_tiny_patch16_224, ...)",
         )
     return tower
 
@@ -191,7 +191,7 @@ def assemble(tower: Path, language: LanguageModel, settings: Llava, seed: int) -
     tokenizer = language.tokenizer
     if not tokenizer.is_fast:
         raise UserError(
-            f"the tokenizer in {language.name} has no tokenizer.json", mend="save it with transformers' AutoTokenizer"
+            f"the tokenizer in {language.name} has no tokenizer.json", fix="save it with transformers' AutoTokenizer"
         )
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     tokenizer.chat_template = TEMPLATE

@@ -130,7 +130,7 @@ def write_llava(parts: Assembled, facts: dict[str, Any], out: Path) -> None:
         if not difference <= 1e-4 * max(1.0, float(wanted.abs().max())):
             raise UserError(
                 f"what transformers loads from {out} gives logits that differ by {difference:.1e}; nothing was written",
-                mend="this is a fault of the writer: please report it",
+                fix="this is a fault of the writer: please report it",
             )
         files = sorted(path.name for path in folder.iterdir())
         write_json(folder / MARK, {**facts, "logits_differ_by": difference, "files": files})

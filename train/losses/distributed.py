@@ -63,7 +63,7 @@ def check_split(vocabulary: int, ranks: int) -> None:
             f"train.loss.split_vocabulary is true, but of {vocabulary:,} classes in parts of {_widest(vocabulary, ranks):,} some of the "
             f"{ranks} ranks get none",
             allowed="ranks of which each gets a class",
-            mend="--set train.loss.split_vocabulary=false, or another number of ranks",
+            fix="--set train.loss.split_vocabulary=false, or another number of ranks",
         )
 
 

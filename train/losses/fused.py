@@ -14,7 +14,7 @@ class _Fused(torch.autograd.Function):
 
     They are as large as the head: a copy would cost as much memory again, and its first touch some hundredths of a
         second. So a second
-    backward pass over a retained graph computes them anew.
+    backward pass over a retained graph computes them again.
     """
 
     @staticmethod

@@ -65,7 +65,7 @@ def read_results(paths: Sequence[Path], *, may_be_none: bool = False) -> list[Ro
             raise UserError(
                 f"there is no {path}",
                 allowed="result JSONs, or folders with result JSONs",
-                mend="give the path of the evaluation's `--out`",
+                fix="give the path of the evaluation's `--out`",
             )
         files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
         results = {
@@ -75,7 +75,7 @@ def read_results(paths: Sequence[Path], *, may_be_none: bool = False) -> list[Ro
             raise UserError(
                 f"{path} holds no result",
                 allowed="JSON files of train probe, fewshot, knn, zeroshot, retrieval, finetune, caption or eval",
-                mend="evaluate first (`train probe ... --out results/probe.json`), or omit --results",
+                fix="evaluate first (`train probe ... --out results/probe.json`), or omit --results",
             )
         contents |= results
     in_suites = {cell for content in contents.values() for cell in content.get("cells", ())}
@@ -93,7 +93,7 @@ def _result(file: Path, *, named: bool) -> dict[str, Any] | None:
     try:
         content = json.loads(file.read_bytes())
     except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}", mend="remove it and run the evaluation again") from None
+        raise UserError(f"{file} is damaged: {error}", fix="remove it and run the evaluation again") from None
     rows = content.get("results") if isinstance(content, dict) else None
     if isinstance(rows, list) and all(isinstance(row, dict) and {"encoder", "metrics"} <= row.keys() for row in rows):
         return content
@@ -101,7 +101,7 @@ def _result(file: Path, *, named: bool) -> dict[str, Any] | None:
         raise UserError(
             f"{file} is not a result",
             allowed="a JSON of train probe, fewshot, knn, zeroshot, retrieval, finetune, caption or eval",
-            mend="give the path of the evaluation's `--out`",
+            fix="give the path of the evaluation's `--out`",
         )
     return None
 

@@ -119,7 +119,7 @@ def _read(path: Path, name: str) -> Run:
             raise UserError(
                 f"{path} is not a run: {reason}",
                 allowed="a folder written by `train run --out`",
-                mend="correct the path",
+                fix="correct the path",
             )
     facts = _json(path / "data.json") if (path / "data.json").is_file() else {}
     lines = _lines(path / "metrics.jsonl")
@@ -176,7 +176,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
             if number == len(texts):
                 break
             raise UserError(
-                f"{file}: line {number} is damaged", mend="resume the run: it drops the lines after its last checkpoint"
+                f"{file}: line {number} is damaged", fix="resume the run: it drops the lines after its last checkpoint"
             ) from None
         lines.append(line)
     return lines
@@ -186,7 +186,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_bytes())
     except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}", mend="resume the run: it writes the file again") from None
+        raise UserError(f"{file} is damaged: {error}", fix="resume the run: it writes the file again") from None
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:

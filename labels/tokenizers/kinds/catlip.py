@@ -40,7 +40,7 @@ _TYPE = "catlip"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MAX_KNOWN_PIECES = 1_000_000
 _FILES = ("index.noun", "data.noun", "noun.exc")
-_MEND = "apt-get install wordnet-base, or `python -m nltk.downloader wordnet` and unzip it; or set labels.wordnet to the folder"
+_FIX = "apt-get install wordnet-base, or `python -m nltk.downloader wordnet` and unzip it; or set labels.wordnet to the folder"
 # A longer word is no noun: its endings would be taken off one by one, in quadratic time.
 _MAX_LETTERS = 100
 # Morphy's rules for nouns, in its order.
@@ -89,7 +89,7 @@ def read_vocabulary(file: Path) -> dict[str, Any] | None:
     if not sound or not synsets or not isinstance(value.get("wordnet"), str):
         raise UserError(
             f"labels.tokenizer: {file} is a damaged CatLIP vocabulary",
-            mend="make it again with train-tokenizer --kind catlip",
+            fix="make it again with train-tokenizer --kind catlip",
         )
     return value
 
@@ -133,7 +133,7 @@ class CatlipTokenizer:
             raise UserError(
                 f"labels.tokenizer: the CatLIP vocabulary was made with WordNet {vocabulary['wordnet'][:12]}, "
                 f"labels.wordnet is {self.nouns.sha256[:12]}",
-                mend="set labels.wordnet to that WordNet, or make the vocabulary again with train-tokenizer --kind catlip",
+                fix="set labels.wordnet to that WordNet, or make the vocabulary again with train-tokenizer --kind catlip",
             )
         self.tokens: list[str] = vocabulary["synsets"]
         self.excluded = np.empty(0, dtype=np.int32)
@@ -218,9 +218,7 @@ class Nouns:
             self._named = {lemma: first_words[offset] == lemma for lemma, offset in map(_first_sense, _lines(index))}
             self._exceptions = {word: lemmas for word, *lemmas in map(str.split, _lines(exceptions))}
         except (ValueError, IndexError, KeyError) as error:
-            raise UserError(
-                f"labels.wordnet: the files in {folder} are not WordNet 3's: {error!r}", mend=_MEND
-            ) from None
+            raise UserError(f"labels.wordnet: the files in {folder} are not WordNet 3's: {error!r}", fix=_FIX) from None
         self.synsets = sorted(f"{lemma}.n.01" for lemma, named in self._named.items() if named)
 
     def lemma(self, word: str) -> str:
@@ -258,7 +256,7 @@ def load_nouns(setting: str) -> Nouns:
         if all((folder / name).is_file() for name in _FILES):
             return Nouns(folder)
     where = ", ".join(map(str, folders))
-    raise UserError(f"labels.wordnet: no WordNet ({', '.join(_FILES)}) in {where}", mend=_MEND)
+    raise UserError(f"labels.wordnet: no WordNet ({', '.join(_FILES)}) in {where}", fix=_FIX)
 
 
 def _usual_folders() -> list[Path]:
@@ -275,7 +273,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"labels.wordnet: {path} cannot be read: {error}", mend=_MEND) from None
+        raise UserError(f"labels.wordnet: {path} cannot be read: {error}", fix=_FIX) from None
 
 
 def _lines(data: bytes) -> list[str]:

@@ -49,7 +49,7 @@ class CaptionSet:
         """
         if self.train is None:
             raise UserError(
-                f"{self.name} has no training part", allowed="data with a part `train`", mend="give the data whole"
+                f"{self.name} has no training part", allowed="data with a part `train`", fix="give the data whole"
             )
         return self.train
 
@@ -85,7 +85,7 @@ def load_caption_set(spec: str, cache: Path | None = None, part: str | None = No
         raise UserError(
             f"--data {spec} has the parts {', '.join(parts)}",
             allowed=f"one named {' or '.join(wanted)}",
-            mend="mend the data, or --part",
+            fix="fix the data, or --part",
         )
     return CaptionSet(published_name(spec), spec.partition(":")[0], found, parts[found], parts.get("train"), cache)
 
@@ -103,7 +103,7 @@ def load_captions(spec: str) -> dict[str, CaptionedImages]:
         )
     directory = Path(value)
     if not directory.is_dir():
-        raise UserError(f"no directory at {directory}", mend="mend the path given to --data")
+        raise UserError(f"no directory at {directory}", fix="fix the path given to --data")
     return CAPTION_KINDS[kind](directory)
 
 
@@ -186,7 +186,7 @@ def _captioned(directory: Path, images: list[tuple[str, Path, list[str]]]) -> Ca
     if gone:
         raise UserError(
             f"{len(gone)} of {len(images)} images are missing, the first: {gone[0]}",
-            mend=f"unpack the images into {directory}",
+            fix=f"unpack the images into {directory}",
         )
     bare = [name for name, _, captions in images if not captions]
     if bare:
@@ -198,7 +198,7 @@ def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_bytes())
     except ValueError as error:
-        raise UserError(f"{file} is not readable as JSON: {error}", mend="fetch it again") from None
+        raise UserError(f"{file} is not readable as JSON: {error}", fix="fetch it again") from None
 
 
 CAPTION_KINDS: dict[str, Callable[[Path], dict[str, CaptionedImages]]] = {

@@ -28,7 +28,7 @@ def class_names(source: str, data: DataSet) -> list[str]:
             raise UserError(
                 f"{data.name} has {len(data.classes)} classes, ImageNet's names are {len(names)}",
                 allowed="ImageNet-1k's classes, numbered by their sorted wnids",
-                mend="--classnames FILE with a line for every class",
+                fix="--classnames FILE with a line for every class",
             )
         return names
     if source == "auto":
@@ -40,7 +40,7 @@ def class_names(source: str, data: DataSet) -> list[str]:
         raise UserError(
             f"{source} has {len(lines)} names, {data.name} has {len(data.classes)} classes: {shorten(data.classes)}",
             allowed="a line for every class, in the order of their numbers; or lines of class<TAB>name",
-            mend="write one name for every class",
+            fix="write one name for every class",
         )
     return lines
 
@@ -83,14 +83,14 @@ def _by_class(file: Path, lines: list[str], data: DataSet) -> list[str]:
         raise UserError(
             f"{file} does not match the classes of {data.name}: {told}",
             allowed=f"the classes {shorten(data.classes)}",
-            mend="write a line class<TAB>name for every class, spelt as the data spell it",
+            fix="write a line class<TAB>name for every class, spelt as the data spell it",
         )
     return [names[label] for label in data.classes]
 
 
 def _lines(file: Path, what: str) -> list[str]:
     if not file.is_file():
-        raise UserError(f"no file of {what} at {file}", mend="mend the path")
+        raise UserError(f"no file of {what} at {file}", fix="fix the path")
     lines = [line.strip() for line in file.read_text(encoding="utf8").splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{file} is empty", allowed=f"a line for each of the {what}")
@@ -101,8 +101,8 @@ def _metadata() -> Any:
     try:
         from open_clip import zero_shot_metadata
     except ImportError:
-        mend = "pip install 'superclass-lean[evals]', or give a file"
+        fix = "pip install 'superclass-lean[evals]', or give a file"
         raise UserError(
-            "ImageNet's class names and templates come with open_clip, which is not installed", mend=mend
+            "ImageNet's class names and templates come with open_clip, which is not installed", fix=fix
         ) from None
     return zero_shot_metadata

@@ -200,14 +200,14 @@ def list_samples(directory: Path) -> list[Sample]:
         UserError: the directory is missing or empty, a sample has no class or no image, a tar is damaged.
     """
     if not directory.is_dir():
-        raise UserError(f"no directory at {directory}", allowed=_LAYOUTS, mend="mend the path of the data")
+        raise UserError(f"no directory at {directory}", allowed=_LAYOUTS, fix="fix the path of the data")
     tars = list_tars(directory)
     samples = [sample for tar in tars for sample in _shard_samples(tar)] if tars else list_folders(directory)
     if not samples:
         raise UserError(
             f"{directory} holds no labelled image",
             allowed=f"DIR/<class>/*.{{{','.join(IMAGE_SUFFIXES)}}}, or DIR/*.tar, or DIR/shards/*.tar",
-            mend="mend the path of the data; images directly in DIR have no class",
+            fix="fix the path of the data; images directly in DIR have no class",
         )
     return samples
 
@@ -257,7 +257,7 @@ def tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, str, dict[str, ta
                         )
                 yield tar, key, fields
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read to its end: {error}", mend="fetch or write this shard again") from None
+        raise UserError(f"{path} cannot be read to its end: {error}", fix="fetch or write this shard again") from None
 
 
 def image_member(path: Path, key: str, fields: dict[str, tarfile.TarInfo]) -> FilePlace:
@@ -289,7 +289,7 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> None:
             raise UserError(
                 f"{path} is cut or damaged at byte {tar.offset:,}: no end-of-archive block there",
                 allowed="a whole tar",
-                mend="fetch or write this shard again",
+                fix="fetch or write this shard again",
             )
 
 
@@ -302,19 +302,19 @@ def _class_of(tar: tarfile.TarFile, path: Path, key: str, fields: dict[str, tarf
     file = tar.extractfile(member) if member else None
     if file is None:
         raise UserError(
-            f"{where} has no json", allowed='<key>.json with {"class": "name"}, or <key>.cls', mend=_CLASS_MEND
+            f"{where} has no json", allowed='<key>.json with {"class": "name"}, or <key>.cls', fix=_CLASS_MEND
         )
     try:
         content = {"class": file.read().decode().strip()} if "cls" in fields else json.loads(file.read())
     except ValueError as error:  # both JSON and UTF-8 faults
-        raise UserError(f"{where} has a json that cannot be read: {error}", mend=_CLASS_MEND) from None
+        raise UserError(f"{where} has a json that cannot be read: {error}", fix=_CLASS_MEND) from None
     label = content.get("class") if isinstance(content, dict) else None
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         keys = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise UserError(
             f"{where} has no class in its json: `class` is {label!r}, the json holds {keys}",
             allowed="a key `class` with a name or a whole number",
-            mend=_CLASS_MEND,
+            fix=_CLASS_MEND,
         )
     return str(label)
 
@@ -385,7 +385,7 @@ def check_overlap(name: str, train: Images, test: Images, cache: Path | None, *,
             f"{overlap.images} of {len(test)} test images are training images too, "
             f"the first: {overlap.test_key} of {test.directory} is {overlap.train_key} of {train.directory}, byte by byte",
             allowed="a test part that the training part has nothing of",
-            mend="remove them from one of the two parts",
+            fix="remove them from one of the two parts",
         )
     return overlap.images
 

@@ -73,7 +73,7 @@ def list_parquet(files: list[Path]) -> tuple[list[Sample], tuple[str, ...] | Non
                         )
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{path} is not readable as Parquet: {error}", mend="fetch or write this file again"
+                f"{path} is not readable as Parquet: {error}", fix="fetch or write this file again"
             ) from None
     return samples, names
 
@@ -85,7 +85,7 @@ def _columns(path: Path, schema: pa.Schema) -> tuple[str, str]:
         raise UserError(
             f"{path} has the columns {', '.join(schema.names)}",
             allowed=f"an image column ({', '.join(_IMAGES)}) and a class column ({', '.join(_CLASSES)})",
-            mend="rename the columns",
+            fix="rename the columns",
         )
     kind = schema.field(image).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:

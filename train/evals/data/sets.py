@@ -60,7 +60,7 @@ def check_counts(name: str, directory: Path, parts: Parts, counts: Counts) -> Pa
         raise UserError(
             f"{directory} holds {_tell(found)}",
             allowed=f"{name} as published: {_tell(counts)}",
-            mend="fetch or unpack what is missing; a part of it is named as class folders: --data folders:DIR, or --train DIR --test DIR",
+            fix="fetch or unpack what is missing; a part of it is named as class folders: --data folders:DIR, or --train DIR --test DIR",
         )
     return parts
 
@@ -73,7 +73,7 @@ def first_file(directory: Path, *candidates: str) -> Path | None:
 def missing(name: str, directory: Path, wanted: str) -> UserError:
     """The error for a layout that is not there."""
     return UserError(
-        f"{directory} is not {name} as it is downloaded: {wanted} is missing", mend="mend the path given to --data"
+        f"{directory} is not {name} as it is downloaded: {wanted} is missing", fix="fix the path given to --data"
     )
 
 
@@ -88,12 +88,12 @@ def read_mat(path: Path) -> dict[str, Any]:
         from scipy.io.matlab import MatReadError
     except ImportError:
         raise UserError(
-            f"{path} is a MATLAB file, and SciPy is not installed", mend="pip install 'superclass-lean[evals]'"
+            f"{path} is a MATLAB file, and SciPy is not installed", fix="pip install 'superclass-lean[evals]'"
         ) from None
     try:
         return loadmat(str(path), squeeze_me=True, struct_as_record=False)
     except (MatReadError, OSError, ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"{path} is not readable as a MATLAB file: {error}", mend="fetch it again") from None
+        raise UserError(f"{path} is not readable as a MATLAB file: {error}", fix="fetch it again") from None
 
 
 def _tell(counts: Counts) -> str:
@@ -143,9 +143,7 @@ def _part(folder: Path, annotations: Path, classes: tuple[str, ...]) -> list[Sam
     for annotation in read_mat(annotations)["annotations"]:
         file = folder / str(annotation.fname)
         if not file.is_file():
-            raise UserError(
-                f"{file} is missing, which {annotations.name} names", mend=f"unpack {folder.name}.tgz again"
-            )
+            raise UserError(f"{file} is missing, which {annotations.name} names", fix=f"unpack {folder.name}.tgz again")
         samples.append(Sample(file.name, classes[int(getattr(annotation, "class")) - 1], FilePlace.of_file(file)))
     return samples
 
@@ -208,7 +206,7 @@ def _devkit_imagenet(directory: Path, images: int) -> dict[str, str]:
         raise UserError(
             f"{directory}/val is flat, and nothing says which image is of which class: {lacking} is missing",
             allowed="LOC_val_solution.csv in DIR, or the devkit (ILSVRC2012_devkit_t12/) in DIR, or val/<wnid>/*.JPEG",
-            mend="unpack ILSVRC2012_devkit_t12.tar.gz into DIR",
+            fix="unpack ILSVRC2012_devkit_t12.tar.gz into DIR",
         )
     wnid_of = {int(synset.ILSVRC2012_ID): str(synset.WNID) for synset in read_mat(meta)["synsets"]}
     numbers = [int(line) for line in truth.read_text(encoding="ascii").split()]
@@ -216,7 +214,7 @@ def _devkit_imagenet(directory: Path, images: int) -> dict[str, str]:
         raise UserError(
             f"{truth} has {len(numbers)} lines for {images} images",
             allowed="a line for every image",
-            mend="fetch both whole",
+            fix="fetch both whole",
         )
     return {f"ILSVRC2012_val_{index:08d}": wnid_of[number] for index, number in enumerate(numbers, start=1)}
 
@@ -264,7 +262,7 @@ def _part_pets(directory: Path, name: str, order: dict[int, str]) -> list[Sample
                 f"{file}: the line {line!r} gives no class, or another than before", allowed="NAME_NUMBER CLASS ..."
             )
         if not image.is_file():
-            raise UserError(f"{image} is missing, which {name} names", mend="unpack images.tar.gz again")
+            raise UserError(f"{image} is missing, which {name} names", fix="unpack images.tar.gz again")
         samples.append(Sample(image.name, label, FilePlace.of_file(image)))
     return samples
 
@@ -321,11 +319,11 @@ def load_data(spec: str, cache: Path | None = None) -> DataSet:
         raise UserError(
             f"--data {spec!r} is no known kind of data",
             allowed=kinds,
-            mend="name the kind, or give --train DIR --test DIR",
+            fix="name the kind, or give --train DIR --test DIR",
         )
     directory = Path(value)
     if not directory.is_dir():
-        raise UserError(f"no directory at {directory}", mend="mend the path given to --data")
+        raise UserError(f"no directory at {directory}", fix="fix the path given to --data")
     return _checked(spec, kind, directory, directory, _KINDS[kind](directory), cache)
 
 
@@ -347,14 +345,14 @@ def _checked(name: str, kind: str, train_dir: Path, test_dir: Path, parts: Parts
         raise UserError(
             f"{train_dir} holds one class only: {parts.classes[0]!r}",
             allowed="two classes or more",
-            mend="give a folder for every class, or shards whose json has a key `class`",
+            fix="give a folder for every class, or shards whose json has a key `class`",
         )
     unknown = sorted({sample.label for sample in parts.test} - set(parts.classes))
     if unknown:
         raise UserError(
             f"{test_dir} has {len(unknown)} classes that {train_dir} lacks: {shorten(unknown)}",
             allowed=f"the {len(parts.classes)} classes of the training part: {shorten(parts.classes)}",
-            mend="give two parts of one data set, or leave these classes out of the test part",
+            fix="give two parts of one data set, or leave these classes out of the test part",
         )
     test = LabelledImages.of(test_dir, parts.test, parts.classes)
     overlap = check_overlap(name, train, test, cache, published=kind in _PUBLISHED)
@@ -386,7 +384,7 @@ def _parquet_files(directory: Path) -> Parts:
         raise UserError(
             f"{directory} holds {'no training rows' if not train else 'no test files'}",
             allowed="train*.parquet with test*.parquet or val*.parquet, in DIR or DIR/data",
-            mend="mend the path given to --data",
+            fix="fix the path given to --data",
         )
     return _named_by_class(train, list_parquet(sorted(root.glob(f"{test_name}*.parquet")))[0], names)
 

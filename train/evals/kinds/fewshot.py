@@ -96,7 +96,7 @@ class FewShot:
             raise UserError(
                 f"{len(few)} of {len(data.classes)} classes have less than {most} training images: {shorten(few)}",
                 allowed=f"shots up to {counts.min()}, the smallest class",
-                mend=f"--set fewshot.shots=[{counts.min()}], or data with more images a class",
+                fix=f"--set fewshot.shots=[{counts.min()}], or data with more images a class",
             )
 
     def unfit(self, encoder: Encoder) -> str | None:

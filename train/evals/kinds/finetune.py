@@ -102,7 +102,7 @@ def cropped_batches(
             raise UserError(
                 f"the image {data.keys[number % count]} of {data.directory} cannot be decoded ({reason})",
                 allowed="whole image files that Pillow reads",
-                mend="mend or remove it; `train probe` on the same data names all of them",
+                fix="fix or remove it; `train probe` on the same data names all of them",
             )
         yield LabelledBatch(batch.images, torch.from_numpy(data.targets[batch.numbers % count]), batch.numbers)
 
@@ -311,9 +311,8 @@ class FineTune:
         self, frozen: Encoder, data: DataSet, settings: Finetune, extract: Extractor, seed: int, folder: Path
     ) -> Score:
         encoder = load_encoder(frozen.asked, seed=seed)  # its own weights, which training changes
-        runtime = Runtime(
-            device=extract.device.type, precision=extract.precision, accumulation=settings.accumulation, seed=seed
-        )  # type: ignore[arg-type]
+        where: Any = {"device": extract.device.type, "precision": extract.precision}
+        runtime = Runtime(**where, accumulation=settings.accumulation, seed=seed)
         with distributed_world(runtime) as world, stop_signals() as stopping:
             train = train_settings(settings, runtime, len(data.train), world)
             model, drop_path = make_model(encoder, len(data.classes), settings.drop_path, seed, world)
@@ -365,7 +364,7 @@ def batch_size(samples: int, settings: Finetune, ranks: int) -> int:
         raise UserError(
             f"finetune.batch_size is {settings.batch_size}, the training part has {samples} images, and a batch is shared out in {unit}",
             allowed=f"a batch and a training part of {unit} images or more",
-            mend="--set finetune.accumulation=1, or a larger finetune.batch_size",
+            fix="--set finetune.accumulation=1, or a larger finetune.batch_size",
         )
     return size
 

@@ -82,7 +82,7 @@ class NearestNeighbours:
             raise UserError(
                 f"knn.k is {max(settings.k)}, the training part has {len(data.train)} images",
                 allowed=f"k up to {len(data.train)}",
-                mend=f"--set knn.k=[{min(10, len(data.train))}]",
+                fix=f"--set knn.k=[{min(10, len(data.train))}]",
             )
 
     def unfit(self, encoder: Encoder) -> str | None:

@@ -189,7 +189,7 @@ def mae_probe(
     """Train the head and test it.
 
     Args:
-        epoch_features: the training part's features, anew for every epoch.
+        epoch_features: the training part's features, again for every epoch.
         train_y, test_y: classes [N], int64. test_x: features [N, W].
         seed: of the head's weights and of the order.
 

@@ -81,7 +81,7 @@ class Recall:
             raise UserError(
                 f"retrieval.k is {max(settings.k)}, {data.name} has {len(data.test)} test images",
                 allowed=f"k up to {len(data.test)}",
-                mend="--set retrieval.k=[1]",
+                fix="--set retrieval.k=[1]",
             )
 
     def unfit(self, encoder: Encoder) -> str | None:

@@ -96,7 +96,7 @@ class TokenLogits:
             raise UserError(
                 f"{len(twice)} names stand for several classes of {data.name}: {shorten(twice)}",
                 allowed="a name a class",
-                mend="--classnames FILE with other words for them",
+                fix="--classnames FILE with other words for them",
             )
         templates(settings.templates)
 
@@ -121,7 +121,7 @@ class TokenLogits:
             raise UserError(
                 f"{len(without)} class names have no label in {built}: {shorten(without)}",
                 allowed="names with a token that the vocabulary knows and the stop words leave",
-                mend="--classnames FILE with other words for them",
+                fix="--classnames FILE with other words for them",
             )
         file = encoder.checkpoint / "head.safetensors"
         head = {key: tensor.double() for key, tensor in read_weights(file).items()}
@@ -142,7 +142,7 @@ def _labels_of(run: Path, settings: Zeroshot) -> tuple[Path, np.ndarray]:
         raise UserError(
             f"{run} was trained on the labels of {built}, and no IDF table is there",
             allowed="the OUT of its build-labels",
-            mend="--set zeroshot.labels=OUT, if it has moved",
+            fix="--set zeroshot.labels=OUT, if it has moved",
         )
     idf = read_idf(Layout(built).idf_parquet)
     return built, idf if load_pipeline(run / "config.yaml").train.loss.idf else np.ones_like(idf)
@@ -164,7 +164,7 @@ def check_told_apart(names: Sequence[str], tokens: Tensor, encoder: str) -> None
         raise UserError(
             f"{len(found)} class names have the same tokens as others for {encoder!r}: {shorten(found)}",
             allowed="names with tokens of their own: its tokenizer may not know these words",
-            mend="--classnames FILE with other words for them",
+            fix="--classnames FILE with other words for them",
         )
 
 

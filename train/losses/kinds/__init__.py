@@ -32,5 +32,5 @@ def check_accumulation(settings: Train) -> None:
             f"train.loss.name is {settings.loss.name}, which compares all samples of a batch, and train.runtime.accumulation "
             f"{settings.runtime.accumulation} never has them together",
             allowed="1",
-            mend="set train.runtime.accumulation=1",
+            fix="set train.runtime.accumulation=1",
         )

@@ -49,7 +49,7 @@ if _INSTALLED:
         tl.store(totals + row, tl.sum(total * tl.exp(top - highest), 0))
 
     @triton.jit
-    def _gradient(
+    def _gradient(  # noqa: ANN202
         logits, tops, totals, weighted, ids, shares, columns, limit, block: tl.constexpr, places: tl.constexpr
     ):
         row = tl.program_id(0).to(tl.int64)
@@ -111,7 +111,7 @@ def put_gradient(logits: torch.Tensor, tops: torch.Tensor, totals: torch.Tensor,
         labels.shares.contiguous(),
         logits.shape[1],
         limit,
-        block=_block(logits),
+        block=_block(logits),  # type: ignore[arg-type]
         places=triton.next_power_of_2(max(limit, 1)),  # type: ignore[arg-type]
     )
 
