@@ -267,8 +267,8 @@ def llava(
 )
 def report(runs: tuple[Path, ...], results: tuple[Path, ...], page: Path) -> None:
     """Write one HTML file about runs: loss, speed, recipes, results next to the paper's. It opens without a network."""
+    from train.evals.results import read_results
     from train.report.page import report_page
-    from train.report.results import read_results
     from train.report.runs import read_runs
 
     text = report_page(read_runs(runs), read_results(results))

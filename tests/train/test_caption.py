@@ -18,7 +18,8 @@ from train.data.feeder import rows_of_steps
 from train.distributed import World
 from train.evals.captioner import Captioner, MlpMapper, TransformerMapper, load_language_model
 from train.evals.kinds.caption import Captioning, pair_batches, tokenized
-from train.report.results import is_of, read_results
+from train.evals.results import read_results
+from train.report.results import is_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = (

@@ -28,11 +28,11 @@ from labels.storage import UserError, whole_folder
 from train.encoders.encoder import Encoder, EncoderSpec
 from train.encoders.load import load_encoder
 from train.evals.features import decode
+from train.evals.results import readout_of
 from train.export.export import FORMATS, export_encoder
 from train.export.format import Format, Written
 from train.export.hf import transformers_vit
 from train.model import PRESETS, build_trunk
-from train.report.results import readout_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}

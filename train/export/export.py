@@ -14,12 +14,12 @@ from train.encoders.encoder import Encoder, EncoderSpec
 from train.encoders.load import load_encoder
 from train.evals.features import TRANSFORM
 from train.evals.protocol import format_metric
+from train.evals.results import Row, read_results, readout_of
 from train.export.format import TOLERANCE, Format, Written, check, check_replaceable, share_like
 from train.export.hf import HF
 from train.export.onnx import ONNX
 from train.export.open_clip import OPEN_CLIP
 from train.export.timm import TIMM
-from train.report.results import Row, read_results, readout_of
 
 # ---- recipe: What an encoder's card says of its training and its worth: the run's configuration and data, the results
 # measured on these weights.

@@ -17,7 +17,8 @@ from labels.html import (
     table,
     tiles,
 )
-from train.report.results import Row, measured_tables, paper_tables, published
+from train.evals.results import Row
+from train.report.results import measured_tables, paper_tables, published
 from train.report.runs import Run, differences, loss_curves, throughput_curves
 
 
