@@ -2,20 +2,11 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from shard_factory import build, healthy, sample, write_tar
-
-
-@dataclass(frozen=True)
-class Built:
-    """A folder of shards and the OUT built from it."""
-
-    data: Path
-    out: Path
+from shard_factory import Built, build, healthy, sample, write_tar
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Built
 
-from shard_factory import preprocess
+from shard_factory import Built, preprocess
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "cookbook.md").read_text(encoding="utf8")
 RECIPES = re.findall(r"^## (.*?)\n.*?```sql\n(.*?)\n```\n\n\|(.*?)\|\n", PAGE, re.DOTALL | re.MULTILINE)

@@ -54,11 +54,6 @@ def test_a_breach_would_be_seen() -> None:
     assert imported(source) == {"numpy", "train", "torch", "."}
 
 
-def test_tests_are_flat() -> None:
-    assert not list((ROOT / "tests").rglob("__init__.py")) and not list((ROOT / "tests").glob("*/*.py"))
-    assert not [path for path in ROOT.glob("*/tokenize.py") if path.parent.name in WALLS]
-
-
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [

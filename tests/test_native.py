@@ -41,7 +41,7 @@ def tree(tmp_path: Path) -> Path:
     for package in ("labels", "train"):
         (root / package).mkdir(parents=True)
         (root / package / "__init__.py").write_text("")
-    for name in ("native.py", "errors.py"):
+    for name in ("native.py", "storage.py"):
         shutil.copy(ROOT / "labels" / name, root / "labels" / name)
     for name, text in {"kernel": KERNEL, "parts": PARTS, "layout": "STEP = 10\n", "cli": "# other\n"}.items():
         (root / f"train/{name}.py").write_text(text)

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from test_eval_data import encoded, write_folders
+
+from image_folders import encoded, write_folders
 
 
 def colours(folder: Path, labels: tuple[str, ...]) -> None:

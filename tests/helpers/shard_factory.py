@@ -33,6 +33,14 @@ CAPTIONS = (
 )
 
 
+@dataclass(frozen=True)
+class Built:
+    """A folder of shards and the output folder built from it."""
+
+    data: Path
+    out: Path
+
+
 def pixels(seed: int, width: int = 32, height: int = 32) -> np.ndarray:
     """Noise, uint8 [H, W, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Built
 
 from labels import storage
 from labels.manifest import read_manifest
-from shard_factory import build, contents, healthy, preprocess, quarantined, rows, sample, write_tar
+from shard_factory import Built, build, contents, healthy, preprocess, quarantined, rows, sample, write_tar
 
 ONE_EACH = ("--set", "build.beton_samples=6")
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Built
 from PIL import Image
 
 from image_cases import CUT_PNG, EPS, EXIF_TURNED, png_header
 from labels.manifest import read_manifest
 from labels.storage import UserError
 from shard_factory import (
+    Built,
     Member,
     build,
     encode,

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import Built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,7 +22,7 @@ from labels.manifest import PAD_ID, read_manifest
 from labels.storage import sha256_file
 from preprocess.betons.direct_io import DirectFile, aligned_buffer
 from preprocess.betons.write import Samples, choose_page, write_beton
-from shard_factory import build, encode, healthy, pixels, sample, write_tar
+from shard_factory import Built, build, encode, healthy, pixels, sample, write_tar
 from stock_loader import read_beton, stock_process
 
 LIMIT = 12

@@ -8,7 +8,6 @@ from pathlib import Path
 import fsspec
 import pyarrow.parquet as pq
 import pytest
-from conftest import Built
 
 from labels.config import load_pipeline
 from labels.manifest import LABELS, QUARANTINE, read_manifest
@@ -17,6 +16,7 @@ from labels.tokenizers.kinds.clip import ClipTokenizer
 from preprocess import shard as label_job
 from preprocess.locks import only_writer
 from shard_factory import (
+    Built,
     build,
     contents,
     healthy,

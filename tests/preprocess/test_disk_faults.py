@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Built
 
 from labels import storage
 from labels.storage import (
@@ -30,7 +29,7 @@ from labels.storage import (
 )
 from preprocess.betons.direct_io import DirectFile
 from preprocess.stage import remove_leftovers
-from shard_factory import build, contents, jpeg, preprocess, refused, sample, write_shards, write_tar
+from shard_factory import Built, build, contents, jpeg, preprocess, refused, sample, write_shards, write_tar
 
 NUMBERS = np.random.default_rng(0).integers(0, 1 << 60, 200_000)
 

@@ -9,14 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Built
 
 from labels.idf import idf_weights
 from labels.manifest import COUNTS, LABELS, TOKENS, Manifest, ShardPart, TokenizerPart, write_manifest
 from labels.settings import Formula
 from labels.storage import Layout, UserError, sha256_file
 from preprocess.counts import ShardCounts, sum_idf, write_idf_parquet
-from shard_factory import preprocess
+from shard_factory import Built, preprocess
 
 Rows = list[list[int]]
 TOKENS_OF_ALL = ["a</w>", "cat</w>", "犬", "quote\"'", "never</w>", "<end>"]

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Built
 
 from labels import storage
 from labels.storage import UserError
 from preprocess.engine import run_tasks
-from shard_factory import build, contents, end_without_a_word, preprocess, sample, write_shards, write_tar
+from shard_factory import Built, build, contents, end_without_a_word, preprocess, sample, write_shards, write_tar
 
 ROOT = Path(__file__).parents[2]
 IMPORT_PATH = [str(ROOT), str(ROOT / "tests" / "helpers")]  # for processes that unpickle functions of this file

@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Built
 
 from labels import storage
 from labels.manifest import read_manifest
@@ -30,7 +29,7 @@ from labels.storage import (
 )
 from preprocess import locks
 from preprocess.locks import Holder, one_of_many, only_writer
-from shard_factory import contents, preprocess, refused, rows, write_shards
+from shard_factory import Built, contents, preprocess, refused, rows, write_shards
 
 pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
 moto = pytest.importorskip("moto.server", reason="moto's server is not installed")

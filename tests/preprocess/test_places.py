@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Built
 from PIL import Image
 
 from labels import beton
 from labels.manifest import PLACE, Source, open_places, read_manifest, read_sources, write_sources
 from labels.storage import Layout, UserError
 from shard_factory import (
+    Built,
     build,
     contents,
     encode,

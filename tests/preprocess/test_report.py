@@ -5,14 +5,13 @@ installed.
 from pathlib import Path
 
 import pytest
-from conftest import Built
 from hypothesis import given
 from hypothesis import strategies as st
 
 from labels.html import Axis, Html, Series, html, line_chart, linear_ticks, log_ticks, table, tag
 from page_checks import CHROMIUM, check_page, shown_in_chromium
 from preprocess.inspect.report import summarise
-from shard_factory import preprocess, rows, write_shards
+from shard_factory import Built, preprocess, rows, write_shards
 
 
 @pytest.fixture(scope="module")

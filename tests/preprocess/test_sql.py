@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Built
 
-from shard_factory import contents, flip_bit, preprocess
+from shard_factory import Built, contents, flip_bit, preprocess
 
 SHELL = Path(sys.executable).parent / "duckdb"
 TOP = "SELECT token, document_frequency AS df, idf FROM tokens ORDER BY df DESC, token_id LIMIT 3"

@@ -8,11 +8,10 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Built
 
 from labels.manifest import Manifest, read_manifest, write_manifest
 from labels.storage import Layout, sha256_file
-from shard_factory import build, contents, flip_bit, preprocess, write_shards
+from shard_factory import Built, build, contents, flip_bit, preprocess, write_shards
 
 FILES = [
     "labels/00000000.parquet",

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import Built
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
@@ -27,7 +26,7 @@ from labels.storage import UserError, write_json
 from labels.tokenizers.text import name_of, text_of
 from page_checks import CHROMIUM, check_page, shown_in_chromium
 from preprocess.inspect.explain import explain
-from shard_factory import build, healthy, preprocess, rows, sample, write_tar
+from shard_factory import Built, build, healthy, preprocess, rows, sample, write_tar
 from train.checkpoint import State, load_exactly, read_weights
 from train.cli import cli
 from train.encoders.load import load_encoder
