@@ -5,13 +5,16 @@
     SQL condition        -> `where`: one expression that is true or false, on a table of DuckDB
     -> `sort_uids`, which spills what does not fit -> `count_in`: how often each sample's uid is in the array
 
-A uid that is there twice repeats its sample; a sample without a uid is in no subset of uids. Shapes: N uids of a batch,
-U of the array. duckdb is imported where it is used, so that a training node without a subset works without it.
+Stage 1 (`build-labels --subset`) writes the sorted uids once, by `resolve_subset`, to subset.npy, which every worker maps.
+A repeated uid repeats its sample; a sample without a uid is in no subset of uids. Shapes: N uids of a batch, U of the array.
+duckdb and fsspec are imported where they are used: a training node without a subset needs neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,18 +22,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from labels.storage import UserError, local_copy, out_path
+from labels.storage import UserError, atomic_write, is_remote, local_copy, out_path, sha256_file
 
 if TYPE_CHECKING:
     import duckdb
+    from fsspec import AbstractFileSystem
 
 UIDS = np.dtype([("f0", "<u8"), ("f1", "<u8")])
 """DataComp's: the first and the last 16 hex digits."""
-ALLOWED = "an .npy of dtype u8,u8 as DataComp's, a .parquet with a column uid, or one SQL condition, e.g. 'clip_l14_similarity_score > 0.3'"
+ALLOWED = (
+    "an .npy of dtype u8,u8 as DataComp's, a .parquet with a column uid, or one SQL condition,"
+    " e.g. 'clip_l14_similarity_score > 0.3'"
+)
 
 ROWS_AT_ONCE = 1 << 17
+_OPTION = "--subset"
+_FOLDER, _SUFFIX = "metadata", ".parquet"
+_PATTERN = re.compile(r"[*?\[]")
+_FINGERPRINT_DIGITS = 16
 _PARTS = pa.schema([("f0", pa.uint64()), ("f1", pa.uint64())])
-OUT_OF_MEMORY = "Out of Memory Error"
+_OUT_OF_MEMORY = "Out of Memory Error"
 _DIGITS = 32
 _NO_DIGIT = 255
 _HEX = np.full(256, _NO_DIGIT, np.uint8)
@@ -38,26 +49,215 @@ _HEX[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 _HEX[np.frombuffer(b"ABCDEF", np.uint8)] = np.arange(10, 16)
 
 
-@contextmanager
-def map_uids(text: str, option: str) -> Iterator[np.ndarray]:
-    """An .npy of uids, mapped: a structured array [U] of two u8; a remote one is downloaded first.
+# ---- Stage 1: from the option to subset.npy
+
+
+def resolve_subset(
+    text: str, metadata: str | None, sources: Sequence[str], target: Path, memory: str, spill: Path
+) -> str:
+    """Write the uids that `text` names to `target`, sorted, as .npy of dtype UIDS, atomically and in bounded memory.
 
     Args:
-        text: path or URL.
-        option: what the user set, for the message.
+        text: .npy or .parquet (path or URL), or an SQL condition on the metadata.
+        metadata: folder, glob or file of the metadata's .parquet; None: `metadata/` in or next to the folders of `sources`.
+        memory: DuckDB's limit, e.g. `1GiB`; `spill` is a folder for what does not fit.
 
-    Raises:
-        UserError: it does not exist, or holds something else than uids.
+    Returns:
+        A fingerprint of the array: 16 hex digits, equal for equal sets of uids.
     """
+    with (
+        _enough_memory(memory),
+        _uids(text, metadata, sources, memory, spill) as (uids, in_order),
+        atomic_write(target) as partial,
+    ):
+        if not _write(partial, uids if in_order else sort_uids(uids, memory, spill)):
+            raise UserError(f"the subset {text!r} selects no sample", fix="name another subset, or none")
+        return sha256_file(partial)[:_FINGERPRINT_DIGITS]
+
+
+def open_subset(path: Path) -> np.ndarray:
+    """What `resolve_subset` wrote, UIDS [U], mapped read-only; a remote file is read into memory."""
+    return np.load(io.BytesIO(path.read_bytes())) if is_remote(path) else np.load(path, mmap_mode="r")
+
+
+@contextmanager
+def _uids(
+    text: str, metadata: str | None, sources: Sequence[str], memory: str, spill: Path
+) -> Iterator[tuple[Iterator[np.ndarray], bool]]:
+    """UIDS in batches, and whether they are sorted already."""
+    import duckdb
+
+    if text.endswith(".npy"):
+        with map_uids(text, _OPTION) as array:
+            yield in_parts(array), is_sorted(array)
+        return
+    is_file = text.endswith(_SUFFIX)
+    files = _parquet_files(text, _OPTION, ALLOWED) if is_file else _metadata_files(metadata, sources, text)
+    with _open_metadata(files, memory, spill) as table:
+        chosen = table if is_file else where(table, text, _OPTION)
+        try:
+            reader = chosen.select("uid").to_arrow_reader(ROWS_AT_ONCE)
+        except duckdb.Error as error:
+            raise_if_out_of_memory(error)
+            raise UserError(f"{_OPTION} {text!r} cannot be used: {one_line(error)}", allowed=ALLOWED) from None
+        yield _read_uids(reader, text), False
+
+
+def _read_uids(reader: pa.RecordBatchReader, text: str) -> Iterator[np.ndarray]:
+    import duckdb
+
+    try:
+        for batch in reader:
+            strings = batch.column(0).cast(pa.string())
+            uids, rows = parse_uids(strings)
+            if len(rows) < len(strings):
+                wrong = strings[int(np.setdiff1d(np.arange(len(strings)), rows)[0])].as_py()
+                allowed = "uids of 32 hex digits, as DataComp's"
+                raise UserError(f"the subset {text!r} gives the uid {wrong!r}", allowed=allowed)
+            yield uids
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
+        raise_if_out_of_memory(error)
+        fix = "download again the file that it names"
+        raise UserError(f"the metadata cannot be read: {one_line(error)}", fix=fix) from None
+
+
+def _write(path: Path, parts: Iterator[np.ndarray]) -> int:
+    """Write an .npy whose length is known at the end only; return the length."""
+
+    def header(rows: int) -> None:
+        np.lib.format.write_array_header_1_0(file, {"descr": UIDS.descr, "fortran_order": False, "shape": (rows,)})
+
+    count = 0
+    with open(path, "wb") as file:
+        header(0)
+        begin = file.tell()
+        for part in parts:
+            file.write(part.tobytes())
+            count += len(part)
+        file.seek(0)
+        header(count)  # NumPy leaves room in it for a length that grows
+        assert file.tell() == begin
+    return count
+
+
+def _parquet_files(source: str, option: str, allowed: str) -> list[tuple[AbstractFileSystem, str]]:
+    """The .parquet files of a folder (also deeper), a glob or a file, local or URL: filesystem, and the path for DuckDB."""
+    from fsspec.core import url_to_fs
+
+    try:
+        files = _below(*url_to_fs(source))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{option}: {source} cannot be opened: {error}", allowed=allowed) from None
+    if not files:
+        raise UserError(f"{option}: {source} does not exist or holds no {_SUFFIX}", allowed=allowed)
+    return files
+
+
+def _metadata_files(
+    metadata: str | None, sources: Sequence[str], condition: str
+) -> list[tuple[AbstractFileSystem, str]]:
+    """What the condition is evaluated on: build.metadata, else `metadata/` in or next to the folders of `sources`."""
+    from fsspec.core import url_to_fs
+
+    if metadata is not None:
+        return _parquet_files(metadata, "build.metadata", f"a folder, glob or file of {_SUFFIX} with a column uid")
+    files: list[tuple[AbstractFileSystem, str]] = []
+    for source in sources:
+        filesystem, path = url_to_fs(source)
+        folder = path.rstrip("/") if filesystem.isdir(path) else _PATTERN.split(path)[0].rpartition("/")[0]
+        for parent in (folder, folder.rpartition("/")[0]):
+            if in_folder := _below(filesystem, f"{parent}/{_FOLDER}"):
+                files += [file for file in in_folder if file not in files]
+                break
+    if not files:
+        missing = f"there are no {_FOLDER}/*{_SUFFIX} in or next to {', '.join(sources)}"
+        raise UserError(
+            f"--subset {condition!r} is an SQL condition, and {missing}",
+            allowed=ALLOWED,
+            fix="give --metadata FOLDER, or --set build.metadata=FOLDER; a file has to end in .npy or .parquet",
+        )
+    return files
+
+
+def _below(filesystem: AbstractFileSystem, path: str) -> list[tuple[AbstractFileSystem, str]]:
+    from fsspec.implementations.local import LocalFileSystem
+
+    if filesystem.isdir(path):
+        paths = filesystem.find(path)
+    elif filesystem.exists(path):
+        paths = [path]
+    else:
+        paths = filesystem.glob(path) if _PATTERN.search(path) else []
+    names = sorted(str(name) for name in paths if str(name).endswith(_SUFFIX))
+    local = isinstance(filesystem, LocalFileSystem)
+    return [(filesystem, name if local else filesystem.unstrip_protocol(name)) for name in names]
+
+
+@contextmanager
+def _open_metadata(
+    files: list[tuple[AbstractFileSystem, str]], memory: str, spill: Path
+) -> Iterator[duckdb.DuckDBPyRelation]:
+    """The files as one table with a column uid, on a connection that reaches nothing else."""
+    import duckdb
+
+    names = [name for _, name in files]
+    if odd := next(filter(_PATTERN.search, names), None):
+        problem = f"the path {odd} holds one of * ? [, which DuckDB takes for a pattern"
+        raise UserError(problem, fix="give the folder a name without it")
+    config = {
+        "memory_limit": memory,
+        "temp_directory": str(spill),
+        "preserve_insertion_order": False,
+        "python_enable_replacements": False,
+    }
+    with duckdb.connect(config=config) as con:
+        remote = {type(filesystem): filesystem for filesystem, name in files if "://" in name}
+        for filesystem in remote.values():
+            con.register_filesystem(filesystem)
+        try:
+            if not remote:
+                con.execute(f"SET allowed_paths = [{', '.join(map(quoted, names))}]")
+                con.execute("SET enable_external_access = false")
+            con.execute("SET lock_configuration = true")
+            table = con.read_parquet(names)  # type: ignore[arg-type]  # a list is allowed
+        except duckdb.Error as error:
+            raise_if_out_of_memory(error)
+            problem = f"{names[0]} (of {len(names)} files) cannot be read as Parquet: {one_line(error)}"
+            raise UserError(problem) from None
+        if "uid" not in table.columns:
+            raise UserError(f"{names[0]} has no column uid", allowed=f"its columns are {', '.join(table.columns)}")
+        yield table
+
+
+@contextmanager
+def _enough_memory(memory: str) -> Iterator[None]:
+    """Turn DuckDB's complaint of too little memory into a UserError; by way of Arrow it comes as an OSError."""
+    import duckdb
+
+    try:
+        yield
+    except (duckdb.Error, OSError, pa.ArrowException) as error:
+        if _OUT_OF_MEMORY not in str(error):
+            raise
+        problem = f"build.duckdb_memory = {memory} is too little for the subset: {one_line(error)}"
+        raise UserError(problem, fix="raise it, e.g. to 1GiB") from None
+
+
+# ---- Both stages: arrays of uids and conditions
+
+
+@contextmanager
+def map_uids(text: str, option: str) -> Iterator[np.ndarray]:
+    """An .npy of uids (path or URL), mapped: a structured array [U] of two u8. `option` is for the message."""
     with ExitStack() as stack:
         try:
             path = stack.enter_context(local_copy(out_path(text)))
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-            kinds = (
-                [array.dtype[name].str[1:] for name in array.dtype.names or ()] if isinstance(array, np.ndarray) else []
-            )
+            if not isinstance(array, np.ndarray):
+                raise ValueError(f"it holds {type(array).__name__}")
+            kinds = [array.dtype[name].str[1:] for name in array.dtype.names or ()]
             if kinds != ["u8", "u8"] or array.ndim != 1:
-                raise ValueError(f"it holds {getattr(array, 'dtype', type(array).__name__)}")
+                raise ValueError(f"it holds {array.dtype}")
         except FileNotFoundError:
             raise UserError(f"{option}: {text} does not exist", allowed=ALLOWED) from None
         except (OSError, ValueError, EOFError, ImportError) as error:
@@ -73,24 +273,16 @@ def in_parts(array: np.ndarray) -> Iterator[np.ndarray]:
 
 def is_sorted(array: np.ndarray) -> bool:
     """Whether the array of `map_uids` is ascending."""
-    # Each part with the first uid of the next one.
-    parts = (
-        np.asarray(array[start : start + ROWS_AT_ONCE + 1]).astype(UIDS) for start in range(0, len(array), ROWS_AT_ONCE)
-    )
-    return all(_ascending(part["f0"], part["f1"]) for part in parts)
-
-
-def _ascending(high: np.ndarray, low: np.ndarray) -> bool:
-    return bool(((high[1:] > high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] >= low[:-1]))).all())
+    for start in range(0, len(array), ROWS_AT_ONCE):  # each part with the first uid of the next one
+        part = np.asarray(array[start : start + ROWS_AT_ONCE + 1]).astype(UIDS)
+        high, low = part["f0"], part["f1"]
+        if not ((high[1:] > high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] >= low[:-1]))).all():
+            return False
+    return True
 
 
 def sort_uids(uids: Iterator[np.ndarray], memory: str, spill: Path) -> Iterator[np.ndarray]:
-    """The same UIDS in ascending order, in batches, by way of DuckDB, which spills what does not fit.
-
-    Args:
-        memory: DuckDB's limit, e.g. `1GiB`.
-        spill: a folder for what does not fit.
-    """
+    """The same UIDS in ascending order, in batches, by way of DuckDB, which spills to `spill` what exceeds `memory`."""
     import duckdb
 
     failed: list[Exception] = []
@@ -117,36 +309,28 @@ def sort_uids(uids: Iterator[np.ndarray], memory: str, spill: Path) -> Iterator[
 def where(
     table: duckdb.DuckDBPyRelation, condition: str, option: str, allowed: str = ALLOWED
 ) -> duckdb.DuckDBPyRelation:
-    """The rows of a table that meet one SQL condition.
-
-    Raises:
-        UserError: `condition` is not one expression that is true or false, or DuckDB refuses it.
-    """
+    """The rows of a table that meet one SQL condition: one expression that is true or false."""
     import duckdb
 
+    refused = f"{option} {condition!r} cannot be used"
     try:
         expression = duckdb.SQLExpression(condition)
         kinds = [str(kind) for kind in table.select(expression).types]
         if kinds != ["BOOLEAN"]:
-            raise UserError(
-                f"{option} {condition!r} cannot be used: it gives {', '.join(kinds)}, not true or false",
-                allowed=allowed,
-            )
+            raise UserError(f"{refused}: it gives {', '.join(kinds)}, not true or false", allowed=allowed)
         return table.filter(expression)
     except duckdb.Error as error:
         raise_if_out_of_memory(error)
-        raise UserError(
-            f"{option} {condition!r} cannot be used: it is not one SQL condition: {one_line(error)}",
-            allowed=f"{allowed}; columns: {', '.join(table.columns)}",
-        ) from None
+        problem = f"{refused}: it is not one SQL condition: {one_line(error)}"
+        raise UserError(problem, allowed=f"{allowed}; columns: {', '.join(table.columns)}") from None
 
 
 def parse_uids(strings: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
     """UIDS [N] of those strings that are 32 hex digits, and their rows, int64 [N]; the others, and nulls, are skipped."""
-    _, places, data = strings.buffers()
+    _, offset_bytes, data = strings.buffers()
     if not len(strings):
         return np.empty(0, UIDS), np.empty(0, np.int64)
-    offsets = np.frombuffer(places, np.int32, len(strings) + 1, strings.offset * 4)
+    offsets = np.frombuffer(offset_bytes, np.int32, len(strings) + 1, strings.offset * 4)
     text = np.frombuffer(data or b"", np.uint8)
     long_enough = np.diff(offsets) == _DIGITS
     if strings.null_count:
@@ -172,16 +356,13 @@ def count_in(uids: np.ndarray, array: np.ndarray) -> np.ndarray:
     begin = np.searchsorted(high, wanted["f0"], "left")
     end = np.searchsorted(high, wanted["f0"], "right")
     counts = np.empty(len(uids), np.int64)
-    counts[order] = _bound(low, begin, end, wanted["f1"], np.less_equal) - _bound(
-        low, begin, end, wanted["f1"], np.less
-    )
+    after = _bound(low, begin, end, wanted["f1"], np.less_equal)
+    counts[order] = after - _bound(low, begin, end, wanted["f1"], np.less)
     return counts
 
 
 def _bound(values: np.ndarray, begin: np.ndarray, end: np.ndarray, wanted: np.ndarray, before: np.ufunc) -> np.ndarray:
-    """For each i the first place in begin[i]:end[i] of the sorted `values` that is not `before` wanted[i]: N bisections
-    at once.
-    """
+    """For each i the first position in begin[i]:end[i] of the sorted `values` that is not `before` wanted[i], by bisection."""
     begin, end = begin.copy(), end.copy()
     while (open_rows := np.flatnonzero(begin < end)).size:
         middle = (begin[open_rows] + end[open_rows]) // 2
@@ -203,5 +384,5 @@ def one_line(error: Exception) -> str:
 
 def raise_if_out_of_memory(error: Exception) -> None:
     """DuckDB's complaint of too little memory as it is: by way of Arrow it comes as an OSError."""
-    if OUT_OF_MEMORY in str(error):
+    if _OUT_OF_MEMORY in str(error):
         raise error

@@ -33,6 +33,7 @@ from labels.manifest import (
 )
 from labels.settings import Pipeline
 from labels.storage import Layout, UserError, fingerprint, is_remote, own_partials, sha256_file, write_whole
+from labels.subset import resolve_subset
 from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.betons.plan import Group, Member, image_folder, plan_groups
 from preprocess.betons.write import GroupTask, group_stage
@@ -43,7 +44,6 @@ from preprocess.ngrams import class_names, run_pair_stages
 from preprocess.readers.caption_key import parse_caption_key
 from preprocess.readers.images import has_images, is_local_tar
 from preprocess.readers.shards import Shard, find_shards
-from preprocess.readers.subset import resolve_subset
 from preprocess.shard import LabelTask, label_stage
 from preprocess.stage import (
     BuildContext,

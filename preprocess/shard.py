@@ -22,14 +22,14 @@ import pyarrow.parquet as pq
 from labels.manifest import LABELS
 from labels.settings import Labels
 from labels.storage import Layout, atomic_write, sha256_file
+from labels.subset import count_in, open_subset, parse_uids
 from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.counts import ShardCounts
-from preprocess.readers.base import Fault
+from preprocess.readers.base import Fault, RowBatch
 from preprocess.readers.caption_key import Choice
 from preprocess.readers.columns import offsets_and_bytes
 from preprocess.readers.rows import read_rows
 from preprocess.readers.shards import Shard
-from preprocess.readers.subset import open_subset, select
 from preprocess.stage import LabelMarker, Stage, write_marker
 
 # Measured on web captions (docs/experiments.md): the fastest that is no larger. Packed differences of ids are too dense
@@ -92,8 +92,8 @@ def label_shard(task: LabelTask) -> LabelMarker:
         for batch in read_rows(task.shard, task.captions):
             faults.extend(batch.faults)
             if subset is not None:
-                batch, left_out = select(batch, subset)
-                outside += left_out
+                batch, skipped = select_rows(batch, subset)
+                outside += skipped
             ids = tokenizer.encode_rows(batch.table["caption"], task.settings.context)
             yield label_table(batch.table, *ids)
 
@@ -108,6 +108,17 @@ def label_shard(task: LabelTask) -> LabelMarker:
     )
     write_marker(marker_path, marker, [[fault.key, fault.reason, fault.detail] for fault in faults])
     return marker
+
+
+def select_rows(batch: RowBatch, subset: np.ndarray) -> tuple[RowBatch, int]:
+    """The rows of a batch whose uid is in `subset`, sorted UIDS [U], as often as it is there; and the number skipped.
+
+    A row without a uid is in no subset. Faults stay: which samples they are of is not known.
+    """
+    uids, rows = parse_uids(batch.table["uid"].combine_chunks())  # type: ignore[arg-type]
+    counts = count_in(uids, subset)
+    table = batch.table.take(pa.array(np.repeat(rows, counts)))
+    return RowBatch(table, batch.faults), len(batch.table) - int(np.count_nonzero(counts))
 
 
 def label_table(

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from labels import subset as subset_module
 from labels.storage import UserError
-from labels.subset import UIDS, count_in, parse_uids
+from labels.subset import UIDS, count_in, open_subset, parse_uids, resolve_subset
 from preprocess.readers.base import ROWS, Fault, RowBatch
-from preprocess.readers.subset import open_subset, resolve_subset, select
+from preprocess.shard import select_rows
 
 UID = [f"{number:032x}" for number in (0, 1, 2**64 - 1, 2**64, 2**64 + 1, 2**127, 2**128 - 2, 2**128 - 1)]
 SCORES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
@@ -91,7 +91,7 @@ def test_a_condition_may_be_any_expression(tmp_path: Path, condition: str, count
 
 
 @pytest.mark.parametrize("source", ["{}", "{}/shards", "{}/shards/", "{}/shards/*.tar", "{}/shards/0.tar"])
-def test_the_metadata_is_found_in_or_beside_the_source(tmp_path: Path, source: str) -> None:
+def test_the_metadata_is_found_in_or_next_to_the_source(tmp_path: Path, source: str) -> None:
     folder = pool(tmp_path)
     (folder / "shards" / "0.tar").touch()
     assert len(resolve("true", folder, sources=[source.format(folder)] * 2)[0]) == 8
@@ -133,7 +133,7 @@ def test_more_than_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("condition", "told"),
+    ("condition", "message"),
     [
         ("clip_l14_similarity_score >", "syntax error"),
         ("nosuch > 1", 'Referenced column "nosuch" not found'),
@@ -150,9 +150,9 @@ def test_more_than_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("clip_l14_similarity_score > 0.9", "selects no sample"),
     ],
 )
-def test_a_condition_that_is_none_is_refused(tmp_path: Path, condition: str, told: str) -> None:
+def test_a_condition_that_is_none_is_refused(tmp_path: Path, condition: str, message: str) -> None:
     message = refused(condition, pool(tmp_path))
-    assert told in message and repr(condition) in message
+    assert message in message and repr(condition) in message
 
 
 def test_the_message_names_the_columns(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def _cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("write", "told"),
+    ("write", "message"),
     [
         (_numbers, "is no .npy of uids: it holds int64"),
         (_objects, "is no .npy of uids"),
@@ -190,27 +190,27 @@ def _cut(path: Path) -> None:
         (_none, "selects no sample"),
     ],
 )
-def test_a_file_that_is_no_list_of_uids_is_refused(tmp_path: Path, write: Callable[[Path], None], told: str) -> None:
+def test_a_file_that_is_no_list_of_uids_is_refused(tmp_path: Path, write: Callable[[Path], None], message: str) -> None:
     write(tmp_path / "a.npy")
-    assert told in refused(f"{tmp_path}/a.npy", tmp_path)
+    assert message in refused(f"{tmp_path}/a.npy", tmp_path)
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert "no.npy does not exist" in refused(f"{tmp_path}/no.npy", tmp_path)
-    assert "--subset: " in (told := refused(f"{tmp_path}/no.parquet", tmp_path)) and "does not exist" in told
-    told = refused("score > 1", tmp_path)
-    assert "there are no metadata/*.parquet in or next to" in told and "give --metadata FOLDER" in told
+    assert "--subset: " in (message := refused(f"{tmp_path}/no.parquet", tmp_path)) and "does not exist" in message
+    message = refused("score > 1", tmp_path)
+    assert "there are no metadata/*.parquet in or next to" in message and "give --metadata FOLDER" in message
 
 
 def test_a_parquet_without_good_uids_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    for uids, told in (
+    for uids, message in (
         ([UID[0], None], "gives the uid None"),
         ([UID[0], "0x12"], "gives the uid '0x12'"),
         (["g" * 32], "allowed: uids of 32 hex"),
     ):
         pq.write_table(pa.table({"uid": pa.array(uids, pa.string())}), path)
-        assert told in refused(str(path), tmp_path)
+        assert message in refused(str(path), tmp_path)
     pq.write_table(pa.table({"id": UID}), path)
     assert "has no column uid" in refused(str(path), tmp_path)
     path.write_bytes(b"PAR1 and no more")
@@ -218,7 +218,7 @@ def test_a_parquet_without_good_uids_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "memory"), [("{}/a.npy", "1MiB"), ("{}/a.npy", "8MiB"), ("true", "1MiB")])
-def test_too_little_memory_is_told(tmp_path: Path, text: str, memory: str) -> None:
+def test_too_little_memory_is_reported(tmp_path: Path, text: str, memory: str) -> None:
     uids = np.random.default_rng(0).integers(0, 2**64, (1_500_000, 2), np.uint64)
     np.save(tmp_path / "a.npy", uids.view(UIDS).reshape(-1))
     (tmp_path / "metadata").mkdir()
@@ -277,13 +277,13 @@ def test_select_as_the_reference(chosen: list[str], rows: list[str | None], skip
     ]
     whole = batch(rows)
     part = RowBatch(whole.table.slice(skipped), whole.faults)  # offsets into the buffers are not 0
-    selected, left_out = select(part, as_array(chosen))
+    selected, skipped_rows = select_rows(part, as_array(chosen))
     assert (
         selected.table["key"].to_pylist() == wanted
         and selected.table.schema.equals(ROWS)
         and selected.faults == whole.faults
     )
-    assert left_out == len(part.table) - len(set(wanted))
+    assert skipped_rows == len(part.table) - len(set(wanted))
 
 
 @settings(max_examples=100, deadline=None)
@@ -312,6 +312,6 @@ def test_uids_as_numbers_as_python_reads_them(strings: list[str | None]) -> None
 
 
 def test_a_subset_without_any_row(tmp_path: Path) -> None:
-    selected, left_out = select(batch([]), as_array(UID))
-    assert len(selected.table) == left_out == 0
-    assert select(batch([None, UID[0]]), as_array(UID[1:]))[1] == 2
+    selected, skipped_rows = select_rows(batch([]), as_array(UID))
+    assert len(selected.table) == skipped_rows == 0
+    assert select_rows(batch([None, UID[0]]), as_array(UID[1:]))[1] == 2
