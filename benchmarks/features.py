@@ -103,7 +103,7 @@ def sides(folder: Path, model: Model) -> dict[str, Callable[[], int]]:
     encoder: Encoder = finish(EncoderSpec("trunk"), build_trunk(model), ImageForm(model.image_size, *FORM), {})
     net = encoder.net.to(extract.device)
     images = torch.randn(BATCH, 3, model.image_size, model.image_size, device=extract.device)
-    places, count = data.train.places, len(data.train)
+    places, count = data.train.encoded, len(data.train)
 
     def decoding() -> int:
         batches = (np.arange(start, min(start + BATCH, count)) for start in range(0, count, BATCH))

@@ -36,7 +36,7 @@ def test_folders_are_classes_sorted_by_name(tmp_path: Path, held_out: Path) -> N
     assert train.classes == test.classes == ("cat", "dog")
     assert train.keys == ["cat/0.png", "dog/0.png", "dog/1.png", "dog/deep/x.PNG"]
     assert train.targets.tolist() == [0, 1, 1, 1] and train.targets.dtype == np.int64
-    assert train.places[3].read() == encoded((0, 0, 9))
+    assert train.encoded[3].read() == encoded((0, 0, 9))
     assert train.describe()["samples_per_class"] == {"cat": 1, "dog": 3}
 
 
@@ -52,7 +52,7 @@ def test_shards_hold_the_class_in_the_json(tmp_path: Path, held_out: Path, below
     train = load_pair(tmp_path / "train", held_out).train
     assert train.keys == ["00000.tar/a.b/1", "00001.tar/000000007", "00002.tar/k"]
     assert train.classes == ("5", "cat", "dog") and train.targets.tolist() == [1, 0, 2]
-    assert [place.read() for place in train.places] == [images[0], images[2], images[1]]
+    assert [place.read() for place in train.encoded] == [images[0], images[2], images[1]]
 
 
 def test_fingerprint_is_of_the_content_not_the_place(tmp_path: Path, held_out: Path) -> None:

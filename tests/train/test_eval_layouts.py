@@ -195,7 +195,7 @@ def test_parquet_as_the_hub_keeps_it(tmp_path: Path) -> None:
     data = load_data(f"parquet:{tmp_path}")
     assert data.classes == ("zebra", "ant")  # the file's own order
     assert data.train.targets.tolist() == [0, 1, 1, 0] and len(set(data.train.keys)) == 4
-    assert [place.read() for place in data.train.places] == [encoded((shade, 0, 0)) for shade in (1, 2, 3, 4)]
+    assert [place.read() for place in data.train.encoded] == [encoded((shade, 0, 0)) for shade in (1, 2, 3, 4)]
     write_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", [3], [1])
     assert "1 of 1 test images are training images too" in told(load_data, f"parquet:{tmp_path}")
 
@@ -246,7 +246,9 @@ def test_karpathys_splits(tmp_path: Path, kind: str) -> None:
     (tmp_path / f"dataset_{kind}.json").write_text(json.dumps({"images": images}))
     parts = load_captions(f"karpathy:{tmp_path}" if kind == "coco" else f"flickr30k:{tmp_path}")
     assert {name: len(part) for name, part in parts.items()} == {"train": 2, "test": 1}
-    assert parts["test"].captions == [["no. 2", "x"]] and parts["test"].places[0].read() == encoded((160, 1, 2), "JPEG")
+    assert parts["test"].captions == [["no. 2", "x"]] and parts["test"].encoded[0].read() == encoded(
+        (160, 1, 2), "JPEG"
+    )
 
 
 def test_pairs_in_tars(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_an_image_file_through_the_librarys_own_preprocessing(
     if name == "onnx" and kind != "clip":
         pytest.skip("the same code for every trunk")
     encoder = load_encoder(f"run:{run_of(kind)}")
-    export_encoder(encoder.asked, name, tmp_path / "out")
+    export_encoder(encoder.requested, name, tmp_path / "out")
     found, wanted = features_by_card(tmp_path / "out", square, monkeypatch), own_features(encoder, square)
     assert (found - wanted).abs().max() <= 1e-4
 
@@ -146,7 +146,7 @@ def test_a_run_is_loaded_back(
     run_of, kind: str, name: str, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = load_encoder(f"run:{run_of(kind)}")
-    said = export_encoder(encoder.asked, name, tmp_path / "out")
+    said = export_encoder(encoder.requested, name, tmp_path / "out")
     assert said["difference"] <= 1e-5 and (name == "timm" or said["holds"] == f"transformers {HOLDS[kind]}")
     assert json.loads((tmp_path / "out" / "export.json").read_bytes()) == said
     assert (
@@ -232,7 +232,7 @@ def test_an_export_is_an_encoder_again(run_of, tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     for kind in ("clip", "plain"):
         encoder = load_encoder(f"run:{run_of(kind)}")
-        export_encoder(encoder.asked, "hf", tmp_path / kind)
+        export_encoder(encoder.requested, "hf", tmp_path / kind)
         again = load_encoder(EncoderSpec(f"hf:{tmp_path / kind}", pool="avg"))
         assert torch.allclose(again(images), encoder(images), atol=1e-5) and again.images == encoder.images
 
@@ -258,7 +258,7 @@ def test_onnx_takes_any_layer_and_pool(
     run_of, layer: int | None, pool: str | None, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = load_encoder(EncoderSpec(f"run:{run_of('clip')}", None, layer, pool))
-    said = export_encoder(encoder.asked, "onnx", tmp_path / "out")
+    said = export_encoder(encoder.requested, "onnx", tmp_path / "out")
     assert 0 <= said["difference"] <= 1e-4
     assert torch.allclose(
         features_by_card(tmp_path / "out", photo, monkeypatch), own_features(encoder, photo), atol=1e-4
@@ -311,7 +311,7 @@ def test_the_card_tells_recipe_data_and_results(run_of, tmp_path: Path) -> None:
         (place / "fewshot.json").write_text(
             json.dumps({"protocol": "fewshot, ridge", "data": "pets", "results": [row, other, class_token]})
         )
-        export_encoder(encoder.asked, "timm", tmp_path / "out", results)
+        export_encoder(encoder.requested, "timm", tmp_path / "out", results)
         text = (tmp_path / "out" / "README.md").read_text("utf8")
         assert "| pets | 10 shots: fewshot, ridge | top1 | 50.0 ± 1.0 | 3 |" in text and "of other weights" not in text
         assert (
@@ -325,7 +325,7 @@ def test_the_card_tells_recipe_data_and_results(run_of, tmp_path: Path) -> None:
     assert "By `train run`: 640 of 12,800,000 samples seen." in text
     assert '{"labels": "abc123"}' in text and "/secret/place" not in text and encoder.describe()["weights"] in text
     (tmp_path / "other.json").write_text(json.dumps({"protocol": "knn", "data": "pets", "results": [other]}))
-    assert "is of the weights of" in refusal(encoder.asked, "timm", tmp_path / "out", (tmp_path / "other.json",))
+    assert "is of the weights of" in refusal(encoder.requested, "timm", tmp_path / "out", (tmp_path / "other.json",))
 
 
 def test_the_cards_labels_are_the_datas(run_of, tmp_path: Path) -> None:

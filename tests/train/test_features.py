@@ -86,8 +86,8 @@ def test_bf16_features_are_others_than_fp32(tmp_path: Path, data: DataSet) -> No
 
 
 def test_unreadable_images_are_named_and_counted(data: DataSet) -> None:
-    data.train.places[1].path.write_bytes(b"no image at all")
-    data.train.places[4].path.write_bytes(encoded(size=(50, 50))[:-30])
+    data.train.encoded[1].path.write_bytes(b"no image at all")
+    data.train.encoded[4].path.write_bytes(encoded(size=(50, 50))[:-30])
     with pytest.raises(UserError) as caught:
         extractor()(load_encoder("pixels:4"), data.train)
     text = str(caught.value)

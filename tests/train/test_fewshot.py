@@ -90,7 +90,7 @@ def test_accuracies_and_shots_are_written(folders: tuple[Path, Path], tmp_path: 
     assert json.loads(out.read_text()) == result and "l2 8" in result["protocol"]
     data = load_pair(*folders)
     images = [
-        np.stack([np.array([int(c) for c in _mean(place.read())]) for place in part.places])
+        np.stack([np.array([int(c) for c in _mean(place.read())]) for place in part.encoded])
         for part in (data.train, data.test)
     ]
     x, test = (np.repeat(part / 255, 4, axis=1).astype(np.float32).astype(np.float64) for part in images)

@@ -18,10 +18,9 @@ from labels.storage import Layout, UserError
 from train.encoders.encoder import EncoderSpec
 from train.encoders.load import load_encoder
 from train.encoders.text import label_texts
-from train.evals.data.classnames import class_names, templates
 from train.evals.data.sets import DataSet, load_pair
 from train.evals.features import Extractor
-from train.evals.kinds.zeroshot import TokenLogits, Zeroshot, class_scores, class_targets
+from train.evals.kinds.zeroshot import TokenLogits, Zeroshot, class_names, class_scores, class_targets, templates
 from train.evals.measure import run_protocol
 from train.losses.head_loss import HeadLoss
 from train.trainer import train_run
@@ -132,7 +131,7 @@ def zeroshot(run: Path, data: DataSet, settings: Zeroshot, **asked) -> dict:
 
 def test_the_command_gives_the_accuracy_of_these_scores(trained, data: DataSet, monkeypatch, tmp_path: Path) -> None:
     out, run = trained
-    for index, place in enumerate(data.test.places):
+    for index, place in enumerate(data.test.encoded):
         place.path.write_bytes(encoded((90 * index, 200 - 60 * index, 30)))
     monkeypatch.setattr(
         "train.evals.kinds.zeroshot.label_texts", lambda texts, built: [np.array([_ids(out)[text]]) for text in texts]

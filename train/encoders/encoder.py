@@ -30,7 +30,7 @@ class EncoderSpec(NamedTuple):
     spec: run:RUN, timm:NAME, ... weights: a local file, for the kinds that need one. layer: a block, counted from 1, or
         from the end
     with -1 for the last; pool: `avg`, `cls` or `cls+avg`; None of both: what the model itself gives out. tag: see
-    told_apart.
+    with_unique_names.
     """
 
     spec: str
@@ -46,14 +46,14 @@ class EncoderSpec(NamedTuple):
         return ", ".join([self.spec, *words, *(word for word in (self.pool, self.tag) if word)])
 
 
-def told_apart(asked: Sequence[EncoderSpec]) -> list[EncoderSpec]:
+def with_unique_names(requested: Sequence[EncoderSpec]) -> list[EncoderSpec]:
     """The same encoders, each with a name of its own: where two have one, their weight files stand in it.
 
     Raises:
         UserError: one is asked for twice.
     """
-    names = Counter(one.name for one in asked)
-    found = [one._replace(tag=one.weights) if names[one.name] > 1 else one for one in asked]
+    names = Counter(one.name for one in requested)
+    found = [one._replace(tag=one.weights) if names[one.name] > 1 else one for one in requested]
     name, count = Counter(one.name for one in found).most_common(1)[0]
     if count > 1:
         raise UserError(
@@ -80,7 +80,7 @@ class Encoder:
     tower of those that have one: its weights take memory only where they are used.
     """
 
-    asked: EncoderSpec
+    requested: EncoderSpec
     net: nn.Module
     images: ImageForm
     width: int
@@ -92,7 +92,7 @@ class Encoder:
     @property
     def name(self) -> str:
         """What tables call it."""
-        return self.asked.name
+        return self.requested.name
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images [B, 3, S, S] -> features [B, W]."""
@@ -105,7 +105,7 @@ class Encoder:
 
 
 def finish(
-    asked: EncoderSpec,
+    requested: EncoderSpec,
     net: nn.Module,
     form: ImageForm,
     words: dict[str, Any],
@@ -126,13 +126,13 @@ def finish(
         features = net(torch.zeros(1, 3, form.side, form.side))
     if features.ndim != 2:
         raise UserError(
-            f"the encoder {asked.name!r} gives features of shape {list(features.shape)}",
+            f"the encoder {requested.name!r} gives features of shape {list(features.shape)}",
             allowed="[B, W], pooled",
             fix="give --pool avg or --pool cls",
         )
     held = getattr(net, "net", net)  # a readout holds the model as `net`: its weights are the same whatever is read
     words = {**words, "weights": weights_fingerprint(held)}
-    return Encoder(asked, net, form, features.shape[1], seeded, words, checkpoint)
+    return Encoder(requested, net, form, features.shape[1], seeded, words, checkpoint)
 
 
 # ---- readout: Which block's tokens become the features, and how they are pooled: `--layer` and `--pool`.
@@ -181,16 +181,16 @@ class Readout(nn.Module):
         return torch.cat([self._blocks.after_pool(parts[name]) for name in self._pool.split("+")], dim=1)
 
 
-def read_out(asked: EncoderSpec, net: nn.Module, blocks: Blocks) -> tuple[nn.Module, dict[str, Any]]:
+def read_out(requested: EncoderSpec, net: nn.Module, blocks: Blocks) -> tuple[nn.Module, dict[str, Any]]:
     """The net with the layer and pool that were asked for, and what a description says of them.
 
     Raises:
         UserError: the trunk has no such block, or no class token.
     """
-    layer, pool = -1 if asked.layer is None else asked.layer, asked.pool or blocks.own_pool
+    layer, pool = -1 if requested.layer is None else requested.layer, requested.pool or blocks.own_pool
     if not (1 <= layer <= blocks.depth or -blocks.depth <= layer <= -1):
         raise UserError(
-            f"the encoder {asked.spec!r} has no layer {layer}: it has {blocks.depth}",
+            f"the encoder {requested.spec!r} has no layer {layer}: it has {blocks.depth}",
             allowed=f"1 to {blocks.depth}, or -1 (the last) to -{blocks.depth}",
             fix="fix --layer",
         )
@@ -198,7 +198,9 @@ def read_out(asked: EncoderSpec, net: nn.Module, blocks: Blocks) -> tuple[nn.Mod
         raise UserError(f"the pool {pool!r} is unknown", allowed=", ".join(POOLS), fix="fix --pool")
     if "cls" in pool and not blocks.prefix:
         raise UserError(
-            f"the encoder {asked.spec!r} has no class token to pool by {pool!r}", allowed="avg", fix="give --pool avg"
+            f"the encoder {requested.spec!r} has no class token to pool by {pool!r}",
+            allowed="avg",
+            fix="give --pool avg",
         )
     block = layer - 1 if layer > 0 else blocks.depth + layer
     words = {"pool": pool, "layer": f"{block + 1} of {blocks.depth}", "norm": blocks.norm}

@@ -20,19 +20,19 @@ from train.encoders.text import TextSide, open_clip_text_side
 HUB = "hub"
 
 
-def load_timm(asked: EncoderSpec, name: str) -> Encoder:
-    """timm's `name` with the weights of `asked.weights`: a file, or `hub`.
+def load_timm(requested: EncoderSpec, name: str) -> Encoder:
+    """timm's `name` with the weights of `requested.weights`: a file, or `hub`.
 
     Raises:
         UserError: no such model, no weights, or weights that do not fit.
     """
     _check_name(name)
-    weights = asked.weights
+    weights = requested.weights
     if weights is None:
         raise UserError(
-            f"the encoder {asked.spec!r} has no weights",
+            f"the encoder {requested.spec!r} has no weights",
             allowed=f"--weights FILE (.safetensors or .pth), or --weights {HUB} for timm's own from its hub",
-            fix=f"--encoder {asked.spec} --weights {HUB}",
+            fix=f"--encoder {requested.spec} --weights {HUB}",
         )
     if weights == HUB:
         try:
@@ -47,31 +47,35 @@ def load_timm(asked: EncoderSpec, name: str) -> Encoder:
         prefixes = tuple(f"{part}." for part in ((head,) if isinstance(head, str) else head))
         tensors = read_weights(Path(weights))
         load_exactly(net, {key: value for key, value in tensors.items() if not key.startswith(prefixes)}, Path(weights))
-    return _finish(asked, name, net, weights, seeded=False)
+    return _finish(requested, name, net, weights, seeded=False)
 
 
-def untrained_timm(asked: EncoderSpec, name: str, seed: int) -> Encoder:
+def untrained_timm(requested: EncoderSpec, name: str, seed: int) -> Encoder:
     """timm's `name`, its weights drawn from `seed`."""
     _check_name(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = timm.create_model(name, pretrained=False, num_classes=0)
-    return _finish(asked, name, net, f"none, drawn from seed {seed}", seeded=True)
+    return _finish(requested, name, net, f"none, drawn from seed {seed}", seeded=True)
 
 
-def with_readout(asked: EncoderSpec, net: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+def with_readout(requested: EncoderSpec, net: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """A timm net as it is, or with the layer and pool that were asked for; and what a description says of them."""
-    if asked.layer is None and asked.pool is None:
+    if requested.layer is None and requested.pool is None:
         return net, {"pool": _pool_of(net), "layer": "last, before the classifier"}
-    return read_out(asked, net, timm_blocks(net))
+    return read_out(requested, net, timm_blocks(net))
 
 
-def _finish(asked: EncoderSpec, name: str, net: nn.Module, weights: str, *, seeded: bool) -> Encoder:
+def _finish(requested: EncoderSpec, name: str, net: nn.Module, weights: str, *, seeded: bool) -> Encoder:
     config = resolve_model_data_config(net)
     form = ImageForm(int(config["input_size"][-1]), tuple(config["mean"]), tuple(config["std"]))
-    net, words = with_readout(asked, net)
+    net, words = with_readout(requested, net)
     return finish(
-        asked, net, form, {"architecture": name, "architecture_args": {}, "checkpoint": weights, **words}, seeded=seeded
+        requested,
+        net,
+        form,
+        {"architecture": name, "architecture_args": {}, "checkpoint": weights, **words},
+        seeded=seeded,
     )
 
 
@@ -98,24 +102,24 @@ def _pool_of(net: nn.Module) -> str:
 # with them, the tower's tokens before the projection.
 
 
-def load_open_clip(asked: EncoderSpec, name: str) -> Encoder:
-    """The image tower of open_clip's `name` with the weights of the file `asked.weights`.
+def load_open_clip(requested: EncoderSpec, name: str) -> Encoder:
+    """The image tower of open_clip's `name` with the weights of the file `requested.weights`.
 
     Raises:
         UserError: open_clip is missing, has no such model, or the weights do not fit.
     """
-    model = load_clip(name, asked.weights)
+    model = load_clip(name, requested.weights)
     visual = model.visual
     size = visual.image_size
     form = ImageForm(size if isinstance(size, int) else int(size[0]), tuple(visual.image_mean), tuple(visual.image_std))
     text: Callable[[], TextSide] | None = None
     net, words = visual, {"pool": str(getattr(visual, "pool_type", "own")), "layer": "embedding, after the projection"}
-    if asked.layer is not None or asked.pool is not None:
-        net, words = read_out(asked, visual, _blocks(visual))
+    if requested.layer is not None or requested.pool is not None:
+        net, words = read_out(requested, visual, _blocks(visual))
     else:
         text, words = partial(open_clip_text_side, name, model), {**words, "text_tower": weights_fingerprint(model)}
-    words = {"architecture": name, "architecture_args": {}, "checkpoint": asked.weights, **words}
-    return replace(finish(asked, net, form, words), text=text)
+    words = {"architecture": name, "architecture_args": {}, "checkpoint": requested.weights, **words}
+    return replace(finish(requested, net, form, words), text=text)
 
 
 def load_clip(name: str, weights: str | None) -> Any:
@@ -260,7 +264,7 @@ def _mend(folder: Path, reason: str) -> str:
 _NORMS = ("layernorm", "post_layernorm", "norm")
 
 
-def load_hf(asked: EncoderSpec, folder: Path) -> Encoder:
+def load_hf(requested: EncoderSpec, folder: Path) -> Encoder:
     """The vision model in `folder`.
 
     Raises:
@@ -276,10 +280,10 @@ def load_hf(asked: EncoderSpec, folder: Path) -> Encoder:
     form = image_form(folder)
     model = load_vision_model(folder)
     net, words = _Pooled(model), {"pool": "the model's own", "layer": "last"}
-    if asked.layer is not None or asked.pool is not None:
-        net, words = read_out(asked, model, _blocks_hf_models(model, form.side))
+    if requested.layer is not None or requested.pool is not None:
+        net, words = read_out(requested, model, _blocks_hf_models(model, form.side))
     words = {"architecture": type(model).__name__, "architecture_args": {}, "checkpoint": str(folder), **words}
-    return finish(asked, net, form, words)
+    return finish(requested, net, form, words)
 
 
 def load_vision_model(folder: Path) -> Any:

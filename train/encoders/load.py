@@ -20,7 +20,7 @@ from labels.config import load_pipeline
 from labels.settings import Model, Train
 from labels.storage import UserError, sha256_file
 from train.checkpoint import checkpoint_folders, load_exactly, read_weights
-from train.encoders.encoder import KINDS, Encoder, EncoderSpec, ImageForm, finish, told_apart
+from train.encoders.encoder import KINDS, Encoder, EncoderSpec, ImageForm, finish, with_unique_names
 from train.encoders.libraries import load_hf, load_open_clip, load_timm, untrained_timm, with_readout
 from train.encoders.text import Foreign, foreign_encoder, run_text_side
 from train.model import build_trunk
@@ -28,33 +28,37 @@ from train.model import build_trunk
 # ---- runs: Encoders from this trainer: a run's checkpoint, and the same trunk untrained.
 
 
-def load_run(asked: EncoderSpec, path: Path) -> Encoder:
+def load_run(requested: EncoderSpec, path: Path) -> Encoder:
     """The trunk of `path`: a run's newest checkpoint, or one checkpoint's folder; with its text tower, if it has one."""
     path = path.resolve()
     checkpoint = path if path in checkpoint_folders(path.parent.parent) else newest_checkpoint(path)
     if foreign := foreign_encoder(checkpoint.parent.parent):
-        return _with_text(_load_foreign(asked, foreign, checkpoint), checkpoint)
+        return _with_text(_load_foreign(requested, foreign, checkpoint), checkpoint)
     train = load_pipeline(checkpoint.parent.parent / "config.yaml").train
     trunk, file = build_trunk(train.model), checkpoint / "trunk.safetensors"
     load_exactly(trunk, read_weights(file), file)
-    net, words = with_readout(asked, trunk)
+    net, words = with_readout(requested, trunk)
     words = {**_architecture(train), "checkpoint": checkpoint.name, **words}
-    return _with_text(finish(asked, net, _form(train), words, checkpoint=checkpoint), checkpoint)
+    return _with_text(finish(requested, net, _form(train), words, checkpoint=checkpoint), checkpoint)
 
 
 def _with_text(encoder: Encoder, checkpoint: Path) -> Encoder:
     """With the text tower of its checkpoint, which goes with the run's own features alone."""
     towers = [checkpoint / f"{name}.safetensors" for name in ("text", "joint")]
-    if not all(file.is_file() for file in towers) or encoder.asked.layer is not None or encoder.asked.pool is not None:
+    if (
+        not all(file.is_file() for file in towers)
+        or encoder.requested.layer is not None
+        or encoder.requested.pool is not None
+    ):
         return encoder
     words = {**encoder.description, "text_tower": "-".join(sha256_file(file)[:16] for file in towers)}
     return replace(encoder, description=words, text=lambda: run_text_side(checkpoint))
 
 
-def _load_foreign(asked: EncoderSpec, foreign: Foreign, checkpoint: Path) -> Encoder:
+def _load_foreign(requested: EncoderSpec, foreign: Foreign, checkpoint: Path) -> Encoder:
     """The encoder that `train lit` has frozen, from where it was then."""
 
-    found = load_encoder(EncoderSpec(foreign.spec, foreign.weights, asked.layer, asked.pool))
+    found = load_encoder(EncoderSpec(foreign.spec, foreign.weights, requested.layer, requested.pool))
     if found.describe()["weights"] != foreign.weights_fingerprint:
         raise UserError(
             f"the encoder {foreign.spec!r} has other weights than when {checkpoint.parent.parent} was trained: "
@@ -62,10 +66,10 @@ def _load_foreign(asked: EncoderSpec, foreign: Foreign, checkpoint: Path) -> Enc
             fix="put its weights back",
         )
     words = {**found.description, "checkpoint": checkpoint.name, "frozen": foreign.spec}
-    return replace(found, asked=asked, description=words, checkpoint=checkpoint, text=None, seeded=False)
+    return replace(found, requested=requested, description=words, checkpoint=checkpoint, text=None, seeded=False)
 
 
-def untrained_run(asked: EncoderSpec, run: Path, seed: int) -> Encoder:
+def untrained_run(requested: EncoderSpec, run: Path, seed: int) -> Encoder:
     """The trunk that RUN/config.yaml describes, drawn from `seed`."""
     if not run.is_dir():
         raise UserError(
@@ -74,15 +78,17 @@ def untrained_run(asked: EncoderSpec, run: Path, seed: int) -> Encoder:
     train = load_pipeline(run / "config.yaml").train
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net, words = with_readout(asked, build_trunk(train.model))
+        net, words = with_readout(requested, build_trunk(train.model))
     words = {**_architecture(train), "checkpoint": f"none, drawn from seed {seed}", **words}
-    return finish(asked, net, _form(train), words, seeded=True)
+    return finish(requested, net, _form(train), words, seeded=True)
 
 
 def trained_model(encoder: Encoder) -> Model | None:
     """The trunk's configuration where an encoder is a run, trained or not; None for other kinds."""
     run = (
-        encoder.checkpoint.parent.parent if encoder.checkpoint else Path(encoder.asked.spec.removeprefix("untrained:"))
+        encoder.checkpoint.parent.parent
+        if encoder.checkpoint
+        else Path(encoder.requested.spec.removeprefix("untrained:"))
     )
     own = (run / "config.yaml").is_file() and foreign_encoder(run) is None
     return load_pipeline(run / "config.yaml").train.model if own else None
@@ -116,43 +122,43 @@ _WITH_WEIGHTS = ("timm", "open_clip")
 _DEFAULT_SIDE = 32
 
 
-def load_encoder(asked: EncoderSpec | str, *, seed: int = 0) -> Encoder:
-    """Build the encoder that `asked` names, in evaluation mode, on the CPU.
+def load_encoder(requested: EncoderSpec | str, *, seed: int = 0) -> Encoder:
+    """Build the encoder that `requested` names, in evaluation mode, on the CPU.
 
     Args:
-        asked: see the head of this file.
+        requested: see the head of this file.
         seed: for untrained: only, what its weights are drawn from.
 
     Raises:
         UserError: an unknown spec, a run without finished checkpoint, weights that are damaged or do not fit, a layer
             that is not there.
     """
-    asked = EncoderSpec(asked) if isinstance(asked, str) else asked
-    kind, colon, value = asked.spec.partition(":")
-    if asked.weights is not None and kind not in _WITH_WEIGHTS:
+    requested = EncoderSpec(requested) if isinstance(requested, str) else requested
+    kind, colon, value = requested.spec.partition(":")
+    if requested.weights is not None and kind not in _WITH_WEIGHTS:
         raise UserError(
-            f"--weights {asked.weights} was given with the encoder {asked.spec!r}",
+            f"--weights {requested.weights} was given with the encoder {requested.spec!r}",
             allowed="--weights with timm:NAME and open_clip:NAME only",
         )
     if kind == "timm" and value:
-        return load_timm(asked, value)
+        return load_timm(requested, value)
     if kind == "open_clip" and value:
-        return load_open_clip(asked, value)
+        return load_open_clip(requested, value)
     if kind == "hf" and value:
-        return load_hf(asked, Path(value))
+        return load_hf(requested, Path(value))
     if kind == "pixels" and colon:
-        return _pixels(asked, value)
+        return _pixels(requested, value)
     if kind == "untrained" and value:
         name = value.removeprefix("timm:")
-        return untrained_run(asked, Path(value), seed) if name == value else untrained_timm(asked, name, seed)
-    path = Path(value if kind == "run" and value else asked.spec)
+        return untrained_run(requested, Path(value), seed) if name == value else untrained_timm(requested, name, seed)
+    path = Path(value if kind == "run" and value else requested.spec)
     if not path.is_dir():
         raise UserError(
-            f"the encoder {asked.spec!r} is no known kind, nor is a folder at {path}",
+            f"the encoder {requested.spec!r} is no known kind, nor is a folder at {path}",
             allowed=KINDS,
             fix="fix --encoder",
         )
-    return load_run(asked, path)
+    return load_run(requested, path)
 
 
 def pair_weights(
@@ -173,16 +179,20 @@ def pair_weights(
             allowed="one --weights for each timm:NAME and open_clip:NAME, in their order",
         )
     files = iter(weights)
-    return told_apart([EncoderSpec(spec, next(files, None) if spec in taking else None, layer, pool) for spec in specs])
+    return with_unique_names(
+        [EncoderSpec(spec, next(files, None) if spec in taking else None, layer, pool) for spec in specs]
+    )
 
 
-def _pixels(asked: EncoderSpec, side: str) -> Encoder:
+def _pixels(requested: EncoderSpec, side: str) -> Encoder:
     if side and (not side.isdecimal() or int(side) == 0):
         raise UserError(
-            f"the encoder {asked.spec!r} has no whole number of pixels as its side", allowed="e.g. pixels:32"
+            f"the encoder {requested.spec!r} has no whole number of pixels as its side", allowed="e.g. pixels:32"
         )
-    if asked.layer is not None or asked.pool is not None:
-        raise UserError(f"the encoder {asked.spec!r} has no layers to choose from", fix="leave --layer and --pool out")
+    if requested.layer is not None or requested.pool is not None:
+        raise UserError(
+            f"the encoder {requested.spec!r} has no layers to choose from", fix="leave --layer and --pool out"
+        )
     form = ImageForm(int(side or _DEFAULT_SIDE), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     words = {
         "architecture": "raw pixels",
@@ -191,4 +201,4 @@ def _pixels(asked: EncoderSpec, side: str) -> Encoder:
         "pool": "none",
         "layer": "none",
     }
-    return finish(asked, nn.Flatten(), form, words)
+    return finish(requested, nn.Flatten(), form, words)

@@ -219,7 +219,7 @@ class Extractor:
         side, size = encoder.images.side, min(self.settings.batch_size, max(len(rows), 1))
         batches = (rows[start : start + size] for start in range(0, len(rows), size))
         bad: list[str] = []
-        picture = lambda row: decoded_by(data.places[row].read(), side, row)  # noqa: E731
+        picture = lambda row: decoded_by(data.encoded[row].read(), side, row)  # noqa: E731
         for batch in decoded_batches(batches, side, picture, self.threads, self.device):
             bad += [f"{data.keys[row]} ({reason})" for row, reason in batch.bad]
             if bad:

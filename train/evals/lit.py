@@ -19,18 +19,18 @@ from train.text_tower import Contrastive
 from train.trainer import train_run
 
 
-def train_lit(asked: EncoderSpec, chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
+def train_lit(requested: EncoderSpec, chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
     """A text tower and a projection for a frozen encoder (LiT, arXiv 2111.07991): its own pool, image size and
     normalisation.
 
     Args:
-        asked: the encoder, without layer and pool: the features that it was trained for are what is projected.
+        requested: the encoder, without layer and pool: the features that it was trained for are what is projected.
 
     Returns, Raises:
         as train_run; UserError also where the encoder cannot be loaded, or a batch is to be taken in parts.
     """
     check_whole_batches(pipeline.train, "train lit")
-    encoder, tower = load_encoder(asked), pipeline.text_tower
+    encoder, tower = load_encoder(requested), pipeline.text_tower
     pipeline, trunk = _as_encoder(pipeline, encoder), trunk_costs(encoder.net, encoder.images.side)
 
     def build(settings: Train, betons: BetonSet, world: World) -> TrainState:
@@ -67,9 +67,9 @@ def _told(encoder: Encoder) -> dict[str, Any]:
     """What data.json says of a frozen encoder. `by_config`: RUN/config.yaml and trunk.safetensors are all of it; else
     `spec` finds it.
     """
-    asked, fingerprint = encoder.asked, encoder.describe()["weights"]
+    requested, fingerprint = encoder.requested, encoder.describe()["weights"]
     run = encoder.checkpoint.parent.parent if encoder.checkpoint else None
-    spec, weights = _absolute(asked), asked.weights and str(Path(asked.weights).resolve())
+    spec, weights = _absolute(requested), requested.weights and str(Path(requested.weights).resolve())
     if run and (foreign := foreign_encoder(run)):  # a text tower for what another one was made for
         spec, weights = foreign.spec, foreign.weights
     by_config = trained_model(encoder) is not None
@@ -82,7 +82,7 @@ def _told(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _absolute(asked: EncoderSpec) -> str:
+def _absolute(requested: EncoderSpec) -> str:
     """The spec, with the folder that it names found from anywhere."""
-    kind, colon, value = asked.spec.rpartition(":")
-    return f"{kind}{colon}{Path(value).resolve()}" if Path(value).is_dir() else asked.spec
+    kind, colon, value = requested.spec.rpartition(":")
+    return f"{kind}{colon}{Path(value).resolve()}" if Path(value).is_dir() else requested.spec

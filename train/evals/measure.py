@@ -67,7 +67,7 @@ def measure(
     began = time.monotonic()
     scores: list[tuple[Score, str]] = []
     for group in [[seed] for seed in settings.seeds] if encoder.seeded else [list(settings.seeds)]:
-        drawn = load_encoder(encoder.asked, seed=group[0]) if encoder.seeded else encoder
+        drawn = load_encoder(encoder.requested, seed=group[0]) if encoder.seeded else encoder
         weights = drawn.describe()["weights"]
         scores += [(score, weights) for score in evaluation.scores(drawn, data, settings, extract, group)]
     seconds = round(time.monotonic() - began, 2)
@@ -301,7 +301,7 @@ def run_protocol(
         )
     settings = evaluation.settings(pipeline)
     loaded = [
-        load_encoder(asked) for asked in encoders
+        load_encoder(requested) for requested in encoders
     ]  # all of them: a mistake in the last one must not cost the others' time
     for encoder in loaded:
         if reason := evaluation.unfit(encoder):

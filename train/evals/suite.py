@@ -28,7 +28,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from labels.config import load_pipeline, read_yaml
 from labels.settings import Pipeline, Section
 from labels.storage import UserError, fingerprint, write_json, write_whole
-from train.encoders.encoder import Encoder, EncoderSpec, told_apart
+from train.encoders.encoder import Encoder, EncoderSpec, with_unique_names
 from train.encoders.load import load_encoder
 from train.evals.data.captions import CAPTION_KINDS, CaptionSet, load_caption_set
 from train.evals.data.sets import DataSet, load_data
@@ -48,7 +48,7 @@ class EncoderEntry(Section):
     pool: str | None = None
 
     @property
-    def asked(self) -> EncoderSpec:
+    def requested(self) -> EncoderSpec:
         """As load_encoder takes it."""
         return EncoderSpec(self.encoder, self.weights, self.layer, self.pool)
 
@@ -151,11 +151,11 @@ def run_suite(
         UserError: whatever does not fit; encoders, data and protocols are all checked before the first is measured.
     """
     planned = [_plan(entry, config, overrides) for entry in suite.protocols]
-    encoders = told_apart([entry.asked for entry in suite.encoders])
+    encoders = with_unique_names([entry.requested for entry in suite.encoders])
     data_sets = [_load(spec, extract) for spec in dict.fromkeys(suite.data)]
     _check(planned, data_sets)
     # Loaded once to see that all are sound and what they are, and let go: many large ones would not fit side by side.
-    about = [_about(asked, planned) for asked in encoders]
+    about = [_about(requested, planned) for requested in encoders]
     cells = list(_cells(out, data_sets, about, planned, extract))
     held: tuple[EncoderSpec, Encoder] | None = None
     for number, cell in enumerate(cells, start=1):
@@ -223,17 +223,17 @@ def _plan(entry: ProtocolEntry, config: Path | None, overrides: tuple[str, ...])
     return _Planned(entry.evaluation, entry.pipeline(config, overrides), f"{entry.name}: " if entry.name else "")
 
 
-def _about(asked: EncoderSpec, planned: list[_Planned]) -> tuple[EncoderSpec, dict[str, Any], list[str | None]]:
+def _about(requested: EncoderSpec, planned: list[_Planned]) -> tuple[EncoderSpec, dict[str, Any], list[str | None]]:
     """An encoder's description, and for each protocol why it cannot be measured so."""
-    encoder = load_encoder(asked)
-    return asked, encoder.describe(), [plan.evaluation.unfit(encoder) for plan in planned]
+    encoder = load_encoder(requested)
+    return requested, encoder.describe(), [plan.evaluation.unfit(encoder) for plan in planned]
 
 
 def _cells(
     out: Path, data_sets: list[DataSet | CaptionSet], about: list[Any], planned: list[_Planned], extract: Extractor
 ) -> Iterator[_Cell]:
     for data in data_sets:
-        for asked, description, reasons in about:
+        for requested, description, reasons in about:
             for plan, reason in zip(planned, reasons, strict=True):
                 if not _fits(plan, data):
                     continue
@@ -245,12 +245,12 @@ def _cells(
                 what = [
                     plan.evaluation.describe(settings),
                     settings.model_dump(),
-                    asked.name,
+                    requested.name,
                     description,
                     extract.precision,
                     TRANSFORM,
                 ]
-                yield _Cell(data, asked, plan, out / "results" / f"{fingerprint([parts, what])}.json", reason)
+                yield _Cell(data, requested, plan, out / "results" / f"{fingerprint([parts, what])}.json", reason)
 
 
 def _measure(cell: _Cell, encoder: Encoder, extract: Extractor) -> None:

@@ -68,7 +68,7 @@ def timm_tower(encoder: Encoder, format_name: str) -> TimmTower:
     Raises:
         UserError: it is none, or another layer or pool than its own was asked for.
     """
-    asked = encoder.asked
+    asked = encoder.requested
     if asked.layer is not None or asked.pool is not None:
         raise UserError(
             f"--format {format_name} holds the whole model, not layer {asked.layer or 'last'} with pool {asked.pool or 'its own'}",

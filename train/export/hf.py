@@ -203,7 +203,7 @@ def write_processor(folder: Path, form: ImageForm) -> None:
 
 
 def _write(encoder: Encoder, folder: Path) -> Written:
-    if encoder.asked.spec.startswith("hf:"):
+    if encoder.requested.spec.startswith("hf:"):
         raise UserError(f"the encoder {encoder.name!r} is in Hugging Face's form already", allowed="--format onnx")
     tower = timm_tower(encoder, "hf")
     transformers = import_transformers()

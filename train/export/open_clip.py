@@ -175,23 +175,23 @@ with torch.inference_mode():
 
 
 def _write(encoder: Encoder, folder: Path) -> Written:
-    if encoder.asked.layer is not None or encoder.asked.pool is not None:
+    if encoder.requested.layer is not None or encoder.requested.pool is not None:
         raise UserError(
             "--format open_clip holds whole towers",
             allowed="--layer and --pool with --format onnx",
             fix="leave them out",
         )
-    kind, _, name = encoder.asked.spec.partition(":")
+    kind, _, name = encoder.requested.spec.partition(":")
     if kind == "open_clip":
         import open_clip
 
-        model = load_clip(name, encoder.asked.weights)
+        model = load_clip(name, encoder.requested.weights)
         return write_pair(model, open_clip.get_model_config(name) or {}, encoder, folder)
     if encoder.text is None:
         raise UserError(
             f"the encoder {encoder.name!r} has no text tower, as --format open_clip wants it",
             allowed="a run of train clip or train lit; open_clip:NAME with --weights FILE",
-            fix=f"train lit --encoder {encoder.asked.spec} gives it one; --format timm, hf or onnx hold the image tower alone",
+            fix=f"train lit --encoder {encoder.requested.spec} gives it one; --format timm, hf or onnx hold the image tower alone",
         )
     text, joint = encoder.text().modules
     towers = Towers(joint.projection.weight, text_config(text), text.state_dict(), joint.log_scale[0])  # type: ignore[union-attr, index, arg-type]

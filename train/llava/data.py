@@ -21,7 +21,7 @@ from train.data.feeder import feed_batches, pinned, rows_of_steps, stack_pinned
 from train.distributed import World
 from train.encoders.encoder import ImageForm
 from train.evals.data.captions import CAPTION_KINDS, load_captions
-from train.evals.data.images import FilePlace, Place
+from train.evals.data.images import FileSpan, EncodedImage
 from train.evals.features import DECODE_FAULTS, decode
 
 IMAGE = "<image>"
@@ -36,7 +36,7 @@ class Record(NamedTuple):
     """
 
     name: str
-    place: Place
+    place: EncodedImage
     turns: list[str]
 
 
@@ -58,7 +58,7 @@ def load_records(data: str, images: Path | None) -> list[Record]:
                 f"--data {data} has no part 'train'", allowed=f"its parts: {', '.join(parts)}", fix="fix --data"
             )
         part = parts["train"]
-        rows = zip(part.keys, part.places, part.captions, strict=True)
+        rows = zip(part.keys, part.encoded, part.captions, strict=True)
         return [Record(key, place, [ASKED, caption]) for key, place, captions in rows for caption in captions]
     return read_records(Path(data), images if images is not None else Path(data).parent)
 
@@ -123,7 +123,7 @@ def _record(file: Path, number: int, found: Any, images: Path) -> Record:
             )
         values.append(value.strip())
     path = images / found["image"]
-    return Record(name, FilePlace.of_file(path) if path.is_file() else FilePlace(path, 0, 0), values)
+    return Record(name, FileSpan.of_file(path) if path.is_file() else FileSpan(path, 0, 0), values)
 
 
 # ---- prompt: Conversations as LLaVA-1.5 writes them (its template `v1`): for training here and, saved with the

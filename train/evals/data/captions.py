@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from labels.storage import UserError
-from train.evals.data.images import CaptionedImages, FilePlace, check_overlap, image_member, list_tars, tar_members
+from train.evals.data.images import CaptionedImages, FileSpan, check_overlap, image_member, list_tars, tar_members
 from train.evals.data.sets import missing
 
 _IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images", "images", ".")
@@ -191,7 +191,7 @@ def _captioned(directory: Path, images: list[tuple[str, Path, list[str]]]) -> Ca
     bare = [name for name, _, captions in images if not captions]
     if bare:
         raise UserError(f"{len(bare)} of {len(images)} images of {directory} have no caption, the first: {bare[0]}")
-    return CaptionedImages.of(directory, [(name, FilePlace.of_file(path), captions) for name, path, captions in images])
+    return CaptionedImages.of(directory, [(name, FileSpan.of_file(path), captions) for name, path, captions in images])
 
 
 def _read_json(file: Path) -> Any:

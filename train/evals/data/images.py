@@ -20,7 +20,7 @@ NAMES_SHOWN = 5
 IMAGE_SUFFIXES = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 
 
-class Place(Protocol):
+class EncodedImage(Protocol):
     """Where the bytes of one image lie. `size_bytes` is their number, or -1 where only reading would tell."""
 
     @property
@@ -34,7 +34,7 @@ class Place(Protocol):
         ...
 
 
-class FilePlace(NamedTuple):
+class FileSpan(NamedTuple):
     """`size_bytes` bytes of `path` from `offset` on: a whole file, or a member of a tar."""
 
     path: Path
@@ -58,7 +58,7 @@ class Sample(NamedTuple):
 
     key: str
     label: str
-    place: Place
+    image: EncodedImage
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Images:
 
     directory: Path
     keys: list[str]
-    places: Sequence[Place]
+    encoded: Sequence[EncodedImage]
     fingerprint: str
     modified_ns: int
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.encoded)
 
     def describe(self) -> dict[str, Any]:
         """What a result JSON says of the data."""
@@ -103,9 +103,9 @@ class LabelledImages(Images):
         return cls(
             directory=directory,
             keys=[sample.key for sample in samples],
-            places=[sample.place for sample in samples],
-            fingerprint=fingerprint_rows([sample.key, sample.label, sample.place.size_bytes] for sample in samples),
-            modified_ns=newest(sample.place for sample in samples),
+            encoded=[sample.image for sample in samples],
+            fingerprint=fingerprint_rows([sample.key, sample.label, sample.image.size_bytes] for sample in samples),
+            modified_ns=newest(sample.image for sample in samples),
             targets=np.array([number[sample.label] for sample in samples], dtype=np.int64),
             classes=classes,
         )
@@ -125,7 +125,7 @@ class CaptionedImages(Images):
     captions: list[list[str]]
 
     @classmethod
-    def of(cls, directory: Path, samples: Sequence[tuple[str, Place, list[str]]]) -> Self:
+    def of(cls, directory: Path, samples: Sequence[tuple[str, EncodedImage, list[str]]]) -> Self:
         """From (key, place, captions) of every image.
 
         Raises:
@@ -135,7 +135,7 @@ class CaptionedImages(Images):
         return cls(
             directory=directory,
             keys=[key for key, _, _ in samples],
-            places=[place for _, place, _ in samples],
+            encoded=[place for _, place, _ in samples],
             fingerprint=fingerprint_rows([key, captions, place.size_bytes] for key, place, captions in samples),
             modified_ns=newest(place for _, place, _ in samples),
             captions=[captions for _, _, captions in samples],
@@ -160,7 +160,7 @@ def fingerprint_rows(rows: Iterable[list[Any]]) -> str:
     return hashlib.sha256("\n".join(sorted(map(json.dumps, rows))).encode()).hexdigest()[:16]
 
 
-def newest(places: Iterable[Place]) -> int:
+def newest(places: Iterable[EncodedImage]) -> int:
     """The newest modification time of the places' files, ns."""
     return max(path.stat().st_mtime_ns for path in {place.path for place in places})
 
@@ -222,7 +222,7 @@ def list_folders(directory: Path) -> list[Sample]:
     found = []
     for folder in sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")):
         for file in list_images(folder):
-            found.append(Sample(file.relative_to(directory).as_posix(), folder.name, FilePlace.of_file(file)))
+            found.append(Sample(file.relative_to(directory).as_posix(), folder.name, FileSpan.of_file(file)))
     return found
 
 
@@ -260,7 +260,7 @@ def tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, str, dict[str, ta
         raise UserError(f"{path} cannot be read to its end: {error}", fix="fetch or write this shard again") from None
 
 
-def image_member(path: Path, key: str, fields: dict[str, tarfile.TarInfo]) -> FilePlace:
+def image_member(path: Path, key: str, fields: dict[str, tarfile.TarInfo]) -> FileSpan:
     """The place of a sample's one image.
 
     Raises:
@@ -272,7 +272,7 @@ def image_member(path: Path, key: str, fields: dict[str, tarfile.TarInfo]) -> Fi
             f"{path}: the sample {key!r} has {len(images)} images (members: {', '.join(fields)})",
             allowed=f"one member with an ending of {', '.join(IMAGE_SUFFIXES)}",
         )
-    return FilePlace(path, images[0].offset_data, images[0].size)
+    return FileSpan(path, images[0].offset_data, images[0].size)
 
 
 def _shard_samples(path: Path) -> Iterator[Sample]:
@@ -350,7 +350,7 @@ def find_overlap(train: Images, test: Images, cache: Path | None = None) -> Over
     file = cache / f"overlap-{key}.json" if cache else None
     if file and file.is_file():
         return Overlap(**json.loads(file.read_bytes()))
-    train_rows, test_rows = _same_sizes(train.places, test.places)
+    train_rows, test_rows = _same_sizes(train.encoded, test.encoded)
     digests = dict(zip(_digests(train, train_rows), train_rows, strict=True))
     twins = [
         (row, digests[digest])
@@ -390,7 +390,7 @@ def check_overlap(name: str, train: Images, test: Images, cache: Path | None, *,
     return overlap.images
 
 
-def _same_sizes(train: Sequence[Place], test: Sequence[Place]) -> tuple[list[int], list[int]]:
+def _same_sizes(train: Sequence[EncodedImage], test: Sequence[EncodedImage]) -> tuple[list[int], list[int]]:
     """Positions in both parts of the images that may have a twin in the other."""
     sizes = [{place.size_bytes for place in part} for part in (train, test)]
     shared = sizes[0] & sizes[1] if -1 not in sizes[0] | sizes[1] else sizes[0] | sizes[1]
@@ -402,4 +402,4 @@ def _same_sizes(train: Sequence[Place], test: Sequence[Place]) -> tuple[list[int
 
 def _digests(part: Images, rows: list[int]) -> list[bytes]:
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda row: hashlib.sha256(part.places[row].read()).digest(), rows))
+        return list(pool.map(lambda row: hashlib.sha256(part.encoded[row].read()).digest(), rows))

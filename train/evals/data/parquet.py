@@ -21,7 +21,7 @@ _GROUPS_HELD = 4  # row groups of encoded images in memory: threads read neighbo
 _reading = threading.Lock()
 
 
-class ParquetPlace(NamedTuple):
+class ParquetCell(NamedTuple):
     """Row `row` of a row group; `column` is the leaf that holds the bytes, e.g. `image.bytes`."""
 
     path: Path
@@ -69,7 +69,7 @@ def list_parquet(files: list[Path]) -> tuple[list[Sample], tuple[str, ...] | Non
                     for row, value in enumerate(file.read_row_group(group, columns=[label]).column(0).to_pylist()):
                         key = f"{path.name}/{len(samples)}"
                         samples.append(
-                            Sample(key, _name(path, row, value, names), ParquetPlace(path, group, row, image))
+                            Sample(key, _name(path, row, value, names), ParquetCell(path, group, row, image))
                         )
         except (pa.ArrowException, OSError) as error:
             raise UserError(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from labels.storage import UserError
 from train.evals.data.images import (
-    FilePlace,
+    FileSpan,
     LabelledImages,
     Sample,
     check_overlap,
@@ -144,7 +144,7 @@ def _part(folder: Path, annotations: Path, classes: tuple[str, ...]) -> list[Sam
         file = folder / str(annotation.fname)
         if not file.is_file():
             raise UserError(f"{file} is missing, which {annotations.name} names", fix=f"unpack {folder.name}.tgz again")
-        samples.append(Sample(file.name, classes[int(getattr(annotation, "class")) - 1], FilePlace.of_file(file)))
+        samples.append(Sample(file.name, classes[int(getattr(annotation, "class")) - 1], FileSpan.of_file(file)))
     return samples
 
 
@@ -185,7 +185,7 @@ def _flat(directory: Path, val: Path) -> list[Sample]:
             f"{len(without)} of {len(files)} images in {val} have no class, the first: {without[0]}",
             allowed="images named as in the list of classes: ILSVRC2012_val_00000001.JPEG and so on",
         )
-    return [Sample(file.name, wnids[file.stem], FilePlace.of_file(file)) for file in files]
+    return [Sample(file.name, wnids[file.stem], FileSpan.of_file(file)) for file in files]
 
 
 def _kaggle(directory: Path) -> dict[str, str]:
@@ -263,7 +263,7 @@ def _part_pets(directory: Path, name: str, order: dict[int, str]) -> list[Sample
             )
         if not image.is_file():
             raise UserError(f"{image} is missing, which {name} names", fix="unpack images.tar.gz again")
-        samples.append(Sample(image.name, label, FilePlace.of_file(image)))
+        samples.append(Sample(image.name, label, FileSpan.of_file(image)))
     return samples
 
 

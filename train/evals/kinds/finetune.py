@@ -95,7 +95,7 @@ def cropped_batches(
 
     def picture(number: int) -> np.ndarray:
         epoch, row = divmod(number, count)
-        return decode_crop(data.places[row].read(), side, seed, epoch, row)
+        return decode_crop(data.encoded[row].read(), side, seed, epoch, row)
 
     for batch in decoded_batches(numbers(), side, picture, threads, world.device):
         for number, reason in batch.bad:
@@ -310,7 +310,7 @@ class FineTune:
     def _score(
         self, frozen: Encoder, data: DataSet, settings: Finetune, extract: Extractor, seed: int, folder: Path
     ) -> Score:
-        encoder = load_encoder(frozen.asked, seed=seed)  # its own weights, which training changes
+        encoder = load_encoder(frozen.requested, seed=seed)  # its own weights, which training changes
         where: Any = {"device": extract.device.type, "precision": extract.precision}
         runtime = Runtime(**where, accumulation=settings.accumulation, seed=seed)
         with distributed_world(runtime) as world, stop_signals() as stopping:
@@ -406,7 +406,7 @@ def make_model(encoder: Encoder, classes: int, drop_path: float, seed: int, worl
 def logits(model: FineTuned, encoder: Encoder, data: DataSet, extract: Extractor) -> Tensor:
     """Logits [N, C] of the test part's central crops, float32 on the CPU."""
     net = nn.Sequential(model.trunk, model.head).eval()
-    whole = Encoder(encoder.asked, net, encoder.images, len(data.classes), encoder.seeded, {})
+    whole = Encoder(encoder.requested, net, encoder.images, len(data.classes), encoder.seeded, {})
     found = extract.stream(
         whole, data.test, np.arange(len(data.test)), lambda encoded, side, row: decode(encoded, side)
     )

@@ -6,9 +6,9 @@ logits of the names' tokens (token_logits.py). C classes, T templates, N images,
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -19,11 +19,10 @@ from torch.nn import functional
 from labels.config import load_pipeline, own_section
 from labels.idf import read_idf
 from labels.settings import Pipeline, Section, Seeds
-from labels.storage import Layout, UserError
+from labels.storage import Layout, UserError, sha256_file
 from train.checkpoint import read_weights
 from train.encoders.encoder import Encoder
 from train.encoders.text import label_texts
-from train.evals.data.classnames import class_names, templates, told
 from train.evals.data.images import shorten
 from train.evals.data.sets import DataSet
 from train.evals.features import Extractor
@@ -84,7 +83,7 @@ class TokenLogits:
         return own_section(pipeline, self.name, Zeroshot)
 
     def describe(self, settings: Zeroshot) -> str:
-        names, forms = told(settings.classnames), told(settings.templates)
+        names, forms = source_name(settings.classnames), source_name(settings.templates)
         return f"token logits of the pre-training head, no text tower; names: {names}, templates: {forms}"
 
     def check(self, data: DataSet, settings: Zeroshot) -> None:
@@ -103,7 +102,7 @@ class TokenLogits:
     def unfit(self, encoder: Encoder) -> str | None:
         if encoder.checkpoint is None:
             return "it has no text tower and no pre-training head; measure a run (run:RUN), or give it a text tower: train lit"
-        if encoder.asked.layer is not None or encoder.asked.pool is not None:
+        if encoder.requested.layer is not None or encoder.requested.pool is not None:
             return "the pre-training head takes the run's own pooled features; leave --layer and --pool out"
         return None
 
@@ -153,7 +152,7 @@ def class_embeddings(texts: Tensor, templates: int) -> Tensor:
     return functional.normalize(texts.unflatten(0, (-1, templates)).mean(1), dim=1)
 
 
-def check_told_apart(names: Sequence[str], tokens: Tensor, encoder: str) -> None:
+def check_distinct(names: Sequence[str], tokens: Tensor, encoder: str) -> None:
     """Raises:
     UserError: different names have the same tokens [C, T, L], as where a vocabulary knows neither.
     """
@@ -172,7 +171,7 @@ class ZeroShot(TokenLogits):
     """See `Evaluation`."""
 
     def describe(self, settings: Zeroshot) -> str:
-        names, forms = told(settings.classnames), told(settings.templates)
+        names, forms = source_name(settings.classnames), source_name(settings.templates)
         return f"cosines of the text tower's class embeddings; without text tower: {super().describe(settings)}; {names}, {forms}"
 
     def unfit(self, encoder: Encoder) -> str | None:
@@ -190,13 +189,101 @@ class ZeroShot(TokenLogits):
         names, forms, side = class_names(settings.classnames, data), templates(settings.templates), encoder.text()
         texts = [form.replace("{}", name) for name in names for form in forms]
         tokens = side.tokens(texts, Path(settings.labels) if settings.labels else None)
-        check_told_apart(names, tokens.unflatten(0, (-1, len(forms))), encoder.name)
+        check_distinct(names, tokens.unflatten(0, (-1, len(forms))), encoder.name)
         embedded = side.embedded(tokens, extract.device)
         cosines = (
             side.images(extract(encoder, data.test), extract.device) @ class_embeddings(embedded, len(forms)).T
         )  # [N, C]
         metrics = accuracies(cosines, torch.from_numpy(data.test.targets).to(extract.device))
         return [Score("zeroshot", seeds[0], metrics, {"names": names, "templates": forms})]
+
+
+# Class names and templates
+
+
+def class_names(source: str, data: DataSet) -> list[str]:
+    """One name for every class of `data`, in class order.
+
+    `source`: `auto` (the data's own names; ImageNet's for `imagenet:` data), `imagenet`, or the path of a file with one
+    line per class in class order, or with lines of `class<TAB>name` in any order.
+    """
+    if source == "imagenet" or (source == "auto" and data.kind == "imagenet"):
+        names = list(_metadata().IMAGENET_CLASSNAMES)
+        if len(names) != len(data.classes):
+            raise UserError(
+                f"{data.name} has {len(data.classes)} classes, ImageNet's names are {len(names)}",
+                allowed="ImageNet-1k's classes, numbered by their sorted wnids",
+                fix="--classnames FILE with a line for every class",
+            )
+        return names
+    if source == "auto":
+        return list(data.names)
+    lines = _lines(Path(source), "class names")
+    if any("\t" in line for line in lines):
+        return _by_class(Path(source), lines, data)
+    if len(lines) != len(data.classes):
+        raise UserError(
+            f"{source} has {len(lines)} names, {data.name} has {len(data.classes)} classes: {shorten(data.classes)}",
+            allowed="a line for every class, in the order of their numbers; or lines of class<TAB>name",
+            fix="write one name for every class",
+        )
+    return lines
+
+
+def templates(source: str) -> list[str]:
+    """Templates with `{}` for the name: `none` (the bare name), `openai` (the 80 for ImageNet), or a file's lines."""
+    if source == "none":
+        return ["{}"]
+    if source == "openai":
+        makers: list[Callable[[str], str]] = list(_metadata().OPENAI_IMAGENET_TEMPLATES)
+        return [make("{}") for make in makers]
+    lines = _lines(Path(source), "templates")
+    without = [line for line in lines if "{}" not in line]
+    if without:
+        raise UserError(
+            f"{source}: {len(without)} templates have no {{}}, the first: {without[0]!r}", allowed="a photo of a {}."
+        )
+    return lines
+
+
+def source_name(source: str) -> str:
+    """The source as results name it; a file with its fingerprint, since its content decides the scores."""
+    return f"{source} ({sha256_file(Path(source))[:16]})" if Path(source).is_file() else source
+
+
+def _by_class(file: Path, lines: list[str], data: DataSet) -> list[str]:
+    pairs = [line.split("\t", 1) for line in lines]
+    names = {label.strip(): rest[0].strip() for label, *rest in pairs if rest and rest[0].strip()}
+    missing, unknown = [label for label in data.classes if label not in names], sorted(set(names) - set(data.classes))
+    if missing or unknown:
+        parts = {"classes have no name": missing, "names are of no class": unknown}
+        faults = "; ".join(f"{len(labels)} {what}: {shorten(labels)}" for what, labels in parts.items() if labels)
+        raise UserError(
+            f"{file} does not match the classes of {data.name}: {faults}",
+            allowed=f"the classes {shorten(data.classes)}",
+            fix="write a line class<TAB>name for every class, spelt as the data spell it",
+        )
+    return [names[label] for label in data.classes]
+
+
+def _lines(file: Path, what: str) -> list[str]:
+    if not file.is_file():
+        raise UserError(f"no file of {what} at {file}", fix="fix the path")
+    lines = [line.strip() for line in file.read_text(encoding="utf8").splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{file} is empty", allowed=f"a line for each of the {what}")
+    return lines
+
+
+def _metadata() -> Any:
+    try:
+        from open_clip import zero_shot_metadata
+    except ImportError:
+        fix = "pip install 'superclass-lean[evals]', or give a file"
+        raise UserError(
+            "ImageNet's class names and templates come with open_clip, which is not installed", fix=fix
+        ) from None
+    return zero_shot_metadata
 
 
 EVALUATION = ZeroShot()
