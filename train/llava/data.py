@@ -21,7 +21,7 @@ from train.data.feeder import feed_batches, pinned, rows_of_steps, stack_pinned
 from train.distributed import World
 from train.encoders.encoder import ImageForm
 from train.evals.data.captions import CAPTION_KINDS, load_captions
-from train.evals.data.images import FileSpan, EncodedImage
+from train.evals.data.images import EncodedImage, FileSpan
 from train.evals.features import DECODE_FAULTS, decode
 
 IMAGE = "<image>"
