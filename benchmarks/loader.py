@@ -258,8 +258,8 @@ def label_cost(folder: Path) -> float:
     @njit
     def labels_alone(tables, samples, limit, vocabulary, scratch, labels):  # noqa: ANN202
         for sample in samples:
-            place = find(tables, sample, limit, scratch)
-            copy_labels(scratch, TABLE_BYTES + place.status, vocabulary, labels[sample])
+            span = find(tables, sample, limit, scratch)
+            copy_labels(scratch, TABLE_BYTES + span.status, vocabulary, labels[sample])
 
     samples, times = np.arange(betons.samples), []
     with betons.held(samples):

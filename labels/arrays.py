@@ -124,7 +124,7 @@ def shards_needed(manifest: Manifest, other: Manifest, column: Column = "label_i
     in_betons = column == "label_ids" and bool(manifest.betons)
     if in_betons and (manifest.fingerprint, manifest.label_limit) == (other.fingerprint, other.label_limit):
         return []
-    used = {name for part in [*manifest.betons, *manifest.places] for name in part.shards}
+    used = {name for part in [*manifest.betons, *manifest.image_index] for name in part.shards}
     return [part for part in other.shards if part.name in used]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from labels.storage import Layout, UserError, write_json
 
@@ -68,7 +68,7 @@ QUARANTINE = pa.schema(
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True)
 
 
 class TokenizerPart(_Part):
@@ -120,7 +120,7 @@ class BetonPart(_Part):
 class Manifest(_Part):
     """The whole file. `fingerprint` names the label rows: betons and labels with the same one belong together.
 
-    Either `betons` are listed, or `places` (`--no-images`), or neither (`--no-beton`).
+    Either `betons` are listed, or the files of the `image_index` (`--no-images`), or neither (`--no-beton`).
     """
 
     format: int = FORMAT_VERSION
@@ -134,12 +134,13 @@ class Manifest(_Part):
     quarantine_sha256: str
     shards: list[ShardPart]
     betons: list[BetonPart]
-    places: list[BetonPart] = []
+    # The manifest's key and the folder keep an older name: "places".
+    image_index: list[BetonPart] = Field([], validation_alias="places", serialization_alias="places")
 
     @property
     def samples(self) -> int:
-        """Number of samples in all betons, or at all places."""
-        return sum(part.samples for part in [*self.betons, *self.places])
+        """Number of samples in all betons, or in the image index."""
+        return sum(part.samples for part in [*self.betons, *self.image_index])
 
 
 class _Format(BaseModel):
@@ -150,7 +151,7 @@ class _Format(BaseModel):
 
 def write_manifest(layout: Layout, manifest: Manifest) -> None:
     """Put the manifest in place in one step."""
-    write_json(layout.manifest, manifest.model_dump())
+    write_json(layout.manifest, manifest.model_dump(by_alias=True))
 
 
 def read_manifest(out: Path) -> Manifest:
@@ -180,13 +181,13 @@ def read_manifest(out: Path) -> Manifest:
         ) from None
 
 
-# ---- places: Where images lie that were not copied into betons (`build-labels --no-images`): in the user's own uncompressed tars.
+# ---- The image index: offsets of images that stay in the user's own uncompressed tars (`build-labels --no-images`).
 #
-# OUT/places/<nnnnn>.npy       PLACE [samples], takes the place of OUT/beton/<nnnnn>.beton: the same samples in the same order
+# OUT/places/<nnnnn>.npy       IMAGE_SPAN [samples], instead of OUT/beton/<nnnnn>.beton: the same samples in the same order
 # OUT/places/sources.json      shard name -> path and bytes of its tar; edit the paths when the tars move
 
 
-PLACE = np.dtype(
+IMAGE_SPAN = np.dtype(
     [
         ("shard", "<u4"),
         ("bytes", "<u4"),
@@ -211,7 +212,7 @@ class Source:
 
 def write_sources(layout: Layout, sources: dict[str, Source]) -> None:
     """Write sources.json: shard name -> its tar."""
-    write_json(layout.place_sources, {name: asdict(source) for name, source in sources.items()})
+    write_json(layout.image_sources, {name: asdict(source) for name, source in sources.items()})
 
 
 def read_sources(layout: Layout) -> dict[str, Source]:
@@ -220,7 +221,7 @@ def read_sources(layout: Layout) -> dict[str, Source]:
     Raises:
         UserError: sources.json is missing or damaged.
     """
-    path = layout.place_sources
+    path = layout.image_sources
     try:
         return {
             name: Source(str(value["path"]), int(value["bytes"]))
@@ -234,23 +235,23 @@ def read_sources(layout: Layout) -> dict[str, Source]:
         ) from None
 
 
-def open_places(path: Path) -> np.ndarray:
-    """One file of places, mapped read-only: PLACE [samples].
+def open_image_index(path: Path) -> np.ndarray:
+    """One file of the image index, mapped read-only: IMAGE_SPAN [samples].
 
     Raises:
         UserError: it is missing, cut, or of another form.
     """
     try:
-        places = np.load(path, mmap_mode="r", allow_pickle=False)
-        whole = places.dtype == PLACE and places.ndim == 1 and places.offset + places.nbytes == path.stat().st_size
+        spans = np.load(path, mmap_mode="r", allow_pickle=False)
+        whole = spans.dtype == IMAGE_SPAN and spans.ndim == 1 and spans.offset + spans.nbytes == path.stat().st_size
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{path} cannot be read: {error}", fix="run `preprocess verify OUT`, then its build-labels command"
         ) from None
     if not whole:
         raise UserError(
-            f"{path} holds {places.dtype} {list(places.shape)}, or is cut",
-            allowed=f"places: {PLACE}",
+            f"{path} holds {spans.dtype} {list(spans.shape)}, or is cut",
+            allowed=f"image spans: {IMAGE_SPAN}",
             fix="run `preprocess verify OUT`, then its build-labels command",
         )
-    return places
+    return spans

@@ -16,7 +16,7 @@ from PIL import Image
 
 from labels import beton
 from labels.idf import target_weights
-from labels.manifest import BetonPart, Manifest, ShardPart, Source, open_places, read_sources
+from labels.manifest import BetonPart, Manifest, ShardPart, Source, open_image_index, read_sources
 from labels.storage import Layout, UserError, is_remote, local_copy
 from labels.tokenizers.text import name_of, text_of
 
@@ -125,14 +125,14 @@ def read_image(layout: Layout, manifest: Manifest, sample: Sample) -> bytes | No
                 data = _from_beton(file, part, sample.index)
             if data is not None:
                 return data
-    for part in manifest.places:
+    for part in manifest.image_index:
         if sample.shard.name in part.shards:
-            with local_copy(layout.place_file(part.number)) as file:
-                places = open_places(file)
-                places = places[places["index"] == sample.index]
-            if len(places):
+            with local_copy(layout.image_index_file(part.number)) as file:
+                spans = open_image_index(file)
+                spans = spans[spans["index"] == sample.index]
+            if len(spans):
                 return _from_tar(
-                    read_sources(layout)[sample.shard.name], int(places[0]["offset"]), int(places[0]["bytes"])
+                    read_sources(layout)[sample.shard.name], int(spans[0]["offset"]), int(spans[0]["bytes"])
                 )
     return None
 

@@ -374,13 +374,14 @@ class Layout:
         return self.out / "beton"
 
     @property
-    def places(self) -> Path:
+    def image_index(self) -> Path:
+        """Offset tables of images that stay in their tars; the folder keeps an older name."""
         return self.out / "places"
 
     @property
-    def place_sources(self) -> Path:
-        """Where the tars lie that `places` point into; see labels/manifest.py."""
-        return self.places / "sources.json"
+    def image_sources(self) -> Path:
+        """Paths of the tars that the image index points into; see labels/manifest.py."""
+        return self.image_index / "sources.json"
 
     @property
     def markers(self) -> Path:
@@ -404,11 +405,11 @@ class Layout:
     def beton_file(self, number: int) -> Path:
         return self.betons / f"{number:05d}.beton"
 
-    def place_file(self, number: int) -> Path:
-        return self.places / f"{number:05d}.npy"
+    def image_index_file(self, number: int) -> Path:
+        return self.image_index / f"{number:05d}.npy"
 
     def beton_marker(self, number: int) -> Path:
         return self.markers / "beton" / f"{number:05d}.json"
 
-    def place_marker(self, number: int) -> Path:
+    def image_index_marker(self, number: int) -> Path:
         return self.markers / "places" / f"{number:05d}.json"

@@ -65,7 +65,7 @@ def undo_append(out: Path) -> int:
             for path in (layout.label_marker(name), layout.label_file(name), layout.count_file(name)):
                 path.unlink(missing_ok=True)
         for number, path in image_folder(layout, copy=inputs.images == "betons").numbered():
-            if number >= len([*manifest.betons, *manifest.places]):
+            if number >= len([*manifest.betons, *manifest.image_index]):
                 path.unlink(missing_ok=True)
         remove_leftovers(layout)
         kept = [[shard for shard in batch if shard.name not in fresh] for batch in inputs.batches]

@@ -425,7 +425,7 @@ def _finalize(
     dump_yaml(layout.config, settings, leave_out=deciding)
     if inputs.images == "places":
         # A path that was edited since an earlier batch stays.
-        known = read_sources(layout) if len(inputs.batches) > 1 and layout.place_sources.is_file() else {}
+        known = read_sources(layout) if len(inputs.batches) > 1 and layout.image_sources.is_file() else {}
         write_sources(layout, {shard.name: Source(shard.path, shard.bytes) for shard in inputs.shards} | known)
     remove_leftovers(layout)  # of nodes that were lost on the way
     files = [file for marker in written for file in marker.files]
@@ -446,7 +446,7 @@ def _finalize(
         quarantine_sha256=sha256_file(layout.quarantine),
         shards=parts,
         betons=files if copy else [],
-        places=[] if copy else files,
+        image_index=[] if copy else files,
     )
     write_manifest(layout, manifest)
     return manifest
@@ -475,7 +475,7 @@ def _write_quarantine(layout: Layout, parts: list[ShardPart], groups: Sequence[P
 def print_summary(manifest: Manifest, out: Path) -> None:
     """What was built, in a few lines on standard output."""
     rejected = Counter[str]()
-    for part in [*manifest.shards, *manifest.betons, *manifest.places]:
+    for part in [*manifest.shards, *manifest.betons, *manifest.image_index]:
         rejected.update(part.quarantined)
     gib = sum(beton.bytes for beton in manifest.betons) / 2**30
     print(
@@ -483,6 +483,6 @@ def print_summary(manifest: Manifest, out: Path) -> None:
     )
     if manifest.betons:
         print(f"  {manifest.samples:,} samples in {len(manifest.betons)} betons, {gib:.2f} GiB")
-    if manifest.places:
-        print(f"  {manifest.samples:,} samples in the tars that {Layout(out).place_sources} names; keep the tars")
+    if manifest.image_index:
+        print(f"  {manifest.samples:,} samples in the tars that {Layout(out).image_sources} names; keep the tars")
     print(f"  quarantined: {rejected.total():,}" + (f" ({_reason_list(rejected)})" if rejected else ""))

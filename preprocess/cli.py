@@ -268,7 +268,7 @@ def build_labels_command(
         raise UserError(
             "--no-beton and --no-images are both given",
             allowed="one of them",
-            fix="--no-beton makes neither betons nor places",
+            fix="--no-beton makes neither betons nor an image index",
         )
     if overwrite and share:
         raise UserError(

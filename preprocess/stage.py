@@ -432,14 +432,14 @@ def remove_build(layout: Layout) -> None:
     for copy in (True, False):
         for _, path in image_folder(layout, copy=copy).numbered():
             path.unlink(missing_ok=True)
-    layout.place_sources.unlink(missing_ok=True)
+    layout.image_sources.unlink(missing_ok=True)
     remove_leftovers(layout)
 
 
 def remove_leftovers(layout: Layout) -> None:
     """Remove the temporary files of killed processes; only while no other process may write. An object store has none."""
     markers = [layout.markers, *(layout.markers / name for name in ("labels", "beton", "places"))]
-    remove_partials(layout.out, layout.labels, layout.counts, layout.betons, layout.places, *markers)
+    remove_partials(layout.out, layout.labels, layout.counts, layout.betons, layout.image_index, *markers)
 
 
 def check_same_options(build: BuildContext, *, alone: bool) -> None:

@@ -55,17 +55,17 @@ def jpeg_header(data: bytes) -> Jpeg | None:
     return None if frame_at < 0 else Jpeg(width, height, plain, exif, frame_at)
 
 
-def scan_jpegs(data: np.ndarray, places: np.ndarray, settings: Build) -> Scan:
+def scan_jpegs(data: np.ndarray, spans: np.ndarray, settings: Build) -> Scan:
     """Which images a beton takes byte for byte, by their headers alone.
 
     Args:
         data: uint8 [bytes], what the images lie in.
-        places: int64 [N, 2], begin and end of each; begin -1 where there is none.
+        spans: int64 [N, 2], begin and end of each; begin -1 where there is none.
         settings: limits of pixels, what is shrunk, and whether an end mark is asked for.
     """
     shorter = settings.images.shorter_side if isinstance(settings.images, ShorterSide) else MAX_SIDE
-    plain, size = np.zeros(len(places), np.bool_), np.zeros((2, len(places)), np.int64)
-    _scan(data, places, settings.max_pixels, shorter, settings.decode_check != "none", plain, size)
+    plain, size = np.zeros(len(spans), np.bool_), np.zeros((2, len(spans)), np.int64)
+    _scan(data, spans, settings.max_pixels, shorter, settings.decode_check != "none", plain, size)
     return Scan(plain, size[0], size[1])
 
 
@@ -124,7 +124,7 @@ def _has_end(data: np.ndarray, begin: int, end: int) -> bool:
 @njit(nogil=True, cache=True)
 def _scan(
     data: np.ndarray,
-    places: np.ndarray,
+    spans: np.ndarray,
     max_pixels: int,
     shorter: int,
     needs_end: bool,
@@ -132,8 +132,8 @@ def _scan(
     size: np.ndarray,
 ) -> None:
     """Fill plain bool [N] and size int64 [2, N]."""
-    for row in range(len(places)):
-        begin, end = places[row, 0], places[row, 1]
+    for row in range(len(spans)):
+        begin, end = spans[row, 0], spans[row, 1]
         if begin < 0 or end - begin > MAX_BYTES:
             continue
         frame_at, width, height, usual, exif = _header(data, begin, end)

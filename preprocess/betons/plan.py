@@ -80,7 +80,7 @@ def image_folder(layout: Layout, *, copy: bool) -> ImageFolder:
     """`copy`: of betons, else of image index files."""
     if copy:
         return ImageFolder(layout.betons, ".beton", layout.markers / "beton")
-    return ImageFolder(layout.places, ".npy", layout.markers / "places")
+    return ImageFolder(layout.image_index, ".npy", layout.markers / "places")
 
 
 def plan_groups(batches: Sequence[Sequence[Member]], settings: Build) -> list[Group]:

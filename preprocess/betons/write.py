@@ -1,7 +1,7 @@
-"""One group of shards to its betons, or to its files of places: the unit of work of the second pass.
+"""One group of shards to its betons, or to its files of spans: the unit of work of the second pass.
 
-shards + labels/<shard>.parquet -> places of all images (a spool holds the converted ones) -> beton/<nnnnn>.beton ...
-                                                            --no-images: places/<nnnnn>.npy ...
+shards + labels/<shard>.parquet -> spans of all images (a spool holds the converted ones) -> beton/<nnnnn>.beton ...
+                                                            --no-images: spans/<nnnnn>.npy ...
     left out: reason and detail ------------------------------------> done/beton/<nnnnn>.json, named after the first
 """
 
@@ -23,7 +23,7 @@ from numba import types  # pyright: ignore[reportPrivateImportUsage]  (numba doc
 
 from labels import beton
 from labels.arrays import pad_rows
-from labels.manifest import PLACE, BetonPart
+from labels.manifest import IMAGE_SPAN, BetonPart
 from labels.native import njit
 from labels.settings import Build
 from labels.storage import Layout, atomic_write, is_remote, local_copy
@@ -237,18 +237,18 @@ def _copy_labels(labels: np.ndarray, target: np.ndarray, buffer: np.ndarray) -> 
         buffer[target[row] : target[row] + labels.shape[1]] = labels[row]
 
 
-# ---- settle: Rows of one shard to places in mapped files: plain JPEGs where they lie, converted ones in the spool, or
+# ---- settle: Rows of one shard to spans in mapped files: plain JPEGs where they lie, converted ones in the spool, or
 # why a row has no image.
 
 
 @dataclass(frozen=True)
 class Settled:
-    """Of R rows: `good` bool [R], has an image; `spooled` bool [R], in the spool and not in the shard's own file; `places` int64 [R, 2],
+    """Of R rows: `good` bool [R], has an image; `spooled` bool [R], in the spool and not in the shard's own file; `spans` int64 [R, 2],
     begin and end there; `width`, `height` int64 [R]; `faults`: row -> why it has none."""
 
     good: np.ndarray
     spooled: np.ndarray
-    places: np.ndarray
+    spans: np.ndarray
     width: np.ndarray
     height: np.ndarray
     faults: dict[int, Fault]
@@ -263,12 +263,12 @@ def settle(pictures: Pictures, keys: pa.StringArray, settings: Build, spool: Spo
         settings: what is taken, and how the rest is converted.
         spool: gets the converted images; None converts nothing: what is no plain JPEG is a fault (`--no-images`).
     """
-    data, places = pictures.data, pictures.places.copy()
-    scan = scan_jpegs(data, places, settings)
-    good, spooled, faults = scan.plain.copy(), np.zeros(len(places), np.bool_), dict(pictures.faults)
+    data, spans = pictures.data, pictures.spans.copy()
+    scan = scan_jpegs(data, spans, settings)
+    good, spooled, faults = scan.plain.copy(), np.zeros(len(spans), np.bool_), dict(pictures.faults)
     width, height = scan.width, scan.height
-    for row in np.flatnonzero(~good & (places[:, 0] >= 0)).tolist():
-        begin, end = places[row].tolist()
+    for row in np.flatnonzero(~good & (spans[:, 0] >= 0)).tolist():
+        begin, end = spans[row].tolist()
         try:
             if end - begin > MAX_BYTES:
                 raise BadImage("image file too large", f"{end - begin} bytes; allowed: {MAX_BYTES}")
@@ -278,22 +278,22 @@ def settle(pictures: Pictures, keys: pa.StringArray, settings: Build, spool: Spo
             else:
                 jpeg, width[row], height[row] = prepare(image, settings)
                 if jpeg is not image:
-                    places[row], spooled[row] = spool.append(jpeg), True
+                    spans[row], spooled[row] = spool.append(jpeg), True
             good[row] = True
         except BadImage as error:
             faults[row] = Fault(keys[row].as_py(), error.reason, str(error))
     if settings.decode_check == "full":
         check, address = DecodeCheck(), data.ctypes.data
         for row in np.flatnonzero(good & ~spooled).tolist():
-            begin, end = places[row].tolist()
+            begin, end = spans[row].tolist()
             if told := check.fault(address + begin, end - begin, int(width[row]), int(height[row])):
                 faults[row], good[row] = Fault(keys[row].as_py(), "image cut or damaged", told), False
-    return Settled(good, spooled, places, width, height, faults)
+    return Settled(good, spooled, spans, width, height, faults)
 
 
 @dataclass(frozen=True)
 class GroupTask:
-    """`options`: fingerprint of what decides the betons' bytes beside the label files'; `copy`: False writes places
+    """`options`: fingerprint of what decides the betons' bytes beside the label files'; `copy`: False writes spans
     (`--no-images`).
     """
 
@@ -320,12 +320,12 @@ class GroupTask:
     @property
     def marker(self) -> Path:
         layout = Layout(self.out)
-        return layout.beton_marker(self.group.first) if self.copy else layout.place_marker(self.group.first)
+        return layout.beton_marker(self.group.first) if self.copy else layout.image_index_marker(self.group.first)
 
     def file(self, number: int) -> Path:
         """The beton or image index file of this number."""
         layout = Layout(self.out)
-        return layout.beton_file(number) if self.copy else layout.place_file(number)
+        return layout.beton_file(number) if self.copy else layout.image_index_file(number)
 
     def is_done(self, marker: GroupMarker, sizes: Mapping[str, int]) -> bool:
         wanted = {"options": self.options, **self.group.wanted}
@@ -343,7 +343,7 @@ def group_stage(layout: Layout, *, copy: bool) -> Stage[GroupTask, GroupMarker]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """R rows of a group. `member`: int64 [R], position of the row's shard in the group; `labels`: int32 [R, K] (K = 0 for places);
+    """R rows of a group. `member`: int64 [R], position of the row's shard in the group; `labels`: int32 [R, K] (K = 0 for spans);
     `faults`: row -> shard and why it has no image. The rest as in Samples."""
 
     files: list[np.ndarray]
@@ -365,7 +365,7 @@ def write_group(task: GroupTask) -> GroupMarker:
     task.marker.unlink(missing_ok=True)  # an older marker must not vouch for the new files
     scratch = None
     if not is_remote(task.out):
-        scratch = layout.betons if task.copy else layout.places
+        scratch = layout.betons if task.copy else layout.image_index
         scratch.mkdir(parents=True, exist_ok=True)
     files = []
     with ExitStack() as held:
@@ -375,7 +375,7 @@ def write_group(task: GroupTask) -> GroupMarker:
             kept = order[rows.good[order]]
             with atomic_write(task.file(number)) as partial:
                 size, digest = (
-                    _write_copies(partial, rows, kept) if task.copy else _write_places(partial, group, rows, kept)
+                    _write_copies(partial, rows, kept) if task.copy else _write_image_index(partial, group, rows, kept)
                 )
             shards = [group.members[member].part.name for member in np.unique(rows.member[order])]
             rejected = _reasons(rows.faults[row][1] for row in order[~rows.good[order]].tolist())
@@ -404,14 +404,14 @@ def _collect(task: GroupTask, spool: Spool | None, scratch: Path | None) -> _Row
         files.append(pictures.data)
         faults |= {first + row: (member.part.name, fault) for row, fault in found.faults.items()}
         index = np.arange(len(keys)) + member.part.first_index
-        size = found.places[:, 1] - found.places[:, 0]
+        size = found.spans[:, 1] - found.spans[:, 0]
         own_file = np.where(found.spooled, len(task.group.members), at)
         columns.append(
             (
                 np.full(len(keys), at),
                 own_file,
                 found.good,
-                found.places[:, 0],
+                found.spans[:, 0],
                 size,
                 found.width,
                 found.height,
@@ -427,7 +427,7 @@ def _collect(task: GroupTask, spool: Spool | None, scratch: Path | None) -> _Row
 
 
 def _labels(task: GroupTask, member: Member) -> tuple[Any, np.ndarray]:
-    """Keys of a shard's rows, and their padded label rows int32 [rows, K]; for places, which hold none, K is 0."""
+    """Keys of a shard's rows, and their padded label rows int32 [rows, K]; for spans, which hold none, K is 0."""
     names = ["key", "label_ids"] if task.copy else ["key"]
     with local_copy(Layout(task.out).label_file(member.part.name)) as path:
         table = pq.read_table(path, columns=names).combine_chunks()
@@ -443,13 +443,13 @@ def _write_copies(path: Path, rows: _Rows, kept: np.ndarray) -> tuple[int, str]:
     return write_beton(path, Samples(rows.files, *(part[kept] for part in parts)))
 
 
-def _write_places(path: Path, group: Group, rows: _Rows, kept: np.ndarray) -> tuple[int, str]:
-    places = np.zeros(len(kept), PLACE)
-    places["shard"] = np.array([member.number for member in group.members])[rows.member[kept]]
+def _write_image_index(path: Path, group: Group, rows: _Rows, kept: np.ndarray) -> tuple[int, str]:
+    spans = np.zeros(len(kept), IMAGE_SPAN)
+    spans["shard"] = np.array([member.number for member in group.members])[rows.member[kept]]
     for name in ("bytes", "offset", "index", "width", "height"):
-        places[name] = getattr(rows, name)[kept]
+        spans[name] = getattr(rows, name)[kept]
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, places, version=(1, 0))
+    np.lib.format.write_array(buffer, spans, version=(1, 0))
     path.write_bytes(buffer.getbuffer())
     return buffer.getbuffer().nbytes, hashlib.sha256(buffer.getbuffer()).hexdigest()
 

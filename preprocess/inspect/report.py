@@ -157,13 +157,13 @@ def _gallery_samples(layout: Layout, manifest: Manifest, vocabulary: Vocabulary,
 
 def _faults(layout: Layout, manifest: Manifest) -> list[str]:
     """From one listing of each folder; `preprocess verify` reads everything."""
-    labels, betons, places = (file_sizes(folder) for folder in (layout.labels, layout.betons, layout.places))
+    labels, betons, image_index = (file_sizes(folder) for folder in (layout.labels, layout.betons, layout.image_index))
     faults = [
         f"labels/{part.name}.parquet is missing" for part in manifest.shards if f"{part.name}.parquet" not in labels
     ]
     for folder, suffix, sizes, parts in (
         ("beton", "beton", betons, manifest.betons),
-        ("places", "npy", places, manifest.places),
+        ("places", "npy", image_index, manifest.image_index),
     ):
         for part in parts:
             size = sizes.get(f"{part.number:05d}.{suffix}")
@@ -190,7 +190,7 @@ def _tiles(summary: Summary) -> Html:
     manifest = summary.manifest
     rejected = sum(reason.samples for reason in summary.reasons)
     seen = int((summary.vocabulary.frequency > 0).sum())
-    parts = [*manifest.betons, *manifest.places]
+    parts = [*manifest.betons, *manifest.image_index]
     gib = sum(part.bytes for part in parts) / 2**30
     files = (
         _number(len(parts), "beton", "betons")
@@ -378,7 +378,7 @@ def _shards(summary: Summary) -> Html:
             ]
         )
     else:
-        files = len(manifest.shards) + len(manifest.betons) + len(manifest.places)
+        files = len(manifest.shards) + len(manifest.betons) + len(manifest.image_index)
         health = paragraph(
             f"All {files:,} files of the manifest are there and have its lengths; preprocess verify reads their content."
         )

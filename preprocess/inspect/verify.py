@@ -15,13 +15,22 @@ import pyarrow.parquet as pq
 from labels import beton
 from labels.arrays import pad_rows
 from labels.idf import idf_weights
-from labels.manifest import COUNTS, LABELS, BetonPart, Manifest, ShardPart, open_places, read_manifest, read_sources
+from labels.manifest import (
+    COUNTS,
+    LABELS,
+    BetonPart,
+    Manifest,
+    ShardPart,
+    open_image_index,
+    read_manifest,
+    read_sources,
+)
 from labels.storage import Layout, UserError, local_copy, sha256_file
 from preprocess.betons.plan import image_folder
 from preprocess.inspect.sql import open_tables
 from preprocess.stage import CorpusMarker, read_inputs, read_marker
 
-# ---- verify_images: The part of `preprocess verify` that reads betons, or the files of places and the lengths of the
+# ---- verify_images: The part of `preprocess verify` that reads betons, or the image index and the lengths of the
 # tars they point into.
 
 
@@ -34,18 +43,18 @@ def image_faults(layout: Layout, manifest: Manifest, whole: set[str]) -> list[st
     """
     faults = []
     shards = {shard.name: shard for shard in manifest.shards}
-    for parts, copy in ((manifest.betons, True), (manifest.places, False)):
+    for parts, copy in ((manifest.betons, True), (manifest.image_index, False)):
         for part in parts:
             of_part = [shards[name] for name in part.shards]
             found = (
                 _beton_faults(layout, part, manifest, of_part, whole)
                 if copy
-                else _place_faults(layout, part, manifest, of_part)
+                else _image_index_faults(layout, part, manifest, of_part)
             )
             if found:
                 _drop_marker(layout, part.number, copy=copy)
             faults += found
-    return faults + (_source_faults(layout, manifest) if manifest.places else [])
+    return faults + (_source_faults(layout, manifest) if manifest.image_index else [])
 
 
 @contextmanager
@@ -129,28 +138,28 @@ def _label_faults(
     return []
 
 
-def _place_faults(layout: Layout, part: BetonPart, manifest: Manifest, shards: list[ShardPart]) -> list[str]:
-    path = layout.place_file(part.number)
+def _image_index_faults(layout: Layout, part: BetonPart, manifest: Manifest, shards: list[ShardPart]) -> list[str]:
+    path = layout.image_index_file(part.number)
     with unchanged(path, part.sha256) as (file, changed):
         if changed:
             return changed
         try:
-            places = open_places(file)
+            spans = open_image_index(file)
         except UserError as error:
             return [error.problem]
-        if len(places) != part.samples:
-            return [f"{path}: {len(places)} places, in the manifest {part.samples}"]
+        if len(spans) != part.samples:
+            return [f"{path}: {len(spans)} images, in the manifest {part.samples}"]
         tars = np.array([shard.source_bytes for shard in manifest.shards], np.int64)
-        numbers = places["shard"].astype(np.int64)
+        numbers = spans["shard"].astype(np.int64)
         if (numbers >= len(tars)).any() or (
-            places["offset"].astype(np.int64) + places["bytes"] > tars[np.minimum(numbers, len(tars) - 1)]
+            spans["offset"].astype(np.int64) + spans["bytes"] > tars[np.minimum(numbers, len(tars) - 1)]
         ).any():
-            return [f"{path}: a place lies outside of its tar"]
-        return _index_faults(path, places["index"], shards, manifest)
+            return [f"{path}: an image span lies outside of its tar"]
+        return _index_faults(path, spans["index"], shards, manifest)
 
 
 def _source_faults(layout: Layout, manifest: Manifest) -> list[str]:
-    """The tars that the places point into have to be there, with the length that they had."""
+    """The tars that the image index points into have to be there, with the length that they had."""
     try:
         sources = read_sources(layout)
     except UserError as error:
@@ -159,10 +168,10 @@ def _source_faults(layout: Layout, manifest: Manifest) -> list[str]:
     for shard in manifest.shards:
         source = sources.get(shard.name)
         if source is None:
-            faults.append(f"{layout.place_sources}: the shard {shard.name} is missing")
+            faults.append(f"{layout.image_sources}: the shard {shard.name} is missing")
         elif not Path(source.path).is_file():
             faults.append(
-                f"{source.path}: missing, but images of {shard.name} lie in it; if it was moved, say where to in {layout.place_sources}"
+                f"{source.path}: missing, but images of {shard.name} lie in it; if it was moved, say where to in {layout.image_sources}"
             )
         elif (size := Path(source.path).stat().st_size) != shard.source_bytes:
             faults.append(

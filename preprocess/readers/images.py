@@ -1,6 +1,6 @@
-"""Where the image files of a shard's label rows lie, whatever the shard is: places in one mapped file.
+"""Where the image files of a shard's label rows lie, whatever the shard is: spans in one mapped file.
 
-local tar -> its own places | remote tar -> a copy of it | table -> a file of its images, one after another
+local tar -> its own spans | remote tar -> a copy of it | table -> a file of its images, one after another
 """
 
 from collections.abc import Iterator, Sequence
@@ -117,18 +117,18 @@ def _read(shard: Shard, key: str, value: bytes | str | None) -> bytes | Fault:
         return value
     if not value:
         return Fault(key, "no image", "the cell is empty")
-    place = _place(shard, value)
+    location = _location(shard, value)
     try:
-        filesystem, path = url_to_fs(place)
+        filesystem, path = url_to_fs(location)
         return filesystem.cat_file(path)
     except ImportError as error:
-        raise UserError(f"{place} cannot be opened: {error}", fix="install the package that it names") from None
+        raise UserError(f"{location} cannot be opened: {error}", fix="install the package that it names") from None
     except Exception as error:  # what a server's client raises is its own affair
         told = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return Fault(key, "no image", f"{_printable(value)}: {told}")
 
 
-def _place(shard: Shard, path: str) -> str:
+def _location(shard: Shard, path: str) -> str:
     """Where an image lies that a table names."""
     if "://" in path or path.startswith("/"):
         return path
@@ -147,13 +147,13 @@ def _printable(text: str) -> str:
 class Pictures:
     """The images of R rows.
 
-    `data`: uint8 [bytes], mapped; `places`: int64 [R, 2], begin and end of each row's image file in it, begin -1 where
+    `data`: uint8 [bytes], mapped; `spans`: int64 [R, 2], begin and end of each row's image file in it, begin -1 where
         there is none;
     `faults`: why there is none, by row.
     """
 
     data: np.ndarray
-    places: np.ndarray
+    spans: np.ndarray
     faults: dict[int, Fault]
 
 
@@ -185,15 +185,15 @@ def find_pictures(shard: Shard, keys: pa.StringArray, choices: tuple[Choice, ...
 
 
 def _of_table(shard: Shard, keys: pa.StringArray, scratch: Path | None) -> Pictures:
-    places = np.full((len(keys), 2), -1, np.int64)
+    spans = np.full((len(keys), 2), -1, np.int64)
     faults: dict[int, Fault] = {}
     with Spool(scratch) as spool:
         for row, image in table_images(shard, keys.to_pylist()):
             if isinstance(image, Fault):
                 faults[row] = image
             else:
-                places[row] = spool.append(image)
-        return Pictures(spool.view(), places, faults)
+                spans[row] = spool.append(image)
+        return Pictures(spool.view(), spans, faults)
 
 
 def _of_tar(
@@ -201,13 +201,13 @@ def _of_tar(
 ) -> Pictures:
     wanted = wanted_suffixes(choices)
     index = index_data(data, wanted) if len(data) == shard.bytes else None
-    samples, members, cut = (index.keys, index.places, None) if index else _walked(file, len(data), wanted)
+    samples, members, cut = (index.keys, index.spans, None) if index else _walked(file, len(data), wanted)
     images = members[:, [wanted.index(suffix) for suffix in IMAGE_SUFFIXES]]
     first = (images[:, :, 0] >= 0).argmax(axis=1)
-    places = images[np.arange(len(images)), first]
+    spans = images[np.arange(len(images)), first]
     numbers = pc.fill_null(pc.index_in(keys, value_set=samples), -1).to_numpy()
     of_rows = (
-        np.where(numbers[:, None] >= 0, places[numbers], -1) if len(places) else np.full((len(keys), 2), -1, np.int64)
+        np.where(numbers[:, None] >= 0, spans[numbers], -1) if len(spans) else np.full((len(keys), 2), -1, np.int64)
     )
     missing = of_rows[:, 0] < 0
     if not reads_side(shard, choices):
@@ -242,16 +242,16 @@ def _same_captions(
 
 
 def _walked(file: BinaryIO, size: int, wanted: tuple[str, ...]) -> tuple[pa.StringArray, np.ndarray, Fault | None]:
-    """Of a tar that only `walk` can read: keys of its S samples, places int64 [S, W, 2] of the wanted members, and what
+    """Of a tar that only `walk` can read: keys of its S samples, spans int64 [S, W, 2] of the wanted members, and what
     ended it early.
     """
     keys: list[str] = []
-    places, cut = [], None
+    spans, cut = [], None
     for sample in walk(file, size):
         if isinstance(sample, Sample):
             keys.append(sample.key)
             found = [sample.members.get(suffix) for suffix in wanted]
-            places.append(
+            spans.append(
                 [
                     (-1, -1) if member is None else (member.offset_data, member.offset_data + member.size)
                     for member in found
@@ -259,4 +259,4 @@ def _walked(file: BinaryIO, size: int, wanted: tuple[str, ...]) -> tuple[pa.Stri
             )
         elif sample.reason != REPEATED:
             cut = sample
-    return pa.array(keys, pa.string()), np.array(places, np.int64).reshape(len(keys), len(wanted), 2), cut
+    return pa.array(keys, pa.string()), np.array(spans, np.int64).reshape(len(keys), len(wanted), 2), cut

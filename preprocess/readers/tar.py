@@ -339,7 +339,7 @@ class IndexedSample:
     @property
     def image_suffix(self) -> str | None:
         return next(
-            (name for name in IMAGE_SUFFIXES if self.index.places[self.number, self.wanted.index(name), 0] >= 0), None
+            (name for name in IMAGE_SUFFIXES if self.index.spans[self.number, self.wanted.index(name), 0] >= 0), None
         )
 
     @property
@@ -348,12 +348,12 @@ class IndexedSample:
 
     def read(self, suffix: str, limit: int | None = None) -> bytes | None:
         """The first `limit` bytes of the member with this suffix; None if there is none."""
-        begin, end = self.index.places[self.number, self.wanted.index(suffix)]
+        begin, end = self.index.spans[self.number, self.wanted.index(suffix)]
         return None if begin < 0 else bytes(self.index.data[begin : end if limit is None else min(end, begin + limit)])
 
     def size(self, suffix: str) -> int:
         """Bytes of the member with this suffix, 0 if there is none."""
-        begin, end = self.index.places[self.number, self.wanted.index(suffix)]
+        begin, end = self.index.spans[self.number, self.wanted.index(suffix)]
         return int(end - begin)
 
 
@@ -362,19 +362,19 @@ def _indexed(index: TarIndex, choices: tuple[Choice, ...], start: int, end: int)
     wanted = wanted_suffixes(choices)
     plain = _plain_rows(index, wanted, choices, start, end)
     odd = np.arange(start, end) if plain is None else np.setdiff1d(np.arange(start, end), plain[1])
-    rows, faults, places = [], [], []
+    rows, faults, spans = [], [], []
     for number in odd:
         row = read_row(IndexedSample(index, wanted, int(number)), choices)
         if isinstance(row, Fault):
             faults.append(row)
         else:
             rows.append(row)
-            places.append(number)
+            spans.append(number)
     if plain is None:
         return RowBatch(_table(rows), faults)
     if not rows:
         return RowBatch(plain[0], faults)
-    order = np.argsort(np.concatenate([plain[1], np.array(places, np.int64)]))
+    order = np.argsort(np.concatenate([plain[1], np.array(spans, np.int64)]))
     return RowBatch(pa.concat_tables([plain[0], _table(rows)]).take(pa.array(order)).combine_chunks(), faults)
 
 
@@ -385,22 +385,22 @@ def _plain_rows(
     if not choices or len(choices[0].items) != 1:
         return None
     first = choices[0].items[0]
-    places = index.places[start:end]
-    json_places = places[:, wanted.index("json")]
-    has_all = (json_places[:, 0] >= 0) & (places[:, 1 : 1 + len(IMAGE_SUFFIXES), 0] >= 0).any(axis=1)
-    caption_places = places[:, wanted.index(first.name)] if first.kind == "member" else None
-    if caption_places is not None:
-        has_all &= caption_places[:, 0] >= 0
+    spans = index.spans[start:end]
+    json_spans = spans[:, wanted.index("json")]
+    has_all = (json_spans[:, 0] >= 0) & (spans[:, 1 : 1 + len(IMAGE_SUFFIXES), 0] >= 0).any(axis=1)
+    caption_spans = spans[:, wanted.index(first.name)] if first.kind == "member" else None
+    if caption_spans is not None:
+        has_all &= caption_spans[:, 0] >= 0
     numbers = np.flatnonzero(has_all)
     metadata = _parse_together(
-        gather_strings(index.data, json_places[numbers]), first.name if first.kind == "json" else None
+        gather_strings(index.data, json_spans[numbers]), first.name if first.kind == "json" else None
     )
     if metadata is None:
         return None
     captions = (
         metadata["caption_field"]
-        if caption_places is None
-        else _utf8(gather_strings(index.data, caption_places[numbers]))
+        if caption_spans is None
+        else _utf8(gather_strings(index.data, caption_spans[numbers]))
     )
     if captions is None:
         return None

@@ -20,22 +20,22 @@ from preprocess.readers.scratch import map_path
 # ---- stretches: Stretches of mapped bytes as an Arrow array, compiled. B bytes, N stretches.
 
 
-def gather_strings(data: np.ndarray, places: np.ndarray) -> pa.LargeBinaryArray:
-    """Stretches of `data`, uint8 [B], as an Arrow array; places int64 [N, 2] are begin and end, begin -1 is null."""
-    offsets = np.zeros(len(places) + 1, np.int64)
-    np.cumsum(places[:, 1] - places[:, 0], out=offsets[1:])
+def gather_strings(data: np.ndarray, spans: np.ndarray) -> pa.LargeBinaryArray:
+    """Stretches of `data`, uint8 [B], as an Arrow array; spans int64 [N, 2] are begin and end, begin -1 is null."""
+    offsets = np.zeros(len(spans) + 1, np.int64)
+    np.cumsum(spans[:, 1] - spans[:, 0], out=offsets[1:])
     text = np.empty(offsets[-1], np.uint8)
-    _gather(data, np.ascontiguousarray(places), offsets, text)
-    missing = places[:, 0] < 0
+    _gather(data, np.ascontiguousarray(spans), offsets, text)
+    missing = spans[:, 0] < 0
     valid = pa.py_buffer(np.packbits(~missing, bitorder="little")) if missing.any() else None
     buffers = [valid, pa.py_buffer(offsets), pa.py_buffer(text)]
-    return pa.Array.from_buffers(pa.large_binary(), len(places), buffers, int(missing.sum()))  # type: ignore[return-value]
+    return pa.Array.from_buffers(pa.large_binary(), len(spans), buffers, int(missing.sum()))  # type: ignore[return-value]
 
 
 @njit(nogil=True, cache=True)
-def _gather(data: np.ndarray, places: np.ndarray, offsets: np.ndarray, text: np.ndarray) -> None:
-    for row in range(len(places)):
-        begin, at = places[row, 0], offsets[row]
+def _gather(data: np.ndarray, spans: np.ndarray, offsets: np.ndarray, text: np.ndarray) -> None:
+    for row in range(len(spans)):
+        begin, at = spans[row, 0], offsets[row]
         for i in range(offsets[row + 1] - at):
             text[at + i] = data[begin + i]
 
@@ -61,13 +61,13 @@ class TarIndex:
     Attributes:
         data: uint8 [bytes of the tar], memory-mapped.
         keys: S strings.
-        places: int64 [S, W, 2], begin and end of the member with each wanted suffix; begin -1 where there is none.
+        spans: int64 [S, W, 2], begin and end of the member with each wanted suffix; begin -1 where there is none.
         members: int64 [M, 6], see `_index`; `first_member` int64 [S + 1] says which are a sample's.
     """
 
     data: np.ndarray
     keys: pa.StringArray
-    places: np.ndarray
+    spans: np.ndarray
     members: np.ndarray
     first_member: np.ndarray
 
@@ -104,13 +104,13 @@ def index_data(data: np.ndarray, wanted: tuple[str, ...]) -> TarIndex | None:
     members = members[:count]
     suffixes = np.frombuffer("".join(wanted).encode("ascii"), np.uint8)
     ends = np.cumsum([len(suffix) for suffix in wanted], dtype=np.int64)
-    places = np.full((samples, len(wanted), 2), -1, np.int64)
+    spans = np.full((samples, len(wanted), 2), -1, np.int64)
     first_member = np.empty(samples + 1, np.int64)
-    _place(data, members, suffixes, ends, places, first_member)
+    _fill_spans(data, members, suffixes, ends, spans, first_member)
     keys = gather_strings(data, members[first_member[:-1]][:, [_NAME, _KEY_END]]).cast(pa.string())
     if len(pc.unique(keys)) != samples:
         return None
-    return TarIndex(data, keys, places, members, first_member)
+    return TarIndex(data, keys, spans, members, first_member)
 
 
 @njit(nogil=True, cache=True)
@@ -296,15 +296,15 @@ def _index(data: np.ndarray, members: np.ndarray) -> tuple[int, int]:
 
 
 @njit(nogil=True, cache=True)
-def _place(
+def _fill_spans(
     data: np.ndarray,
     members: np.ndarray,
     suffixes: np.ndarray,
     ends: np.ndarray,
-    places: np.ndarray,
+    spans: np.ndarray,
     first_member: np.ndarray,
 ) -> None:
-    """Fill places int64 [S, W, 2] and first_member int64 [S + 1]."""
+    """Fill spans int64 [S, W, 2] and first_member int64 [S + 1]."""
     last = -1
     for member in range(len(members)):
         sample = members[member, 5]
@@ -322,6 +322,6 @@ def _place(
                     same = False
                     break
             if same:
-                places[sample, wanted, 0] = members[member, 2]
-                places[sample, wanted, 1] = members[member, 2] + members[member, 3]
+                spans[sample, wanted, 0] = members[member, 2]
+                spans[sample, wanted, 1] = members[member, 2] + members[member, 3]
     first_member[len(first_member) - 1] = len(members)

@@ -276,10 +276,10 @@ def test_the_scan_takes_only_what_is_left_as_it_is(
 def settled(images: list[bytes], **options: Any) -> Settled:
     data = np.frombuffer(b"".join(images), np.uint8)
     ends = np.cumsum([len(image) for image in images])
-    places = np.stack([ends - [len(image) for image in images], ends], axis=1)
+    spans = np.stack([ends - [len(image) for image in images], ends], axis=1)
     keys = pa.array([str(number) for number in range(len(images))])
     with Spool(None) as spool:
-        return settle(Pictures(data, places, {}), keys, Build(**options), spool)
+        return settle(Pictures(data, spans, {}), keys, Build(**options), spool)
 
 
 def test_a_full_check_finds_damage_that_the_header_does_not_tell() -> None:

@@ -9,8 +9,8 @@ import torch
 from click.testing import CliRunner
 
 from beton_factory import build_out
+from image_index_factory import with_image_index
 from labels.storage import UserError
-from place_factory import places_of
 from train.bench.loader import Rate, device_rates, judge
 from train.bench.step import Clock
 from train.cli import cli
@@ -39,7 +39,7 @@ TINY += [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
-    places_of(build_out(folder, [20, 9]), folder / "shards", folder / "places")
+    with_image_index(build_out(folder, [20, 9]), folder / "shards", folder / "places")
     return folder
 
 

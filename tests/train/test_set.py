@@ -65,7 +65,7 @@ def seen(betons: BetonSet, steps: int, batch: int = 10, **settings: object) -> l
     found = []
     for step, _ in enumerate(loader):
         samples = betons.chosen(loader.order.batch(step, batch, 0, 1)[0])
-        found += [betons.place(int(sample)).row for sample in samples]
+        found += [betons.span(int(sample)).row for sample in samples]
     return found
 
 

@@ -58,19 +58,19 @@ def run_stages(
     """
     total, limit = 0, len(labels)
     for row in range(len(samples)):
-        place = find(tables, samples[row], limit, scratch)
-        if place.status != OK:
+        span = find(tables, samples[row], limit, scratch)
+        if span.status != OK:
             continue
-        total += place.bytes + 4 * limit
-        at = TABLE_BYTES + place.bytes
+        total += span.bytes + 4 * limit
+        at = TABLE_BYTES + span.bytes
         if last >= READ:
-            read_sample(place, limit, scratch)
+            read_sample(span, limit, scratch)
         copy_labels(scratch, at if last >= READ else TABLE_BYTES, vocabulary, labels)
         if last >= DECODE:
-            shrink = window_of(place.width, place.height, crops, epochs[row], place.row).shrink
+            shrink = window_of(span.width, span.height, crops, epochs[row], span.row).shrink
             pixels = scratch[aligned(at + 4 * limit) :]
-            columns, lines = shrunk(place.width, shrink), shrunk(place.height, shrink)
-            decompress(scratch[TABLE_BYTES:].ctypes.data, place.bytes, columns, lines, handle, pixels, 3 * columns)
+            columns, lines = shrunk(span.width, shrink), shrunk(span.height, shrink)
+            decompress(scratch[TABLE_BYTES:].ctypes.data, span.bytes, columns, lines, handle, pixels, 3 * columns)
     return total
 
 

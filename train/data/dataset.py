@@ -1,4 +1,4 @@
-"""Many files of samples as one set: betons, or places into the user's tars, of one OUT or of several.
+"""Many files of samples as one set: betons, or image indexes of the user's tars, of one OUT or of several.
 
 OUT/manifest.json -> OUT/beton/*.beton, or OUT/places/*.npy and the tars --+
 OTHER_OUT/rows/*.npy (labels made later, for the same rows) ---------------+-> BetonSet -> tables that train/data/image_index.py reads
@@ -18,7 +18,7 @@ from labels.manifest import BetonPart, Manifest, read_sources
 from labels.storage import Layout, UserError, fingerprint, is_remote, sha256_file
 from train.data.cache import Cache, Staging
 from train.data.files import OpenFiles, allow_open_files
-from train.data.image_index import NO_FILE, TABLE_BYTES, Place, Tables, find
+from train.data.image_index import NO_FILE, TABLE_BYTES, SampleSpan, Tables, find
 from train.data.mixture import Mixture, Opened, Source, check_agreement, idf_of, open_out
 
 # ---- tables: Open all files of a set and tell compiled code where everything lies in them: cost by file, not by
@@ -92,8 +92,8 @@ def open_tables(opened: list[Opened], files: OpenFiles, label_limit: int, column
 
 def _open_part(one: Opened, part: BetonPart, files: OpenFiles, first_row: int, shards: tuple[int, int]) -> _Part:
     path = one.path(part)
-    if one.manifest.places:
-        file, table = files.places(path, part, one.rebuild)
+    if one.manifest.image_index:
+        file, table = files.image_index(path, part, one.rebuild)
         return _Part(file, part.bytes, table, 0, first_row, shards)
     allocations = part.bytes - 2 * part.samples * beton.ALLOCATION.itemsize
     file = NO_FILE if is_remote(path) else files.beton(path, part, one.manifest.label_limit, one.rebuild)
@@ -103,7 +103,7 @@ def _open_part(one: Opened, part: BetonPart, files: OpenFiles, first_row: int, s
 def _open_shards(one: Opened, needed: set[str], files: OpenFiles, label_limit: int, column: Column) -> list[_Shard]:
     """One entry for every shard of the manifest, so that their numbers hold; those without samples are not opened."""
     layout = Layout(one.source.out)
-    tars = read_sources(layout) if one.manifest.places else {}
+    tars = read_sources(layout) if one.manifest.image_index else {}
     found = []
     for part in one.labels.shards:
         row_file, rows_at = (
@@ -111,7 +111,7 @@ def _open_shards(one: Opened, needed: set[str], files: OpenFiles, label_limit: i
         )
         tar, length = NO_FILE, 0
         if tars and part.name in needed:
-            tar, length = files.tar(part.name, tars.get(part.name), layout.place_sources)
+            tar, length = files.tar(part.name, tars.get(part.name), layout.image_sources)
         found.append(_Shard(part.first_index, part.rows, row_file, rows_at, tar, length))
     return found
 
@@ -263,7 +263,7 @@ class BetonSet:
         """The OUT that a sample is of."""
         return self._owners[self.number(sample)]
 
-    def place(self, sample: int) -> Place:
+    def span(self, sample: int) -> SampleSpan:
         """Where a sample lies."""
         return find(self.tables, sample, self.label_limit, np.empty(TABLE_BYTES, np.uint8))
 
@@ -277,7 +277,7 @@ class BetonSet:
         begin, end = self.tables.shards[self.number(sample)]
         if begin == end:
             return None
-        index = self.place(sample).row - self.tables.first_rows[self.number(sample)]
+        index = self.span(sample).row - self.tables.first_rows[self.number(sample)]
         shard = max(int(np.searchsorted(self.tables.first_indices[begin:end], index, side="right")) - 1, 0)
         return rows_file(self.owner(sample).labels_out, self.owner(sample).labels.shards[shard], self._column)
 
@@ -285,8 +285,8 @@ class BetonSet:
         """The beton or the tar that holds the image of a sample."""
         opened, number = self.owner(sample), self.number(sample)
         begin, end = self.tables.shards[number]
-        found = np.flatnonzero(self.tables.tars[begin:end] == self.place(sample).file)
-        if not opened.manifest.places or not len(found):
+        found = np.flatnonzero(self.tables.tars[begin:end] == self.span(sample).file)
+        if not opened.manifest.image_index or not len(found):
             return self.paths[number]
         return Path(read_sources(Layout(opened.source.out))[opened.manifest.shards[found[0]].name].path)
 

@@ -240,9 +240,9 @@ def canvas_shape(
     """
     rows = columns = crops.size
     for row in range(len(samples)):
-        place = find(tables, samples[row], limit, scratch)
-        if place.status == OK:
-            window = window_of(place.width, place.height, crops, epochs[row], place.row)
+        span = find(tables, samples[row], limit, scratch)
+        if span.status == OK:
+            window = window_of(span.width, span.height, crops, epochs[row], span.row)
             if fits_canvas(window, crops):
                 rows, columns = max(rows, window.rows), max(columns, window.columns)
     return -(-rows // _CANVAS_STEP) * _CANVAS_STEP, -(-columns // _CANVAS_STEP) * _CANVAS_STEP
@@ -290,22 +290,22 @@ def load_rows(
     images, boxes, labels, status = rows.images, rows.boxes, rows.labels, rows.status
     limit = labels.shape[1]
     for row in range(begin, end):
-        place = find(tables, samples[row], limit, scratch)
-        rows.positions[row], status[row] = place.row, place.status
-        if place.status == OK:
-            labels_at = TABLE_BYTES + place.bytes
+        span = find(tables, samples[row], limit, scratch)
+        rows.positions[row], status[row] = span.row, span.status
+        if span.status == OK:
+            labels_at = TABLE_BYTES + span.bytes
             pixels_at = aligned(labels_at + 4 * limit)
             if pixels_at >= scratch.shape[0]:
                 return 2 * pixels_at
-            if not read_sample(place, limit, scratch):
+            if not read_sample(span, limit, scratch):
                 status[row] = BAD_READ
             else:
-                window = window_of(place.width, place.height, crops, epochs[row], place.row)
+                window = window_of(span.width, span.height, crops, epochs[row], span.row)
                 needed = decode_row(
                     scratch[TABLE_BYTES:].ctypes.data,
-                    place.bytes,
-                    place.width,
-                    place.height,
+                    span.bytes,
+                    span.width,
+                    span.height,
                     window,
                     crops,
                     handle,

@@ -11,7 +11,7 @@ import numpy as np
 
 from labels import beton
 from labels.arrays import Column, open_rows, rows_file
-from labels.manifest import PLACE, BetonPart, ShardPart, Source, open_places
+from labels.manifest import IMAGE_SPAN, BetonPart, ShardPart, Source, open_image_index
 from labels.storage import UserError
 
 _OTHER_OPEN_FILES = 512
@@ -71,16 +71,16 @@ class OpenFiles:
             raise UserError(f"{path}: its allocation table ends at byte {table_end}, the file at {size}", fix=rebuild)
         return descriptor
 
-    def places(self, path: Path, part: BetonPart, rebuild: str) -> tuple[int, int]:
-        """Open a file of places: descriptor, and offset of its first row.
+    def image_index(self, path: Path, part: BetonPart, rebuild: str) -> tuple[int, int]:
+        """Open an image index file: descriptor, and offset of its first row.
 
         Raises:
             UserError: it is not the file of the manifest; `rebuild` is the fix.
         """
-        places = open_places(path)
-        if len(places) != part.samples:
-            raise UserError(f"{path} holds {len(places)} places, in the manifest {part.samples}", fix=rebuild)
-        return self.open(path), path.stat().st_size - len(places) * PLACE.itemsize
+        spans = open_image_index(path)
+        if len(spans) != part.samples:
+            raise UserError(f"{path} holds {len(spans)} images, in the manifest {part.samples}", fix=rebuild)
+        return self.open(path), path.stat().st_size - len(spans) * IMAGE_SPAN.itemsize
 
     def tar(self, name: str, source: Source | None, sources: Path) -> tuple[int, int]:
         """Open the tar of one shard: descriptor and length in bytes.
@@ -101,7 +101,7 @@ class OpenFiles:
         size = os.fstat(descriptor).st_size
         if size != source.bytes:
             raise UserError(
-                f"{path} has {size} bytes, and had {source.bytes} when its places were read: it was cut or replaced",
+                f"{path} has {size} bytes, and had {source.bytes} when its image index was made: it was cut or replaced",
                 fix="put the old file back, or run the build-labels command again",
             )
         return descriptor, size

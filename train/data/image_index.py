@@ -1,6 +1,6 @@
-"""A sample is a place in a file, compiled: find it, and read its image bytes and its label row.
+"""A sample is a span of a file, compiled: find it, and read its image bytes and its label row.
 
-    sample number -> file of samples (beton, or places into tars) -> its table row -> file, offset, bytes, width, height, index, labels
+    sample number -> file of samples (beton, or image index into tars) -> its table row -> file, offset, bytes, width, height, index, labels
 
 Everything is read by position (pread), nothing is mapped: a file that is cut or gone while training is a status, not a
     signal that ends
@@ -16,20 +16,20 @@ import numpy as np
 from numba import types  # pyright: ignore[reportPrivateImportUsage]  (numba documents it there)
 
 from labels.beton import METADATA
-from labels.manifest import PLACE
+from labels.manifest import IMAGE_SPAN
 from labels.native import njit
 
 OK, BAD_TABLE, BAD_JPEG, BAD_LABEL, BAD_INDEX, BAD_READ = range(6)
 """What became of a sample: fine; its table entry is wrong; its JPEG does not decode; a label is none of the head's; its
-index is no row of its shard; the file could not be read at that place."""
+index is no row of its shard; the file could not be read at that span."""
 NO_FILE = -1
 TABLE_BYTES = 128
 """The head of scratch memory, where table rows are read to; the sample's own bytes come behind it."""
 
-_META_BYTES, _PLACE_BYTES = METADATA.itemsize, PLACE.itemsize
+_META_BYTES, _SPAN_BYTES = METADATA.itemsize, IMAGE_SPAN.itemsize
 _LABELS_AT, _INDEX_AT = METADATA.fields["labels_ptr"][1], METADATA.fields["index"][1]  # type: ignore[index]
-_P_BYTES, _P_OFFSET, _P_INDEX = (PLACE.fields[name][1] for name in ("bytes", "offset", "index"))  # type: ignore[index]
-_P_WIDTH, _P_HEIGHT = (PLACE.fields[name][1] for name in ("width", "height"))  # type: ignore[index]
+_P_BYTES, _P_OFFSET, _P_INDEX = (IMAGE_SPAN.fields[name][1] for name in ("bytes", "offset", "index"))  # type: ignore[index]
+_P_WIDTH, _P_HEIGHT = (IMAGE_SPAN.fields[name][1] for name in ("width", "height"))  # type: ignore[index]
 _TRIES = 3
 
 # ssize_t pread(int file, void* to, size_t bytes, off_t at)
@@ -49,7 +49,7 @@ class Tables(NamedTuple):
 
     - `first_samples` int64 [M + 1]: number of its first sample among all. - `files` int64: descriptor, NO_FILE while it
     is not on this machine; `bytes` int64: its length. - `tables`, `allocations` int64: offsets of the metadata array
-    and of a beton's allocation table; 0 for a file of places. - `first_rows` int64: position of its OUT's first row
+    and of a beton's allocation table; 0 for an image index file. - `first_rows` int64: position of its OUT's first row
     among the rows of all OUTs. - `shards` int64 [M, 2]: the shards of its OUT, [begin, end) below; none where betons
     hold the labels.
 
@@ -75,7 +75,7 @@ class Tables(NamedTuple):
     tar_bytes: np.ndarray
 
 
-class Place(NamedTuple):
+class SampleSpan(NamedTuple):
     """Where one sample lies: file descriptors, offsets and lengths in bytes; `row`: position of its row among those of
     all OUTs.
     """
@@ -116,7 +116,7 @@ def read_at(file: int, at: int, size: int, target: np.ndarray, target_at: int) -
 
 
 @njit
-def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> Place:
+def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> SampleSpan:
     """Where sample number `sample` lies.
 
     Args:
@@ -126,7 +126,7 @@ def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> Place:
         scratch: uint8, at least TABLE_BYTES; its head is overwritten.
 
     Returns:
-        its place, with a status other than OK where the tables cannot be read or tell of nothing that there is.
+        its span, with a status other than OK where the tables cannot be read or tell of nothing that there is.
     """
     number = np.searchsorted(tables.first_samples, sample, side="right") - 1
     local, table, length = sample - tables.first_samples[number], tables.files[number], tables.bytes[number]
@@ -134,7 +134,7 @@ def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> Place:
     labels_at = np.int64(0)
     if tables.allocations[number] > 0:
         if not read_at(table, tables.tables[number] + local * _META_BYTES, _META_BYTES, scratch, 0):
-            return Place(BAD_READ, table, 0, 0, 0, 0, 0, 0, 0)
+            return SampleSpan(BAD_READ, table, 0, 0, 0, 0, 0, 0, 0)
         width, height, offset = number_at(scratch, 1, 2), number_at(scratch, 3, 2), number_at(scratch, 5, 8)
         labels_at, index = number_at(scratch, _LABELS_AT, 8), number_at(scratch, _INDEX_AT, 8)
         # The label row lies right behind the image, so that its pointer tells the length too: one read, not another of
@@ -143,8 +143,8 @@ def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> Place:
         # Other labels of the same rows have a limit of their own and lie in other files.
         agree = labels_at <= length - (4 * limit if tables.shards[number, 0] == tables.shards[number, 1] else 0)
     else:
-        if not read_at(table, tables.tables[number] + local * _PLACE_BYTES, _PLACE_BYTES, scratch, 0):
-            return Place(BAD_READ, table, 0, 0, 0, 0, 0, 0, 0)
+        if not read_at(table, tables.tables[number] + local * _SPAN_BYTES, _SPAN_BYTES, scratch, 0):
+            return SampleSpan(BAD_READ, table, 0, 0, 0, 0, 0, 0, 0)
         width, height, offset = (
             number_at(scratch, _P_WIDTH, 2),
             number_at(scratch, _P_HEIGHT, 2),
@@ -157,14 +157,14 @@ def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> Place:
             file, length = tables.tars[shard], tables.tar_bytes[shard]
     row = tables.first_rows[number] + index
     if not agree or offset <= 0 or size <= 0 or offset > length - size or width == 0 or height == 0:
-        return Place(BAD_TABLE, file, offset, size, width, height, row, 0, 0)
+        return SampleSpan(BAD_TABLE, file, offset, size, width, height, row, 0, 0)
     begin, end = tables.shards[number, 0], tables.shards[number, 1]
     if begin == end:  # the label row lies in the beton
-        return Place(OK, file, offset, size, width, height, row, file, labels_at)
+        return SampleSpan(OK, file, offset, size, width, height, row, file, labels_at)
     part = begin + max(np.searchsorted(tables.first_indices[begin:end], index, side="right") - 1, 0)
     position = index - tables.first_indices[part]
     status = OK if 0 <= position < tables.row_counts[part] and tables.row_files[part] != NO_FILE else BAD_INDEX
-    return Place(
+    return SampleSpan(
         status,
         file,
         offset,
@@ -178,20 +178,20 @@ def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> Place:
 
 
 @njit
-def read_sample(place: Place, limit: int, scratch: np.ndarray) -> bool:
-    """Read a place's image bytes to `scratch[TABLE_BYTES:]`, its label row right behind them; False where a file does
+def read_sample(span: SampleSpan, limit: int, scratch: np.ndarray) -> bool:
+    """Read a span's image bytes to `scratch[TABLE_BYTES:]`, its label row right behind them; False where a file does
     not give them.
 
     Args:
-        place: with status OK.
+        span: with status OK.
         limit: K.
-        scratch: uint8, at least TABLE_BYTES + place.bytes + 4 K.
+        scratch: uint8, at least TABLE_BYTES + span.bytes + 4 K.
     """
-    size = place.bytes
-    if place.label_file == place.file and place.label_offset == place.offset + size:
-        return read_at(place.file, place.offset, size + 4 * limit, scratch, TABLE_BYTES)
-    return read_at(place.file, place.offset, size, scratch, TABLE_BYTES) and read_at(
-        place.label_file, place.label_offset, 4 * limit, scratch, TABLE_BYTES + size
+    size = span.bytes
+    if span.label_file == span.file and span.label_offset == span.offset + size:
+        return read_at(span.file, span.offset, size + 4 * limit, scratch, TABLE_BYTES)
+    return read_at(span.file, span.offset, size, scratch, TABLE_BYTES) and read_at(
+        span.label_file, span.label_offset, 4 * limit, scratch, TABLE_BYTES + size
     )
 
 
@@ -227,11 +227,11 @@ def advise(tables: Tables, samples: np.ndarray, limit: int, scratch: np.ndarray)
     """
     file, begin, end = NO_FILE, np.int64(0), np.int64(0)
     for sample in samples:
-        place = find(tables, sample, limit, scratch)
-        if place.status != OK:
+        span = find(tables, sample, limit, scratch)
+        if span.status != OK:
             continue
-        if place.file != file or not begin <= place.offset <= end + _GAP_BYTES:
+        if span.file != file or not begin <= span.offset <= end + _GAP_BYTES:
             _will_need(file, begin, end)
-            file, begin, end = place.file, place.offset, place.offset
-        end = max(end, place.offset + place.bytes + 4 * limit)
+            file, begin, end = span.file, span.offset, span.offset
+        end = max(end, span.offset + span.bytes + 4 * limit)
     _will_need(file, begin, end)

@@ -235,10 +235,10 @@ def _raise_unread(betons: BetonSet, sample: int, fix: str) -> None:
     for path in (betons.paths[betons.number(sample)], betons.image_file(sample), betons.label_array(sample)):
         if path is not None and not path.is_file():
             raise UserError(f"{path} disappeared while it was in use", fix="put it back; the same command goes on")
-    place = betons.place(sample)
-    size = os.fstat(place.file).st_size
+    span = betons.span(sample)
+    size = os.fstat(span.file).st_size
     raise UserError(
-        f"{betons.image_file(sample)} cannot be read at byte {place.offset} (it has {size} bytes now): it was cut, or its disk fails; "
+        f"{betons.image_file(sample)} cannot be read at byte {span.offset} (it has {size} bytes now): it was cut, or its disk fails; "
         f"wanted for {betons.name(sample)}",
         fix=fix,
     )

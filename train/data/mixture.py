@@ -162,17 +162,17 @@ class Opened:
     @property
     def parts(self) -> list[BetonPart]:
         """Its files of samples, those that were asked for."""
-        parts, numbers = self.manifest.betons or self.manifest.places, self.source.numbers
+        parts, numbers = self.manifest.betons or self.manifest.image_index, self.source.numbers
         return [part for part in parts if numbers is None or part.number in numbers]
 
     @property
     def rebuild(self) -> str:
         """The command that makes its files again."""
-        return f"run `preprocess build-labels DATA --out {self.source.out}{' --no-images' if self.manifest.places else ''}`"
+        return f"run `preprocess build-labels DATA --out {self.source.out}{' --no-images' if self.manifest.image_index else ''}`"
 
     def path(self, part: BetonPart) -> Path:
         layout = Layout(self.source.out)
-        return layout.place_file(part.number) if self.manifest.places else layout.beton_file(part.number)
+        return layout.image_index_file(part.number) if self.manifest.image_index else layout.beton_file(part.number)
 
 
 def open_out(source: Source) -> Opened:
@@ -184,7 +184,7 @@ def open_out(source: Source) -> Opened:
     out, other = source.out, source.labels
     manifest = read_manifest(out)
     opened = Opened(source, manifest, read_manifest(other) if other else manifest)
-    if not manifest.betons and not manifest.places:
+    if not manifest.betons and not manifest.image_index:
         raise UserError(
             f"{out} holds labels but no betons (it was built with --no-beton)",
             fix=f"{opened.rebuild} without --no-beton",
@@ -193,7 +193,7 @@ def open_out(source: Source) -> Opened:
         raise UserError(
             f"the betons of {out} hold no samples: every image was quarantined", fix="see quarantine.parquet"
         )
-    known = {part.number for part in manifest.betons or manifest.places}
+    known = {part.number for part in manifest.betons or manifest.image_index}
     if strange := sorted(set(source.numbers or ()) - known):
         raise UserError(
             f"beton {strange[0]:05d} is not in the manifest of {out}",

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from labels import beton
 from labels.arrays import Column, check_same_rows, open_rows, shards_needed, write_rows
-from labels.manifest import PLACE, read_manifest
+from labels.manifest import IMAGE_SPAN, read_manifest
 from labels.storage import Layout, UserError, fingerprint, is_remote, sha256_file
 from labels.subset import (
     ROWS_AT_ONCE,
@@ -151,7 +151,7 @@ def _indices(betons: BetonSet, number: int) -> np.ndarray:
     samples, path = betons.parts[number].samples, betons.paths[number]
     if betons.tables.allocations[number]:
         return np.fromfile(path, beton.METADATA, samples, offset=beton.METADATA_OFFSET)["index"]
-    return np.fromfile(path, PLACE, samples, offset=int(betons.tables.tables[number]))["index"].astype(np.int64)
+    return np.fromfile(path, IMAGE_SPAN, samples, offset=int(betons.tables.tables[number]))["index"].astype(np.int64)
 
 
 def _counts(one: Opened, subset: str, metadata: str | None) -> np.ndarray:
@@ -243,7 +243,7 @@ def open_data(
         _check_local(source.labels or source.out)
     for source in mixture.sources:
         # Betons hold their own label sets; images that stay in their tars, and captions in their order, have arrays.
-        in_arrays = column == "token_ids" or read_manifest(source.out).places
+        in_arrays = column == "token_ids" or read_manifest(source.out).image_index
         labels = source.labels or (source.out if in_arrays else None)
         if labels and not make_rows_once(source.out, labels, world, stopping, column):
             return None

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from beton_factory import build_out
+from image_index_factory import with_image_index
 from labels.config import load_pipeline
 from labels.settings import Data
 from labels.storage import Layout, UserError
-from place_factory import places_of
 from train.data.dataset import BetonSet
 from train.data.loader import Loader
 from train.data.open import make_rows
@@ -39,13 +39,13 @@ TINY = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Betons in out/, places in places/, over the same tars in shards/."""
     folder = tmp_path_factory.mktemp("places")
-    places_of(build_out(folder, [20, 9, 15]), folder / "shards", folder / "places")
+    with_image_index(build_out(folder, [20, 9, 15]), folder / "shards", folder / "places")
     return folder
 
 
 @pytest.fixture
 def own(folder: Path, tmp_path: Path) -> Path:
-    """Places of one's own, over tars of one's own."""
+    """An image index of one's own, over tars of one's own."""
     shutil.copytree(folder / "shards", tmp_path / "shards")
     shutil.copytree(folder / "places", tmp_path / "places")
     sources = tmp_path / "places" / "places" / "sources.json"
@@ -89,14 +89,14 @@ def test_tars_that_are_gone_cut_or_replaced_are_named(own: Path) -> None:
     tar = own.parent / "shards" / "00000001.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-512])
-    with pytest.raises(UserError, match=rf"{tar} has \d+ bytes, and had {len(whole)} when its places were read"):
+    with pytest.raises(UserError, match=rf"{tar} has \d+ bytes, and had {len(whole)} when its image index was made"):
         BetonSet(own)
     tar.unlink()
     with pytest.raises(
         UserError, match=rf"{tar}, the tar of shard 00000001, cannot be opened(.|\n)*sources\.json where it is"
     ):
         BetonSet(own)
-    sources = Layout(own).place_sources
+    sources = Layout(own).image_sources
     sources.write_text(
         json.dumps({name: value for name, value in json.loads(sources.read_text()).items() if name != "00000001"})
     )
@@ -115,12 +115,12 @@ def test_a_tar_that_is_cut_while_training_is_named(own: Path) -> None:
         list(Loader(betons, Data(), image_size=16, batch_size=11, seed=0, first_step=0, last_step=4))
 
 
-def test_places_of_another_form_are_refused(own: Path) -> None:
-    path = Layout(own).place_file(0)
+def test_image_index_of_another_form_are_refused(own: Path) -> None:
+    path = Layout(own).image_index_file(0)
     data = path.read_bytes()
     path.write_bytes(data[:-4])
     with pytest.raises(UserError, match=r"00000\.npy (cannot be read|holds)"):
         BetonSet(own)
-    path.write_bytes(Layout(own).place_file(1).read_bytes())
-    with pytest.raises(UserError, match=r"00000\.npy holds 9 places, in the manifest 20"):
+    path.write_bytes(Layout(own).image_index_file(1).read_bytes())
+    with pytest.raises(UserError, match=r"00000\.npy holds 9 images, in the manifest 20"):
         BetonSet(own)

@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from labels import beton
-from labels.manifest import PLACE, Source, read_manifest, write_sources
+from labels.manifest import IMAGE_SPAN, Source, read_manifest, write_sources
 from labels.storage import Layout, sha256_file
 
 
-def places_of(out: Path, shards: Path, target: Path) -> Path:
-    """Write `target` with places in `shards` for the samples of the betons of `out`."""
+def with_image_index(out: Path, shards: Path, target: Path) -> Path:
+    """Write `target` with an image index of the tars in `shards` for the samples of the betons of `out`."""
     shutil.copytree(out, target, ignore=shutil.ignore_patterns("beton", "rows"))
     manifest, layout = read_manifest(out), Layout(target)
-    layout.places.mkdir()
+    layout.image_index.mkdir()
     offsets: dict[str, tuple[int, int]] = {}
     keys: list[str] = []
     sources = {}
@@ -38,17 +38,17 @@ def places_of(out: Path, shards: Path, target: Path) -> Path:
         meta = np.fromfile(
             Layout(out).beton_file(part.number), beton.METADATA, part.samples, offset=beton.METADATA_OFFSET
         )
-        places = np.zeros(part.samples, PLACE)
-        places["index"], places["width"], places["height"] = (
+        spans = np.zeros(part.samples, IMAGE_SPAN)
+        spans["index"], spans["width"], spans["height"] = (
             meta["index"],
             meta["image"]["width"],
             meta["image"]["height"],
         )
-        places["shard"] = np.searchsorted(firsts, meta["index"], side="right") - 1
-        for place in places:
-            place["offset"], place["bytes"] = offsets[keys[place["index"]]]
-        path = layout.place_file(part.number)
-        np.save(path, places)
+        spans["shard"] = np.searchsorted(firsts, meta["index"], side="right") - 1
+        for span in spans:
+            span["offset"], span["bytes"] = offsets[keys[span["index"]]]
+        path = layout.image_index_file(part.number)
+        np.save(path, spans)
         parts.append(part.model_dump() | {"bytes": path.stat().st_size, "sha256": sha256_file(path)})
     written = json.loads(layout.manifest.read_text()) | {"betons": [], "places": parts}
     layout.manifest.write_text(json.dumps(written))

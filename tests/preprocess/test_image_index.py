@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from labels import beton
-from labels.manifest import PLACE, Source, open_places, read_manifest, read_sources, write_sources
+from labels.manifest import IMAGE_SPAN, Source, open_image_index, read_manifest, read_sources, write_sources
 from labels.storage import Layout, UserError
 from shard_factory import (
     Built,
@@ -53,14 +53,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(folder / "data", folder / "out")
 
 
-def all_places(out: Path) -> np.ndarray:
-    return np.concatenate([open_places(Layout(out).place_file(part.number)) for part in read_manifest(out).places])
+def all_spans(out: Path) -> np.ndarray:
+    return np.concatenate(
+        [open_image_index(Layout(out).image_index_file(part.number)) for part in read_manifest(out).image_index]
+    )
 
 
-def test_every_place_holds_the_jpeg_of_its_row(dataset: Built) -> None:
-    manifest, places = read_manifest(dataset.out), all_places(dataset.out)
+def test_every_span_holds_the_jpeg_of_its_row(dataset: Built) -> None:
+    manifest, spans = read_manifest(dataset.out), all_spans(dataset.out)
     assert manifest.betons == [] and not (dataset.out / "beton").exists()
-    assert [(part.number, part.shards, part.samples) for part in manifest.places] == [
+    assert [(part.number, part.shards, part.samples) for part in manifest.image_index] == [
         (0, ["0"], 5),
         (1, ["0"], 5),
         (2, ["1"], 5),
@@ -68,15 +70,15 @@ def test_every_place_holds_the_jpeg_of_its_row(dataset: Built) -> None:
         (4, ["2"], 8),
         (5, ["2"], 3),
     ]
-    assert manifest.samples == len(places) == 31
+    assert manifest.samples == len(spans) == 31
     sources = read_sources(Layout(dataset.out))
     assert sources == {
         str(n): Source(str(tar), tar.stat().st_size) for n, tar in enumerate(sorted(dataset.data.iterdir()))
     }
-    for number, place in enumerate(places[:30]):
-        tar = Path(sources[manifest.shards[place["shard"]].name].path).read_bytes()
-        assert tar[place["offset"] :][: place["bytes"]] == jpeg(number, 32, 32)
-        assert (place["index"], place["width"], place["height"], place["pad"]) == (number, 32, 32, 0)
+    for number, span in enumerate(spans[:30]):
+        tar = Path(sources[manifest.shards[span["shard"]].name].path).read_bytes()
+        assert tar[span["offset"] :][: span["bytes"]] == jpeg(number, 32, 32)
+        assert (span["index"], span["width"], span["height"], span["pad"]) == (number, 32, 32, 0)
 
 
 def test_what_cannot_be_read_where_it_lies_is_quarantined_with_a_reason(dataset: Built) -> None:
@@ -96,20 +98,20 @@ def test_the_same_samples_in_the_same_order_as_in_betons(tmp_path: Path, window:
     settings = (*SMALL, "--set", f"build.shuffle_window={window}")
     build(tmp_path / "data", tmp_path / "places", "--no-images", *settings)
     build(tmp_path / "data", tmp_path / "betons", *settings)
-    betons, places = read_manifest(tmp_path / "betons"), read_manifest(tmp_path / "places")
+    betons, indexed = read_manifest(tmp_path / "betons"), read_manifest(tmp_path / "places")
     told = {"bytes", "sha256"}
     assert [part.model_dump(exclude=told) for part in betons.betons] == [
-        part.model_dump(exclude=told) for part in places.places
+        part.model_dump(exclude=told) for part in indexed.image_index
     ]
     for part in betons.betons:
         data = np.fromfile(Layout(tmp_path / "betons").beton_file(part.number), np.uint8)
         metadata = data[beton.METADATA_OFFSET :][: part.samples * beton.METADATA.itemsize].view(beton.METADATA)
-        found = open_places(Layout(tmp_path / "places").place_file(part.number))
+        found = open_image_index(Layout(tmp_path / "places").image_index_file(part.number))
         assert found["index"].tolist() == metadata["index"].tolist()
         for name in ("width", "height"):
             assert found[name].tolist() == metadata["image"][name].tolist()
         assert found["bytes"].tolist() == (metadata["labels_ptr"] - metadata["image"]["data_ptr"]).tolist()
-    indices = all_places(tmp_path / "places")["index"].tolist()
+    indices = all_spans(tmp_path / "places")["index"].tolist()
     assert sorted(indices) == list(range(21)) and (indices == sorted(indices)) == (window == 1)
 
 
@@ -124,7 +126,9 @@ def test_any_number_of_workers_and_resume(dataset: Built, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "missing"])
-def test_verify_finds_damaged_places_and_the_command_mends_them(dataset: Built, tmp_path: Path, damage: str) -> None:
+def test_verify_finds_damaged_index_files_and_the_command_fixes_them(
+    dataset: Built, tmp_path: Path, damage: str
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(dataset.out, out)
     path = out / "places" / "00003.npy"
@@ -161,18 +165,18 @@ def test_verify_looks_for_the_tars(dataset: Built, tmp_path: Path) -> None:
     assert "sources.json cannot be read" in preprocess("verify", out).out
 
 
-def test_places_can_be_appended(dataset: Built, tmp_path: Path) -> None:
+def test_an_image_index_can_be_appended(dataset: Built, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(dataset.out, out)
     write_tar(tmp_path / "more" / "3.tar", healthy(4, 200))
-    before = all_places(out)
+    before = all_spans(out)
     assert preprocess("append", out, tmp_path / "more", "--workers", 1).code == 0
-    after = all_places(out)
+    after = all_spans(out)
     assert after[: len(before)].tolist() == before.tolist() and after[len(before) :]["shard"].tolist() == [3] * 4
     assert list(read_sources(Layout(out))) == ["0", "1", "2", "3"] and preprocess("verify", out).code == 0
 
 
-def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
+def test_what_has_no_offset_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("path,caption\nimage.jpg,a cat\n")
     told = refused([tmp_path / "pairs.csv"], tmp_path / "out", "--no-images")
     assert (
@@ -189,9 +193,9 @@ def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
 def test_a_file_of_another_form_is_told(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(3))
     with pytest.raises(UserError, match=r"a\.npy holds float64 \[3\], or is cut"):
-        open_places(tmp_path / "a.npy")
-    np.save(tmp_path / "b.npy", np.zeros(3, PLACE))
+        open_image_index(tmp_path / "a.npy")
+    np.save(tmp_path / "b.npy", np.zeros(3, IMAGE_SPAN))
     with open(tmp_path / "b.npy", "ab") as file:
         file.write(b"more")
     with pytest.raises(UserError, match="or is cut"):
-        open_places(tmp_path / "b.npy")
+        open_image_index(tmp_path / "b.npy")
