@@ -270,7 +270,7 @@ def test_the_gradient_of_a_new_loss(tree: Path) -> None:
     script = """
 import torch
 from labels.settings import Loss
-from train.losses.head_loss import HeadLoss
+from train.losses.head import HeadLoss
 x, w, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 3), (9, 3), (9,)))
 ids = torch.tensor([[1, 5, -1], [0, -1, -1], [-1, -1, -1], [2, 3, 8]], dtype=torch.int32)
 y = torch.zeros(4, 9, dtype=torch.float64)

@@ -13,7 +13,7 @@ from torch import nn
 
 from labels.settings import Model
 from labels.storage import UserError
-from train.losses.head_loss import HeadLoss
+from train.losses.head import HeadLoss
 
 # ---- presets: The paper's trunks by short names: which timm model each is, with which arguments, and how its weights begin.
 #

@@ -29,7 +29,7 @@ from train.data.inputs import ImageInput, synthetic_batches, synthetic_inputs
 from train.data.open import Chosen, data_facts, make_loader, open_data
 from train.distributed import World, distributed_world, spread
 from train.loop import Budget, Inputs, TrainState, run_loop, stop_signals
-from train.losses.head_loss import HeadLoss
+from train.losses.head import HeadLoss
 from train.losses.kinds import check_accumulation
 from train.metrics import Metrics, Speed, make_trackers
 from train.model import Classifier, build_trunk, set_up_trunk

@@ -8,7 +8,7 @@ from torch import nn
 from dense_losses import dense_loss
 from labels.manifest import PAD_ID
 from labels.settings import Loss
-from train.losses.head_loss import HeadLoss
+from train.losses.head import HeadLoss
 
 B, W, V, K = 9, 5, 40, 6
 

@@ -11,9 +11,9 @@ from dense_losses import dense_loss
 from labels.manifest import PAD_ID
 from labels.settings import LOSSES, Loss, names_in
 from loss_cases import B, V, assert_near, fused_and_dense, gradients, some_case
-from train.losses import fused as fused_module
+from train.losses import head as head_module
 from train.losses.head import chunks
-from train.losses.head_loss import HeadLoss
+from train.losses.head import HeadLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -138,7 +138,7 @@ def test_soft_margin_is_torchs() -> None:
 
 @every_name
 def test_bf16_autocast_is_as_near_as_the_dense_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_module, "fast_on_cpu", lambda dtype: True)
+    monkeypatch.setattr(head_module, "fast_on_cpu", lambda dtype: True)
     operands, label_ids, idf = some_case(8, rows=24, classes=2_000, limit=8, width=32)
     operands = (operands[0], operands[1] / 8, operands[2])
     settings = Loss(name=name, memory=40_000)
@@ -155,7 +155,7 @@ def test_bf16_autocast_is_as_near_as_the_dense_form(name: str, monkeypatch: pyte
 
 
 def test_bf16_on_a_cpu_without_it_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_module, "fast_on_cpu", lambda dtype: False)
+    monkeypatch.setattr(head_module, "fast_on_cpu", lambda dtype: False)
     with torch.autocast("cpu", torch.bfloat16):
         found, exact = fused_and_dense(Loss(), *some_case(0))
     assert_near(found, exact)

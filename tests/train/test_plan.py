@@ -140,7 +140,7 @@ def test_the_heads_messages_whole_and_split(asked: str, batch: int, split: bool)
 def test_more_ranks_than_the_classes_are_good_for() -> None:
     settings = load_pipeline(overrides=["train.loss.split_vocabulary=true"]).train
     assert splits_vocabulary(49_408, 768, settings, 256, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"of 49,408 classes in parts of 97 some of the 512 ranks get none"):
+    with pytest.raises(UserError, match=r"49,408 classes in parts of 97 leave some of the 512 ranks without"):
         splits_vocabulary(49_408, 768, settings, 512, torch.device("cpu"))
     by_itself = load_pipeline(overrides=["train.loss.split_vocabulary=auto"]).train
     assert not splits_vocabulary(49_408, 768, by_itself, 512, torch.device("cpu"))

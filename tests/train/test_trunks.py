@@ -10,7 +10,7 @@ from torch import nn
 from labels.settings import Loss, Model, Optimizer
 from labels.storage import UserError
 from train.costs import model_costs
-from train.losses.head_loss import HeadLoss
+from train.losses.head import HeadLoss
 from train.model import Classifier, build_trunk, set_up_trunk
 from train.optim import by_decay, make_optimizer
 

@@ -22,7 +22,7 @@ from train.evals.data.sets import DataSet, load_pair
 from train.evals.features import Extractor
 from train.evals.kinds.zeroshot import TokenLogits, Zeroshot, class_names, class_scores, class_targets, templates
 from train.evals.measure import run_protocol
-from train.losses.head_loss import HeadLoss
+from train.losses.head import HeadLoss
 from train.trainer import train_run
 
 CONFIG = [

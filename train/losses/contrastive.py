@@ -1,14 +1,11 @@
-"""CLIP's loss over the batch of all ranks (arXiv 2103.00020; open_clip/loss.py, ClipLoss with local_loss and
-gather_with_grad).
+"""CLIP's loss over the batch of all ranks (arXiv 2103.00020): open_clip's, with local_loss and gather_with_grad.
 
     logits = scale * images texts'      rows and columns: the pairs of all ranks
-    loss   = (mean of the rows' cross-entropy against the diagonal + the same of the columns) / 2
+    loss   = (mean cross-entropy of the rows against the diagonal + the same of the columns) / 2
 
 Each rank computes the rows of its own images and the columns of its own texts, so that no rank holds all logits;
-gathered features carry gradients back to the rank that they came from. The mean of the ranks' losses is the loss of the
-whole batch, and so are the gradients that DDP and FSDP average.
-
-B pairs of this rank, G of all ranks, D width of the common space.
+gathered features return their gradients to the rank that they come from. The mean of the ranks' losses is the loss of
+the whole batch, and so are the gradients that DDP and FSDP average. B pairs of this rank, G of all ranks, D width.
 """
 
 from typing import Any
@@ -24,26 +21,18 @@ from train.losses.distributed import ranks, sum_over
 def contrastive_loss(
     images: Tensor, texts: Tensor, valid: Tensor, scale: Tensor, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """This rank's part of the loss, a scalar; the mean over ranks is the loss.
+    """This rank's part of the loss, a scalar (0 without valid pairs), from unit vectors [B, D], pair by pair.
 
-    Args:
-        images, texts: unit vectors [B, D], pair by pair.
-        valid: bool [B]. A sample that is no pair (a damaged image, a caption without tokens) has no loss and is
-            nobody's negative.
-        scale: of the cosines, a scalar.
-        group: the ranks; None: this one alone.
-
-    Returns:
-        0 where no pair is valid.
+    A sample with `valid`, bool [B], False (damaged image, caption without tokens) has no loss and is no negative.
     """
     images, texts = images.float(), texts.float()  # logits up to 100: half precision would round cosines to 0.01
     all_images, all_texts = gather(images, group), gather(texts, group)
-    wrong = ~gather(valid.to(torch.uint8), group).bool()  # [G]
+    invalid = ~gather(valid.to(torch.uint8), group).bool()  # [G]
     rank = 0 if group is None else dist.get_rank(group)
     own = torch.arange(len(images), device=images.device) + rank * len(images)
     total = torch.zeros((), device=images.device)
     for mine, others in ((images, all_texts), (texts, all_images)):
-        logits = (scale * mine @ others.T).masked_fill(wrong, float("-inf"))  # [B, G]
+        logits = (scale * mine @ others.T).masked_fill(invalid, float("-inf"))  # [B, G]
         each = functional.cross_entropy(logits.masked_fill(~valid[:, None], 0.0), own, reduction="none")
         total = total + (each * valid).sum() / 2
     pairs = sum_over(valid.sum().float(), group)
@@ -51,12 +40,12 @@ def contrastive_loss(
 
 
 def gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[B, ...] of every rank as one [G, ...], in the order of ranks; its gradient goes back to all of them."""
+    """[B, ...] of every rank as one [G, ...], in the order of the ranks; gradients return to all ranks."""
     return tensor if group is None else _Gather.apply(tensor, group)  # type: ignore[return-value]
 
 
 class _Gather(torch.autograd.Function):
-    """torch.distributed.nn.all_gather, which is deprecated: the sum of all ranks' gradients, this rank's part of it."""
+    """torch.distributed.nn.all_gather, which is deprecated; the gradient is this rank's part of all ranks' sum."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -68,5 +57,5 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         gradient = sum_over(gradient.contiguous().clone(), ctx.group)
-        begin = dist.get_rank(ctx.group) * ctx.count
-        return gradient[begin : begin + ctx.count], None
+        start = dist.get_rank(ctx.group) * ctx.count
+        return gradient[start : start + ctx.count], None

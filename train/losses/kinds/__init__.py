@@ -1,14 +1,11 @@
-"""One file a loss, by the name that `train.loss.name` has for it; a new file is a new loss. What it holds:
+"""One file per loss, named like its value of `train.loss.name`; a new file is a new loss. It defines
 
-    def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor
+    def batch_loss(settings: Loss, head: Head, labels: Positives) -> Tensor
 
-The loss of a batch, scalar, computed with its gradients, which it adds to the head's: `head.mean(rows, labels)` does
-both for a loss of rows (head.RowLoss; classwise.Classwise where every class is taken by itself). Of a split head it is
-this rank's part of a sum; `head.group` are then the ranks that hold the other classes of the same samples. `settings`
-is `train.loss`. And, each only where it is so:
-
-    WHOLE_BATCH = True     it compares the samples of a batch: gradient accumulation, which never has them together, is refused
-    DISTRIBUTION = True    the softmax of the logits is what is learnt, for `train predict`; else it is the sigmoid of each
+the scalar loss of a batch (of a split head: this rank's part of a sum), whose gradients it adds to the head's:
+`head.mean(row_loss, labels)` does both, with a RowLoss or Classwise of train/losses/head.py. Optional constants:
+    WHOLE_BATCH = True     compares the samples of a batch: gradient accumulation is refused
+    DISTRIBUTION = True    learns the softmax of the logits, for `train predict`; otherwise the sigmoid of each
 """
 
 from importlib import import_module
@@ -19,18 +16,17 @@ from labels.storage import UserError
 
 
 def kind(name: str) -> ModuleType:
-    """The loss of that name, which the configuration has found to be there."""
+    """The file of the loss `name`, which the configuration has checked."""
     return import_module(f"{LOSSES}.{name}")
 
 
 def check_accumulation(settings: Train) -> None:
-    """Raises:
-    UserError: the loss compares all samples of a batch, of which gradient accumulation sees only a part at a time.
-    """
-    if settings.runtime.accumulation > 1 and getattr(kind(settings.loss.name), "WHOLE_BATCH", False):
+    """Raises UserError if the loss compares all samples of a batch, and gradient accumulation splits the batch."""
+    parts, name = settings.runtime.accumulation, settings.loss.name
+    if parts > 1 and getattr(kind(name), "WHOLE_BATCH", False):
         raise UserError(
-            f"train.loss.name is {settings.loss.name}, which compares all samples of a batch, and train.runtime.accumulation "
-            f"{settings.runtime.accumulation} never has them together",
+            f"train.loss.name is {name}, which compares all samples of a batch, but train.runtime.accumulation {parts} "
+            "splits the batch",
             allowed="1",
             fix="set train.runtime.accumulation=1",
         )

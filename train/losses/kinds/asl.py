@@ -1,10 +1,11 @@
 """The asymmetric loss (Ridnik et al., ICCV 2021), summed over the classes. R rows, V vocabulary, K label limit.
 
-With p = s(x), q = min(1 - p + clip, 1): -(1 - p)^gp log p for a label, -(1 - q)^gn log q for any other class;
+With p = s(x), q = min(1 - p + clip, 1): -(1 - p)^gp log p for a label, -(1 - q)^gn log q for any other class, with
 logarithms of at least 1e-8. The gradient is that of the whole formula, powers included.
 """
 
 import torch
+from torch import Tensor
 
 from labels.settings import Loss
 from train.losses.head import Classwise, Head, Positives
@@ -12,21 +13,18 @@ from train.losses.head import Classwise, Head, Positives
 _EPS = 1e-8
 
 
-def batch_loss(settings: Loss, head: Head, labels: Positives) -> torch.Tensor:
-    """See train/losses/kinds/__init__.py."""
+def batch_loss(settings: Loss, head: Head, labels: Positives) -> Tensor:
     return head.mean(_asymmetric(settings.gamma_negative, settings.gamma_positive, settings.clip), labels)
 
 
 def _asymmetric(gamma_negative: float, gamma_positive: float, clip: float) -> Classwise:
-    """The two parts: see Classwise."""
-
-    def negative(x: torch.Tensor, gradient: bool) -> torch.Tensor:
+    def negative(x: Tensor, gradient: bool) -> Tensor:
         other = torch.neg(x).sigmoid_()  # 1 - p, exact also where p is nearly 1
         p = x.sigmoid_()
         q = (other + clip).clamp_(max=1.0)
         rest = (p - clip).clamp_(min=0.0)  # 1 - q, exact also where q is nearly 1
         inside = None
-        if clip <= _EPS:  # else q is at least clip
+        if clip <= _EPS:  # otherwise q is at least clip
             inside = q > _EPS
             q.clamp_(min=_EPS)
         log_q = q.log()
@@ -42,7 +40,7 @@ def _asymmetric(gamma_negative: float, gamma_positive: float, clip: float) -> Cl
             x.mul_(other).mul_(slope)  # d p / d x = p (1 - p)
         return losses
 
-    def positive(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def positive(x: Tensor) -> tuple[Tensor, Tensor]:
         p, other = torch.sigmoid(x), torch.sigmoid(-x)
         log_p, power = p.clamp(min=_EPS).log(), other.pow(gamma_positive)
         return -power * log_p, power * (gamma_positive * p * log_p - (p > _EPS) * other)
