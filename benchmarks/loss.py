@@ -27,8 +27,7 @@ import torch
 from torch.nn import functional
 
 from labels.settings import Loss
-from train.losses.head import fast_on_cpu
-from train.losses.head import HeadLoss
+from train.losses.head import HeadLoss, fast_on_cpu
 
 V, W, K = 49_408, 768, 75
 LOSSES = ["softmax", "bce", "asl", "soft_margin", "two_way"]

@@ -12,8 +12,7 @@ from labels.manifest import PAD_ID
 from labels.settings import LOSSES, Loss, names_in
 from loss_cases import B, V, assert_near, fused_and_dense, gradients, some_case
 from train.losses import head as head_module
-from train.losses.head import chunks
-from train.losses.head import HeadLoss
+from train.losses.head import HeadLoss, chunks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
