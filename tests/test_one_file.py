@@ -95,14 +95,13 @@ def make(settings: Labels) -> Letters | None:
 
 CENTROID = '''"""The class whose mean is nearest.
 
-Of the second paragraph nothing is told.
+The second paragraph is not shown.
 """
 
 import torch
 
-from labels.config import own_section
 from labels.settings import Section, Seeds
-from train.evals.protocol import Score, accuracies
+from train.evals.protocol import Evaluation, Score, accuracies
 
 
 class Settings(Section):
@@ -110,20 +109,11 @@ class Settings(Section):
     seeds: Seeds = [0]
 
 
-class Centroid:
-    name, takes = "centroid", "classes"
-
-    def settings(self, pipeline) -> Settings:
-        return own_section(pipeline, self.name, Settings)
+class Centroid(Evaluation):
+    name, takes, section = "centroid", "classes", Settings
 
     def describe(self, settings: Settings) -> str:
         return f"nearest mean, power {settings.power}"
-
-    def check(self, data, settings: Settings) -> None:
-        pass
-
-    def unfit(self, encoder) -> str | None:
-        return None
 
     def scores(self, encoder, data, settings: Settings, extract, seeds) -> list[Score]:
         train_x, test_x = (torch.from_numpy(extract(encoder, part)) for part in (data.train, data.test))

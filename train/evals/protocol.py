@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
+from labels.config import own_section
 from labels.settings import EVALUATORS, Pipeline, Section, names_in
 from train.encoders.encoder import Encoder
 from train.evals.features import Extractor
@@ -55,40 +56,33 @@ class Score:
     standard_error: float | None = None
 
 
-class Evaluation(Protocol):
-    """A protocol by name. The test part gives the last figure alone: nothing is chosen by it.
+class Evaluation:
+    """Base of the evaluators. The test part is used for the final figure only: nothing is chosen by it."""
 
-    takes: `classes` (a DataSet) or `captions` (a CaptionSet).
-    """
+    name: str  # of its file, its command and its section of the configuration
+    takes: Literal["classes", "captions"]  # `data` is a DataSet or a CaptionSet
+    section: type[Section]  # the keys of the section, with `seeds` among them
 
-    name: str
-    takes: str
-
-    def settings(self, pipeline: Pipeline) -> Section:
-        """Its section of the configuration, which has `seeds`."""
-        ...
+    def settings(self, pipeline: Pipeline) -> Any:
+        """Its section of the configuration, an instance of `section`."""
+        return own_section(pipeline, self.name, self.section)
 
     def describe(self, settings: Any) -> str:
-        """What it is, in words that a result can be compared by."""
-        ...
+        """What it does, in words by which results can be compared."""
+        raise NotImplementedError
 
     def check(self, data: Any, settings: Any) -> None:
-        """Refuse data that it cannot be run on, before anything expensive.
-
-        Raises:
-            UserError: naming the thing and the fix.
-        """
-        ...
+        """Raise a UserError for data that it cannot be run on, before anything expensive."""
 
     def unfit(self, encoder: Encoder) -> str | None:
-        """Why this encoder cannot be measured so, with what could be done; None if it can."""
-        ...
+        """Why it cannot evaluate this encoder, and what would help; None if it can."""
+        return None
 
     def scores(
         self, encoder: Encoder, data: Any, settings: Any, extract: Extractor, seeds: Sequence[int]
     ) -> list[Score]:
         """Run it. `seeds`: those of the settings, or one of them where the encoder itself is drawn from a seed."""
-        ...
+        raise NotImplementedError
 
 
 @contextmanager

@@ -1,9 +1,6 @@
-"""One file an evaluator, by the name of its command; a new file is a new evaluator. What it holds:
+"""One file per evaluator, named like its command `train NAME`; a new file is a new evaluator.
 
-    EVALUATION: protocol.Evaluation    whose `name` is the file's
-
-Suites find it by that name, and so does `train NAME`. The command has the options that all share, and the first
-paragraph of the file's docstring for its words; one with more options is written in train/evals/commands.py. Keys of
-its own are a `Section` in its file, with `seeds: Seeds` among them, that `labels.config.own_section` fills from the
-configuration's section `NAME`.
+A file defines `EVALUATION`, an instance of a subclass of `train.evals.protocol.Evaluation` whose `name` is the file's
+name and whose `section` has the evaluator's own keys. Suites find it by its name. Its command has the shared options
+and the first paragraph of the file's docstring as help; options of its own are written in train/evals/commands.py.
 """

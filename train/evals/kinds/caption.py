@@ -15,7 +15,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from labels.config import own_section
 from labels.manifest import PAD_ID
 from labels.settings import (
     AdapterOptimizer,
@@ -23,7 +22,6 @@ from labels.settings import (
     Count,
     Log,
     Optimizer,
-    Pipeline,
     Positive,
     Runtime,
     Section,
@@ -49,7 +47,7 @@ from train.evals.captioner import (
 from train.evals.cider import cider_d, ptb_tokens
 from train.evals.data.captions import CaptionSet
 from train.evals.features import TRANSFORM, Extractor
-from train.evals.protocol import Score, work_folder
+from train.evals.protocol import Evaluation, Score, work_folder
 from train.loop import Stopped, stop_signals
 from train.optim import autocast_dtype
 from train.trainer import train_model
@@ -211,15 +209,12 @@ def captions_of(
 _PERCENT = 100
 
 
-class Captioning:
-    """See `Evaluation`. Metrics, checkpoints and all captions lie in the cache's folder `caption`; the same command
+class Captioning(Evaluation):
+    """Metrics, checkpoints and all captions lie in the cache's folder `caption`; the same command
     goes on there.
     """
 
-    name, takes = "caption", "captions"
-
-    def settings(self, pipeline: Pipeline) -> Caption:
-        return own_section(pipeline, self.name, Caption)
+    name, takes, section = "caption", "captions", Caption
 
     def describe(self, settings: Caption) -> str:
         trained = settings.train_decoder or settings.decoder == BUILT_IN
@@ -232,9 +227,6 @@ class Captioning:
         if settings.decoder != BUILT_IN:
             check_folder(Path(settings.decoder))
         _ = data.overlap  # refuses
-
-    def unfit(self, encoder: Encoder) -> str | None:
-        return None
 
     def scores(
         self, encoder: Encoder, data: CaptionSet, settings: Caption, extract: Extractor, seeds: Sequence[int]

@@ -22,8 +22,7 @@ from timm.models._manipulate import group_with_matcher
 from timm.optim import param_groups_layer_decay  # type: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
-from labels.config import own_section
-from labels.settings import Checkpoint, Log, Optimizer, Pipeline, Positive, Runtime, Section, Seeds, Train
+from labels.settings import Checkpoint, Log, Optimizer, Positive, Runtime, Section, Seeds, Train
 from labels.storage import UserError, fingerprint
 from train.data.feeder import rows_of_steps
 from train.distributed import World, distributed_world, repeated_blocks
@@ -32,7 +31,7 @@ from train.encoders.load import load_encoder
 from train.evals.data.images import LabelledImages
 from train.evals.data.sets import DataSet
 from train.evals.features import TRANSFORM, Extractor, Normaliser, decode, decode_crop, decoded_batches
-from train.evals.protocol import Score, accuracies, work_folder
+from train.evals.protocol import Evaluation, Score, accuracies, work_folder
 from train.loop import Stopped, stop_signals
 from train.optim import adamw
 from train.trainer import MakeOptimizer, train_model
@@ -275,13 +274,8 @@ def make_layer_decayed(layer_decay: float) -> MakeOptimizer:
 _SAVE_EVERY_MINUTES = 10.0
 
 
-class FineTune:
-    """See `Evaluation`."""
-
-    name, takes = "finetune", "classes"
-
-    def settings(self, pipeline: Pipeline) -> Finetune:
-        return own_section(pipeline, self.name, Finetune)
+class FineTune(Evaluation):
+    name, takes, section = "finetune", "classes", Finetune
 
     def describe(self, settings: Finetune) -> str:
         mixed = f"mixup {settings.mixup:g}, cutmix {settings.cutmix:g}" if mixes(settings) else "no mixing"

@@ -12,14 +12,13 @@ from timm.optim.lars import Lars
 from torch import Tensor, nn
 from torch.nn import functional
 
-from labels.config import own_section
-from labels.settings import Pipeline, Positive, Section, Seeds
+from labels.settings import Positive, Section, Seeds
 from labels.storage import UserError
 from train.encoders.encoder import Encoder
 from train.evals.data.images import LabelledImages
 from train.evals.data.sets import DataSet
 from train.evals.features import Extractor, decode_crop
-from train.evals.protocol import Score, accuracies, top_k
+from train.evals.protocol import Evaluation, Score, accuracies, top_k
 
 # ---- logistic: Multinomial logistic regression with L2, by L-BFGS in the features' principal axes.
 #
@@ -392,13 +391,8 @@ def majority(train_y: np.ndarray, test_y: np.ndarray, *, classes: int) -> dict[s
     return accuracies(counts.expand(len(test_y), classes), torch.from_numpy(test_y))
 
 
-class LinearProbe:
-    """See `Evaluation`."""
-
-    name, takes = "probe", "classes"
-
-    def settings(self, pipeline: Pipeline) -> Probe:
-        return own_section(pipeline, self.name, Probe)
+class LinearProbe(Evaluation):
+    name, takes, section = "probe", "classes", Probe
 
     def describe(self, settings: Probe) -> str:
         if settings.recipe == "lbfgs":
@@ -415,9 +409,6 @@ class LinearProbe:
             raise UserError(
                 "no class of the training part has two samples", allowed="two or more, one of them to validate on"
             )
-
-    def unfit(self, encoder: Encoder) -> str | None:
-        return None
 
     def scores(
         self, encoder: Encoder, data: DataSet, settings: Probe, extract: Extractor, seeds: Sequence[int]

@@ -17,13 +17,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from labels.config import own_section
-from labels.settings import Pipeline, Positive, Section, Seeds
+from labels.settings import Positive, Section, Seeds
 from labels.storage import UserError
 from train.encoders.encoder import Encoder
 from train.evals.data.captions import CaptionSet
 from train.evals.features import Extractor
-from train.evals.protocol import Score
+from train.evals.protocol import Evaluation, Score
 
 
 class Retrieval(Section):
@@ -65,13 +64,8 @@ def recalls(places: Tensor, k: Sequence[int]) -> dict[str, float | None]:
     return {f"r@{one}": float((places < one).double().mean()) for one in k}
 
 
-class Recall:
-    """See `Evaluation`."""
-
-    name, takes = "retrieval", "captions"
-
-    def settings(self, pipeline: Pipeline) -> Retrieval:
-        return own_section(pipeline, self.name, Retrieval)
+class Recall(Evaluation):
+    name, takes, section = "retrieval", "captions", Retrieval
 
     def describe(self, settings: Retrieval) -> str:
         return f"recall at {', '.join(map(str, settings.k))} by cosine, of captions by images and of images by captions"

@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from labels.config import load_pipeline, own_section
+from labels.config import load_pipeline
 from labels.idf import read_idf
-from labels.settings import Pipeline, Section, Seeds
+from labels.settings import Section, Seeds
 from labels.storage import Layout, UserError, sha256_file
 from train.checkpoint import read_weights
 from train.encoders.encoder import Encoder
@@ -26,7 +26,7 @@ from train.encoders.text import label_texts
 from train.evals.data.images import shorten
 from train.evals.data.sets import DataSet
 from train.evals.features import Extractor
-from train.evals.protocol import Score, accuracies
+from train.evals.protocol import Evaluation, Score, accuracies
 
 # ---- token_logits: `train zeroshot` of an encoder without text tower: the pre-training head's own logits of the tokens of each class' name.
 #
@@ -74,13 +74,8 @@ def class_scores(features: Tensor, head: dict[str, Tensor], targets: Tensor) -> 
     return normed @ weight.T + bias
 
 
-class TokenLogits:
-    """See `Evaluation`."""
-
-    name, takes = "zeroshot", "classes"
-
-    def settings(self, pipeline: Pipeline) -> Zeroshot:
-        return own_section(pipeline, self.name, Zeroshot)
+class TokenLogits(Evaluation):
+    name, takes, section = "zeroshot", "classes", Zeroshot
 
     def describe(self, settings: Zeroshot) -> str:
         names, forms = source_name(settings.classnames), source_name(settings.templates)
