@@ -85,7 +85,7 @@ def test_classes_that_cannot_be_probed(tmp_path: Path, held_out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("members", "told"),
+    ("members", "expected"),
     [
         ([("1.jpg", b"x")], "the sample '1' has no json"),
         (
@@ -101,10 +101,12 @@ def test_classes_that_cannot_be_probed(tmp_path: Path, held_out: Path) -> None:
         (sample("1", "a") + sample("2", "a") + sample("1", "a"), "has the key 't.tar/1' 2 times"),
     ],
 )
-def test_faulty_samples_are_named(tmp_path: Path, held_out: Path, members: list[tuple[str, bytes]], told: str) -> None:
+def test_faulty_samples_are_named(
+    tmp_path: Path, held_out: Path, members: list[tuple[str, bytes]], expected: str
+) -> None:
     write_tar(tmp_path / "train" / "t.tar", members)
     text = refusal(tmp_path / "train", held_out)
-    assert told in text and ("t.tar" in text)
+    assert expected in text and ("t.tar" in text)
 
 
 def test_a_cut_tar_is_never_taken_for_whole(tmp_path: Path, held_out: Path) -> None:
@@ -210,7 +212,7 @@ def test_shards_by_kind_with_cls_members(tmp_path: Path) -> None:
 
 
 def test_data_that_is_named_wrongly(tmp_path: Path) -> None:
-    for spec, told in (
+    for spec, expected in (
         (str(tmp_path), "is no known kind of data"),
         ("mnist:x", "imagenet:DIR, pets:DIR, cars:DIR, folders:DIR, shards:DIR, parquet:DIR"),
         (f"folders:{tmp_path}/gone", "no directory at"),
@@ -220,7 +222,7 @@ def test_data_that_is_named_wrongly(tmp_path: Path) -> None:
         (tmp_path / "train" / "a" / "0.png").write_bytes(encoded())
         with pytest.raises(UserError) as caught:
             load_data(spec)
-        assert told in str(caught.value)
+        assert expected in str(caught.value)
 
 
 def test_random_crops_depend_on_seed_epoch_and_row_alone() -> None:

@@ -1,4 +1,4 @@
-"""Published data sets in the layout they are downloaded in: what is found, and what is told when it is not all there."""
+"""Published data sets in the layout they are downloaded in: what is read, and the errors when it is not all there."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from train.evals.data.sets import CARS, IMAGENET_1K, PETS, Counts, load_data, re
 WNIDS = ("n01440764", "n01443537", "n02085620")
 
 
-def told(call, *arguments) -> str:
+def refusal(call, *arguments) -> str:
     with pytest.raises(UserError) as caught:
         call(*arguments)
     return str(caught.value)
@@ -73,14 +73,14 @@ def test_imagenet_as_kaggle_gives_it(imagenet: Path) -> None:
 def test_imagenet_with_the_devkits_own_numbers(imagenet: Path) -> None:
     devkit = imagenet / "ILSVRC2012_devkit_t12" / "data"
     devkit.mkdir(parents=True)
-    text = told(read_imagenet, imagenet, COUNTS)
+    text = refusal(read_imagenet, imagenet, COUNTS)
     assert (
-        "nothing says which image is of which class: ILSVRC2012_validation_ground_truth.txt is missing" in text
+        "no file gives the classes of its images: ILSVRC2012_validation_ground_truth.txt is missing" in text
         and "devkit" in text
     )
     numbers = [3, 1, 2]  # the devkit numbers classes otherwise than their sorted wnids do
     (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("\n".join(str(numbers[number]) for number in VAL))
-    assert "meta.mat is missing" in told(read_imagenet, imagenet, COUNTS)
+    assert "meta.mat is missing" in refusal(read_imagenet, imagenet, COUNTS)
     synsets = np.array(
         [(number, wnid) for number, wnid in zip(numbers, WNIDS, strict=True)],
         dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "O")],
@@ -88,9 +88,9 @@ def test_imagenet_with_the_devkits_own_numbers(imagenet: Path) -> None:
     savemat(devkit / "meta.mat", {"synsets": synsets})
     assert val_classes(imagenet) == VAL
     (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n2\n")
-    assert "has 2 lines for 4 images" in told(read_imagenet, imagenet, COUNTS)
+    assert "has 2 lines for 4 images" in refusal(read_imagenet, imagenet, COUNTS)
     (devkit / "meta.mat").write_bytes(b"no mat")
-    assert "is not readable as a MATLAB file" in told(read_imagenet, imagenet, COUNTS)
+    assert "is not readable as a MATLAB file" in refusal(read_imagenet, imagenet, COUNTS)
 
 
 def test_counts_of_a_whole_copy(imagenet: Path) -> None:
@@ -102,14 +102,14 @@ def test_counts_of_a_whole_copy(imagenet: Path) -> None:
     (imagenet / "LOC_val_solution.csv").write_text(
         "ImageId,PredictionString\n" + "\n".join(f"ILSVRC2012_val_{index:08d},{WNIDS[0]} 1" for index in range(1, 5))
     )
-    text = told(load_data, f"imagenet:{imagenet}")
+    text = refusal(load_data, f"imagenet:{imagenet}")
     assert (
         "holds 6 training images, 4 test images, 3 classes" in text
         and "1,281,167 training images" in text
         and "folders:DIR" in text
     )
     shutil.rmtree(imagenet / "val")
-    assert "is not ImageNet-1k as it is downloaded" in told(load_data, f"imagenet:{imagenet}")
+    assert "is not ImageNet-1k as it is downloaded" in refusal(load_data, f"imagenet:{imagenet}")
 
 
 @pytest.fixture
@@ -130,19 +130,19 @@ def test_pets(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.classes == ("Abyssinian", "german_shorthaired") and data.names == ("abyssinian", "german shorthaired")
     assert data.train.keys == ["Abyssinian_1.jpg", "german_shorthaired_10.jpg"] and data.test.targets.tolist() == [0, 1]
     shutil.copy(pets / "images" / "Abyssinian_1.jpg", pets / "images" / "Abyssinian_2.jpg")
-    assert load_data(f"pets:{pets}").overlap == 1  # published as it is: told, not refused
+    assert load_data(f"pets:{pets}").overlap == 1  # published as it is: reported, not refused
 
 
 def test_pets_that_are_not_whole(pets: Path) -> None:
     counts = Counts(2, 2, 2)
-    assert "holds 2 training images" in told(read_pets, pets)
+    assert "holds 2 training images" in refusal(read_pets, pets)
     (pets / "images" / "Abyssinian_2.jpg").unlink()
-    assert "Abyssinian_2.jpg is missing, which annotations/test.txt names" in told(read_pets, pets, counts)
+    assert "Abyssinian_2.jpg is missing, which annotations/test.txt names" in refusal(read_pets, pets, counts)
     (pets / "annotations" / "trainval.txt").write_text("Abyssinian_1 1\nBengal_1 1\n")
-    assert "'Bengal_1 1' gives no class, or another than before" in told(read_pets, pets, counts)
+    assert "'Bengal_1 1' gives no class, or another than before" in refusal(read_pets, pets, counts)
     (pets / "annotations" / "test.txt").unlink()
     (pets / "annotations" / "trainval.txt").write_text("Abyssinian_1 1\n")
-    assert "annotations/test.txt is missing" in told(read_pets, pets, counts)
+    assert "annotations/test.txt is missing" in refusal(read_pets, pets, counts)
 
 
 def write_cars(directory: Path) -> Path:
@@ -169,11 +169,11 @@ def test_cars_in_both_forms(tmp_path: Path) -> None:
         write_folders(tmp_path / "kaggle" / "car_data" / "car_data" / part, {"Audi TT": 2, "BMW M3": 1}, start)
     assert read_cars(tmp_path / "kaggle", Counts(3, 3, 2)).classes == ("Audi TT", "BMW M3")
     (tmp_path / "mat" / "cars_train" / "00002.jpg").unlink()
-    assert "00002.jpg is missing, which cars_train_annos.mat names" in told(
+    assert "00002.jpg is missing, which cars_train_annos.mat names" in refusal(
         read_cars, tmp_path / "mat", Counts(3, 3, 2)
     )
     (tmp_path / "mat" / "cars_test_annos_withlabels.mat").unlink()
-    assert "cars_test_annos_withlabels.mat (or the folders train/ and test/) is missing" in told(
+    assert "cars_test_annos_withlabels.mat (or the folders train/ and test/) is missing" in refusal(
         read_cars, tmp_path / "mat"
     )
 
@@ -197,19 +197,19 @@ def test_parquet_as_the_hub_keeps_it(tmp_path: Path) -> None:
     assert data.train.targets.tolist() == [0, 1, 1, 0] and len(set(data.train.keys)) == 4
     assert [place.read() for place in data.train.encoded] == [encoded((shade, 0, 0)) for shade in (1, 2, 3, 4)]
     write_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", [3], [1])
-    assert "1 of 1 test images are training images too" in told(load_data, f"parquet:{tmp_path}")
+    assert "1 of 1 test images are training images too" in refusal(load_data, f"parquet:{tmp_path}")
 
 
 def test_parquet_that_cannot_be_taken(tmp_path: Path) -> None:
     write_parquet(tmp_path / "test.parquet", [9], ["b"], named=False)
-    assert "holds no training rows" in told(load_data, f"parquet:{tmp_path}")
+    assert "holds no training rows" in refusal(load_data, f"parquet:{tmp_path}")
     for labels, expected in (([0, 7], "has the class 7 in row 1"), ([0, None], "has no class in row 1")):
         write_parquet(tmp_path / "train.parquet", [1, 2], labels)
-        assert expected in told(load_data, f"parquet:{tmp_path}")
+        assert expected in refusal(load_data, f"parquet:{tmp_path}")
     pq.write_table(pa.table({"picture": [b"x"], "label": [1]}), tmp_path / "train.parquet")
-    assert "has the columns picture, label" in told(load_data, f"parquet:{tmp_path}")
+    assert "has the columns picture, label" in refusal(load_data, f"parquet:{tmp_path}")
     (tmp_path / "train.parquet").write_bytes(b"PAR1 no more")
-    assert "is not readable as Parquet" in told(load_data, f"parquet:{tmp_path}")
+    assert "is not readable as Parquet" in refusal(load_data, f"parquet:{tmp_path}")
 
 
 def test_coco_captions(tmp_path: Path) -> None:
@@ -229,9 +229,9 @@ def test_coco_captions(tmp_path: Path) -> None:
     assert list(parts) == ["val"] and parts["val"].captions == [["first", "second"], ["only"]]
     assert parts["val"].describe()["captions"] == 3
     (tmp_path / "val2017" / "b.jpg").unlink()
-    assert "1 of 2 images are missing, the first" in told(load_captions, f"coco:{tmp_path}")
+    assert "1 of 2 images are missing, the first" in refusal(load_captions, f"coco:{tmp_path}")
     shutil.rmtree(tmp_path / "annotations")
-    assert "captions_{train,val}{2014,2017}.json is missing" in told(load_captions, f"coco:{tmp_path}")
+    assert "captions_{train,val}{2014,2017}.json is missing" in refusal(load_captions, f"coco:{tmp_path}")
 
 
 @pytest.mark.parametrize("kind", ["coco", "flickr30k"])
@@ -256,5 +256,5 @@ def test_pairs_in_tars(tmp_path: Path) -> None:
     parts = load_captions(f"pairs:{tmp_path}")
     assert parts["test"].captions == [["x"]] and parts["test"].keys == ["0.tar/k"]
     write_tar(tmp_path / "test" / "0.tar", sample("k", "cat")[:2])
-    assert "the sample 'k' has no txt" in told(load_captions, f"pairs:{tmp_path}")
-    assert "coco:DIR, karpathy:DIR, flickr30k:DIR, pairs:DIR" in told(load_captions, "flickr8k:x")
+    assert "the sample 'k' has no txt" in refusal(load_captions, f"pairs:{tmp_path}")
+    assert "coco:DIR, karpathy:DIR, flickr30k:DIR, pairs:DIR" in refusal(load_captions, "flickr8k:x")

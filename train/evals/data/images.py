@@ -1,27 +1,43 @@
-"""What every reader of data gives: places of encoded images, with classes or captions. N samples, C classes."""
+"""Images as they are on disk: found and checked here, decoded later (train/evals/features.py).
+
+    DIR/<class>/**/*.jpg                      folders: the folder's name is the class, the path the key
+    DIR/*.tar or DIR/shards/*.tar             shards: <key>.jpg with <key>.cls or <key>.json ({"class": ...})
+    *.parquet                                 image bytes and classes, as Hugging Face's hub keeps them
+
+Each reader gives `Sample`s: key, class name and an `EncodedImage`, which reads its bytes later. `LabelledImages` and
+`CaptionedImages` are one part (train or test) of a data set. `check_overlap` finds test images in the training part.
+N samples, C classes.
+"""
 
 import hashlib
 import json
 import os
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from labels.storage import UserError, fingerprint, write_json
 
-NAMES_SHOWN = 5
 IMAGE_SUFFIXES = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+_NAMES_SHOWN = 5
+_LAYOUTS = f"DIR/<class>/*.{{{','.join(IMAGE_SUFFIXES)}}}, or DIR/*.tar, or DIR/shards/*.tar"
+_CLASS_FIX = "write the class into each sample's json under the key `class`, or into <key>.cls"
+_SHARD_FIX = "fetch or write this shard again"
 
 
 class EncodedImage(Protocol):
-    """Where the bytes of one image lie. `size_bytes` is their number, or -1 where only reading would tell."""
+    """The bytes of one image on disk. `size_bytes` is -1 where only reading would give the number."""
 
     @property
     def path(self) -> Path: ...
@@ -29,9 +45,7 @@ class EncodedImage(Protocol):
     @property
     def size_bytes(self) -> int: ...
 
-    def read(self) -> bytes:
-        """The encoded image."""
-        ...
+    def read(self) -> bytes: ...
 
 
 class FileSpan(NamedTuple):
@@ -54,161 +68,108 @@ class FileSpan(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One labelled image: `key` is unique in its part."""
+    """One labelled image."""
 
-    key: str
+    key: str  # unique in its part
     label: str
     image: EncodedImage
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images without more: what features are extracted from.
-
-    `fingerprint` is SHA-256 over the sorted (key, class or captions, bytes) of all samples, 16 hex digits: the same for
-    the same data in another place. `modified_ns` is the newest modification time of the files, which tells a cache of
-    changes that the fingerprint cannot see.
-    """
+    """Images without classes: all that feature extraction needs."""
 
     directory: Path
     keys: list[str]
     encoded: Sequence[EncodedImage]
-    fingerprint: str
-    modified_ns: int
+    fingerprint: (
+        str  # SHA-256 of the sorted (key, class or captions, size), 16 hex digits: independent of the directory
+    )
+    modified_ns: int  # newest modification time of the files: changes that the fingerprint cannot see
 
     def __len__(self) -> int:
         return len(self.encoded)
 
     def describe(self) -> dict[str, Any]:
-        """What a result JSON says of the data."""
+        """The part's entry in a result JSON."""
         return {"directory": str(self.directory), "samples": len(self), "fingerprint": self.fingerprint}
 
 
 @dataclass(frozen=True)
 class LabelledImages(Images):
-    """One part (train or test) of a data set. `targets` is int64 [N] with values in [0, C), numbering `classes`."""
+    """One part of a data set with classes."""
 
-    targets: np.ndarray
+    targets: np.ndarray  # int64 [N], in [0, C)
     classes: tuple[str, ...]
 
     @classmethod
     def of(cls, directory: Path, samples: Sequence[Sample], classes: tuple[str, ...]) -> Self:
-        """Number the classes and take the fingerprint.
-
-        Raises:
-            UserError: a key comes twice.
-        """
-        check_keys(directory, [sample.key for sample in samples])
+        """Number the classes and check that no key comes twice."""
         number = {name: index for index, name in enumerate(classes)}
-        return cls(
-            directory=directory,
-            keys=[sample.key for sample in samples],
-            encoded=[sample.image for sample in samples],
-            fingerprint=fingerprint_rows([sample.key, sample.label, sample.image.size_bytes] for sample in samples),
-            modified_ns=newest(sample.image for sample in samples),
-            targets=np.array([number[sample.label] for sample in samples], dtype=np.int64),
-            classes=classes,
-        )
+        targets = np.array([number[sample.label] for sample in samples], dtype=np.int64)
+        return cls(**_image_fields(directory, samples), targets=targets, classes=classes)
 
     def describe(self) -> dict[str, Any]:
-        """Directory, samples, samples per class, fingerprint."""
-        counts = np.bincount(self.targets, minlength=len(self.classes))
-        return super().describe() | {
-            "samples_per_class": {name: int(count) for name, count in zip(self.classes, counts, strict=True)}
-        }
+        """As for `Images`, with the samples per class."""
+        counts = np.bincount(self.targets, minlength=len(self.classes)).tolist()
+        return super().describe() | {"samples_per_class": dict(zip(self.classes, counts, strict=True))}
 
 
 @dataclass(frozen=True)
 class CaptionedImages(Images):
-    """One part of a captioned data set: `captions[i]` are the captions of image i, one or more, in the file's order."""
+    """One part of a captioned data set."""
 
-    captions: list[list[str]]
+    captions: list[list[str]]  # one or more for each image, in the file's order
 
     @classmethod
-    def of(cls, directory: Path, samples: Sequence[tuple[str, EncodedImage, list[str]]]) -> Self:
-        """From (key, place, captions) of every image.
-
-        Raises:
-            UserError: a key comes twice.
-        """
-        check_keys(directory, [key for key, _, _ in samples])
-        return cls(
-            directory=directory,
-            keys=[key for key, _, _ in samples],
-            encoded=[place for _, place, _ in samples],
-            fingerprint=fingerprint_rows([key, captions, place.size_bytes] for key, place, captions in samples),
-            modified_ns=newest(place for _, place, _ in samples),
-            captions=[captions for _, _, captions in samples],
-        )
+    def of(cls, directory: Path, samples: Sequence[tuple[str, list[str], EncodedImage]]) -> Self:
+        """From (key, captions, image); checks that no key comes twice."""
+        return cls(**_image_fields(directory, samples), captions=[captions for _, captions, _ in samples])
 
     def describe(self) -> dict[str, Any]:
-        """Directory, samples, captions, fingerprint."""
+        """As for `Images`, with the number of captions."""
         return super().describe() | {"captions": sum(map(len, self.captions))}
 
 
-def check_keys(directory: Path, keys: Sequence[str]) -> None:
-    """Raises:
-    UserError: a key comes twice.
-    """
-    key, count = Counter(keys).most_common(1)[0] if keys else ("", 0)
+def _image_fields(directory: Path, samples: Sequence[tuple[str, Any, EncodedImage]]) -> dict[str, Any]:
+    """The fields of `Images` from (key, class or captions, image)."""
+    key, count = Counter(key for key, _, _ in samples).most_common(1)[0]
     if count > 1:
         raise UserError(f"{directory} has the key {key!r} {count} times", allowed="each key once, its members adjacent")
-
-
-def fingerprint_rows(rows: Iterable[list[Any]]) -> str:
-    """SHA-256 over the rows as sorted lines of JSON, 16 hex digits."""
-    return hashlib.sha256("\n".join(sorted(map(json.dumps, rows))).encode()).hexdigest()[:16]
-
-
-def newest(places: Iterable[EncodedImage]) -> int:
-    """The newest modification time of the places' files, ns."""
-    return max(path.stat().st_mtime_ns for path in {place.path for place in places})
+    rows = sorted(json.dumps([key, content, image.size_bytes]) for key, content, image in samples)
+    return {
+        "directory": directory,
+        "keys": [key for key, _, _ in samples],
+        "encoded": [image for _, _, image in samples],
+        "fingerprint": hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16],
+        "modified_ns": max(path.stat().st_mtime_ns for path in {image.path for _, _, image in samples}),
+    }
 
 
 def class_order(labels: Iterable[str]) -> tuple[str, ...]:
     """Class names in the order of their numbers: whole numbers first, by value, then names by code point."""
-    return tuple(
-        sorted(set(labels), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
-    )
-
-
-def suffix(name: str) -> str:
-    """`a.B.JPG` -> `jpg`."""
-    return name.rpartition(".")[2].lower()
+    key = lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)  # noqa: E731
+    return tuple(sorted(set(labels), key=key))
 
 
 def shorten(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
-    rest = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-# ---- listing: Every labelled image below one folder: folders by class, or webdataset shards with the class in each sample.
-#
-# DIR/<class>/**/*.jpg                      folders: the folder's name is the class, the path the key
-# DIR/*.tar or DIR/shards/*.tar             shards: <key>.jpg with <key>.cls or <key>.json ({"class": ...}), members of a key adjacent
-
-
-_LAYOUTS = "folders by class (DIR/<class>/*.jpg), or shards (DIR/*.tar or DIR/shards/*.tar)"
-_CLASS_MEND = "write the class into each sample's json under the key `class`, or into <key>.cls"
+# Folders by class, and shards
 
 
 def list_samples(directory: Path) -> list[Sample]:
-    """Every labelled image below `directory`, in sorted order, whichever of the two layouts it has.
-
-    Raises:
-        UserError: the directory is missing or empty, a sample has no class or no image, a tar is damaged.
-    """
+    """Every labelled image below `directory`, in sorted order, whichever of the two layouts it has."""
     if not directory.is_dir():
         raise UserError(f"no directory at {directory}", allowed=_LAYOUTS, fix="fix the path of the data")
     tars = list_tars(directory)
     samples = [sample for tar in tars for sample in _shard_samples(tar)] if tars else list_folders(directory)
     if not samples:
-        raise UserError(
-            f"{directory} holds no labelled image",
-            allowed=f"DIR/<class>/*.{{{','.join(IMAGE_SUFFIXES)}}}, or DIR/*.tar, or DIR/shards/*.tar",
-            fix="fix the path of the data; images directly in DIR have no class",
-        )
+        fix = "fix the path of the data; images directly in DIR have no class"
+        raise UserError(f"{directory} holds no labelled image", allowed=_LAYOUTS, fix=fix)
     return samples
 
 
@@ -218,30 +179,24 @@ def list_tars(directory: Path) -> list[Path]:
 
 
 def list_folders(directory: Path) -> list[Sample]:
-    """Samples of DIR/<class>/**/*.jpg; hidden folders and files are passed over."""
-    found = []
-    for folder in sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        for file in list_images(folder):
-            found.append(Sample(file.relative_to(directory).as_posix(), folder.name, FileSpan.of_file(file)))
-    return found
+    """Samples of DIR/<class>/**/*.jpg, without hidden folders and files."""
+    return [
+        Sample(file.relative_to(directory).as_posix(), folder.name, FileSpan.of_file(file))
+        for folder in sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
+        for file in list_images(folder)
+    ]
 
 
 def list_images(folder: Path) -> list[Path]:
     """Image files anywhere below `folder`, sorted."""
-    files = sorted(folder.rglob("*"))
-    return [
-        file
-        for file in files
-        if suffix(file.name) in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-    ]
+    files = (file for file in sorted(folder.rglob("*")) if file.suffix[1:].lower() in IMAGE_SUFFIXES)
+    return [file for file in files if not file.name.startswith(".") and file.is_file()]
 
 
 def tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, str, dict[str, tarfile.TarInfo]]]:
-    """The samples of one tar, in its order: the open tar, key, members by ending. Before a basename's first dot is the
-    key.
+    """The samples of one tar, in order: the open tar, key, members by ending. The key ends at a basename's first dot.
 
-    Raises:
-        UserError: the tar is damaged or cut, at whatever place.
+    Raises UserError wherever the tar is damaged or cut.
     """
     try:
         with tarfile.open(path, "r:") as tar:
@@ -252,20 +207,15 @@ def tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, str, dict[str, ta
                 for member in group:
                     ending = _split_key(member.name)[1]
                     if fields.setdefault(ending, member) is not member:
-                        raise UserError(
-                            f"{path}: the sample {key!r} has two members .{ending}", allowed="one of each ending"
-                        )
+                        problem = f"{path}: the sample {key!r} has two members .{ending}"
+                        raise UserError(problem, allowed="one of each ending")
                 yield tar, key, fields
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read to its end: {error}", fix="fetch or write this shard again") from None
+        raise UserError(f"{path} cannot be read to its end: {error}", fix=_SHARD_FIX) from None
 
 
 def image_member(path: Path, key: str, fields: dict[str, tarfile.TarInfo]) -> FileSpan:
-    """The place of a sample's one image.
-
-    Raises:
-        UserError: it has none, or several.
-    """
+    """The one image among the members of a sample."""
     images = [member for ending, member in fields.items() if ending in IMAGE_SUFFIXES]
     if len(images) != 1:
         raise UserError(
@@ -282,41 +232,39 @@ def _shard_samples(path: Path) -> Iterator[Sample]:
 
 
 def _check_end(tar: tarfile.TarFile, path: Path) -> None:
-    """A tar ends with blocks of zeros. Without them it was cut between two members, which tarfile passes over."""
+    """A tar ends with blocks of zeros. tarfile does not notice when it was cut between two members."""
     with open(path, "rb") as file:
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise UserError(
-                f"{path} is cut or damaged at byte {tar.offset:,}: no end-of-archive block there",
-                allowed="a whole tar",
-                fix="fetch or write this shard again",
-            )
+            problem = f"{path} is cut or damaged at byte {tar.offset:,}: no end-of-archive block there"
+            raise UserError(problem, allowed="a whole tar", fix=_SHARD_FIX)
 
 
 def _class_of(tar: tarfile.TarFile, path: Path, key: str, fields: dict[str, tarfile.TarInfo]) -> str:
-    """The class name: the text of <key>.cls, or of `class` in <key>.json: a string, or a whole number taken as its
-    digits.
-    """
+    """The text of <key>.cls, or `class` in <key>.json: a string, or a whole number as its digits."""
     where = f"{path}: the sample {key!r}"
     member = fields.get("cls") or fields.get("json")
     file = tar.extractfile(member) if member else None
     if file is None:
-        raise UserError(
-            f"{where} has no json", allowed='<key>.json with {"class": "name"}, or <key>.cls', fix=_CLASS_MEND
-        )
+        allowed = '<key>.json with {"class": "name"}, or <key>.cls'
+        raise UserError(f"{where} has no json", allowed=allowed, fix=_CLASS_FIX)
     try:
         content = {"class": file.read().decode().strip()} if "cls" in fields else json.loads(file.read())
     except ValueError as error:  # both JSON and UTF-8 faults
-        raise UserError(f"{where} has a json that cannot be read: {error}", fix=_CLASS_MEND) from None
+        raise UserError(f"{where} has a json that cannot be read: {error}", fix=_CLASS_FIX) from None
     label = content.get("class") if isinstance(content, dict) else None
-    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+    if not _is_class(label):
         keys = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise UserError(
             f"{where} has no class in its json: `class` is {label!r}, the json holds {keys}",
             allowed="a key `class` with a name or a whole number",
-            fix=_CLASS_MEND,
+            fix=_CLASS_FIX,
         )
     return str(label)
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
 
 
 def _split_key(name: str) -> tuple[str, str]:
@@ -326,80 +274,153 @@ def _split_key(name: str) -> tuple[str, str]:
     return folder + slash + key, ending.lower()
 
 
-# ---- overlap: Test images that the training part holds too, found by their bytes, whatever they are called.
-#
-# Only images whose size stands in both parts are read; where sizes are unknown (Parquet), all are. The finding is kept
-# in a cache.
+# Parquet: an image column, binary or struct<bytes: binary, ...>, and a class column, text or whole numbers, which the
+# file's own `huggingface` metadata may name
+
+_IMAGE_COLUMNS, _CLASS_COLUMNS = ("image", "img", "jpg"), ("label", "class", "fine_label")
+_GROUPS_HELD = 4  # row groups of encoded images in memory: threads read neighbouring rows
+_reading = threading.Lock()
+
+
+class ParquetCell(NamedTuple):
+    """Row `row` of a row group; `column` is the leaf that holds the bytes, e.g. `image.bytes`."""
+
+    path: Path
+    group: int
+    row: int
+    column: str
+
+    @property
+    def size_bytes(self) -> int:
+        """Unknown before it is read."""
+        return -1
+
+    def read(self) -> bytes:
+        """The encoded image."""
+        with _reading:  # else all threads would read the same new group
+            values = _read_group(self.path, self.path.stat().st_mtime_ns, self.group, self.column)
+        return values[self.row].as_py() or b""
+
+
+@lru_cache(_GROUPS_HELD)
+def _read_group(path: Path, modified_ns: int, group: int, column: str) -> pa.ChunkedArray:
+    with pq.ParquetFile(path) as file:
+        values = file.read_row_group(group, columns=[column]).column(0)
+    return pa.chunked_array([chunk.field("bytes") for chunk in values.chunks]) if "." in column else values
+
+
+def list_parquet(files: list[Path]) -> tuple[list[Sample], tuple[str, ...] | None]:
+    """Every labelled image of Parquet files of one schema, and the classes in order if the files name them.
+
+    Only the class column is read.
+    """
+    samples: list[Sample] = []
+    names: tuple[str, ...] | None = None
+    for path in files:
+        try:
+            with pq.ParquetFile(path) as file:
+                schema = file.schema_arrow
+                image, label = _columns(path, schema)
+                names = _class_names(schema, label) or names
+                for group in range(file.num_row_groups):
+                    for row, value in enumerate(file.read_row_group(group, columns=[label]).column(0).to_pylist()):
+                        name, cell = _class_name(path, row, value, names), ParquetCell(path, group, row, image)
+                        samples.append(Sample(f"{path.name}/{len(samples)}", name, cell))
+        except (pa.ArrowException, OSError) as error:
+            fix = "fetch or write this file again"
+            raise UserError(f"{path} is not readable as Parquet: {error}", fix=fix) from None
+    return samples, names
+
+
+def _columns(path: Path, schema: pa.Schema) -> tuple[str, str]:
+    """The leaf of the image bytes, and the class column."""
+    image = next((name for name in _IMAGE_COLUMNS if name in schema.names), None)
+    label = next((name for name in _CLASS_COLUMNS if name in schema.names), None)
+    if image is None or label is None:
+        raise UserError(
+            f"{path} has the columns {', '.join(schema.names)}",
+            allowed=f"an image column ({', '.join(_IMAGE_COLUMNS)}) and a class column ({', '.join(_CLASS_COLUMNS)})",
+            fix="rename the columns",
+        )
+    kind = schema.field(image).type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return f"{image}.bytes", label
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise UserError(f"{path}: the column {image} is of type {kind}", allowed="binary, or a struct with `bytes`")
+    return image, label
+
+
+def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
+    """The names that Hugging Face's metadata gives to the numbers of a class column."""
+    try:
+        features: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return tuple(map(str, features[label]["names"]))
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def _class_name(path: Path, row: int, value: Any, names: tuple[str, ...] | None) -> str:
+    if isinstance(value, int) and names is not None:
+        if 0 <= value < len(names):
+            return names[value]
+        allowed = f"0 to {len(names) - 1}, which the file names"
+        raise UserError(f"{path} has the class {value} in row {row}", allowed=allowed)
+    if not _is_class(value):
+        raise UserError(f"{path} has no class in row {row}: {value!r}", allowed="a name or a whole number")
+    return str(value)
+
+
+# Test images that are also in the training part, found by their bytes, whatever their names: an error in the user's own
+# data; only reported in published data, which keep them.
 
 
 class Overlap(NamedTuple):
-    """How many test images the training part holds too, and the first of them: its key there, and in the training part."""
+    """The number of test images that are also in the training part, and both keys of the first."""
 
     images: int
     test_key: str
     train_key: str
 
 
-def find_overlap(train: Images, test: Images, cache: Path | None = None) -> Overlap:
-    """Compare two parts by the SHA-256 of their images' bytes.
-
-    Args:
-        cache: a folder that keeps the finding under the fingerprints and times of both parts.
-    """
-    key = fingerprint([part.fingerprint + str(part.modified_ns) for part in (train, test)])
-    file = cache / f"overlap-{key}.json" if cache else None
-    if file and file.is_file():
-        return Overlap(**json.loads(file.read_bytes()))
-    train_rows, test_rows = _same_sizes(train.encoded, test.encoded)
-    digests = dict(zip(_digests(train, train_rows), train_rows, strict=True))
-    twins = [
-        (row, digests[digest])
-        for row, digest in zip(test_rows, _digests(test, test_rows), strict=True)
-        if digest in digests
-    ]
-    first = (test.keys[twins[0][0]], train.keys[twins[0][1]]) if twins else ("", "")
-    found = Overlap(len(twins), *first)
-    if file:
-        write_json(file, found._asdict())
-    return found
-
-
 def check_overlap(name: str, train: Images, test: Images, cache: Path | None, *, published: bool) -> int:
-    """How many test images the training part holds too: told where the data are published so, refused elsewhere.
+    """How many test images of the data set `name` are also in the training part; an error unless it is `published`.
 
-    Args:
-        name: of the data.
-        cache: see find_overlap.
-
-    Raises:
-        UserError: some, in data of one's own.
+    `cache`: a folder that keeps the result.
     """
-    overlap = find_overlap(train, test, cache)
+    overlap = _find_overlap(train, test, cache)
     if overlap.images and published:
-        print(
-            f"{name}: {overlap.images} test images are training images too, as published; the result says so",
-            flush=True,
-        )
+        message = "test images are training images too, as published; the result reports the number"
+        print(f"{name}: {overlap.images} {message}", flush=True)
     elif overlap.images:
+        first = f"{overlap.test_key} of {test.directory} is {overlap.train_key} of {train.directory}, byte by byte"
         raise UserError(
-            f"{overlap.images} of {len(test)} test images are training images too, "
-            f"the first: {overlap.test_key} of {test.directory} is {overlap.train_key} of {train.directory}, byte by byte",
-            allowed="a test part that the training part has nothing of",
+            f"{overlap.images} of {len(test)} test images are training images too, the first: {first}",
+            allowed="a test part without images of the training part",
             fix="remove them from one of the two parts",
         )
     return overlap.images
 
 
-def _same_sizes(train: Sequence[EncodedImage], test: Sequence[EncodedImage]) -> tuple[list[int], list[int]]:
-    """Positions in both parts of the images that may have a twin in the other."""
-    sizes = [{place.size_bytes for place in part} for part in (train, test)]
-    shared = sizes[0] & sizes[1] if -1 not in sizes[0] | sizes[1] else sizes[0] | sizes[1]
-    train_rows, test_rows = (
-        [row for row, place in enumerate(part) if place.size_bytes in shared] for part in (train, test)
-    )
-    return train_rows, test_rows
+def _find_overlap(train: Images, test: Images, cache: Path | None) -> Overlap:
+    """Compare by SHA-256; kept in the cache under the fingerprints and times of both parts."""
+    key = fingerprint([part.fingerprint + str(part.modified_ns) for part in (train, test)])
+    file = cache / f"overlap-{key}.json" if cache else None
+    if file and file.is_file():
+        return Overlap(**json.loads(file.read_bytes()))
+    sizes = [{image.size_bytes for image in part.encoded} for part in (train, test)]
+    # Equal images have equal sizes: others need not be read, unless sizes are unknown (Parquet).
+    compared = sizes[0] & sizes[1] if -1 not in sizes[0] | sizes[1] else sizes[0] | sizes[1]
+    train_keys = dict(_digests(train, compared))
+    twins = [(key, train_keys[digest]) for digest, key in _digests(test, compared) if digest in train_keys]
+    overlap = Overlap(len(twins), *(twins[0] if twins else ("", "")))
+    if file:
+        write_json(file, overlap._asdict())
+    return overlap
 
 
-def _digests(part: Images, rows: list[int]) -> list[bytes]:
+def _digests(part: Images, sizes: set[int]) -> list[tuple[bytes, str]]:
+    """SHA-256 and key of the images of these sizes."""
+    rows = [row for row, image in enumerate(part.encoded) if image.size_bytes in sizes]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda row: hashlib.sha256(part.encoded[row].read()).digest(), rows))
+        digests = pool.map(lambda row: hashlib.sha256(part.encoded[row].read()).digest(), rows)
+        return [(digest, part.keys[row]) for digest, row in zip(digests, rows, strict=True)]
