@@ -216,7 +216,7 @@ def likeness(folder: Path, scale: float, count: int = 128) -> dict[str, float]:
     import cv2
     from PIL import Image
 
-    from train.data.crops import random_crop
+    from train.data.order import random_crop
     from train.data.resize import margin_bytes, resize_crop, work_bytes
 
     found: dict[str, list[float]] = {"this, host": [], "stock FFCV": []}

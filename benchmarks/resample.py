@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from train.data.crops import random_crop
 from train.data.inputs import resample_canvas
+from train.data.order import random_crop
 from train.data.resize import margin_bytes, resize_crop, vertical_first, work_bytes
 
 SIDE = 224

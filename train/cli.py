@@ -71,7 +71,7 @@ def disk_command(**arguments: Any) -> None:
     """The disk alone: in the loader's blocks, in single samples, and from the page cache. Empties the page cache of the
     set's files.
     """
-    from train.bench.disk import bench_disk
+    from train.bench.loader import bench_disk
 
     _run(bench_disk, arguments)
 

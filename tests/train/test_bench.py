@@ -122,8 +122,8 @@ def test_no_betons_is_told() -> None:
 
 def test_verdicts_follow_from_the_rates() -> None:
     fed, starved = judge([Rate("slow", 100.0), Rate("fast", 4000.0)], 1000.0, "decode", "cores", 5e-4)
-    assert fed.line == "slow, 100 samples/s: fed (it takes 0.1 cores)"
-    assert starved.line == "fast, 4,000 samples/s: decode would limit it to 25% (it takes 2.0 cores)"
+    assert fed.line == "verdict      slow, 100 samples/s: fed (it takes 0.1 cores)"
+    assert starved.line == "verdict      fast, 4,000 samples/s: decode would limit it to 25% (it takes 2.0 cores)"
 
 
 def test_device_rates_follow_from_the_models_operations() -> None:

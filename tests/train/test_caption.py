@@ -14,7 +14,7 @@ from labels.config import load_pipeline
 from labels.manifest import PAD_ID
 from labels.storage import UserError
 from train.cli import cli
-from train.data.feeder import rows_of_steps
+from train.data.inputs import rows_of_steps
 from train.distributed import World
 from train.evals.captioner import Captioner, MlpMapper, TransformerMapper, load_language_model
 from train.evals.kinds.caption import Captioning, pair_batches, tokenized

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.data.feeder import feed_batches, stack_pinned
+from train.data.inputs import feed_batches, stack_pinned
 
 
 def feeder_threads() -> int:

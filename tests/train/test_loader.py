@@ -27,10 +27,9 @@ from labels.native import Decompressor
 from labels.settings import Data
 from labels.storage import UserError
 from train.data import decode
-from train.data.crops import flipped, random_crop
 from train.data.dataset import BetonSet
 from train.data.loader import Batch, Loader
-from train.data.order import Order
+from train.data.order import Order, flipped, random_crop
 
 SIDE = 32
 

@@ -111,7 +111,7 @@ def test_every_block_is_announced_before_its_samples_come(blocks: int, block: in
     order = Order(sizes, (3, 1), block, window, 2)
     announced = np.zeros(sum(sizes), bool)
     for begin in range(0, 3 * sizes[0], batch):
-        for first, count in order.ahead(begin, begin + batch, first=begin == 0):
+        for first, count in order.readahead(begin, begin + batch, first=begin == 0):
             announced[first : first + count] = True
         assert announced[order.take(begin, batch)[0]].all()
 

@@ -201,7 +201,7 @@ def test_an_array_is_made_once_and_again_when_it_is_cut_or_of_other_labels(folde
     path = rows_file(short, next(part for part in manifest.shards if part.name == "00000001"))
     for damaged in (whole[path][:-4], whole[path] + b"\0", whole[path][:40], b"", whole[arrays[0]]):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"00000001-\w{16}\.npy is missing or not whole(.|\n)*train run"):
+        with pytest.raises(UserError, match=r"00000001-\w{16}\.npy is missing or incomplete(.|\n)*train run"):
             BetonSet(out, short)
         assert make_all(out, short) == ["00000001"]
         assert path.read_bytes() == whole[path]

@@ -20,8 +20,8 @@ from labels.settings import Data
 from labels.storage import Layout, UserError
 from preprocess.counts import sum_idf
 from shard_factory import build
-from train.data.cache import Cache
 from train.data.dataset import BetonSet
+from train.data.files import Cache
 from train.data.loader import Loader
 from train.data.mixture import Mixture, Source, parse_sources
 from train.data.open import Chosen, data_facts, make_loader, open_data

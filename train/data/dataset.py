@@ -16,8 +16,7 @@ from labels import beton
 from labels.arrays import Column, rows_file, shards_needed
 from labels.manifest import BetonPart, Manifest, read_sources
 from labels.storage import Layout, UserError, fingerprint, is_remote, sha256_file
-from train.data.cache import Cache, Staging
-from train.data.files import OpenFiles, allow_open_files
+from train.data.files import Cache, OpenFiles, Staging, allow_open_files
 from train.data.image_index import NO_FILE, TABLE_BYTES, SampleSpan, Tables, find
 from train.data.mixture import Mixture, Opened, Source, check_agreement, idf_of, open_out
 
@@ -48,7 +47,7 @@ class _Shard(NamedTuple):
 
 
 def open_tables(opened: list[Opened], files: OpenFiles, label_limit: int, column: Column = "label_ids") -> Tables:
-    """Open everything but betons in object stores, which are NO_FILE until train/data/cache.py has them here.
+    """Open everything but betons in object stores, which are NO_FILE until train/data/files.py has them here.
 
     Args:
         opened: the OUTs.
@@ -107,7 +106,7 @@ def _open_shards(one: Opened, needed: set[str], files: OpenFiles, label_limit: i
     found = []
     for part in one.labels.shards:
         row_file, rows_at = (
-            files.rows(one.labels_out, part, label_limit, column) if part.name in needed else (NO_FILE, 0)
+            files.label_array(one.labels_out, part, label_limit, column) if part.name in needed else (NO_FILE, 0)
         )
         tar, length = NO_FILE, 0
         if tars and part.name in needed:
@@ -244,7 +243,7 @@ class BetonSet:
             UserError: one is gone, cut, or cannot be fetched.
         """
         if self.staging:
-            self.staging.bring(numbers)
+            self.staging.fetch(numbers)
         self._check_presence(numbers)
 
     def held(self, samples: np.ndarray) -> AbstractContextManager[None]:

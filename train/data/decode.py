@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from labels.native import RGB, njit, tj_decompress, tj_error
-from train.data.crops import flipped, random_crop
 from train.data.image_index import (
     BAD_JPEG,
     BAD_LABEL,
@@ -21,6 +20,7 @@ from train.data.image_index import (
     find,
     read_sample,
 )
+from train.data.order import flipped, random_crop
 from train.data.resize import address_of, aligned, copy_bytes, margin_bytes, resize_crop, work_bytes
 
 # ---- pixels: One image, compiled: which part of it is taken, and its pixels, decoded no further than that part needs.

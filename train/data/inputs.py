@@ -1,83 +1,136 @@
-"""From the loader's batch to what the model takes: on the device, resampled if the loader left that, jittered,
-normalised.
+"""What the model takes: batches from the loader, from threads over a Python function, or random ones.
 
-B batch (of this rank), S image side, K label limit.
+    Loader -> Batch -> ImageInput, on the device: resample what the loader left to it, jitter, normalise
+    feed_batches: rows -> threads: sample(row), collate -> batch     evaluations, fine-tuning, captioning, LLaVA
+    synthetic_batches: the same random batch each step               `train run --synthetic`: the model's own speed
+
+Images are float32 [B, 3, S, S], label ids int32 [B, K], both on the device. B batch (of this rank), S image side, H x W
+canvas, K label limit.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from labels.manifest import PAD_ID
 from labels.native import njit
 from labels.settings import Data, Train
-from train.data.crops import uniform
-from train.data.loader import Batch
+from train.data.files import Threads
+from train.data.order import uniform
 from train.distributed import World
 
-# ---- canvas: Crops of a batch, as the decoder left them, to S x S: PIL's antialiased bicubic as two batched matrix
-# products, on any device.
-#
-# B batch, H x W canvas, S image side.
+if TYPE_CHECKING:
+    from train.data.loader import Batch  # evaluations use the feeder without the loader
+
+_PREFETCHED_BATCHES = 2
+_CANVAS_BYTES = 1 << 28  # of float32 canvases that are resampled together
+_REACH = 2.0  # of the cubic, in output pixels
+_TF32_MASK = ~0x1FFF  # the bits of a float32 that TF32 keeps
+FACTORS = 4  # brightness, contrast, saturation, hue: factors as in torchvision.transforms.functional.adjust_*
+_FIRST_DRAW = 41  # after those of crop and flip, train/data/order.py
+_LUMA = (0.2989, 0.587, 0.114)
+_SYNTHETIC_LABELS = 12
+Sample = TypeVar("Sample")
+FedBatch = TypeVar("FedBatch")
 
 
-_AT_ONCE_BYTES = 1 << 28  # of float32 canvases
-_REACH = 2.0
-_TF32_MASK = ~0x1FFF  # of a float32's bits: what TF32 keeps
+def resamples(settings: Data, device: torch.device) -> bool:
+    """Whether the device resamples: `data.resample`, where `auto` leaves it to CUDA and not to a CPU."""
+    return settings.resample == "device" or (settings.resample == "auto" and device.type == "cuda")
+
+
+class ImageInput:
+    """Called with a batch of the loader: images and label ids on the device. `seed` draws jitter and grey images."""
+
+    def __init__(self, settings: Data, device: torch.device, *, image_size: int, seed: int) -> None:
+        self._settings, self._device, self._size, self._seed = settings, device, image_size, seed
+        self._mean = torch.tensor(settings.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(settings.std, device=device).view(1, 3, 1, 1)
+        self._table = (torch.arange(256, device=device)[:, None] / 255 - self._mean.flatten()) / self._std.flatten()
+        self._strengths = np.array(settings.color_jitter, np.float64)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        pixels, label_ids, boxes = batch.to(self._device)
+        settings, size = self._settings, self._size
+        coloured = settings.color_jitter_probability or settings.grey_probability
+        if boxes is None and not coloured and pixels.device.type == "cpu":
+            images = torch.empty(pixels.shape)
+            _look_up(pixels.numpy(), self._table.numpy(), images.numpy())
+            return images.permute(0, 3, 1, 2), label_ids
+        if boxes is None or batch.boxes is None:
+            images = pixels.permute(0, 3, 1, 2).float()
+        else:
+            width, height = batch.boxes[:, 2].numpy(), batch.boxes[:, 3].numpy()
+            vertical_first = height - size > np.maximum(0, 2 * (width - size))  # as in train/data/resize.py
+            images = resample_canvas(pixels, boxes, vertical_first, size)
+        images = images / 255
+        if coloured:
+            chances = settings.color_jitter_probability, settings.grey_probability
+            jitter(images, *draw(self._strengths, *chances, self._seed, batch.epochs, batch.positions))
+        return images.sub_(self._mean).div_(self._std), label_ids
+
+
+@njit(cache=True, nogil=True)
+def _look_up(pixels: np.ndarray, table: np.ndarray, normalised: np.ndarray) -> None:
+    """normalised[..., c] = table[pixel, c] for uint8 [B, S, S, 3]: one pass instead of four, the same floats."""
+    flat, out = pixels.reshape(-1, 3), normalised.reshape(-1, 3)
+    for pixel in range(len(flat)):
+        for channel in range(3):
+            out[pixel, channel] = table[flat[pixel, channel], channel]
 
 
 @torch.no_grad()
-def resample_canvas(canvas: torch.Tensor, boxes: torch.Tensor, vertical_first: np.ndarray, size: int) -> torch.Tensor:
-    """Resample each crop.
+def resample_canvas(canvas: Tensor, boxes: Tensor, vertical_first: np.ndarray, size: int) -> Tensor:
+    """Crops as the decoder left them to S x S: PIL's antialiased bicubic as two batched matrix products, on any device.
 
-    Args:
-        canvas: uint8 [B, H, W, 3].
-        boxes: float32 [B, BOX] (train/data/decode.py), on the same device.
-        vertical_first: bool [B], in the host's memory: which pass comes first; PIL rounds to 8 bits between them.
-        size: S.
-
-    Returns:
-        float32 [B, 3, S, S], whole numbers from 0 to 255.
+    canvas uint8 [B, H, W, 3]; boxes float32 [B, BOX] (train/data/decode.py) on the same device; vertical_first bool [B]
+    on the host: which pass comes first, as PIL rounds to 8 bits between. Returns whole numbers, float32 [B, 3, S, S].
     """
     out = torch.empty((len(canvas), 3, size, size), device=canvas.device)
-    at_once = max(1, _AT_ONCE_BYTES // (4 * canvas[0].numel()))
+    crops_at_once = max(1, _CANVAS_BYTES // (4 * canvas[0].numel()))
     for vertical in (False, True):
         rows = torch.from_numpy(np.flatnonzero(vertical_first == vertical))
-        for part in rows.to(canvas.device, non_blocking=True).split(at_once):
+        for part in rows.to(canvas.device, non_blocking=True).split(crops_at_once):
             out[part] = _resample(canvas[part], boxes[part], vertical, size)
     return out
 
 
-def _resample(canvas: torch.Tensor, boxes: torch.Tensor, vertical_first: bool, size: int) -> torch.Tensor:
+def _resample(canvas: Tensor, boxes: Tensor, vertical_first: bool, size: int) -> Tensor:
     x, y, width, height, left, top, columns, rows, flip = boxes.unbind(1)
     across = interpolation(x, width, left, columns, size, canvas.shape[2])  # [B, S, W]
     across = torch.where(flip.bool()[:, None, None], across.flip(1), across)
     down = interpolation(y, height, top, rows, size, canvas.shape[1])  # [B, S, H]
-    # The axis that is summed over stands second; the other one, which comes next, last.
+    # The axis that is summed over is second; the other one, which comes next, last.
     if vertical_first:
         return _two_products(canvas.permute(0, 1, 3, 2), down, across).permute(0, 2, 1, 3)
     return _two_products(canvas.permute(0, 2, 3, 1), across, down).permute(0, 2, 3, 1)
 
 
-def _two_products(pixels: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def _two_products(pixels: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """[B, P, 3, Q] by [B, S, P] and [B, S, Q] to [B, S, 3, S], rounded to 8 bits after each."""
-    batch, size, other = len(pixels), first.shape[1], pixels.shape[3]
-    halfway = _to_bytes(product(first, pixels.flatten(2).float())).view(batch, size * 3, other)
+    batch, size, columns = len(pixels), first.shape[1], pixels.shape[3]
+    halfway = _to_bytes(product(first, pixels.flatten(2).float())).view(batch, size * 3, columns)
     return _to_bytes(product(second, halfway.transpose(1, 2)).transpose(1, 2)).view(batch, size, 3, size)
 
 
-def _to_bytes(values: torch.Tensor) -> torch.Tensor:
+def _to_bytes(values: Tensor) -> Tensor:
     return values.add_(0.5).floor_().clamp_(0, 255)
 
 
-def product(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """weights [B, S, P] times values [B, P, Q], of whole numbers below 2^11, exact to float32 whatever matrix precision
-    torch is set to.
+def product(weights: Tensor, values: Tensor) -> Tensor:
+    """weights [B, S, P] times values [B, P, Q], whole numbers below 2^11: exact to float32 in any matrix precision.
 
     On CUDA float32 products may be TF32's, with 10 bits of fraction: enough for the values, not for the weights, which
-    are therefore taken in two parts.
+    are therefore split in two parts.
     """
     if not weights.is_cuda:
         return weights @ values
@@ -85,55 +138,34 @@ def product(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return coarse @ values + (weights - coarse) @ values
 
 
-def coarse_part(weights: torch.Tensor) -> torch.Tensor:
+def coarse_part(weights: Tensor) -> Tensor:
     """float32 numbers cut to what TF32 holds."""
     return (weights.view(torch.int32) & _TF32_MASK).view(torch.float32)
 
 
-def interpolation(
-    begin: torch.Tensor, length: torch.Tensor, first: torch.Tensor, extent: torch.Tensor, size: int, canvas: int
-) -> torch.Tensor:
-    """The weights with which a canvas' pixels make each output pixel.
+def interpolation(begin: Tensor, length: Tensor, first: Tensor, extent: Tensor, size: int, canvas: int) -> Tensor:
+    """The weights of P canvas pixels in each output pixel: float32 [B, S, P], bands of PIL's BICUBIC.
 
-    Args:
-        begin, length: float32 [B], the crop along this axis, in pixels of the canvas.
-        first, extent: float32 [B], where the pixels begin that the filter may see, and how many they are; it is cut
-            there and its weights normed to 1.
-        size: S.
-        canvas: P, the canvas' side.
-
-    Returns:
-        float32 [B, S, P], bands of PIL's BICUBIC.
+    begin, length float32 [B]: the crop along this axis, in canvas pixels. first, extent float32 [B]: the pixels that
+    the filter may see; it is cut there and its weights normed to 1.
     """
     begin, length = begin.double()[:, None], length.double()[:, None]
     scale = length / size
-    centre = (
-        begin + (torch.arange(size, device=begin.device) + 0.5) * scale
-    )  # [B, S], in float64: weights follow to 1e-7
+    # [B, S], in float64: the weights are accurate to 1e-7
+    centre = begin + (torch.arange(size, device=begin.device) + 0.5) * scale
     near = centre.floor()
     pixel = torch.arange(canvas, device=begin.device, dtype=torch.float32)
     distance = (pixel - near.float()[..., None]) + (0.5 - (centre - near)).float()[..., None]  # [B, S, P]
     distance = (distance / scale.clamp(min=1).float()[..., None]).abs_().clamp_(max=_REACH)
     inner = (1.5 * distance - 2.5) * distance * distance + 1
     outer = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    weights = (
-        torch.where(distance < 1, inner, outer)
-        * (pixel >= first[:, None, None])
-        * (pixel < (first + extent)[:, None, None])
-    )
+    first, end = first[:, None, None], (first + extent)[:, None, None]
+    weights = torch.where(distance < 1, inner, outer) * (pixel >= first) * (pixel < end)
     return weights / weights.sum(2, keepdim=True)
 
 
-# ---- jitter: Colour jitter and grey images for a batch on the device: torchvision's definitions, drawn per sample from
-# (seed, epoch, position).
-#
-# B batch. Images are float32 [B, 3, H, W] in 0..1, changed in place.
-
-
-FACTORS = 4
-"""Brightness, contrast, saturation, hue: factors as in torchvision.transforms.functional.adjust_*."""
-_FIRST_DRAW = 41  # behind those of train/data/crops.py
-_LUMA = (0.2989, 0.587, 0.114)
+# Colour jitter and grey images, torchvision's definitions, drawn per sample from (seed, epoch, position). Images are
+# float32 [B, 3, H, W] in 0..1, changed in place.
 
 
 @njit(cache=True)
@@ -145,16 +177,10 @@ def draw(
     epochs: np.ndarray,
     positions: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What is done to each sample.
+    """Draw the jitter of each sample: factors float32 [B, FACTORS], order int64 [B, FACTORS], grey bool [B].
 
-    Args:
-        strengths: float64 [FACTORS], as torchvision's ColorJitter takes them.
-        probability, grey_probability: share of samples that are jittered, and made grey afterwards.
-        seed, epochs, positions: what the draws depend on; int64 [B].
-
-    Returns:
-        factors float32 [B, FACTORS]; order int64 [B, FACTORS], the steps first to last, -1 where a sample is not
-        jittered; grey bool [B].
+    `strengths` float64 [FACTORS] are torchvision's ColorJitter's; the probabilities are the shares of samples that are
+    jittered and made grey. `order` has the steps first to last, -1 where a sample is not jittered.
     """
     batch = len(positions)
     factors, order = np.empty((batch, FACTORS), np.float32), np.full((batch, FACTORS), -1)
@@ -169,14 +195,14 @@ def draw(
             factors[row, step] = low + (high - low) * (share + 1) / 2
         if uniform(seed, epoch, position, _FIRST_DRAW) < probability:
             for step in range(FACTORS):  # Fisher and Yates: a random order
-                other = int(uniform(seed, epoch, position, _FIRST_DRAW + 2 + FACTORS + step) * (step + 1))
-                order[row, step] = order[row, other]
-                order[row, other] = step
+                swapped = int(uniform(seed, epoch, position, _FIRST_DRAW + 2 + FACTORS + step) * (step + 1))
+                order[row, step] = order[row, swapped]
+                order[row, swapped] = step
     return factors, order, grey
 
 
 @torch.no_grad()
-def jitter(images: torch.Tensor, factors: np.ndarray, order: np.ndarray, grey: np.ndarray) -> None:
+def jitter(images: Tensor, factors: np.ndarray, order: np.ndarray, grey: np.ndarray) -> None:
     """Apply what `draw` gave, in place: first the four steps, each sample's in its own order, then grey."""
     steps = (_brightness, _contrast, _saturation, _hue)
     on_device = torch.from_numpy(factors).to(images.device, non_blocking=True)
@@ -190,129 +216,122 @@ def jitter(images: torch.Tensor, factors: np.ndarray, order: np.ndarray, grey: n
         images[rows] = _luma(images[rows]).expand(-1, 3, -1, -1)
 
 
-def _rows(chosen: np.ndarray, images: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.flatnonzero(chosen)).to(images.device, non_blocking=True)
+def _rows(mask: np.ndarray, images: Tensor) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(mask)).to(images.device, non_blocking=True)
 
 
-def _luma(images: torch.Tensor) -> torch.Tensor:
+def _luma(images: Tensor) -> Tensor:
     red, green, blue = images.unbind(1)
     return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[:, None]
 
 
-def _blend(images: torch.Tensor, other: torch.Tensor | float, factor: torch.Tensor) -> torch.Tensor:
-    return (factor * images + (1 - factor) * other).clamp_(0, 1)
+def _blend(images: Tensor, background: Tensor | float, factor: Tensor) -> Tensor:
+    return (factor * images + (1 - factor) * background).clamp_(0, 1)
 
 
-def _brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def _brightness(images: Tensor, factor: Tensor) -> Tensor:
     return _blend(images, 0.0, factor)
 
 
-def _contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def _contrast(images: Tensor, factor: Tensor) -> Tensor:
     return _blend(images, _luma(images).mean((1, 2, 3), keepdim=True), factor)
 
 
-def _saturation(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def _saturation(images: Tensor, factor: Tensor) -> Tensor:
     return _blend(images, _luma(images), factor)
 
 
-def _hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+def _hue(images: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue of HSV by a share of the circle; value and saturation stay."""
     high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     spread = high - low
     red, green, blue = (images / torch.where(spread == 0, 1, spread)[:, 0:1]).split(1, 1)
-    hue = torch.where(
-        high == images[:, 0:1], green - blue, torch.where(high == images[:, 1:2], 2 + blue - red, 4 + red - green)
-    )
-    hue = hue + 6 * turn
-    # Of each channel: how far the hue's sixth is from where the channel is at its lowest (5, 3, 1 sixths onwards).
+    green_or_blue = torch.where(high == images[:, 1:2], 2 + blue - red, 4 + red - green)
+    hue = torch.where(high == images[:, 0:1], green - blue, green_or_blue) + 6 * turn
+    # For each channel: how far the hue's sixth is from where the channel is at its lowest (5, 3, 1 sixths onwards).
     offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
     sixth = (hue + offsets).remainder(6)
     return high - spread * torch.minimum(sixth, 4 - sixth).clamp(0, 1)
 
 
-def resamples(settings: Data, device: torch.device) -> bool:
-    """Whether the device resamples: `data.resample`, where `auto` leaves it to CUDA and not to a CPU."""
-    return settings.resample == "device" or (settings.resample == "auto" and device.type == "cuda")
+def feed_batches(
+    batches: Iterable[np.ndarray],
+    sample: Callable[[int], Sample],
+    collate: Callable[[np.ndarray, list[Sample]], FedBatch],
+    threads: int,
+) -> Generator[FedBatch]:
+    """Batches in order, made in threads from the rows of each, int64 [B]; a batch raises its errors when it is taken.
 
-
-class ImageInput:
-    """Called with a batch: images float32 [B, 3, S, S] and label ids int32 [B, K], both on the device.
-
-    Args:
-        settings: `train.data`.
-        device: where the model is.
-        image_size: S.
-        seed: of colour jitter and grey images.
+    While the caller has a batch, `_PREFETCHED_BATCHES` more are made or wait, so that memory is bounded. The threads
+    end with the generator: when it is exhausted, closed or dropped, or when it raises.
     """
 
-    def __init__(self, settings: Data, device: torch.device, *, image_size: int, seed: int) -> None:
-        self._settings, self._device, self._size, self._seed = settings, device, image_size, seed
-        self._mean = torch.tensor(settings.mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(settings.std, device=device).view(1, 3, 1, 1)
-        self._table = (torch.arange(256, device=device)[:, None] / 255 - self._mean.flatten()) / self._std.flatten()
-        self._strengths = np.array(settings.color_jitter, np.float64)
+    def make_part(rows: np.ndarray) -> list[Sample]:
+        return [sample(row) for row in rows.tolist()]
 
-    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels, label_ids, boxes = batch.to(self._device)
-        settings = self._settings
-        coloured = settings.color_jitter_probability or settings.grey_probability
-        if boxes is None and not coloured and pixels.device.type == "cpu":
-            images = torch.empty(pixels.shape)
-            _look_up(pixels.numpy(), self._table.numpy(), images.numpy())
-            return images.permute(0, 3, 1, 2), label_ids
-        if boxes is None or batch.boxes is None:
-            images = pixels.permute(0, 3, 1, 2).float()
-        else:
-            width, height = batch.boxes[:, 2].numpy(), batch.boxes[:, 3].numpy()
-            # As `vertical_first` of train/data/resize.py.
-            images = resample_canvas(
-                pixels, boxes, height - self._size > np.maximum(0, 2 * (width - self._size)), self._size
-            )
-        images = images / 255
-        if coloured:
-            chances = settings.color_jitter_probability, settings.grey_probability
-            jitter(images, *draw(self._strengths, *chances, self._seed, batch.epochs, batch.positions))
-        return images.sub_(self._mean).div_(self._std), label_ids
+    def make_batch(rows: np.ndarray, parts: list[Future[list[Sample]]]) -> FedBatch:
+        return collate(rows, [made for part in parts for made in part.result()])
+
+    waiting: deque[Future[FedBatch]] = deque()
+    # One thread more, since make_batch waits for its parts, which are submitted before it.
+    with Threads(threads + 1, "feeder") as pool:
+        for rows in batches:
+            bounds = np.linspace(0, len(rows), min(threads, len(rows)) + 1).astype(int)
+            parts = [pool.submit(make_part, rows[low:high]) for low, high in pairwise(bounds)]
+            waiting.append(pool.submit(make_batch, rows, parts))
+            if len(waiting) > _PREFETCHED_BATCHES:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-@njit(cache=True, nogil=True)
-def _look_up(pixels: np.ndarray, table: np.ndarray, into: np.ndarray) -> None:
-    """into[..., c] = table[pixel, c] for uint8 [B, S, S, 3]: the same floats as four passes over the batch, in one."""
-    flat, out = pixels.reshape(-1, 3), into.reshape(-1, 3)
-    for place in range(len(flat)):
-        for channel in range(3):
-            out[place, channel] = table[flat[place, channel], channel]
+def stack_pinned(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Arrays of one shape as a tensor [B, ...] on the CPU; for a GPU page-locked, so that asynchronous copies work.
+
+    torch reuses such memory only when the copies from it are done.
+    """
+    dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
+    stacked = torch.empty((len(arrays), *arrays[0].shape), dtype=dtype, pin_memory=device.type == "cuda")
+    np.stack(arrays, out=stacked.numpy())
+    return stacked
 
 
-# ---- synthetic: Random images and labels, made once on the device: `train run --synthetic` shows what the model alone
-# can do, without loader and disk.
-#
-# B batch (of this rank), S image side, V vocabulary, K label limit.
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor in page-locked memory, where `device` is a GPU."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-_LABELS_OF_A_SAMPLE = 12
+def rows_of_steps(count: int, size: int, seed: int, first_step: int, steps: int) -> Iterator[np.ndarray]:
+    """The rows, int64 [size], of each step's batch: permutations of [0, count), one after the other without a gap."""
+    epoch, order = -1, np.empty(0, np.int64)
+    for step in range(first_step, steps):
+        positions, rows = np.arange(step * size, (step + 1) * size), np.empty(size, np.int64)
+        for number in range(positions[0] // count, positions[-1] // count + 1):
+            if number != epoch:
+                epoch, order = number, np.random.default_rng([seed, number]).permutation(count)
+            in_epoch = positions // count == number
+            rows[in_epoch] = order[positions[in_epoch] % count]
+        yield rows
 
 
 @dataclass(frozen=True)
 class SyntheticBatch:
-    """images float32 [B, 3, S, S], as normalised as real ones; label_ids int32 [B, K], padded with PAD_ID; no image is
-    bad.
-    """
+    """Random images, as normalised as real ones, and label ids padded with PAD_ID; no image is bad."""
 
-    images: torch.Tensor
-    label_ids: torch.Tensor
+    images: Tensor
+    label_ids: Tensor
     bad: int = 0
 
 
 def synthetic_batches(
     settings: Train, vocabulary: int, label_limit: int, world: World, steps: int
 ) -> Iterator[SyntheticBatch]:
-    """The same batch, once a step."""
+    """The same batch in each step, made once on the device."""
     share, size = settings.batch_size // world.size, settings.model.image_size
     dice = torch.Generator(world.device).manual_seed(settings.runtime.seed + world.rank)
     images = torch.randn((share, 3, size, size), generator=dice, device=world.device)
     label_ids = torch.full((share, label_limit), PAD_ID, dtype=torch.int32, device=world.device)
-    filled = min(_LABELS_OF_A_SAMPLE, label_limit, vocabulary)
+    filled = min(_SYNTHETIC_LABELS, label_limit, vocabulary)
     drawn = torch.randint(vocabulary, (share, 2 * filled), generator=dice, device=world.device)
     for row, ids in enumerate(drawn):
         distinct = ids.unique()[:filled]  # ascending and distinct, as label rows are
@@ -321,6 +340,5 @@ def synthetic_batches(
     return (batch for _ in range(steps))
 
 
-def synthetic_inputs(batch: SyntheticBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model takes: there is nothing left to do."""
+def synthetic_inputs(batch: SyntheticBatch) -> tuple[Tensor, Tensor]:
     return batch.images, batch.label_ids

@@ -75,7 +75,7 @@ class Ahead:
         self._waiting.append(self._pool.submit(self._read, begin, end, first))
 
     def _read(self, begin: int, end: int, first: bool) -> None:
-        blocks = self._order.ahead(begin, end, first=first)
+        blocks = self._order.readahead(begin, end, first=first)
         if not blocks:
             return
         self._betons.bring(self._betons.numbers(self._samples(blocks)))

@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from labels.settings import Data, Train
-from train.data.cache import Cache
+from train.data.files import Cache
 from train.data.inputs import resamples
 from train.data.loader import Loader
 from train.data.mixture import parse_sources

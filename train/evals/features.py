@@ -1,6 +1,6 @@
 """Features of a frozen encoder, extracted once for each encoder and data set, whatever protocols ask for them.
 
-    places -> threads (train/data/feeder.py): bytes, pixels (pixels.py), uint8 batches -> device: normalise, encoder -> [N, W]
+    places -> threads (train/data/inputs.py): bytes, pixels (pixels.py), uint8 batches -> device: normalise, encoder -> [N, W]
 
 N samples, B batch, S image side, W feature width.
 """
@@ -23,9 +23,9 @@ from torch import Tensor
 from labels.native import Decompressor, njit, tj_error, tj_header
 from labels.settings import Features
 from labels.storage import UserError, atomic_write, fingerprint
-from train.data.crops import flipped, random_crop
 from train.data.decode import BOX, DONE, Crops, Window, decode_row, shrink_to_fill, shrunk
-from train.data.feeder import feed_batches, stack_pinned
+from train.data.inputs import feed_batches, stack_pinned
+from train.data.order import flipped, random_crop
 from train.encoders.encoder import Encoder, ImageForm
 from train.evals.data.images import Images
 
@@ -71,7 +71,7 @@ def decode_crop(encoded: bytes, side: int, seed: int, epoch: int, index: int) ->
     plain = _plain_jpeg(encoded, side, (seed, epoch, index))
     if plain is not None:
         return plain
-    from train.data.crops import flipped, random_crop  # compiled: only for those who augment
+    from train.data.order import flipped, random_crop  # compiled: only for those who augment
 
     with Image.open(BytesIO(encoded)) as image:
         rgb = _to_rgb(image)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from labels.storage import UserError
-from train.data.feeder import feed_batches, pinned, rows_of_steps, stack_pinned
+from train.data.inputs import feed_batches, pinned, rows_of_steps, stack_pinned
 from train.distributed import World
 from train.encoders.encoder import ImageForm
 from train.evals.data.captions import CAPTION_KINDS, load_captions

@@ -31,7 +31,7 @@ from labels.settings import (
 )
 from labels.storage import fingerprint, write_json
 from train.checkpoint import weights_fingerprint
-from train.data.feeder import feed_batches, pinned, rows_of_steps
+from train.data.inputs import feed_batches, pinned, rows_of_steps
 from train.distributed import World, distributed_world
 from train.encoders.encoder import Encoder
 from train.evals.captioner import (

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from labels.settings import Checkpoint, Log, Optimizer, Positive, Runtime, Section, Seeds, Train
 from labels.storage import UserError, fingerprint
-from train.data.feeder import rows_of_steps
+from train.data.inputs import rows_of_steps
 from train.distributed import World, distributed_world, repeated_blocks
 from train.encoders.encoder import Encoder, ImageForm
 from train.encoders.load import load_encoder
