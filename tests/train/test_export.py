@@ -1,5 +1,5 @@
-"""Exports: loaded back by their own libraries with the encoder's features, cards that run, LLaVA's class, and what is
-refused.
+"""Exports: loaded back by their own libraries with the encoder's features, cards whose code runs, and refused
+encoders.
 """
 
 import json
@@ -90,7 +90,7 @@ def refusal(spec: EncoderSpec | str, name: str, out: Path, results: tuple[Path, 
 
 
 def features_by_card(folder: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """What the card's own code block gives, run beside the export."""
+    """The features that the card's own code block computes, run next to the export."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf8"), re.DOTALL)
     monkeypatch.chdir(folder.parent)
     found: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def features_by_card(folder: Path, image: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def own_features(encoder: Encoder, image: Path) -> torch.Tensor:
-    """By this project's own pixels."""
+    """The encoder's features of the image as this project decodes and resizes it."""
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in encoder.images[1:])
     pixels = torch.from_numpy(decode(image.read_bytes(), encoder.images.side).copy()).permute(2, 0, 1)
     return encoder(((pixels.float() / 255 - mean) / std)[None])
@@ -117,7 +117,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def square(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise, which every other filter, size, mean or order of channels changes; a square, whose crop is the whole in
+    """Noise, that every other filter, size, mean or order of channels changes; a square, whose crop is the whole in
     every library.
     """
     noise = np.random.default_rng(0).integers(0, 256, (77, 77, 3), dtype=np.uint8)
@@ -146,9 +146,9 @@ def test_a_run_is_loaded_back(
     run_of, kind: str, name: str, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = load_encoder(f"run:{run_of(kind)}")
-    said = export_encoder(encoder.requested, name, tmp_path / "out")
-    assert said["difference"] <= 1e-5 and (name == "timm" or said["holds"] == f"transformers {HOLDS[kind]}")
-    assert json.loads((tmp_path / "out" / "export.json").read_bytes()) == said
+    exported = export_encoder(encoder.requested, name, tmp_path / "out")
+    assert exported["difference"] <= 1e-5 and (name == "timm" or exported["holds"] == f"transformers {HOLDS[kind]}")
+    assert json.loads((tmp_path / "out" / "export.json").read_bytes()) == exported
     assert (
         len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1
     )  # weights that others may read as they may the card
@@ -172,7 +172,7 @@ def test_timms_keys_are_timms(run_of, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_told_in_json(name: str) -> None:
+def test_every_preset_can_be_rebuilt_from_json(name: str) -> None:
     from train.model import trunk_arguments
 
     model = Model(trunk=name)
@@ -214,7 +214,7 @@ def timm_on_meta(model: Model) -> dict[str, torch.Tensor]:
         ({"pos_embed": "none"}, None),
     ],
 )
-def test_which_vits_transformers_classes_hold(arguments: dict[str, Any], held: str | None) -> None:
+def test_vits_that_transformers_classes_hold(arguments: dict[str, Any], held: str | None) -> None:
     torch.manual_seed(0)
     net: Any = build_trunk(Model(trunk="vit_tiny_patch16_224", trunk_args={**TINY, **arguments}, image_size=32)).eval()
     for parameter in net.parameters():
@@ -243,8 +243,8 @@ def test_a_timm_model_with_weights_of_its_own(tmp_path: Path, photo: Path, monke
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
     asked = EncoderSpec("timm:test_vit", str(tmp_path / "weights.safetensors"))
     for name in ("timm", "hf"):
-        said = export_encoder(asked, name, tmp_path / name)
-        assert said["encoder"]["checkpoint"] == "weights.safetensors"  # without its folder
+        exported = export_encoder(asked, name, tmp_path / name)
+        assert exported["encoder"]["checkpoint"] == "weights.safetensors"  # without its folder
         found = features_by_card(tmp_path / name, photo, monkeypatch)
         assert (found - own_features(load_encoder(asked), photo)).abs().max() < 0.05
         assert (
@@ -258,8 +258,8 @@ def test_onnx_takes_any_layer_and_pool(
     run_of, layer: int | None, pool: str | None, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = load_encoder(EncoderSpec(f"run:{run_of('clip')}", None, layer, pool))
-    said = export_encoder(encoder.requested, "onnx", tmp_path / "out")
-    assert 0 <= said["difference"] <= 1e-4
+    exported = export_encoder(encoder.requested, "onnx", tmp_path / "out")
+    assert 0 <= exported["difference"] <= 1e-4
     assert torch.allclose(
         features_by_card(tmp_path / "out", photo, monkeypatch), own_features(encoder, photo), atol=1e-4
     )
@@ -286,7 +286,7 @@ def test_open_clip_gets_both_towers(tmp_path: Path, photo: Path, monkeypatch: py
     assert "is no timm model" in text_of and "--format open_clip this one" in text_of
 
 
-def test_the_card_tells_recipe_data_and_results(run_of, tmp_path: Path) -> None:
+def test_the_card_has_recipe_data_and_results(run_of, tmp_path: Path) -> None:
     run = run_of("clip")
     encoder = load_encoder(f"run:{run}")
     assert readout_of(encoder.describe()) == "layer last, before the classifier, pool avg"
@@ -329,7 +329,7 @@ def test_the_card_tells_recipe_data_and_results(run_of, tmp_path: Path) -> None:
 
 
 def test_the_cards_labels_are_the_datas(run_of, tmp_path: Path) -> None:
-    """The trainer's configuration has a labels section that it does not read: what counts is how OUT was built."""
+    """The configuration of a run has a section `labels` that the run does not read: the card has the label dataset's."""
     shutil.copytree(run_of("clip"), tmp_path / "run")
     options = {"tokenizer": "/home/me/words.json", "context": 9, "idf": "paper"}
     (tmp_path / "run" / "data.json").write_text(json.dumps({"label_options": options, "fingerprints": {}}))
@@ -360,10 +360,10 @@ def test_nothing_foreign_is_replaced(run_of, tmp_path: Path) -> None:
         assert "exists and is not of `train export`" in text and "give another --out" in text
     assert "exists and is not of `train export`" in refusal(spec, "timm", tmp_path / "mine" / "thesis.tex")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
-    # What somebody has put beside an export is not removed with it: a clone of the Hub's keeps its history there.
+    # What somebody has put next to an export is not removed with it: a clone of the Hub's keeps its history there.
     (out / ".git").mkdir()
     text = refusal(spec, "timm", out)
-    assert "has not written there, and replacing the folder would remove it: .git" in text and "move that away" in text
+    assert "has not written and would remove: .git" in text and "move that away" in text
     assert (out / ".git").is_dir() and (out / "preprocessor_config.json").is_file()
 
 
@@ -377,10 +377,10 @@ def test_a_failed_check_leaves_nothing(run_of, tmp_path: Path, monkeypatch: pyte
 
         return Format("timm", "timm", write)
 
-    for worst, told in ((0.001, "1.0e-03"), (float("nan"), "inf")):
+    for worst, printed in ((0.001, "1.0e-03"), (float("nan"), "inf")):
         monkeypatch.setitem(exporting.FORMATS, "timm", off_by(worst))
         text = refusal(spec, "timm", out)
-        assert f"by {told}; nothing was written" in text and "at most 1e-04" in text and not out.exists()
+        assert f"by {printed}; nothing was written" in text and "at most 1e-04" in text and not out.exists()
     monkeypatch.setitem(exporting.FORMATS, "timm", off_by(5e-5))
     export_encoder(spec, "timm", out)
     monkeypatch.setitem(exporting.FORMATS, "timm", off_by(1.0))
@@ -389,7 +389,7 @@ def test_a_failed_check_leaves_nothing(run_of, tmp_path: Path, monkeypatch: pyte
     assert (out / "export.json").read_bytes() == before  # the export before is kept
 
 
-def test_what_a_format_cannot_hold(run_of, tmp_path: Path) -> None:
+def test_encoders_that_a_format_cannot_hold(run_of, tmp_path: Path) -> None:
     run, out = f"run:{run_of('clip')}", tmp_path / "out"
     export_encoder(EncoderSpec(run), "hf", tmp_path / "hf")
     assert "has no weights to export" in refusal("pixels:8", "onnx", out)

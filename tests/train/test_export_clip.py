@@ -1,6 +1,4 @@
-"""A trunk and what a contrastive run trains beside it, as open_clip's pair of towers: the same embeddings, from its own
-folder.
-"""
+"""A contrastive run as open_clip's pair of towers: the same embeddings after loading it from the exported folder."""
 
 import json
 from pathlib import Path
@@ -102,8 +100,8 @@ def test_runs_of_clip_and_lit(method: str, tmp_path: Path) -> None:
     assert encoder.text is not None
     side = encoder.text()
     for name in ("open_clip", "timm", "hf"):
-        said = export_encoder(spec, name, tmp_path / name)
-        assert said["difference"] <= 1e-5
+        exported = export_encoder(spec, name, tmp_path / name)
+        assert exported["difference"] <= 1e-5
     read: Any = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}").eval()
     images, texts = (
         torch.randn(3, 3, encoder.images.side, encoder.images.side),

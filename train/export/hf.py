@@ -1,7 +1,11 @@
-"""Hugging Face's form: config.json, model.safetensors, preprocessor_config.json.
+"""Hugging Face's format: config.json, model.safetensors, preprocessor_config.json.
 
-A timm ViT that CLIPVisionModel or ViTModel can hold becomes one (vit_classes.py); all other timm models are wrapped
-(TimmWrapperModel).
+    timm ViT   -> transformers_vit: CLIPVisionModel (with a norm before the blocks) or ViTModel (without)
+    all others -> TimmWrapperModel, which holds a timm model as it is
+
+LLaVA and others read hidden states from the two ViT classes. Both have a class token, learned positions for it and for
+the N patches, and blocks with the norm before attention and MLP; a ViT with anything else (registers, layer scale,
+norms of queries and keys, a norm after the pool, ...) is wrapped. is_plain, keys and shapes decide.
 """
 
 from pathlib import Path
@@ -14,60 +18,46 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from labels.storage import UserError, write_json
+from labels.storage import UserError
 from train.encoders.encoder import Encoder, ImageForm
 from train.encoders.libraries import import_transformers
-from train.export.format import Features, Format, TimmTower, Written, timm_tower
-from train.export.timm import image_config
-
-# ---- vit_classes: A timm ViT as transformers' CLIPVisionModel (norm before the blocks) or ViTModel (none there):
-# configuration and weights.
-#
-# Both have a class token, learned positions for it and for the patches, and blocks with the norm before attention and
-# MLP. What has anything else (registers, layer scale, norms of queries and keys, a norm behind the pool, ...) is
-# neither. W width, N patches.
-
+from train.export.format import Features, Format, TimmTower, Written, pretrained_config, timm_tower, write_processor
 
 ACTIVATIONS = {nn.GELU: "gelu", TimmGELU: "gelu", QuickGELU: "quick_gelu", GELUTanh: "gelu_pytorch_tanh"}
-_CLIP = {  # timm's name -> the part of the name that differs
-    "class": "embeddings.class_embedding",
-    "patch": "embeddings.patch_embedding",
-    "positions": "embeddings.position_embedding.weight",
-    "before": "pre_layrnorm",
-    "after": "post_layernorm",
-    "block": "encoder.layers",
+_CLIP = {  # timm's names -> the class's; all other names are the same
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding.weight",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "norm_pre": "pre_layrnorm",
+    "norm": "post_layernorm",
+    "blocks": "encoder.layers",
     "norm1": "layer_norm1",
     "norm2": "layer_norm2",
-    "attention": "self_attn",
-    "out": "out_proj",
+    "attn.qkv": "self_attn.{}_proj",
+    "attn.proj": "self_attn.out_proj",
 }
 _VIT = {
-    "class": "embeddings.cls_token",
-    "patch": "embeddings.patch_embeddings.projection",
-    "positions": "embeddings.position_embeddings",
-    "after": "layernorm",
-    "block": "layers",
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+    "blocks": "layers",
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
-    "attention": "attention",
-    "out": "o_proj",
+    "attn.qkv": "attention.{}_proj",
+    "attn.proj": "attention.o_proj",
 }
 
 
 def transformers_vit(net: nn.Module) -> Any | None:
-    """The same ViT as a transformers model in evaluation mode, or None if its classes cannot hold it.
-
-    Args:
-        net: a timm model without classifier.
-
-    Returns:
-        CLIPVisionModel or ViTModel (without its pooler); None.
+    """A timm model without classifier as CLIPVisionModel or ViTModel (without its pooler) in evaluation mode; None if
+    neither computes the same.
     """
     if not isinstance(net, VisionTransformer) or not is_plain(net):
         return None
     from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 
-    clip, block, patches = isinstance(net.norm_pre, nn.LayerNorm), _blocks(net)[0], cast(Any, net.patch_embed)
+    clip, block, patches = isinstance(net.norm_pre, nn.LayerNorm), cast(Any, net.blocks)[0], cast(Any, net.patch_embed)
     sizes: dict[str, Any] = {
         "hidden_size": net.embed_dim,
         "intermediate_size": block.mlp.fc1.out_features,
@@ -78,39 +68,35 @@ def transformers_vit(net: nn.Module) -> Any | None:
         "hidden_act": ACTIVATIONS[type(block.mlp.act)],
         "layer_norm_eps": net.norm.eps,
     }
-    with torch.device("meta"):
-        model: Any = (
-            CLIPVisionModel(CLIPVisionConfig(**sizes))
-            if clip
-            else ViTModel(ViTConfig(**sizes, qkv_bias=block.attn.qkv.bias is not None), add_pooling_layer=False)
-        )
-    tensors = _renamed(net.state_dict(), _CLIP if clip else _VIT)
+
+    def build() -> Any:
+        if clip:
+            return CLIPVisionModel(CLIPVisionConfig(**sizes))
+        return ViTModel(ViTConfig(**sizes, qkv_bias=block.attn.qkv.bias is not None), add_pooling_layer=False)
+
+    tensors = renamed(net.state_dict(), _CLIP if clip else _VIT)
     if clip:
-        tensors["embeddings.class_embedding"] = tensors["embeddings.class_embedding"].flatten()
-        tensors["embeddings.position_embedding.weight"] = tensors["embeddings.position_embedding.weight"][0]
-    wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    if wanted != {key: tensor.shape for key, tensor in tensors.items()}:
+        tensors[_CLIP["cls_token"]] = tensors[_CLIP["cls_token"]].flatten()
+        tensors[_CLIP["pos_embed"]] = tensors[_CLIP["pos_embed"]][0]
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in build().state_dict().items()}
+    if shapes != {key: tensor.shape for key, tensor in tensors.items()}:
         return None
-    model = (
-        type(model)(model.config) if clip else type(model)(model.config, add_pooling_layer=False)
-    )  # for buffers that are not kept
+    model = build()
     model.load_state_dict({key: tensor.clone() for key, tensor in tensors.items()}, strict=True)
     return model.eval()
 
 
-def _blocks(net: VisionTransformer) -> list[Any]:
-    return list(net.blocks)
-
-
 def is_plain(net: VisionTransformer) -> bool:
-    """Whether all that keys and shapes do not tell is as in both classes."""
+    """Whether everything that keys and shapes do not show is as in both classes."""
     norms = {module.eps for module in net.modules() if isinstance(module, nn.LayerNorm)}
-    patches, blocks = cast(Any, net.patch_embed), _blocks(net)
+    patches, blocks = cast(Any, net.patch_embed), list(cast(Any, net.blocks))
     return (
         net.global_pool in ("avg", "token")
         and not net.pool_include_prefix
         and isinstance(net.norm, nn.LayerNorm)
         and net.num_prefix_tokens == 1 == int(net.has_class_token)
+        and net.pos_embed is not None
         and not net.no_embed_class
         and len(norms) == 1
         and all(side is not None and side[0] == side[1] for side in (patches.img_size, patches.patch_size))
@@ -121,27 +107,27 @@ def is_plain(net: VisionTransformer) -> bool:
     )
 
 
-def _renamed(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """timm's keys -> those of a class; keys that neither has stay as they are, and fit nowhere."""
-    heads = {"cls_token": names["class"], "pos_embed": names["positions"]}
-    parts = {"norm_pre": names.get("before", "norm_pre"), "norm": names["after"], "patch_embed.proj": names["patch"]}
-    inner = {"norm1": names["norm1"], "norm2": names["norm2"], "attn.proj": f"{names['attention']}.{names['out']}"}
-    found: dict[str, Tensor] = {}
+def renamed(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """A timm ViT's tensors by another library's keys; a key that is not in `names` stays as it is.
+
+    If `attn.qkv` has a field in its new name, its tensor is split in three: q, k and v.
+    """
+    result: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         module, _, kind = key.rpartition(".")
-        if key in heads:
-            found[heads[key]] = tensor
-        elif not key.startswith("blocks."):
-            found[f"{parts.get(module, module)}.{kind}"] = tensor
+        prefix = ""
+        if module.startswith("blocks."):
+            _, number, module = module.split(".", 2)
+            prefix = f"{names['blocks']}.{number}."
+        name = names.get(module, module)
+        if key in names:
+            result[names[key]] = tensor
+        elif "{}" in name:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                result[f"{prefix}{name.format(letter)}.{kind}"] = part
         else:
-            _, number, rest = module.split(".", 2)
-            at = f"{names['block']}.{number}"
-            if rest == "attn.qkv":
-                for name, part in zip("qkv", tensor.chunk(3), strict=True):
-                    found[f"{at}.{names['attention']}.{name}_proj.{kind}"] = part
-            else:
-                found[f"{at}.{inner.get(rest, rest)}.{kind}"] = tensor
-    return found
+            result[f"{prefix}{name}.{kind}"] = tensor
+    return result
 
 
 _CODE = """\
@@ -149,57 +135,39 @@ import torch
 from transformers import AutoImageProcessor, {name}
 
 model = {name}.from_pretrained(folder{options}).eval()
-processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # as measured; torchvision's rounds pixels by a level
+# backend="pil" as measured: torchvision's rounds pixels by a level
+processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
 with torch.inference_mode():
-    found = model(**processor(images=image, return_tensors="pt"))
+    output = model(**processor(images=image, return_tensors="pt"))
     features = {features}
 """
-# What of the output are the encoder's features, by class and pool.
-_FEATURES = {
-    ("CLIPVisionModel", "avg"): "model.post_layernorm(found.last_hidden_state)[:, 1:].mean(1)",
-    ("CLIPVisionModel", "token"): "found.pooler_output",
-    ("ViTModel", "avg"): "found.last_hidden_state[:, 1:].mean(1)",
-    ("ViTModel", "token"): "found.last_hidden_state[:, 0]",
-    ("TimmWrapperModel", ""): "found.pooler_output.flatten(1)",
-}
-_POOLING = {
+# The encoder's features by class and pool: an expression, for the card and for the check, and a sentence. A run's pool
+# is the mean of the patches after the final norm, which CLIPVisionModel does not give out.
+_READOUTS = {
     ("CLIPVisionModel", "avg"): (
-        "The encoder's feature is the mean of the patch tokens after the final norm. CLIPVisionModel's `last_hidden_state` is before that "
-        "norm and its `pooler_output` is the class token, which the training did not read: the code in the card takes the right one. "
-        "`--encoder hf:DIR --pool avg` does the same."
+        "model.post_layernorm(output.last_hidden_state)[:, 1:].mean(1)",
+        "The encoder's feature is the mean of the patch tokens after the final norm. CLIPVisionModel's "
+        "`last_hidden_state` is before that norm and its `pooler_output` is the class token, which the training did "
+        "not read: the code in the card takes the right one. `--encoder hf:DIR --pool avg` does the same.",
     ),
-    ("CLIPVisionModel", "token"): "The encoder's feature is the class token after the final norm: `pooler_output`.",
+    ("CLIPVisionModel", "token"): (
+        "output.pooler_output",
+        "The encoder's feature is the class token after the final norm: `pooler_output`.",
+    ),
     ("ViTModel", "avg"): (
-        "The encoder's feature is the mean of the patch tokens after the final norm: of `last_hidden_state` without its first token. "
-        "There is no `pooler_output`; `--encoder hf:DIR --pool avg` does the same."
+        "output.last_hidden_state[:, 1:].mean(1)",
+        "The encoder's feature is the mean of the patch tokens after the final norm: of `last_hidden_state` without "
+        "its first token. There is no `pooler_output`; `--encoder hf:DIR --pool avg` does the same.",
     ),
-    (
-        "ViTModel",
-        "token",
-    ): "The encoder's feature is the class token after the final norm: the first of `last_hidden_state`.",
-    ("TimmWrapperModel", ""): "The encoder's feature is `pooler_output`: timm's own pool, `{pool}`.",
+    ("ViTModel", "token"): (
+        "output.last_hidden_state[:, 0]",
+        "The encoder's feature is the class token after the final norm: the first of `last_hidden_state`.",
+    ),
+    ("TimmWrapperModel", ""): (
+        "output.pooler_output.flatten(1)",
+        "The encoder's feature is `pooler_output`: timm's own pool, `{pool}`.",
+    ),
 }
-
-
-def write_processor(folder: Path, form: ImageForm) -> None:
-    """preprocessor_config.json: shorter side to S by bicubic resampling, centre crop, mean and std."""
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": form.side},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": form.side, "width": form.side},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(form.mean),
-            "image_std": list(form.std),
-        },
-    )
 
 
 def _write(encoder: Encoder, folder: Path) -> Written:
@@ -213,11 +181,10 @@ def _write(encoder: Encoder, folder: Path) -> Written:
     model.save_pretrained(folder)
     write_processor(folder, encoder.images)
     name = type(model).__name__
-    options = ", add_pooling_layer=False" if name == "ViTModel" else ""
-    taken = _FEATURES[name, pool]
-    code = _CODE.format(name=name, options=options, features=taken)
-    pooling = _POOLING[name, pool].format(pool=encoder.description["pool"])
-    return Written(f"transformers {name}", pooling, code, lambda where: _read(where, name, pool))
+    features, pooling = _READOUTS[name, pool]
+    code = _CODE.format(name=name, options=", add_pooling_layer=False" if name == "ViTModel" else "", features=features)
+    pooling = pooling.format(pool=encoder.description["pool"])
+    return Written(f"transformers {name}", pooling, code, lambda path: _read(path, name, features))
 
 
 def _wrapped(transformers: Any, tower: TimmTower, form: ImageForm) -> Any:
@@ -225,31 +192,20 @@ def _wrapped(transformers: Any, tower: TimmTower, form: ImageForm) -> Any:
         architecture=tower.architecture,
         model_args=tower.arguments or None,
         num_labels=0,
-        pretrained_cfg=image_config(tower.net, form),
+        pretrained_cfg=pretrained_config(tower.net, form),
     )
     model = transformers.TimmWrapperModel(config)
     model.timm_model.load_state_dict(tower.net.state_dict(), strict=True)
     return model.eval()
 
 
-def _read(folder: Path, name: str, pool: str) -> Features:
-    options = {"add_pooling_layer": False} if name == "ViTModel" else {}
-    model = (
-        getattr(import_transformers(), name)
-        .from_pretrained(folder, local_files_only=True, weights_only=True, **options)
-        .eval()
-    )
-
-    def features(images: torch.Tensor) -> torch.Tensor:
-        found = model(pixel_values=images)
-        tokens = found.last_hidden_state
-        if name == "TimmWrapperModel":
-            return found.pooler_output.flatten(1)
-        if name == "ViTModel":
-            return tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(1)
-        return found.pooler_output if pool == "token" else model.post_layernorm(tokens)[:, 1:].mean(1)
-
-    return features
+def _read(folder: Path, name: str, features: str) -> Features:
+    options: dict[str, Any] = {"local_files_only": True, "weights_only": True}
+    if name == "ViTModel":
+        options["add_pooling_layer"] = False
+    model = getattr(import_transformers(), name).from_pretrained(folder, **options).eval()
+    # The card's own expression, so that the check covers it.
+    return lambda images: eval(features, {"model": model, "output": model(pixel_values=images)})
 
 
 HF = Format("hf", "transformers", _write)
