@@ -180,7 +180,7 @@ def test_a_run_without_text_tower_is_told_as_such(
     found = run_protocol(ZeroShot(), [spec], lambda: data, Pipeline(), Extractor(CPU, Features()))
     assert found["results"][1]["variant"] == "zero-shot by token logits"
     said = capsys.readouterr().out
-    assert "has no text tower: its head's token logits are taken; `train lit` gives it one" in " ".join(said.split())
+    assert "has no text tower: its head's token logits are used; `train lit` adds one" in " ".join(said.split())
 
 
 def test_names_that_the_tokenizer_does_not_know_are_told(runs: Runs, data: DataSet, tmp_path: Path) -> None:

@@ -20,15 +20,13 @@ from run_factory import write_run
 from train.encoders.encoder import EncoderSpec
 from train.evals.data.sets import load_pair
 from train.evals.features import Extractor, decode_crop
-from train.evals.kinds import probe as lbfgs_probe
-from train.evals.kinds import probe as mae_module
+from train.evals.kinds import probe as probe_module
 from train.evals.kinds.probe import (
     Axes,
     LinearProbe,
     MaeProbe,
     Probe,
     cached_epochs,
-    choose_weight_decay,
     fit,
     learning_rate,
     linear_probe,
@@ -106,51 +104,49 @@ def test_float32_products_reach_the_same_minimum_in_chunks(monkeypatch) -> None:
 
 def test_constant_features_do_no_harm() -> None:
     x, y = blobs(100, 5, 3, seed=3)
-    plain = linear_probe(x, y, x, y, classes=3, settings=SETTINGS, seeds=[0], device=CPU)
+    plain = linear_probe((x, y), (x, y), 3, SETTINGS, [0], CPU)
     flat = np.concatenate([x, np.full((100, 2), 0.1)], axis=1)
-    assert (
-        linear_probe(flat, y, flat, y, classes=3, settings=SETTINGS, seeds=[0], device=CPU)[0]["top1"]
-        == plain[0]["top1"]
-    )
+    assert linear_probe((flat, y), (flat, y), 3, SETTINGS, [0], CPU)[0].metrics == plain[0].metrics
 
 
 def test_the_test_part_never_moves_the_choice() -> None:
     x, y = blobs(150, 20, 7, seed=4, spread=3)
     test_x, test_y = blobs(60, 20, 7, seed=5, spread=3)
     results = [
-        linear_probe(x, y, features, targets, classes=7, settings=SETTINGS, seeds=[0, 1], device=CPU)
-        for features, targets in ((test_x, test_y), (test_x * 1e3, (test_y + 1) % 7), (test_x[:1], test_y[:1]))
+        linear_probe((x, y), test, 7, SETTINGS, [0, 1], CPU)
+        for test in ((test_x, test_y), (test_x * 1e3, (test_y + 1) % 7), (test_x[:1], test_y[:1]))
     ]
-    chosen = [[(one["weight_decay"], one["validation"], one["evaluations"]) for one in result] for result in results]
+    keys = ("weight_decay", "validation", "evaluations")
+    chosen = [[[score.detail[key] for key in keys] for score in scores] for scores in results]
     assert chosen[0] == chosen[1] == chosen[2]
-    assert results[0][0]["top1"] != results[1][0]["top1"]
+    assert results[0][0].metrics["top1"] != results[1][0].metrics["top1"]
 
 
 def test_the_choice_is_by_validation_accuracy_and_of_equals_the_strongest(monkeypatch) -> None:
     x, y = blobs(60, 4, 3, seed=6)
-    axes = Axes.of(torch.from_numpy(x))
     shares = iter([0.5, 0.7, 0.7])
-    monkeypatch.setattr(lbfgs_probe, "top_k", lambda *_: next(shares))
-    options: dict[str, Any] = {"classes": 3, "curvature": axes.curvature, "settings": SETTINGS, "seed": 0}
-    assert choose_weight_decay(axes(torch.from_numpy(x)), y, **options) == (1e-2, {1e-1: 0.5, 1e-2: 0.7, 1e-3: 0.7})
+    monkeypatch.setattr(probe_module, "top_k", lambda *_: next(shares))
+    monkeypatch.setattr(probe_module, "accuracies", lambda *_: {"top1": 0.0})
+    (score,) = linear_probe((x, y), (x, y), 3, SETTINGS, [0], CPU)
+    assert score.detail["weight_decay"] == 1e-2
+    assert score.detail["validation"] == {"0.1": 0.5, "0.01": 0.7, "0.001": 0.7}
 
 
 def test_linear_probe_equals_scikit_learns_whole_protocol() -> None:
     """Refit on the whole training part with the chosen weight decay: scikit-learn's accuracy on the test part."""
     x, y = blobs(200, 15, 6, seed=7, spread=2)
     test_x, test_y = blobs(100, 15, 6, seed=8, spread=2)
-    results = linear_probe(x, y, test_x, test_y, classes=6, settings=SETTINGS, seeds=[0, 1, 2], device=CPU)
-    assert [one["seed"] for one in results] == [0, 1, 2]
-    for one in results:
-        reference = LogisticRegression(C=1 / (one["weight_decay"] * 200), tol=1e-8, max_iter=5000)
+    scores = linear_probe((x, y), (test_x, test_y), 6, SETTINGS, [0, 1, 2], CPU)
+    assert [score.seed for score in scores] == [0, 1, 2]
+    for score in scores:
+        reference = LogisticRegression(C=1 / (score.detail["weight_decay"] * 200), tol=1e-8, max_iter=5000)
         reference.fit((x - x.mean(0)) / x.std(0), y)
         logits = reference.decision_function((test_x - x.mean(0)) / x.std(0))
-        assert one["top1"] == pytest.approx((logits.argmax(1) == test_y).mean())
+        assert score.metrics["top1"] == pytest.approx((logits.argmax(1) == test_y).mean())
         order = np.argsort(-logits, axis=1)
-        assert one["top5"] == pytest.approx(
-            np.mean([label in row[:5] for label, row in zip(test_y, order, strict=True)])
-        )
-        assert one["at_edge"] == (one["weight_decay"] in (1e-1, 1e-3))
+        top5 = np.mean([label in row[:5] for label, row in zip(test_y, order, strict=True)])
+        assert score.metrics["top5"] == pytest.approx(top5)
+        assert score.detail["at_edge"] == (score.detail["weight_decay"] in (1e-1, 1e-3))
 
 
 def test_a_negative_weight_decay_is_refused() -> None:
@@ -214,9 +210,9 @@ def run_probe(
     specs: list[str], train_dir: Path, test_dir: Path, probe: Probe, out: Path | None = None
 ) -> dict[str, Any]:
     pipeline = Pipeline(evaluators={"probe": probe.model_dump()})
-    asked = [EncoderSpec(spec) for spec in specs]
+    requested = [EncoderSpec(spec) for spec in specs]
     return run_protocol(
-        LinearProbe(), asked, lambda: load_pair(train_dir, test_dir), pipeline, Extractor(CPU, Features()), out
+        LinearProbe(), requested, lambda: load_pair(train_dir, test_dir), pipeline, Extractor(CPU, Features()), out
     )
 
 
@@ -248,7 +244,7 @@ def test_run_probe_reports_every_encoder(tmp_path: Path, capsys, monkeypatch) ->
     assert "majority class" in printed and "pixels:4" in printed and "50.0" in printed
 
 
-def test_the_validation_part_is_stored_beside_the_result(tmp_path: Path) -> None:
+def test_the_validation_part_is_stored_with_the_result(tmp_path: Path) -> None:
     train_dir, test_dir = write_colours(tmp_path / "train", 1, 5), write_colours(tmp_path / "test", 2, 2)
     result = run_probe(["pixels:2"], train_dir, test_dir, SETTINGS, tmp_path / "probe.json")
     table = pq.read_table(tmp_path / "probe.splits.parquet").to_pylist()
@@ -312,7 +308,7 @@ def test_mae_probe_equals_a_plain_loop() -> None:
     test_x, test_y = blobs(60, 6, 3, seed=2)
     x, test_x = x.astype(np.float32), test_x.astype(np.float32)
     settings = MAE.model_copy(update={"epochs": 5, "warmup_epochs": 2})
-    found = mae_probe(cached_epochs(x, CPU), y, test_x, test_y, classes=3, settings=settings, seed=7, device=CPU)
+    score = mae_probe(cached_epochs(x, CPU), y, (test_x, test_y), 3, settings, 7, CPU)
 
     weight = torch.empty(3, 6)
     torch.nn.init.trunc_normal_(weight, std=0.01, generator=torch.Generator().manual_seed(7))
@@ -333,11 +329,12 @@ def test_mae_probe_equals_a_plain_loop() -> None:
             rate = learning_rate(settings, 40, epoch + step / 2)
             weight, bias = weight - rate * moments[0], bias - rate * moments[1]
     logits = (torch.from_numpy(test_x) - mean) / (variance + 1e-6).sqrt() @ weight.T + bias
-    assert found["top1"] == pytest.approx(top_k(logits, torch.from_numpy(test_y), 1)) and found["batch_size"] == 40
+    assert score.metrics["top1"] == pytest.approx(top_k(logits, torch.from_numpy(test_y), 1))
+    assert score.detail["batch_size"] == 40
     loss = torch.nn.functional.cross_entropy(
         normed @ (weight + rate * moments[0]).T + bias + rate * moments[1], targets
     )
-    assert found["final_loss"] == pytest.approx(float(loss), abs=1e-5)
+    assert score.detail["final_loss"] == pytest.approx(float(loss), abs=1e-5)
 
 
 def test_maes_recipe_learns_with_and_without_augmentation(tmp_path: Path, monkeypatch) -> None:
@@ -348,7 +345,7 @@ def test_maes_recipe_learns_with_and_without_augmentation(tmp_path: Path, monkey
         draws.append(draw)
         return decode_crop(encoded, side, *draw)
 
-    monkeypatch.setattr(mae_module, "decode_crop", crop)
+    monkeypatch.setattr(probe_module, "decode_crop", crop)
     mae = MaeProbe(epochs=60, batch_size=4, base_lr=200.0, warmup_epochs=4)
     variants = set()
     for augment in (False, True):

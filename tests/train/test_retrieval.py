@@ -94,7 +94,7 @@ def karpathy(folder: Path) -> Path:
     return folder
 
 
-def test_the_command_tells_both_ways(runs: Runs, tmp_path: Path) -> None:
+def test_the_command_reports_both_directions(runs: Runs, tmp_path: Path) -> None:
     folder = karpathy(tmp_path)
     arguments = [
         "retrieval",
@@ -105,10 +105,10 @@ def test_the_command_tells_both_ways(runs: Runs, tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "r.json"),
     ]
-    said = CliRunner().invoke(
+    output = CliRunner().invoke(
         cli, [*arguments, "--set", "retrieval.k=[1,3]"], catch_exceptions=False, env={"COLUMNS": "200"}
     )
-    assert said.exit_code == 0 and "4 images, width 24" in said.output, said.output
+    assert output.exit_code == 0 and "4 images, width 24" in output.output, output.output
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["part"] == "test" and result["test"]["captions"] == 7
     encoder, data = load_encoder(f"run:{runs.folder / 'lit'}"), load_caption_set(f"flickr30k:{folder}")
@@ -129,10 +129,10 @@ def test_the_command_tells_both_ways(runs: Runs, tmp_path: Path) -> None:
     )
 
 
-def test_what_cannot_be_asked(runs: Runs, pairs: Path) -> None:
+def test_requests_that_are_rejected(runs: Runs, pairs: Path) -> None:
     extract = Extractor(CPU, Features())
 
-    def ask(spec: EncoderSpec, settings: Retrieval) -> Any:
+    def evaluate(spec: EncoderSpec, settings: Retrieval) -> Any:
         return run_protocol(
             Recall(),
             [spec],
@@ -146,9 +146,9 @@ def test_what_cannot_be_asked(runs: Runs, pairs: Path) -> None:
         EncoderSpec("pixels:4"),
         EncoderSpec(f"run:{runs.folder / 'lit'}", pool="cls"),
     ):
-        text = refused(ask, spec, Retrieval(k=[1]))
-        assert "it has no text tower" in text and "`train lit ENCODER --beton OUT` gives it one" in text
-    assert "retrieval.k is 10" in refused(ask, EncoderSpec(f"run:{runs.folder / 'lit'}"), Retrieval())
+        text = refused(evaluate, spec, Retrieval(k=[1]))
+        assert "it has no text tower" in text and "`train lit ENCODER --beton OUT` adds a text tower" in text
+    assert "retrieval.k is 10" in refused(evaluate, EncoderSpec(f"run:{runs.folder / 'lit'}"), Retrieval())
     (pairs / "test").rename(pairs / "train")
     assert "has the parts train" in refused(load_caption_set, f"pairs:{pairs}")
     (pairs / "train").rename(pairs / "test")
@@ -167,8 +167,8 @@ def test_a_suite_of_clip_and_lit(runs: Runs, pairs: Path, data: DataSet, tmp_pat
     }
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
     arguments = ["eval", "--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out")]
-    said = CliRunner().invoke(cli, arguments, catch_exceptions=False, env={"COLUMNS": "250"})
-    assert said.exit_code == 0, said.output
+    output = CliRunner().invoke(cli, arguments, catch_exceptions=False, env={"COLUMNS": "250"})
+    assert output.exit_code == 0, output.output
     rows = json.loads((tmp_path / "out" / "suite.json").read_text())["results"]
     found = {(row["data"].partition(":")[0], Path(row["encoder"]).name, row["variant"]) for row in rows}
     for name in ("clip", "lit"):
@@ -177,7 +177,7 @@ def test_a_suite_of_clip_and_lit(runs: Runs, pairs: Path, data: DataSet, tmp_pat
     assert ("folders", "run", "zero-shot by token logits") in found and not any(
         kind == "pairs" and name == "run" for kind, name, _ in found
     )
-    assert "left out: retrieval of run:" in said.output and "train lit" in said.output
+    assert "left out: retrieval of run:" in output.output and "train lit" in output.output
     content["protocols"] = [{"protocol": "knn", "set": {"k": [1]}}]
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
     found_error = CliRunner().invoke(cli, arguments)

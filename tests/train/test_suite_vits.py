@@ -105,7 +105,7 @@ def test_one_command_measures_them_by_everything_that_fits(suite_folder: Path) -
                 assert 0 <= row["top1"] <= 1 and row["description"]["architecture"] == name, (encoder, variant)
             assert rows[encoder, "fine-tuned"]["seeds"][0]["drop_path"] == 0.2
             assert (
-                f"left out: zeroshot of {encoder}: it has no text tower and no pre-training head; measure a run (run:RUN)"
+                f"left out: zeroshot of {encoder}: it has no text tower and no pre-training head; give a run (run:RUN)"
                 in said.output
             )
     assert (

@@ -1,4 +1,4 @@
-"""Zero-shot by token logits: the loss of the name as a caption, names by stage 1 itself, and names that do not match."""
+"""Zero-shot by token logits: the loss of the name as a caption, names labelled as captions, names that do not match."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from train.encoders.load import load_encoder
 from train.encoders.text import label_texts
 from train.evals.data.sets import DataSet, load_pair
 from train.evals.features import Extractor
-from train.evals.kinds.zeroshot import TokenLogits, Zeroshot, class_names, class_scores, class_targets, templates
+from train.evals.kinds.zeroshot import ZeroShot, Zeroshot, class_names, class_scores, class_targets, templates
 from train.evals.measure import run_protocol
 from train.losses.head import HeadLoss
 from train.trainer import train_run
@@ -40,7 +40,7 @@ CONFIG = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An OUT, and a run of two steps on it."""
+    """A label dataset, and a run of two steps on it."""
     folder = tmp_path_factory.mktemp("zeroshot")
     out = build_out(folder, [32])
     assert train_run(out, folder / "run", load_pipeline(overrides=CONFIG))
@@ -53,7 +53,7 @@ def data(tmp_path: Path) -> DataSet:
     return load_pair(tmp_path / "train", write_folders(tmp_path / "test", {"red_bird": 2, "the_dog": 1}, start=40))
 
 
-def told(call, *arguments) -> str:
+def refused(call, *arguments) -> str:
     with pytest.raises(UserError) as caught:
         call(*arguments)
     return str(caught.value)
@@ -81,7 +81,7 @@ def test_a_tokenizer_that_is_gone_or_another_is_refused(trained, tmp_path: Path)
         ("stop_words", "remove", "texts are labelled with the tokenizer"),
     ):
         Layout(built).config.write_text(yaml.safe_dump(config | {"labels": config.get("labels", {}) | {key: value}}))
-        text = told(label_texts, ["x"], built)
+        text = refused(label_texts, ["x"], built)
         assert message in text and (value in text or "label again" in text)
 
 
@@ -121,12 +121,12 @@ def test_targets_are_the_mean_over_templates() -> None:
     assert np.allclose(targets[0], [0, 0.125, 0.875, 0]) and not targets[1].any()
 
 
-def zeroshot(run: Path, data: DataSet, settings: Zeroshot, **asked) -> dict:
+def zeroshot(run: Path, data: DataSet, settings: Zeroshot, **readout) -> dict:
     pipeline, extract = (
         Pipeline(evaluators={"zeroshot": settings.model_dump()}),
         Extractor(torch.device("cpu"), Features()),
     )
-    return run_protocol(TokenLogits(), [EncoderSpec(str(run), **asked)], lambda: data, pipeline, extract)
+    return run_protocol(ZeroShot(), [EncoderSpec(str(run), **readout)], lambda: data, pipeline, extract)
 
 
 def test_the_command_gives_the_accuracy_of_these_scores(trained, data: DataSet, monkeypatch, tmp_path: Path) -> None:
@@ -158,23 +158,23 @@ def _ids(out: Path) -> dict[str, int]:
 
 
 def test_encoders_that_have_no_head_are_refused(trained, data: DataSet) -> None:
-    text = told(lambda: zeroshot(trained[1], data, Zeroshot(), pool="cls"))
+    text = refused(lambda: zeroshot(trained[1], data, Zeroshot(), pool="cls"))
     assert "the pre-training head takes the run's own pooled features" in text
     pipeline, extract = Pipeline(), Extractor(torch.device("cpu"), Features())
-    text = told(lambda: run_protocol(TokenLogits(), [EncoderSpec("pixels:4")], lambda: data, pipeline, extract))
+    text = refused(lambda: run_protocol(ZeroShot(), [EncoderSpec("pixels:4")], lambda: data, pipeline, extract))
     assert "no text tower and no pre-training head" in text and "train lit" in text
 
 
 def test_labels_that_have_moved(trained, data: DataSet, tmp_path: Path) -> None:
-    text = told(lambda: zeroshot(trained[1], data, Zeroshot(labels=str(tmp_path / "gone"))))
+    text = refused(lambda: zeroshot(trained[1], data, Zeroshot(labels=str(tmp_path / "gone"))))
     assert "no IDF table is there" in text and "--set zeroshot.labels=OUT" in text
 
 
-def test_names_without_labels_are_told(trained, data: DataSet, monkeypatch) -> None:
+def test_names_without_labels_are_rejected(trained, data: DataSet, monkeypatch) -> None:
     monkeypatch.setattr(
         "train.evals.kinds.zeroshot.label_texts", lambda texts, built: [np.empty(0, np.int64) for _ in texts]
     )
-    text = told(lambda: zeroshot(trained[1], data, Zeroshot()))
+    text = refused(lambda: zeroshot(trained[1], data, Zeroshot()))
     assert "2 class names have no label" in text and "red bird, the dog" in text
 
 
@@ -184,23 +184,23 @@ def test_names_that_do_not_match_the_classes(data: DataSet, tmp_path: Path) -> N
     names.write_text("cardinal\n\npoodle\n")
     assert class_names(str(names), data) == ["cardinal", "poodle"]
     names.write_text("cardinal\npoodle\nwren\n")
-    text = told(class_names, str(names), data)
+    text = refused(class_names, str(names), data)
     assert (
         "has 3 names" in text
         and "has 2 classes: red_bird, the_dog" in text
         and "write one name for every class" in text
     )
     names.write_text("red_bird\tcardinal\nred_brid\tpoodle\n")
-    text = told(class_names, str(names), data)
+    text = refused(class_names, str(names), data)
     assert "1 classes have no name: the_dog; 1 names are of no class: red_brid" in text
     assert "write a line class<TAB>name for every class" in text
     names.write_text("same\nsame\n")
-    text = told(TokenLogits().check, data, Zeroshot(classnames=str(names)))
+    text = refused(ZeroShot().check, data, Zeroshot(classnames=str(names)))
     assert "1 names stand for several classes" in text and "--classnames FILE with other words" in text
     names.write_text("")
-    assert "is empty" in told(class_names, str(names), data)
-    assert "no file of class names at" in told(class_names, "gone.txt", data)
-    assert "2 classes, ImageNet's names are 1000" in told(class_names, "imagenet", data)
+    assert "is empty" in refused(class_names, str(names), data)
+    assert "no file of class names at" in refused(class_names, "gone.txt", data)
+    assert "2 classes, ImageNet's names are 1000" in refused(class_names, "imagenet", data)
 
 
 def test_templates(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_templates(tmp_path: Path) -> None:
     file.write_text("a photo of a {}.\nart of {}\n")
     assert templates(str(file)) == ["a photo of a {}.", "art of {}"]
     file.write_text("a photo\n")
-    assert "1 templates have no {}, the first: 'a photo'" in told(templates, str(file))
+    assert "1 templates have no {}, the first: 'a photo'" in refused(templates, str(file))
 
 
 def test_a_changed_file_of_names_is_another_protocol(tmp_path: Path) -> None:
@@ -218,5 +218,5 @@ def test_a_changed_file_of_names_is_another_protocol(tmp_path: Path) -> None:
     words = []
     for text in ("a\nb\n", "a\nc\n"):
         file.write_text(text)
-        words.append(TokenLogits().describe(Zeroshot(classnames=str(file))))
+        words.append(ZeroShot().describe(Zeroshot(classnames=str(file))))
     assert words[0] != words[1] and json.dumps(words)

@@ -1,4 +1,13 @@
-"""`train probe`: a linear classifier on frozen features, by one of two recipes."""
+"""`train probe`: a linear classifier on frozen features, by one of two recipes.
+
+lbfgs: features of the central crop -> `Axes` (standardised, principal axes) -> weight decay chosen on a split of the
+       training part -> `fit` on all of it -> accuracy on the test part. On small data the usual stand-in for MAE's
+       linear probe (arXiv 2111.06377), which the paper uses; a result names it as that.
+mae:   MAE's own recipe (appendix A; main_linprobe.py): BatchNorm1d(W, affine=False) and Linear(W, C), trained by epochs
+       with LARS (momentum 0.9, trust 0.001, no weight decay), on random crops through the encoder or cached features.
+
+N samples, B batch, W feature width, C classes.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,17 +29,159 @@ from train.evals.data.sets import DataSet
 from train.evals.features import Extractor, decode_crop
 from train.evals.protocol import Evaluation, Score, accuracies, top_k
 
-# ---- logistic: Multinomial logistic regression with L2, by L-BFGS in the features' principal axes.
+
+class MaeProbe(Section):
+    epochs: Positive = 90
+    batch_size: Positive = 16_384
+    base_lr: Annotated[float, Field(gt=0)] = 0.1
+    warmup_epochs: Annotated[int, Field(ge=0)] = 10
+    augment: bool = True
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, epochs {self.epochs}; allowed: less than epochs")
+        return self
+
+
+class Probe(Section):
+    recipe: Literal["lbfgs", "mae"] = "lbfgs"
+    weight_decay: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seeds: Seeds = [0, 1, 2]
+    max_iterations: Positive = 200
+    mae: MaeProbe = MaeProbe()
+
+
+Part = tuple[np.ndarray, np.ndarray]  # features float [N, W], classes int64 [N]
+
+
+class LinearProbe(Evaluation):
+    name, takes, section = "probe", "classes", Probe
+
+    def describe(self, settings: Probe) -> str:
+        if settings.recipe == "lbfgs":
+            return "L-BFGS logistic regression on cached features, stand-in for MAE's recipe"
+        cached = "cached features of the central crop, no augmentation"
+        features = "random resized crops and flips" if settings.mae.augment else cached
+        return f"MAE's linear probe: LARS, BatchNorm head, {settings.mae.epochs} epochs, {features}"
+
+    def check(self, data: DataSet, settings: Probe) -> None:
+        if settings.recipe == "lbfgs" and len(data.train) == len(set(data.train.targets.tolist())):
+            raise _no_pair()
+
+    def scores(
+        self, encoder: Encoder, data: DataSet, settings: Probe, extract: Extractor, seeds: Sequence[int]
+    ) -> list[Score]:
+        train, device, classes = data.train, extract.device, len(data.classes)
+        test = extract(encoder, data.test), data.test.targets
+        if settings.recipe == "lbfgs":
+            return linear_probe((extract(encoder, train), train.targets), test, classes, settings, seeds, device)
+        scores = []
+        for seed in seeds:
+            if settings.mae.augment:
+                epochs = augmented_epochs(encoder, train, extract, seed)
+            else:
+                epochs = cached_epochs(extract(encoder, train), device)
+            scores.append(mae_probe(epochs, train.targets, test, classes, settings.mae, seed, device))
+        return scores
+
+
+EVALUATION = LinearProbe()
+
+
+def majority(train_y: np.ndarray, test_y: np.ndarray, *, classes: int) -> dict[str, Any]:
+    """Accuracies on the test part of always guessing the most frequent classes of the training part."""
+    counts = torch.from_numpy(np.bincount(train_y, minlength=classes))
+    return accuracies(counts.expand(len(test_y), classes), torch.from_numpy(test_y))
+
+
+# lbfgs: choose the weight decay, refit, test
+
+_FLOAT64_NUMBERS = 2**23  # training features up to this size are computed with in float64
+_SWEEP_TOLERANCE = 5e-5  # a sweep only ranks weight decays
+
+
+def linear_probe(
+    train: Part, test: Part, classes: int, settings: Probe, seeds: Sequence[int], device: torch.device
+) -> list[Score]:
+    """The whole recipe for one encoder. Each seed draws another validation split; its rows are the score's `split`.
+
+    The refit is convex and deterministic: seeds that choose the same weight decay have the same accuracies.
+    """
+    (train_x, train_y), (test_x, test_y) = train, test
+    # The rounding of float32 averages out over many samples; over few it would end the search early.
+    dtype = torch.float64 if train_x.size <= _FLOAT64_NUMBERS else torch.float32
+    raw, raw_test = (torch.from_numpy(x).to(device, dtype) for x in (train_x, test_x))
+    axes = Axes.of(raw)
+    x, y = axes(raw), torch.from_numpy(train_y).to(device)
+    x_test, y_test = axes(raw_test), torch.from_numpy(test_y).to(device)
+    options: dict[str, Any] = {"curvature": axes.curvature, "max_iterations": settings.max_iterations}
+    refits: dict[float, tuple[dict[str, float | None], dict[str, Any]]] = {}
+    scores = []
+    for seed in seeds:
+        parts = stratified_split(train_y, settings.validation_fraction, seed)
+        accuracy = sweep(x, train_y, parts, classes, axes.curvature, settings)
+        best = max(accuracy, key=lambda value: (accuracy[value], value))  # of equals the strongest
+        if best not in refits:
+            solution = fit(x, y, weight_decay=best, start=start_at_zero(x.shape[1], classes, device), **options)
+            solver = {"converged": solution.converged, "evaluations": solution.evaluations}
+            refits[best] = accuracies(solution.logits(x_test), y_test), solver
+        metrics, solver = refits[best]
+        at_edge = len(accuracy) > 1 and best in (min(accuracy), max(accuracy))
+        validation = {str(value): share for value, share in accuracy.items()}
+        detail = {"weight_decay": best, "at_edge": at_edge, "validation": validation, **solver}
+        scores.append(Score("probe", seed, metrics, detail, split=parts[1]))
+    return scores
+
+
+def stratified_split(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the (fitting, validation) parts of y [N], about `fraction` of every class in the second.
+
+    A class of two samples or more has at least one in each part; a single sample stays in the fitting part.
+    """
+    random = np.random.default_rng(seed)
+    fitting, validation = [], []
+    for label in np.unique(y):
+        order = random.permutation(np.flatnonzero(y == label))
+        count = min(max(1, round(fraction * len(order))), len(order) - 1)
+        validation.append(order[:count])
+        fitting.append(order[count:])
+    if not sum(map(len, validation)):
+        raise _no_pair()
+    return np.sort(np.concatenate(fitting)), np.sort(np.concatenate(validation))
+
+
+def _no_pair() -> UserError:
+    problem = "no class of the training part has two samples"
+    return UserError(problem, allowed="two or more, one of them for validation")
+
+
+def sweep(
+    x: Tensor, y: np.ndarray, parts: tuple[np.ndarray, np.ndarray], classes: int, curvature: Tensor, settings: Probe
+) -> dict[float, float]:
+    """Validation accuracy by weight decay, fitted on one part of the coordinates x [N, W], measured on the other."""
+    fitting, validation = (torch.from_numpy(part).to(x.device) for part in parts)
+    targets = torch.from_numpy(y).to(x.device)
+    x_fit, y_fit, x_validation, y_validation = x[fitting], targets[fitting], x[validation], targets[validation]
+    options: dict[str, Any] = {"max_iterations": settings.max_iterations, "tolerance": _SWEEP_TOLERANCE}
+    solution = start_at_zero(x.shape[1], classes, x.device)
+    accuracy: dict[float, float] = {}
+    for decay in sorted(set(settings.weight_decay), reverse=True):  # strong to weak: each starts at the last solution
+        solution = fit(x_fit, y_fit, weight_decay=decay, curvature=curvature, start=solution, **options)
+        accuracy[decay] = top_k(solution.logits(x_validation), y_validation, 1)
+    return accuracy
+
+
+# lbfgs: multinomial logistic regression with L2
 #
-#     minimise over w, b:   mean_i -log softmax(x_i w + b)[y_i]  +  weight_decay / 2 * ||w||^2        (b is not penalised)
+#     minimise over w, b:   mean_i -log softmax(x_i w + b)[y_i]  +  weight_decay / 2 * ||w||^2     (b is not penalised)
 #
 # This is scikit-learn's LogisticRegression with C = 1 / (weight_decay * N), on standardised features.
-# N samples, W feature width, C classes.
 
-
-TOLERANCE = 1e-5  # largest entry of the gradient, in the preconditioned coordinates of `fit`
+_TOLERANCE = 1e-5  # largest entry of the gradient, in the preconditioned coordinates of `fit`
 _HISTORY = 20
-_CHUNK_LOGITS = 2**25  # logits held at once: 256 MiB in float64
+_CHUNK_LOGITS = 2**25  # logits in memory at a time: 256 MiB in float64
 _FLAT = 1e-6  # a feature with a smaller standard deviation counts as constant
 
 
@@ -38,14 +189,13 @@ _FLAT = 1e-6  # a feature with a smaller standard deviation counts as constant
 class Axes:
     """Standardised features in their principal axes: an exact change of coordinates that keeps ||w||.
 
-    mean, deviation: [W], of the training part. rotation: [W, W], orthogonal. curvature: [W], the variance along each
-    axis. There the Hessian is nearly diagonal, so that scaling by it lets L-BFGS converge in a few dozen steps.
+    There the Hessian is nearly diagonal; scaled by it, L-BFGS converges in a few dozen steps.
     """
 
-    mean: Tensor
-    deviation: Tensor
-    rotation: Tensor
-    curvature: Tensor
+    mean: Tensor  # [W], of the training part
+    deviation: Tensor  # [W]
+    rotation: Tensor  # [W, W], orthogonal
+    curvature: Tensor  # [W], the variance along each axis
 
     @classmethod
     def of(cls, x: Tensor) -> "Axes":
@@ -63,12 +213,10 @@ class Axes:
 
 @dataclass(frozen=True)
 class Solution:
-    """A minimum: weight [W, C] and bias [C] in float64, and how it was come by."""
-
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # float64 [W, C]
+    bias: Tensor  # float64 [C]
     loss: float
-    evaluations: int
+    evaluations: int  # of the objective
     converged: bool
 
     def logits(self, x: Tensor) -> Tensor:
@@ -76,24 +224,23 @@ class Solution:
         return (x @ self.weight.to(x.dtype)).double() + self.bias
 
 
+def start_at_zero(width: int, classes: int, device: torch.device) -> Solution:
+    """All weights and biases 0."""
+    zeros = torch.zeros(width + 1, classes, dtype=torch.float64, device=device)
+    return Solution(zeros[:-1], zeros[-1], float("inf"), 0, False)
+
+
 def fit(
-    x: Tensor,
-    y: Tensor,
+    x: Tensor,  # coordinates [N, W], float32 or float64: products are computed in this type, sums in float64
+    y: Tensor,  # classes int64 [N]
     *,
     weight_decay: float,
-    curvature: Tensor,
+    curvature: Tensor,  # [W], estimates the Hessian's diagonal: it changes the path to the minimum, not the minimum
     start: Solution,
     max_iterations: int,
-    tolerance: float = TOLERANCE,
+    tolerance: float = _TOLERANCE,
 ) -> Solution:
-    """Minimise the objective at the head of this file.
-
-    Args:
-        x: coordinates [N, W], float32 or float64; the products are taken in this type, all sums in float64.
-        y: classes [N], int64.
-        curvature: [W], what the Hessian's diagonal is guessed from; it changes the way to the minimum, not the minimum.
-        start: where to begin, as the solution of a neighbouring weight decay.
-    """
+    """Minimise the objective above."""
     # At uniform p the Hessian is p(1-p) * curvature + weight_decay. p(1-p) shrinks as the fit grows confident: a
     # quarter of 1/C was the fastest over a sweep. The floor keeps directions without variance finite when weight_decay
     # is 0.
@@ -126,80 +273,28 @@ def fit(
     return Solution((inner * scale).detach(), bias.detach(), loss, evaluations, slope <= tolerance)
 
 
-def start_at_zero(width: int, classes: int, device: torch.device) -> Solution:
-    """All weights and biases 0."""
-    zeros = torch.zeros(width + 1, classes, dtype=torch.float64, device=device)
-    return Solution(zeros[:-1], zeros[-1], float("inf"), 0, False)
-
-
-# ---- mae_probe: The linear probe by MAE's recipe (arXiv 2111.06377, appendix A; main_linprobe.py): LARS and a BatchNorm head, trained by epochs.
-#
-# head: BatchNorm1d(W, affine=False, eps=1e-6) -> Linear(W, C), weight drawn from N(0, 0.01), bias 0
-# rate: base_lr * batch / 256, linear over the warm-up, then cosine to 0, set at every step; LARS momentum 0.9, trust 0.001, no weight decay
-# The head of the last epoch is tested, once. N samples, B batch of the head, W feature width, C classes.
-
-
-class MaeProbe(Section):
-    epochs: Positive = 90
-    batch_size: Positive = 16_384
-    base_lr: Annotated[float, Field(gt=0)] = 0.1
-    warmup_epochs: Annotated[int, Field(ge=0)] = 10
-    augment: bool = True
-
-    @model_validator(mode="after")
-    def _warmup(self) -> Self:
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, epochs {self.epochs}; allowed: less than epochs")
-        return self
-
+# mae: the head is tested once, after its last epoch
 
 _TEST_ROWS = 16_384
 Epoch = Callable[[int, np.ndarray], Iterable[Tensor]]
 """Number of an epoch, rows int [R] in their order -> features float32 of these rows, in pieces [*, W] on the device."""
 
 
-def learning_rate(settings: MaeProbe, batch: int, epoch: float) -> float:
-    """The rate at a fractional epoch."""
-    peak = settings.base_lr * batch / 256
-    if epoch < settings.warmup_epochs:
-        return peak * epoch / settings.warmup_epochs
-    done = (epoch - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def make_optimizer(linear: nn.Linear) -> Lars:
-    """LARS as MAE has it: the trust ratio for matrices alone, a bias takes plain steps with momentum."""
-    groups = [{"params": [linear.weight], "always_adapt": True}, {"params": [linear.bias], "always_adapt": False}]
-    options: dict[str, Any] = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0, "trust_coeff": 0.001}
-    return Lars(groups, **options)
-
-
 def mae_probe(
     epoch_features: Epoch,
     train_y: np.ndarray,
-    test_x: np.ndarray,
-    test_y: np.ndarray,
-    *,
+    test: Part,
     classes: int,
     settings: MaeProbe,
     seed: int,
     device: torch.device,
-) -> dict[str, Any]:
-    """Train the head and test it.
-
-    Args:
-        epoch_features: the training part's features, again for every epoch.
-        train_y, test_y: classes [N], int64. test_x: features [N, W].
-        seed: of the head's weights and of the order.
-
-    Returns:
-        top1, top5 (None with 5 classes or fewer), batch_size (of the head, at most N), learning_rate (the peak),
-        final_loss.
-    """
+) -> Score:
+    """Train the head and test it. `seed`: of the head's weights and of the order."""
+    test_x, test_y = test
     batch = min(settings.batch_size, len(train_y))
-    steps = len(train_y) // batch  # what is left over sits out this epoch, as in MAE's loader
+    steps = len(train_y) // batch  # the remaining samples are not used in this epoch, as in MAE's loader
     targets = torch.from_numpy(train_y).to(device)
-    norm, linear = _head(test_x.shape[1], classes, seed, device)
+    norm, linear = _make_head(test_x.shape[1], classes, seed, device)
     optimizer = make_optimizer(linear)
     loss = torch.full((), math.nan)
     for epoch in range(settings.epochs):
@@ -216,28 +311,45 @@ def mae_probe(
     with torch.inference_mode():
         parts = torch.from_numpy(test_x).split(_TEST_ROWS)
         logits = torch.cat([linear(norm(part.to(device))).cpu() for part in parts])
-    rates = {"batch_size": batch, "learning_rate": settings.base_lr * batch / 256, "final_loss": float(loss.detach())}
-    return {**accuracies(logits, torch.from_numpy(test_y)), **rates}
+    variant = "probe, MAE's recipe" if settings.augment else "probe, MAE's head"
+    peak = settings.base_lr * batch / 256
+    detail = {"batch_size": batch, "learning_rate": peak, "final_loss": float(loss.detach())}
+    return Score(variant, seed, accuracies(logits, torch.from_numpy(test_y)), detail)
+
+
+def learning_rate(settings: MaeProbe, batch: int, epoch: float) -> float:
+    """The rate at a fractional epoch: linear over the warm-up to base_lr * batch / 256, then cosine to 0."""
+    peak = settings.base_lr * batch / 256
+    if epoch < settings.warmup_epochs:
+        return peak * epoch / settings.warmup_epochs
+    done = (epoch - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(linear: nn.Linear) -> Lars:
+    """LARS as MAE has it: the trust ratio for matrices alone, a bias takes plain steps with momentum."""
+    groups = [{"params": [linear.weight], "always_adapt": True}, {"params": [linear.bias], "always_adapt": False}]
+    options: dict[str, Any] = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0, "trust_coeff": 0.001}
+    return Lars(groups, **options)
 
 
 def cached_epochs(train_x: np.ndarray, device: torch.device) -> Epoch:
     """The same features [N, W] in every epoch."""
-    held = torch.from_numpy(train_x).to(device)
-    return lambda epoch, rows: [held[torch.from_numpy(rows).to(device)]]
+    features = torch.from_numpy(train_x).to(device)
+    return lambda epoch, rows: [features[torch.from_numpy(rows).to(device)]]
 
 
 def augmented_epochs(encoder: Encoder, train: LabelledImages, extract: Extractor, seed: int) -> Epoch:
     """Random resized crops and flips of the images, through the encoder in every epoch."""
 
     def features(epoch: int, rows: np.ndarray) -> Iterator[Tensor]:
-        return extract.stream(
-            encoder, train, rows, lambda encoded, side, row: decode_crop(encoded, side, seed, epoch, row)
-        )
+        crop = lambda encoded, side, row: decode_crop(encoded, side, seed, epoch, row)  # noqa: E731
+        return extract.stream(encoder, train, rows, crop)
 
     return features
 
 
-def _head(width: int, classes: int, seed: int, device: torch.device) -> tuple[nn.BatchNorm1d, nn.Linear]:
+def _make_head(width: int, classes: int, seed: int, device: torch.device) -> tuple[nn.BatchNorm1d, nn.Linear]:
     linear = nn.Linear(width, classes)
     with torch.no_grad():
         nn.init.trunc_normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
@@ -246,216 +358,14 @@ def _head(width: int, classes: int, seed: int, device: torch.device) -> tuple[nn
 
 
 def _regrouped(pieces: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
-    """Pieces of any length -> batches of `batch` rows; a shorter rest is not given out."""
-    held: list[Tensor] = []
+    """Pieces of any length -> batches of `batch` rows; a shorter rest is dropped."""
+    waiting: list[Tensor] = []
     count = 0
     for piece in pieces:
-        held.append(piece.clone() if piece.is_inference() else piece)  # the head's backward needs plain tensors
+        waiting.append(piece.clone() if piece.is_inference() else piece)  # the head's backward needs plain tensors
         count += len(piece)
         if count >= batch:
-            joined = torch.cat(held)
+            joined = torch.cat(waiting)
             whole = count // batch * batch
             yield from joined[:whole].split(batch)
-            held, count = [joined[whole:]], count - whole
-
-
-# ---- lbfgs_probe: The linear probe: logistic regression on frozen features, its weight decay chosen within the
-# training part.
-#
-# L-BFGS (logistic.py) is the usual stand-in, on small data, for the linear probe of MAE (arXiv 2111.06377) that the
-# paper uses; a result names it as that. N samples, W feature width, C classes.
-
-
-class Probe(Section):
-    recipe: Literal["lbfgs", "mae"] = "lbfgs"
-    weight_decay: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    seeds: Seeds = [0, 1, 2]
-    max_iterations: Positive = 200
-    mae: MaeProbe = MaeProbe()
-
-
-PROTOCOL = "L-BFGS logistic regression on cached features, stand-in for MAE's recipe"
-_FLOAT64_NUMBERS = 2**23  # training features up to this size are computed with in float64
-_SWEEP_TOLERANCE = 5 * TOLERANCE  # a sweep only ranks weight decays
-
-
-def stratified_split(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the (fitting, validation) parts of y [N], about `fraction` of every class in the second.
-
-    A class of two samples or more has at least one in each part; a single sample stays in the fitting part.
-
-    Raises:
-        UserError: no class has two samples.
-    """
-    random = np.random.default_rng(seed)
-    fitting, validation = [], []
-    for label in np.unique(y):
-        order = random.permutation(np.flatnonzero(y == label))
-        count = min(max(1, round(fraction * len(order))), len(order) - 1)
-        validation.append(order[:count])
-        fitting.append(order[count:])
-    if not sum(map(len, validation)):
-        raise UserError(
-            "no class of the training part has two samples", allowed="two or more, one of them to validate on"
-        )
-    return np.sort(np.concatenate(fitting)), np.sort(np.concatenate(validation))
-
-
-def choose_weight_decay(
-    x: Tensor, y: np.ndarray, *, classes: int, curvature: Tensor, settings: Probe, seed: int
-) -> tuple[float, dict[float, float]]:
-    """The weight decay with the best validation accuracy within the training part; of equals the strongest.
-
-    Args:
-        x: coordinates [N, W] of the training part; y: its classes [N].
-
-    Returns:
-        The choice, and the accuracy in [0, 1] of every weight decay tried.
-    """
-    parts = stratified_split(y, settings.validation_fraction, seed)
-    fitting, validation = (torch.from_numpy(part).to(x.device) for part in parts)
-    targets = torch.from_numpy(y).to(x.device)
-    x_fit, y_fit, x_validation, y_validation = x[fitting], targets[fitting], x[validation], targets[validation]
-    solution = start_at_zero(x.shape[1], classes, x.device)
-    accuracy: dict[float, float] = {}
-    for weight_decay in sorted(set(settings.weight_decay), reverse=True):  # strong to weak: each starts at the last
-        solution = fit(
-            x_fit,
-            y_fit,
-            weight_decay=weight_decay,
-            curvature=curvature,
-            start=solution,
-            max_iterations=settings.max_iterations,
-            tolerance=_SWEEP_TOLERANCE,
-        )
-        accuracy[weight_decay] = top_k(solution.logits(x_validation), y_validation, 1)
-    return max(accuracy, key=lambda value: (accuracy[value], value)), accuracy
-
-
-def linear_probe(
-    train_x: np.ndarray,
-    train_y: np.ndarray,
-    test_x: np.ndarray,
-    test_y: np.ndarray,
-    *,
-    classes: int,
-    settings: Probe,
-    seeds: Sequence[int],
-    device: torch.device,
-) -> list[dict[str, Any]]:
-    """The whole protocol for one encoder: standardise, choose on splits of the training part, refit on all of it, test.
-
-    Args:
-        train_x, test_x: features [N, W], float; train_y, test_y: classes [N], int64 in [0, classes).
-        seeds: each draws another validation split. The refit is convex and deterministic, so that seeds which choose
-            the same weight decay have the same accuracies.
-
-    Returns:
-        For each seed: seed, weight_decay, at_edge (of the sweep), validation {weight decay: accuracy}, top1, top5 (None
-        with 5 classes or fewer), converged, evaluations. Accuracies are fractions of 1.
-
-    Raises:
-        UserError: no class with two samples.
-    """
-    # The rounding of float32 averages out over many samples; over few it would end the search early.
-    dtype = torch.float64 if train_x.size <= _FLOAT64_NUMBERS else torch.float32
-    raw, raw_test = (torch.from_numpy(x).to(device, dtype) for x in (train_x, test_x))
-    axes = Axes.of(raw)
-    x, y = axes(raw), torch.from_numpy(train_y).to(device)
-    x_test, y_test = axes(raw_test), torch.from_numpy(test_y).to(device)
-    refits: dict[float, dict[str, Any]] = {}
-    results = []
-    for seed in seeds:
-        best, accuracy = choose_weight_decay(
-            x, train_y, classes=classes, curvature=axes.curvature, settings=settings, seed=seed
-        )
-        if best not in refits:
-            zero = start_at_zero(x.shape[1], classes, device)
-            solution = fit(
-                x, y, weight_decay=best, curvature=axes.curvature, start=zero, max_iterations=settings.max_iterations
-            )
-            how = {"converged": solution.converged, "evaluations": solution.evaluations}
-            refits[best] = {**accuracies(solution.logits(x_test), y_test), **how}
-        edges = (min(accuracy), max(accuracy)) if len(accuracy) > 1 else ()
-        validation = {str(value): share for value, share in accuracy.items()}
-        results.append(
-            {"seed": seed, "weight_decay": best, "at_edge": best in edges, "validation": validation, **refits[best]}
-        )
-    return results
-
-
-def majority(train_y: np.ndarray, test_y: np.ndarray, *, classes: int) -> dict[str, Any]:
-    """What the class counts of the training part alone score on the test part: top1 and top5 as in linear_probe."""
-    counts = torch.from_numpy(np.bincount(train_y, minlength=classes))
-    return accuracies(counts.expand(len(test_y), classes), torch.from_numpy(test_y))
-
-
-class LinearProbe(Evaluation):
-    name, takes, section = "probe", "classes", Probe
-
-    def describe(self, settings: Probe) -> str:
-        if settings.recipe == "lbfgs":
-            return PROTOCOL
-        features = (
-            "random resized crops and flips"
-            if settings.mae.augment
-            else "cached features of the central crop, no augmentation"
-        )
-        return f"MAE's linear probe: LARS, BatchNorm head, {settings.mae.epochs} epochs, {features}"
-
-    def check(self, data: DataSet, settings: Probe) -> None:
-        if settings.recipe == "lbfgs" and len(data.train) == len(set(data.train.targets.tolist())):
-            raise UserError(
-                "no class of the training part has two samples", allowed="two or more, one of them to validate on"
-            )
-
-    def scores(
-        self, encoder: Encoder, data: DataSet, settings: Probe, extract: Extractor, seeds: Sequence[int]
-    ) -> list[Score]:
-        if settings.recipe == "mae":
-            return [self._mae(encoder, data, settings, extract, seed) for seed in seeds]
-        train_x, test_x = extract(encoder, data.train), extract(encoder, data.test)
-        found = linear_probe(
-            train_x,
-            data.train.targets,
-            test_x,
-            data.test.targets,
-            classes=len(data.classes),
-            settings=settings,
-            seeds=seeds,
-            device=extract.device,
-        )
-        validation = [stratified_split(data.train.targets, settings.validation_fraction, seed)[1] for seed in seeds]
-        return [
-            Score("probe", one.pop("seed"), _metrics(one), one, rows)
-            for one, rows in zip(found, validation, strict=True)
-        ]
-
-    def _mae(self, encoder: Encoder, data: DataSet, settings: Probe, extract: Extractor, seed: int) -> Score:
-        test_x = extract(encoder, data.test)
-        if settings.mae.augment:
-            epochs = augmented_epochs(encoder, data.train, extract, seed)
-        else:
-            epochs = cached_epochs(extract(encoder, data.train), extract.device)
-        found = mae_probe(
-            epochs,
-            data.train.targets,
-            test_x,
-            data.test.targets,
-            classes=len(data.classes),
-            settings=settings.mae,
-            seed=seed,
-            device=extract.device,
-        )
-        return Score(
-            "probe, MAE's recipe" if settings.mae.augment else "probe, MAE's head", seed, _metrics(found), found
-        )
-
-
-EVALUATION = LinearProbe()
-
-
-def _metrics(found: dict[str, Any]) -> dict[str, float | None]:
-    """Take the accuracies out of what a recipe gives; the rest is detail."""
-    return {name: found.pop(name) for name in ("top1", "top5")}
+            waiting, count = [joined[whole:]], count - whole

@@ -4,8 +4,7 @@ captions.
     image to text   share of images of which any caption is among the k most similar captions
     text to image   share of captions whose image is among the k most similar images
 
-Of equal cosines the one with the smaller number comes first. Similarities are there a part at a time. N images, M
-captions, D width.
+Of equal cosines the item with the smaller number comes first. N images, M captions, D width of the common space.
 """
 
 from collections.abc import Sequence
@@ -31,39 +30,6 @@ class Retrieval(Section):
     seeds: Seeds = [0]
 
 
-_CHUNK_COSINES = 2**26  # similarities held at once: 256 MiB
-
-
-def ranks(queries: Tensor, items: Tensor, matches: Tensor) -> Tensor:
-    """The place, from 0, of each query's best match among all items.
-
-    Args:
-        queries: unit vectors [Q, D]; items: [I, D].
-        matches: int64 [P, 2]: a query and an item that is right for it; each query has one at least.
-
-    Returns:
-        int64 [Q].
-    """
-    found = []
-    for begin in range(0, len(queries), size := max(1, _CHUNK_COSINES // max(len(items), 1))):
-        cosines = queries[begin : begin + size] @ items.T  # [q, I]
-        here = matches[(matches[:, 0] >= begin) & (matches[:, 0] < begin + size)]
-        rows, right = here[:, 0] - begin, here[:, 1]
-        best = torch.full((len(cosines),), -torch.inf, device=cosines.device)
-        best.scatter_reduce_(0, rows, cosines[rows, right], "amax")
-        first = torch.full((len(cosines),), len(items), device=cosines.device)
-        ties = cosines[rows, right] == best[rows]
-        first.scatter_reduce_(0, rows[ties], right[ties], "amin")
-        before = torch.arange(len(items), device=cosines.device) < first[:, None]
-        found.append((cosines > best[:, None]).sum(1) + ((cosines == best[:, None]) & before).sum(1))
-    return torch.cat(found)
-
-
-def recalls(places: Tensor, k: Sequence[int]) -> dict[str, float | None]:
-    """Shares of places [Q] below each k, by name."""
-    return {f"r@{one}": float((places < one).double().mean()) for one in k}
-
-
 class Recall(Evaluation):
     name, takes, section = "retrieval", "captions", Retrieval
 
@@ -71,40 +37,58 @@ class Recall(Evaluation):
         return f"recall at {', '.join(map(str, settings.k))} by cosine, of captions by images and of images by captions"
 
     def check(self, data: CaptionSet, settings: Retrieval) -> None:
-        if max(settings.k) > len(data.test):
-            raise UserError(
-                f"retrieval.k is {max(settings.k)}, {data.name} has {len(data.test)} test images",
-                allowed=f"k up to {len(data.test)}",
-                fix="--set retrieval.k=[1]",
-            )
+        images, largest = len(data.test), max(settings.k)
+        if largest > images:
+            problem = f"retrieval.k is {largest}, {data.name} has {images} test images"
+            raise UserError(problem, allowed=f"k up to {images}", fix="--set retrieval.k=[1]")
 
     def unfit(self, encoder: Encoder) -> str | None:
         if encoder.text is None:
-            return "it has no text tower, or was asked for by --layer and --pool; `train lit ENCODER --beton OUT` gives it one"
+            return "it has no text tower, or has --layer or --pool; `train lit ENCODER --beton OUT` adds a text tower"
         return None
 
     def scores(
         self, encoder: Encoder, data: CaptionSet, settings: Retrieval, extract: Extractor, seeds: Sequence[int]
     ) -> list[Score]:
         assert encoder.text is not None
-        side, captions = encoder.text(), data.test.captions
-        texts = side.texts(
-            [text for one in captions for text in one],
-            extract.device,
-            Path(settings.labels) if settings.labels else None,
-        )
-        images = side.images(extract(encoder, data.test), extract.device)
-        of = np.repeat(np.arange(len(captions)), [len(one) for one in captions])  # [M], the image of each caption
-        both = torch.from_numpy(np.stack([of, np.arange(len(of))], axis=1)).to(extract.device)
+        side, device, captions_of = encoder.text(), extract.device, data.test.captions
+        flat = [caption for captions in captions_of for caption in captions]
+        texts = side.texts(flat, device, Path(settings.labels) if settings.labels else None)  # [M, D]
+        images = side.images(extract(encoder, data.test), device)  # [N, D]
+        image_of = np.repeat(np.arange(len(captions_of)), list(map(len, captions_of)))  # [M]
+        pairs = torch.from_numpy(np.stack([image_of, np.arange(len(texts))], axis=1)).to(device)
+        by_image, by_text = ranks(images, texts, pairs), ranks(texts, images, pairs.flip(1))
         return [
-            Score(
-                f"retrieval, {way}", seeds[0], recalls(ranks(queries, items, matches), settings.k), trials=len(queries)
-            )
-            for way, queries, items, matches in (
-                ("image to text", images, texts, both),
-                ("text to image", texts, images, both.flip(1)),
-            )
+            Score(f"retrieval, {direction}", seeds[0], recalls(ranks_of_best, settings.k), trials=len(ranks_of_best))
+            for direction, ranks_of_best in (("image to text", by_image), ("text to image", by_text))
         ]
 
 
 EVALUATION = Recall()
+_CHUNK_COSINES = 2**26  # similarities in memory at a time: 256 MiB
+
+
+def ranks(queries: Tensor, items: Tensor, matches: Tensor) -> Tensor:
+    """The rank, from 0, of each query's best match among all items: int64 [Q].
+
+    `queries` [Q, D] and `items` [I, D] are unit vectors; `matches` int64 [P, 2] are pairs of a query and a right item,
+    at least one per query.
+    """
+    ranks_of_chunks = []
+    for begin in range(0, len(queries), size := max(1, _CHUNK_COSINES // max(len(items), 1))):
+        cosines = queries[begin : begin + size] @ items.T  # [q, I]
+        of_chunk = matches[(matches[:, 0] >= begin) & (matches[:, 0] < begin + size)]
+        rows, right = of_chunk[:, 0] - begin, of_chunk[:, 1]
+        best = torch.full((len(cosines),), -torch.inf, device=cosines.device)
+        best.scatter_reduce_(0, rows, cosines[rows, right], "amax")
+        first = torch.full((len(cosines),), len(items), device=cosines.device)  # of the best matches the first item
+        ties = cosines[rows, right] == best[rows]
+        first.scatter_reduce_(0, rows[ties], right[ties], "amin")
+        before = torch.arange(len(items), device=cosines.device) < first[:, None]
+        ranks_of_chunks.append((cosines > best[:, None]).sum(1) + ((cosines == best[:, None]) & before).sum(1))
+    return torch.cat(ranks_of_chunks)
+
+
+def recalls(ranks: Tensor, k: Sequence[int]) -> dict[str, float | None]:
+    """Shares of ranks [Q] below each k, by name."""
+    return {f"r@{limit}": float((ranks < limit).double().mean()) for limit in k}

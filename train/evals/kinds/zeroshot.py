@@ -1,8 +1,13 @@
 """`train zeroshot`: classes by their names alone.
 
-With a text tower (open_clip/zero_shot_classifier.py): every name in every template is embedded and normalised, their
-mean normalised again; an image belongs to the class with the largest cosine. Without one: the pre-training head's
-logits of the names' tokens (token_logits.py). C classes, T templates, N images, D width of the common space.
+With a text tower (as in open_clip/zero_shot_classifier.py), every name in every template is embedded and normalised,
+and their mean normalised again; an image belongs to the class with the largest cosine. Without one, a name is a
+caption: its labels have the target t of the loss (IDF weights, normed to 1; the mean over the templates), and with x
+the pre-training head's logits of the image, class c scores the negated loss of its caption, up to a constant:
+
+    s_c = sum_v t_cv x_v;   by linearity s = h T'W' + T b, with h the head's normed features
+
+C classes, T templates, N images, L tokens, D width of the common space, V vocabulary, W feature width.
 """
 
 import json
@@ -28,15 +33,6 @@ from train.evals.data.sets import DataSet
 from train.evals.features import Extractor
 from train.evals.protocol import Evaluation, Score, accuracies
 
-# ---- token_logits: `train zeroshot` of an encoder without text tower: the pre-training head's own logits of the tokens of each class' name.
-#
-# A name is a caption: its labels have the target t of the loss (IDF weights, normed to 1), and the score of a class is
-#
-#     s_c = sum_v t_cv x_v      x the logits of the image: the loss of the caption, less a constant of the image, negated
-#
-# With templates, t_c is the mean over the filled templates. By linearity s = h T'W' + T b, h the head's normed features.
-# V vocabulary, C classes, W feature width.
-
 
 class Zeroshot(Section):
     classnames: Annotated[str, Field(min_length=1)] = "auto"
@@ -45,18 +41,126 @@ class Zeroshot(Section):
     seeds: Seeds = [0]
 
 
-VARIANT = "zero-shot by token logits"
+_OTHER_NAMES = "--classnames FILE with other words for them"
+
+
+class ZeroShot(Evaluation):
+    name, takes, section = "zeroshot", "classes", Zeroshot
+
+    def describe(self, settings: Zeroshot) -> str:
+        names, forms = source_name(settings.classnames), source_name(settings.templates)
+        return (
+            "cosines of the text tower's class embeddings; without text tower: token logits of the pre-training head, "
+            f"no text tower; names: {names}, templates: {forms}; {names}, {forms}"
+        )
+
+    def check(self, data: DataSet, settings: Zeroshot) -> None:
+        names = class_names(settings.classnames, data)
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        # ImageNet's own names contain some twice, such as `crane`
+        if repeated and settings.classnames != "imagenet" and data.kind != "imagenet":
+            problem = f"{len(repeated)} names stand for several classes of {data.name}: {shorten(repeated)}"
+            raise UserError(problem, allowed="one name per class", fix=_OTHER_NAMES)
+        templates(settings.templates)
+
+    def unfit(self, encoder: Encoder) -> str | None:
+        if encoder.text is not None:
+            return None
+        if encoder.checkpoint is None:
+            return "it has no text tower and no pre-training head; give a run (run:RUN), or add a text tower: train lit"
+        if encoder.requested.layer is not None or encoder.requested.pool is not None:
+            return "the pre-training head takes the run's own pooled features; omit --layer and --pool"
+        return None
+
+    def scores(
+        self, encoder: Encoder, data: DataSet, settings: Zeroshot, extract: Extractor, seeds: Sequence[int]
+    ) -> list[Score]:
+        names, forms = class_names(settings.classnames, data), templates(settings.templates)
+        texts = [form.replace("{}", name) for name in names for form in forms]
+        labels = Path(settings.labels) if settings.labels else None
+        if encoder.text is None:
+            notice = "has no text tower: its head's token logits are used; `train lit` adds one"
+            print(f"zeroshot: {encoder.name} {notice}", flush=True)
+            variant, targets, head = "zero-shot by token logits", *_token_targets(encoder, labels, names, texts)
+            scores = class_scores(torch.from_numpy(extract(encoder, data.test)).double(), head, targets)
+        else:
+            variant, side = "zeroshot", encoder.text()
+            tokens = side.tokens(texts, labels)
+            check_distinct(names, tokens.unflatten(0, (-1, len(forms))), encoder.name)
+            classes = class_embeddings(side.embedded(tokens, extract.device), len(forms))
+            scores = side.images(extract(encoder, data.test), extract.device) @ classes.T
+        metrics = accuracies(scores, torch.from_numpy(data.test.targets).to(scores.device))
+        return [Score(variant, seeds[0], metrics, {"names": names, "templates": forms})]
+
+
+EVALUATION = ZeroShot()
+
+
+# With a text tower
+
+
+def class_embeddings(texts: Tensor, templates: int) -> Tensor:
+    """Unit vectors [C, D] of unit vectors [C T, D], the T filled templates of each class one after another."""
+    return functional.normalize(texts.unflatten(0, (-1, templates)).mean(1), dim=1)
+
+
+def check_distinct(names: Sequence[str], tokens: Tensor, encoder: str) -> None:
+    """Raise a UserError if different names have the same tokens [C, T, L]: the vocabulary does not know them."""
+    first: dict[bytes, str] = {}
+    same = [(name, first.setdefault(row.numpy().tobytes(), name)) for name, row in zip(names, tokens, strict=True)]
+    confused = [f"{name} (as {earlier})" for name, earlier in same if name != earlier]
+    if confused:
+        raise UserError(
+            f"{len(confused)} class names have the same tokens as others for {encoder!r}: {shorten(confused)}",
+            allowed="names with tokens of their own: its tokenizer may not know these words",
+            fix=_OTHER_NAMES,
+        )
+
+
+# Without a text tower. Names are labelled by a call of labels.tokenizers, so that any tokenizer works.
+
+
+def _token_targets(
+    encoder: Encoder, labels: Path | None, names: list[str], texts: list[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Targets float64 [C, V] and the head's tensors, float64, of a run's encoder; `texts`: the T texts of each name."""
+    assert encoder.checkpoint is not None
+    dataset, idf = _labels_of(encoder.checkpoint.parent.parent, labels)
+    text_labels, forms = label_texts(texts, dataset), len(texts) // len(names)
+    targets = class_targets([text_labels[start : start + forms] for start in range(0, len(texts), forms)], idf)
+    unlabelled = [name for name, row in zip(names, targets, strict=True) if not row.any()]
+    if unlabelled:
+        raise UserError(
+            f"{len(unlabelled)} class names have no label in {dataset}: {shorten(unlabelled)}",
+            allowed="names with a token that the vocabulary knows and that is no stop word",
+            fix=_OTHER_NAMES,
+        )
+    file = encoder.checkpoint / "head.safetensors"
+    head = {key: tensor.double() for key, tensor in read_weights(file).items()}
+    if (classes := len(head["1.bias"])) != len(idf):
+        problem = f"{file} has {classes} classes, the IDF table of {dataset} {len(idf)} tokens"
+        raise UserError(problem, allowed="the same number")
+    return torch.from_numpy(targets), head
+
+
+def _labels_of(run: Path, labels: Path | None) -> tuple[Path, np.ndarray]:
+    """The label dataset that a run was trained on, and its weights [V] as the loss used them."""
+    dataset = labels or Path(json.loads((run / "data.json").read_bytes())["labels"])
+    table = Layout(dataset).idf_parquet
+    if not table.is_file():
+        raise UserError(
+            f"{run} was trained on the labels of {dataset}, and no IDF table is there",
+            allowed="the output folder of its build-labels",
+            fix="--set zeroshot.labels=OUT, if it has moved",
+        )
+    idf = read_idf(table)
+    return dataset, idf if load_pipeline(run / "config.yaml").train.loss.idf else np.ones_like(idf)
 
 
 def class_targets(label_sets: Sequence[Sequence[np.ndarray]], idf: np.ndarray) -> np.ndarray:
-    """The mean target of each class.
+    """The mean target of each class, from the label ids of each of its texts and the weights [V]: float64 [C, V].
 
-    Args:
-        label_sets: of each class, the label ids of each of its texts.
-        idf: weights [V].
-
-    Returns:
-        float64 [C, V], rows summing to 1; a row without a weighted label is 0.
+    Rows sum to 1; a row without a weighted label is 0.
     """
     targets = np.zeros((len(label_sets), len(idf)))
     for row, texts in zip(targets, label_sets, strict=True):
@@ -72,125 +176,6 @@ def class_scores(features: Tensor, head: dict[str, Tensor], targets: Tensor) -> 
     normed = functional.layer_norm(features, features.shape[1:], head["0.weight"], head["0.bias"])
     weight, bias = targets @ head["1.weight"], targets @ head["1.bias"]  # [C, W], [C]
     return normed @ weight.T + bias
-
-
-class TokenLogits(Evaluation):
-    name, takes, section = "zeroshot", "classes", Zeroshot
-
-    def describe(self, settings: Zeroshot) -> str:
-        names, forms = source_name(settings.classnames), source_name(settings.templates)
-        return f"token logits of the pre-training head, no text tower; names: {names}, templates: {forms}"
-
-    def check(self, data: DataSet, settings: Zeroshot) -> None:
-        names = class_names(settings.classnames, data)
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if (
-            twice and settings.classnames != "imagenet" and data.kind != "imagenet"
-        ):  # ImageNet's own names hold `crane` twice and such
-            raise UserError(
-                f"{len(twice)} names stand for several classes of {data.name}: {shorten(twice)}",
-                allowed="a name a class",
-                fix="--classnames FILE with other words for them",
-            )
-        templates(settings.templates)
-
-    def unfit(self, encoder: Encoder) -> str | None:
-        if encoder.checkpoint is None:
-            return "it has no text tower and no pre-training head; measure a run (run:RUN), or give it a text tower: train lit"
-        if encoder.requested.layer is not None or encoder.requested.pool is not None:
-            return "the pre-training head takes the run's own pooled features; leave --layer and --pool out"
-        return None
-
-    def scores(
-        self, encoder: Encoder, data: DataSet, settings: Zeroshot, extract: Extractor, seeds: Sequence[int]
-    ) -> list[Score]:
-        assert encoder.checkpoint is not None
-        names, forms = class_names(settings.classnames, data), templates(settings.templates)
-        built, idf = _labels_of(encoder.checkpoint.parent.parent, settings)
-        found = label_texts([form.replace("{}", name) for name in names for form in forms], built)
-        texts = [found[start : start + len(forms)] for start in range(0, len(found), len(forms))]
-        targets = class_targets(texts, idf)
-        without = [name for name, row in zip(names, targets, strict=True) if not row.any()]
-        if without:
-            raise UserError(
-                f"{len(without)} class names have no label in {built}: {shorten(without)}",
-                allowed="names with a token that the vocabulary knows and the stop words leave",
-                fix="--classnames FILE with other words for them",
-            )
-        file = encoder.checkpoint / "head.safetensors"
-        head = {key: tensor.double() for key, tensor in read_weights(file).items()}
-        if len(head["1.bias"]) != len(idf):
-            raise UserError(
-                f"{file} has {len(head['1.bias'])} classes, the IDF table of {built} {len(idf)} tokens",
-                allowed="the same number",
-            )
-        logits = class_scores(torch.from_numpy(extract(encoder, data.test)).double(), head, torch.from_numpy(targets))
-        metrics = accuracies(logits, torch.from_numpy(data.test.targets))
-        return [Score(VARIANT, seeds[0], metrics, {"names": names, "templates": forms})]
-
-
-def _labels_of(run: Path, settings: Zeroshot) -> tuple[Path, np.ndarray]:
-    """The OUT whose labels a run was trained on, and its weights [V] as the loss took them."""
-    built = Path(settings.labels or json.loads((run / "data.json").read_bytes())["labels"])
-    if not Layout(built).idf_parquet.is_file():
-        raise UserError(
-            f"{run} was trained on the labels of {built}, and no IDF table is there",
-            allowed="the OUT of its build-labels",
-            fix="--set zeroshot.labels=OUT, if it has moved",
-        )
-    idf = read_idf(Layout(built).idf_parquet)
-    return built, idf if load_pipeline(run / "config.yaml").train.loss.idf else np.ones_like(idf)
-
-
-def class_embeddings(texts: Tensor, templates: int) -> Tensor:
-    """Unit vectors [C, D] of unit vectors [C T, D], the T filled templates of each class one after another."""
-    return functional.normalize(texts.unflatten(0, (-1, templates)).mean(1), dim=1)
-
-
-def check_distinct(names: Sequence[str], tokens: Tensor, encoder: str) -> None:
-    """Raises:
-    UserError: different names have the same tokens [C, T, L], as where a vocabulary knows neither.
-    """
-    first: dict[bytes, str] = {}
-    alike = [(name, first.setdefault(row.numpy().tobytes(), name)) for name, row in zip(names, tokens, strict=True)]
-    found = [f"{name} (as {other})" for name, other in alike if name != other]
-    if found:
-        raise UserError(
-            f"{len(found)} class names have the same tokens as others for {encoder!r}: {shorten(found)}",
-            allowed="names with tokens of their own: its tokenizer may not know these words",
-            fix="--classnames FILE with other words for them",
-        )
-
-
-class ZeroShot(TokenLogits):
-    """See `Evaluation`."""
-
-    def describe(self, settings: Zeroshot) -> str:
-        names, forms = source_name(settings.classnames), source_name(settings.templates)
-        return f"cosines of the text tower's class embeddings; without text tower: {super().describe(settings)}; {names}, {forms}"
-
-    def unfit(self, encoder: Encoder) -> str | None:
-        return None if encoder.text else super().unfit(encoder)
-
-    def scores(
-        self, encoder: Encoder, data: DataSet, settings: Zeroshot, extract: Extractor, seeds: Sequence[int]
-    ) -> list[Score]:
-        if encoder.text is None:
-            print(
-                f"zeroshot: {encoder.name} has no text tower: its head's token logits are taken; `train lit` gives it one",
-                flush=True,
-            )
-            return super().scores(encoder, data, settings, extract, seeds)
-        names, forms, side = class_names(settings.classnames, data), templates(settings.templates), encoder.text()
-        texts = [form.replace("{}", name) for name in names for form in forms]
-        tokens = side.tokens(texts, Path(settings.labels) if settings.labels else None)
-        check_distinct(names, tokens.unflatten(0, (-1, len(forms))), encoder.name)
-        embedded = side.embedded(tokens, extract.device)
-        cosines = (
-            side.images(extract(encoder, data.test), extract.device) @ class_embeddings(embedded, len(forms)).T
-        )  # [N, C]
-        metrics = accuracies(cosines, torch.from_numpy(data.test.targets).to(extract.device))
-        return [Score("zeroshot", seeds[0], metrics, {"names": names, "templates": forms})]
 
 
 # Class names and templates
@@ -235,9 +220,8 @@ def templates(source: str) -> list[str]:
     lines = _lines(Path(source), "templates")
     without = [line for line in lines if "{}" not in line]
     if without:
-        raise UserError(
-            f"{source}: {len(without)} templates have no {{}}, the first: {without[0]!r}", allowed="a photo of a {}."
-        )
+        problem = f"{source}: {len(without)} templates have no {{}}, the first: {without[0]!r}"
+        raise UserError(problem, allowed="a photo of a {}.")
     return lines
 
 
@@ -274,11 +258,6 @@ def _metadata() -> Any:
     try:
         from open_clip import zero_shot_metadata
     except ImportError:
-        fix = "pip install 'superclass-lean[evals]', or give a file"
-        raise UserError(
-            "ImageNet's class names and templates come with open_clip, which is not installed", fix=fix
-        ) from None
+        problem = "ImageNet's class names and templates come with open_clip, which is not installed"
+        raise UserError(problem, fix="pip install 'superclass-lean[evals]', or give a file") from None
     return zero_shot_metadata
-
-
-EVALUATION = ZeroShot()
