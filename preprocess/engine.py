@@ -1,7 +1,11 @@
-"""Run one function over many tasks, in worker processes of this machine or on a Ray cluster; results in any order, and
-progress.
+"""Run one function over many tasks, in worker processes of this machine or on a Ray cluster; results in any order.
 
-A worker that dies ends a local run with the likely reason; on Ray its task is given to another worker (ray_engine.py).
+    tasks -> run_tasks -> ProcessPoolExecutor, or ray.py -> results -> Meter: progress on standard error
+
+Workers are forked from one server process that has imported and compiled everything once. The server starts early, so
+that it gets ready on another core while the main process still reads its input. It is a process of its own, because a
+fork of the main process would inherit the locks of the main process's threads. A worker that dies ends a local run
+with the likely reason; Ray gives its task to another worker.
 """
 
 import multiprocessing
@@ -23,73 +27,10 @@ from labels.storage import UserError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-# ---- workers: Worker processes of this machine: forked from one server process that has imported and compiled
-# everything once.
-#
-# The server is started early, so that it gets ready on another core while the main process still looks at its input. It
-# is a process of its own, because a fork of the main process would take along the locks of its threads.
-
-
-_PRELOAD = "preprocess.preload"
-
-
-def start_server() -> bool:
-    """Start the server unless it runs already; False if it cannot be: where temporary files have too long a path for a
-    socket.
-    """
-    multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOAD])
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"  # a module of the current folder is not to stand in for an installed one
-    try:
-        forkserver.ensure_running()
-    except OSError:
-        return False
-    finally:
-        del os.environ["PYTHONSAFEPATH"]
-        if before is not None:
-            os.environ["PYTHONSAFEPATH"] = before
-    return True
-
-
-def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """A pool of `workers` processes, one for every core it may use."""
-    method = "forkserver" if start_server() else "spawn"
-    context = multiprocessing.get_context(method)
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(dict(os.environ),))
-
-
-def one_core() -> None:
-    """In a worker: no threads of libraries beside its own, since there is a worker for every core.
-
-    Arrow's own allocators give memory back and fault it in again with every batch; the system's keeps it.
-    """
-    import pyarrow as pa  # not above: the main process starts the server before it imports anything large
-
-    pa.set_cpu_count(1)
-    pa.set_memory_pool(pa.system_memory_pool())
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _begin_worker(environment: dict[str, str]) -> None:
-    """In a worker: end as soon as the parent does, also when it is killed, so that no orphan writes beside the next
-    run.
-
-    Args:
-        environment: the parent's; the server has that of the moment at which it was started.
-    """
-    os.environ.clear()
-    os.environ.update(environment)
-    one_core()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait_for_any([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
+# The server imports the work of most builds, and with it this module, which then runs `_warm_up` (last line).
+_PRELOAD = ["preprocess.shard"]
+# In the server alone. The safe path: a module of the current folder must not replace an installed one.
+_SERVER_ENVIRONMENT = {"PYTHONSAFEPATH": "1", "SUPERCLASS_LEAN_WARM_UP": "1"}
 _PLAIN_LINE_S = 5.0
 Engine = Literal["local", "ray"]
 Task = TypeVar("Task")
@@ -108,26 +49,24 @@ def run_tasks(
     engine: Engine = "local",
     shared: Path | None = None,
 ) -> Iterator[Result]:
-    """Yield `function(task)` for every task as each ends.
+    """Yield `function(task)` for every task as each ends. An error of a task cancels the waiting tasks.
 
     Args:
-        function: importable by name; what it raises is raised again by this generator, after the waiting tasks were
-            cancelled.
+        function: importable by name.
         tasks: picklable; on Ray a task may run again after its node was lost, also while the lost one still runs.
         workers: processes; 1 runs in this process. A Ray cluster that runs already is used with all its CPUs instead.
-        engine: `local`: processes of this machine; `ray`: a Ray cluster.
-        shared: a file of the output folder that every machine has to see with the same content; None for an object
-            store.
+        engine: worker processes of this machine, or a Ray cluster.
+        shared: a file of the output folder that every machine must see with the same content; None: an object store.
 
     Raises:
-        UserError: a worker process died, with what usually kills one; a node of the cluster lacks something.
+        UserError: a worker process died, with the usual reason; a node of the cluster lacks something.
     """
     if not tasks:
         return
     if engine == "ray":
         from preprocess.ray import run_on_ray  # LAZY: an extra
 
-        yield from run_on_ray(function, tasks, workers, shared)
+        yield from run_on_ray(function, tasks, workers, shared, one_core)
         return
     if workers == 1 or len(tasks) == 1:
         yield from map(function, tasks)
@@ -148,20 +87,76 @@ def run_tasks(
         except BrokenProcessPool:
             raise UserError(
                 "a worker process exited unexpectedly; finished shards are kept",
-                fix="look for the out-of-memory killer in `dmesg`, take fewer --workers, and run the same command again",
+                fix="look for the out-of-memory killer in `dmesg`, use fewer --workers, and run the same command again",
             ) from None
         finally:
             for future in running:
                 future.cancel()
 
 
+def start_server() -> bool:
+    """Start the server unless it runs; False if the path of temporary files is too long for its socket."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
+    before = {name: os.environ.get(name) for name in _SERVER_ENVIRONMENT}
+    os.environ.update(_SERVER_ENVIRONMENT)
+    try:
+        forkserver.ensure_running()
+    except OSError:
+        return False
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+    return True
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """A pool of processes, with one core each."""
+    context = multiprocessing.get_context("forkserver" if start_server() else "spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(dict(os.environ),))
+
+
+def one_core() -> None:
+    """In a worker: no threads of libraries, since there is a worker for every core.
+
+    Arrow's own allocators give memory back and fault it in again with every batch; the system's keeps it.
+    """
+    import pyarrow as pa  # LAZY: the main process starts the server before it imports anything large
+
+    pa.set_cpu_count(1)
+    pa.set_memory_pool(pa.system_memory_pool())
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _begin_worker(environment: dict[str, str]) -> None:
+    """Take the parent's environment, not the server's; end with the parent: no orphan may write during the next run."""
+    os.environ.clear()
+    os.environ.update(environment)
+    one_core()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait_for_any([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _warm_up() -> None:
+    """In the server: load the compiled code, which takes a second, with CLIP's tokenizer, which most builds use."""
+    from labels.settings import Labels
+    from labels.tokenizers.tokenizer import make_tokenizer
+
+    one_core()
+    make_tokenizer(Labels()).encode_rows(["a caption"], 1)
+
+
 class Meter:
     """Progress of one stage on standard error: a live bar on a terminal, elsewhere a plain line every few seconds.
 
-    Args:
-        stage: its name.
-        shards: how many shards, or betons, it has.
-        done: how many of them are finished already.
+    `shards`: shards or betons of the stage; `done`: those that are finished already.
     """
 
     def __init__(self, stage: str, shards: int, done: int = 0) -> None:
@@ -186,7 +181,6 @@ class Meter:
             self._line()
 
     def advance(self, samples: int, shards: int = 1) -> None:
-        """Count more samples, and the shards that hold them."""
         self._done += shards
         self._samples += samples
         if self._bar:
@@ -221,3 +215,7 @@ def _live_bar() -> "Progress":
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
+
+
+if os.environ.get("SUPERCLASS_LEAN_WARM_UP"):
+    _warm_up()

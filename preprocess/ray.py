@@ -1,6 +1,6 @@
-"""The engine for a Ray cluster: the same iterator as engine.run_tasks, tasks in, results out in any order.
+"""The engine for a Ray cluster: the same iterator as engine.run_tasks; tasks in, results out in any order.
 
-A task whose worker or node is lost is run again elsewhere. The lost one may still be alive behind a broken network, so
+A task whose worker or node is lost runs again elsewhere. The lost worker may still be alive behind a broken network, so
 workers give their temporary files names of their own (labels.storage.own_partials); what they rename has the same
 bytes.
 """
@@ -17,7 +17,6 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from labels.storage import UserError, own_partials
-from preprocess.engine import one_core
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -26,125 +25,128 @@ MAX_RETRIES = 5
 _DECIDE_BYTES = ("superclass-lean", "ftfy", "numpy", "pillow", "pyarrow", "regex", "tokenizers")
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _STORE_BYTES = 100_000_000
-_PATIENCE_S = 10
+_CONNECT_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
-class _Told:
-    """A UserError on its way back as a value: Ray would wrap it into an error of its own."""
+class _Failed:
+    """A UserError returned as a value: Ray would wrap a raised one into an error of its own."""
 
     error: UserError
 
 
 @dataclass(frozen=True)
-class _Home:
-    """What must be the same on every node: versions that decide the bytes, and a file of OUT with its content."""
+class _Requirements:
+    """What must be the same on every node, and what a node does before a task."""
 
-    versions: dict[str, str]
-    shared: Path | None
-    content: bytes
+    versions: dict[str, str]  # of the packages that decide the bytes
+    shared: Path | None  # a file of the output folder
+    content: bytes  # of that file
+    prepare: Callable[[], None]
 
 
 def run_on_ray(
-    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, shared: Path | None
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    workers: int,
+    shared: Path | None,
+    prepare: Callable[[], None],
 ) -> Iterator[Result]:
-    """Yield `function(task)` for every task as each ends, on the cluster of RAY_ADDRESS, else on the one that runs on
-    this machine, else on one started here for the time of the call, bound to 127.0.0.1.
+    """As engine.run_tasks, on the cluster of RAY_ADDRESS, else on the one that runs on this machine, else on one of
+    `workers` CPUs, bound to 127.0.0.1, that is started for the time of the call.
 
-    Args:
-        function: importable by name on every node.
-        tasks: picklable; each takes one CPU, and at most twice the cluster's CPUs are under way.
-        workers: CPUs of a cluster that has to be started.
-        shared: a file of OUT that every node has to see as it is here; None if OUT is an object store.
+    Each task takes one CPU, and at most twice the cluster's CPUs are submitted. `prepare` is called before each task.
 
     Raises:
-        UserError: ray is not installed, the cluster is not reached, a node has other versions or another OUT, a task's
-            worker was lost more than MAX_RETRIES times; or what a task raised as UserError.
+        UserError: ray is not installed, the cluster is not reached, a node has other versions or another output folder,
+            a task's worker was lost more than MAX_RETRIES times; or what a task raised as UserError.
     """
     ray = _import_ray()
     started = not ray.is_initialized()
     if started:
         _connect(ray, workers)
     try:
-        home = _Home(_versions(), shared, shared.read_bytes() if shared else b"")
-        yield from _results(ray, function, tasks, ray.put(home))
+        required = _Requirements(_versions(), shared, shared.read_bytes() if shared else b"", prepare)
+        yield from _results(ray, function, tasks, ray.put(required))
     finally:
         if started:
             ray.shutdown()
 
 
-def _results(ray: ModuleType, function: Callable[[Task], Result], tasks: Sequence[Task], home: Any) -> Iterator[Result]:
+def _results(
+    ray: ModuleType, function: Callable[[Task], Result], tasks: Sequence[Task], required: Any
+) -> Iterator[Result]:
     run = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_run)
     waiting, running = iter(tasks), []
     try:
         while True:
             room = 2 * max(1, int(ray.cluster_resources().get("CPU", 1))) - len(running)
-            running += [run.remote(function, task, home) for _, task in zip(range(room), waiting, strict=False)]
+            running += [run.remote(function, task, required) for _, task in zip(range(room), waiting, strict=False)]
             if not running:
                 return
             done, running = ray.wait(running, num_returns=1)
             for result in ray.get(done):
-                if isinstance(result, _Told):
+                if isinstance(result, _Failed):
                     raise result.error
                 yield result
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as error:
         raise UserError(
             f"a shard's worker on the Ray cluster was lost {MAX_RETRIES + 1} times: {str(error).splitlines()[0]}",
-            fix="look for nodes that run out of memory or disk (`ray status`), and run the same command again: finished shards are kept",
+            fix="look for nodes that run out of memory or disk (`ray status`), and run the same command again: "
+            "finished shards are kept",
         ) from None
     finally:
         for task in running:
             ray.cancel(task)
 
 
-def _run(function: Callable[[Task], Result], task: Task, home: _Home) -> Result | _Told:
-    """On a node: one task, after a look whether this node can do it."""
+def _run(function: Callable[[Task], Result], task: Task, required: _Requirements) -> Result | _Failed:
+    """On a node: one task, if this node meets the requirements."""
     try:
-        _check_node(home)
-        one_core()
+        _check_node(required)
+        required.prepare()
         with own_partials():
             return function(task)
     except UserError as error:
-        return _Told(error)
+        return _Failed(error)
 
 
-def _check_node(home: _Home) -> None:
-    here = _versions()
-    others = [f"{name} {here[name]}, not {version}" for name, version in home.versions.items() if here[name] != version]
-    if others:
+def _check_node(required: _Requirements) -> None:
+    node, versions = f"the Ray node {socket.gethostname()}", _versions()
+    differ = [f"{name} {versions[name]}, not {v}" for name, v in required.versions.items() if versions[name] != v]
+    if differ:
         raise UserError(
-            f"the Ray node {socket.gethostname()} would not give the same bytes: {'; '.join(others)}",
+            f"{node} would not give the same bytes: {'; '.join(differ)}",
             allowed="the versions of the machine that started the command, on every node",
             fix="install them there, e.g. pip install -r requirements.lock",
         )
-    if home.shared is None:
+    if required.shared is None:
         return
     try:
-        same = home.shared.read_bytes() == home.content
+        same = required.shared.read_bytes() == required.content
     except OSError:
         same = False
     if not same:
         raise UserError(
-            f"the Ray node {socket.gethostname()} does not see the OUT of this command: {home.shared} is not there or another file",
-            allowed="an OUT that all nodes share: a network file system under the same path, or a URL such as s3://bucket/out",
+            f"{node} does not see the output folder of this command: {required.shared} is missing there or differs",
+            allowed="an output folder that all nodes share: a network file system under the same path, "
+            "or a URL such as s3://bucket/out",
             fix="give another --out",
         )
 
 
 def _versions() -> dict[str, str]:
-    found = {"Python": ".".join(platform.python_version_tuple()[:2])}
+    versions = {"Python": ".".join(platform.python_version_tuple()[:2])}
     for name in _DECIDE_BYTES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
+            versions[name] = "none"
+    return versions
 
 
 def _import_ray() -> ModuleType:
-    os.environ.update(
-        {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()}
-    )  # read while ray is imported
+    os.environ.update(_ENVIRONMENT | os.environ)  # Ray reads them while it is imported
     try:
         import ray
         import ray.exceptions
@@ -161,7 +163,7 @@ def _connect(ray: ModuleType, workers: int) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS", "auto")
     try:
-        _knock(address)
+        _check_address(address)
         ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:  # Ray's ConnectionError is an OSError
         if address != "auto":
@@ -180,8 +182,8 @@ def _connect(ray: ModuleType, workers: int) -> None:
         )
 
 
-def _knock(address: str) -> None:
+def _check_address(address: str) -> None:
     """Raise OSError if nobody listens at host:port; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()

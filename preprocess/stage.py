@@ -1,11 +1,11 @@
-"""The stages of a build, each resumable: markers say what is finished, and a rerun runs only what is missing.
+"""The stages of a build, each resumable: markers record what is finished, and a rerun runs only what is missing.
 
-    done/<stage>/<name>.json   one marker for each finished task: its files are whole, made from this input with these options
+    done/<stage>/<name>.json   marker of a finished task: its files are whole, made from this input with these options
     run_stage: tasks -> read their markers, compare -> run what is missing in workers -> markers of all finished tasks
 
-A worker removes the marker of its task before it writes the task's files, and writes the new one after them.
-manifest.json says that the whole output folder is finished: `remove_manifest` removes it before any file that it names
-may change.
+A worker removes the marker of its task before it writes the task's files, and writes the new one after them; `verify`
+removes the marker of a file that fails, and the next build makes that file again. manifest.json means that the whole
+output folder is finished: `remove_manifest` removes it before any file that it names may change.
 """
 
 import json
@@ -39,38 +39,20 @@ from preprocess.readers.caption_key import Choice
 from preprocess.readers.shards import Shard
 
 _MARKERS_PER_REQUEST = 1_000
-_IMAGE_KEYS = {
-    "images",
-    "jpeg_quality",
-    "jpeg_subsampling",
-    "max_pixels",
-    "decode_check",
-    "beton_samples",
-    "beton_size",
-    "shuffle_window",
-    "shuffle_seed",
-}
+_JPEG_KEYS = {"images", "jpeg_quality", "jpeg_subsampling", "max_pixels", "decode_check"}
+_IMAGE_KEYS = _JPEG_KEYS | {"beton_samples", "beton_size", "shuffle_window", "shuffle_seed"}
 
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What all stages of one build share.
-
-    Attributes:
-        layout: paths below the output folder.
-        settings: resolved configuration.
-        tokenizer: of `settings`.
-        workers: processes.
-        captions: where a sample's caption is looked for.
-        subset: fingerprint of the chosen uids, None for all samples.
-    """
+    """What all stages of one build share."""
 
     layout: Layout
     settings: Pipeline
-    tokenizer: Tokenizer
-    workers: int
-    captions: tuple[Choice, ...]
-    subset: str | None
+    tokenizer: Tokenizer  # of `settings`
+    workers: int  # processes
+    captions: tuple[Choice, ...]  # where to read a sample's caption
+    subset: str | None  # fingerprint of the chosen uids, None for all samples
 
     @property
     def label_limit(self) -> int:
@@ -92,9 +74,8 @@ class BuildContext:
 
     @property
     def label_options(self) -> str:
-        """Fingerprint of what decides the rows of one shard: without the IDF formula and the word pairs, which all
-        shards decide, and without the tokenizer's path, since the tokenizer's own fingerprint covers its files, stop
-        words and WordNet.
+        """Fingerprint of what decides the rows of one shard: no IDF formula or word pairs, which all shards decide, and
+        no tokenizer's path, since the tokenizer's own fingerprint covers its files, stop words and WordNet.
         """
         corpus = {"idf", "ngrams", "ngram_classes", "ngram_min_count", "tokenizer", "wordnet", "stop_words"}
         labels = {key: value for key, value in self.options["labels"].items() if key not in corpus}
@@ -110,15 +91,13 @@ class BuildContext:
 
 
 class Marker(BaseModel):
-    """What a finished task writes down. A file that is damaged or of another form counts as no marker: the task runs
-    again.
-    """
+    """The record of a finished task. A damaged file, or one of another form, is no marker: the task runs again."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
     @property
     def name(self) -> str:
-        """Of its file, without `.json`: the task's."""
+        """Of its task; its file is `<name>.json`."""
         raise NotImplementedError
 
     @property
@@ -128,28 +107,19 @@ class Marker(BaseModel):
 
 
 class LabelMarker(Marker):
-    """One shard's label file and count file are whole.
+    """One shard's label file and count file are whole."""
 
-    Attributes:
-        options: `BuildContext.label_options`; source: path, bytes and time of the shard.
-        rows, tokens: label rows and their token ids; None in markers of earlier versions.
-        outside_subset: samples with a caption that the subset does not name.
-        sha256: of the label file; keys_sha256: of its keys; count_bytes: length of the count file.
-        reasons: reason -> rejected samples.
-        pairs: SHA-256 of the pairs.parquet whose classes are in the rows; None where there are none.
-    """
-
-    options: str
-    source: dict[str, str | int]
+    options: str  # BuildContext.label_options
+    source: dict[str, str | int]  # path, bytes and time of the shard
     shard: str
     rows: int
-    tokens: int | None = None
-    outside_subset: int
-    sha256: str
-    count_bytes: int
+    tokens: int | None = None  # token ids of all rows; None in markers of earlier versions
+    outside_subset: int  # samples with a caption that the subset does not name
+    sha256: str  # of the label file
+    count_bytes: int  # length of the count file
     keys_sha256: str
-    reasons: dict[str, int]
-    pairs: str | None = None
+    reasons: dict[str, int]  # reason -> rejected samples
+    pairs: str | None = None  # SHA-256 of the pairs.parquet whose classes are in the rows
 
     @property
     def name(self) -> str:
@@ -161,20 +131,14 @@ class LabelMarker(Marker):
 
 
 class GroupMarker(Marker):
-    """The betons of one group of shards, or its image index files, are whole.
+    """The betons of one group of shards, or its image index files, are whole."""
 
-    Attributes:
-        options: `BuildContext.image_options`; first, count, shards: the group, see beton_plan.Group.
-        files: what the manifest says of each file.
-        reasons: reason -> rejected images.
-    """
-
-    options: str
-    first: int
+    options: str  # BuildContext.image_options
+    first: int  # this, count and shards: the group, see plan.Group
     count: int
     shards: list[list[Any]]
     files: list[BetonPart]
-    reasons: dict[str, int]
+    reasons: dict[str, int]  # reason -> rejected images
 
     @property
     def name(self) -> str:
@@ -186,15 +150,10 @@ class GroupMarker(Marker):
 
 
 class CorpusMarker(Marker):
-    """What is made from all shards is whole: idf.parquet and idf.duckdb, or pairs.parquet.
+    """What is made from all shards is whole: idf.parquet and idf.duckdb, or pairs.parquet."""
 
-    Attributes:
-        of: fingerprints and options of what it was made from.
-        sha256: of the Parquet file.
-    """
-
-    of: dict[str, str | int]
-    sha256: str
+    of: dict[str, str | int]  # fingerprints and options of what it was made from
+    sha256: str  # of the Parquet file
 
 
 M = TypeVar("M", bound=Marker)
@@ -213,11 +172,12 @@ def read_markers(folder: Path, names: Sequence[str], kind: type[M]) -> dict[str,
     if not is_remote(folder):
         markers = ((name, read_marker(folder / f"{name}.json", kind)) for name in names)
         return {name: marker for name, marker in markers if marker}
+    store: Any = folder  # a UPath
     listed = file_sizes(folder)
-    names_by_path = {(folder / f"{name}.json").path: name for name in names if f"{name}.json" in listed}  # type: ignore[attr-defined]  # a UPath
+    names_by_path = {(store / f"{name}.json").path: name for name in names if f"{name}.json" in listed}
     paths, read = sorted(names_by_path), {}
     for start in range(0, len(paths), _MARKERS_PER_REQUEST):
-        contents = folder.fs.cat(paths[start : start + _MARKERS_PER_REQUEST], on_error="omit")  # type: ignore[attr-defined]  # a UPath
+        contents = store.fs.cat(paths[start : start + _MARKERS_PER_REQUEST], on_error="omit")
         for path, content in contents.items():
             if marker := _parse(content, kind):
                 read[names_by_path[path]] = marker
@@ -232,15 +192,15 @@ def _parse(content: bytes, kind: type[M]) -> M | None:
 
 
 def write_marker(path: Path, marker: Marker, faults: list[list[str]] | None = None) -> None:
-    """Write a marker in one step, with the rejected samples: these stay in the file, since they may need more memory
-    than there is.
+    """Write a marker atomically, with the rejected samples: these are only read from the file, since there may be more
+    than fit into memory.
     """
     content = marker.model_dump(exclude_none=True)
     write_json(path, content if faults is None else {**content, "faults": faults})
 
 
 def read_faults(path: Path) -> list[list[str]]:
-    """The rejected samples that a marker lists: key, reason and detail, in a group's marker after the shard."""
+    """The rejected samples in a marker: (key, reason, detail), in a group's marker (shard, key, reason, detail)."""
     return (_read_json(path) or {}).get("faults", [])
 
 
@@ -259,43 +219,28 @@ class Task(Protocol[M]):  # type: ignore[misc]  # M is in is_done alone, but T o
     """One unit of work, picklable."""
 
     @property
-    def name(self) -> str:
-        """Of its marker."""
-        ...
+    def name(self) -> str: ...  # of its marker
 
     @property
-    def shards(self) -> Collection[str]:
-        """Names of the shards whose rows its files hold."""
-        ...
+    def shards(self) -> Collection[str]: ...  # names of the shards whose rows its files hold
 
     @property
-    def file_count(self) -> int:
-        """How many files it makes, for progress."""
-        ...
+    def file_count(self) -> int: ...  # for progress
 
     def is_done(self, marker: M, sizes: Mapping[str, int]) -> bool:
-        """Whether the files that `marker` names are what this task would make. `sizes`: path below the output folder ->
-        bytes.
-        """
+        """Whether the marked files are what this task would make. `sizes`: path below the output folder -> bytes."""
         ...
 
 
 @dataclass(frozen=True)
 class CorpusTask:
-    """What is made from all shards, by one task in this process.
-
-    Attributes:
-        name: of its marker.
-        of: what its marker has to say; keep: whatever the marker says, what is there is kept.
-        shards: names of all shards.
-        files: paths below the output folder that have to be there.
-    """
+    """What is made from all shards, by one task in this process."""
 
     name: str
-    of: Mapping[str, str | int]
-    shards: list[str]
-    files: tuple[str, ...]
-    keep: bool = False
+    of: Mapping[str, str | int]  # as in CorpusMarker
+    shards: list[str]  # names of all shards
+    files: tuple[str, ...]  # paths below the output folder that have to exist
+    keep: bool = False  # keep existing files whatever they were made from
     file_count: int = 1
 
     def is_done(self, marker: CorpusMarker, sizes: Mapping[str, int]) -> bool:
@@ -307,21 +252,13 @@ T = TypeVar("T", bound=Task[Any])
 
 @dataclass(frozen=True)
 class Stage(Generic[T, M]):
-    """What the tasks of a stage have in common.
+    """What the tasks of a stage have in common."""
 
-    Attributes:
-        title: for progress; None: the work is one task for all shards, done in this process.
-        work: called in a worker with each task: writes its files, then its marker, and returns the marker.
-        marker: the class of its markers.
-        markers: their folder.
-        outputs: folders in which the tasks' files are.
-    """
-
-    title: str | None
-    work: Callable[[T], M]
+    title: str | None  # for progress; None: one task for all shards, done in this process
+    work: Callable[[T], M]  # in a worker: writes a task's files, then its marker, and returns the marker
     marker: type[M]
-    markers: Path
-    outputs: Sequence[Path]
+    markers: Path  # folder of the markers
+    outputs: Sequence[Path]  # folders of the tasks' files
 
 
 def run_stage(
@@ -336,25 +273,19 @@ def run_stage(
     """Run the tasks that are not done; return the markers of all that are done then, in the tasks' order.
 
     Args:
-        build: the build.
-        stage: the stage.
         tasks: all tasks of the stage.
-        mine: names of the tasks that this process may run, None for all: the share of an array job.
+        mine: names of the tasks that this process may run, the share of an array job; None for all.
         fresh: names of shards that the manifest does not list. It is removed before a file of any other shard changes.
         prepare: called before the work with the names of the tasks whose marker is of other input or options.
     """
     layout = build.layout
     markers = read_markers(stage.markers, [task.name for task in tasks], stage.marker)
-    sizes = {
-        name if folder == layout.out else f"{folder.name}/{name}": size
-        for folder in stage.outputs
-        for name, size in file_sizes(folder).items()
-    }
-    done = {
-        task.name: markers[task.name]
-        for task in tasks
-        if task.name in markers and task.is_done(markers[task.name], sizes)
-    }
+    sizes: dict[str, int] = {}
+    for folder in stage.outputs:
+        prefix = "" if folder == layout.out else f"{folder.name}/"
+        sizes |= {prefix + name: size for name, size in file_sizes(folder).items()}
+    marked = [(task, markers[task.name]) for task in tasks if task.name in markers]
+    done = {task.name: marker for task, marker in marked if task.is_done(marker, sizes)}
     own = [task for task in tasks if mine is None or task.name in mine]
     missing = [task for task in own if task.name not in done]
     if any(shard not in fresh for task in missing for shard in task.shards):
@@ -365,10 +296,9 @@ def run_stage(
         done.update((task.name, stage.work(task)) for task in missing)
     else:
         counts = {task.name: task.file_count for task in own}
-        with Meter(
-            stage.title, sum(counts.values()), sum(counts[name] for name in counts.keys() & done.keys())
-        ) as meter:
-            options_file = None if is_remote(layout.out) else layout.markers / "options.json"
+        finished = sum(counts[name] for name in counts.keys() & done.keys())
+        options_file = None if is_remote(layout.out) else layout.markers / "options.json"
+        with Meter(stage.title, sum(counts.values()), finished) as meter:
             for marker in run_tasks(stage.work, missing, build.workers, build.settings.build.engine, options_file):
                 done[marker.name] = marker
                 meter.advance(marker.samples, counts[marker.name])
@@ -376,7 +306,7 @@ def run_stage(
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Name and size in bytes of all files in `folder`, by one listing; empty if it is not there."""
+    """Name -> size in bytes of all files in `folder`, by one listing; empty for a missing folder."""
     if is_remote(folder):
         listing = folder.fs.find(folder.path, maxdepth=1, detail=True)  # type: ignore[attr-defined]  # a UPath
         return {name.rpartition("/")[2]: int(info["size"]) for name, info in listing.items()}
@@ -393,9 +323,7 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 @contextmanager
 def spill_folder(layout: Layout) -> Iterator[Path]:
-    """Where DuckDB puts what exceeds its memory: in the output folder, or on this machine's disk if that is an object
-    store.
-    """
+    """A folder for what exceeds DuckDB's memory: in the output folder; for an object store, on this machine."""
     if is_remote(layout.out):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -412,22 +340,23 @@ def spill_folder(layout: Layout) -> Iterator[Path]:
 
 
 def remove_manifest(layout: Layout) -> None:
-    """The output folder is not finished from here on: called before any file that the manifest names changes. Nothing
-    else removes it.
+    """The output folder is not finished from now on. Called before any file that the manifest names changes; nothing
+    else removes the manifest.
     """
     layout.manifest.unlink(missing_ok=True)
 
 
 def remove_build(layout: Layout) -> None:
-    """`--overwrite`: remove what builds have written to the output folder, and nothing else."""
+    """`--overwrite`: remove only what builds have written to the output folder."""
     remove_manifest(layout)
     for name in ("options", "idf", "pairs", "subset"):
         (layout.markers / f"{name}.json").unlink(missing_ok=True)
     for path in (layout.idf_parquet, layout.idf_duckdb, layout.quarantine, layout.config, layout.pairs, layout.subset):
         path.unlink(missing_ok=True)
     for marker in (layout.markers / "labels").glob("*.json"):
-        layout.label_file(marker.name.removesuffix(".json")).unlink(missing_ok=True)
-        layout.count_file(marker.name.removesuffix(".json")).unlink(missing_ok=True)
+        shard = marker.name.removesuffix(".json")
+        layout.label_file(shard).unlink(missing_ok=True)
+        layout.count_file(shard).unlink(missing_ok=True)
         marker.unlink()
     for copy in (True, False):
         for _, path in image_folder(layout, copy=copy).numbered():
@@ -437,38 +366,36 @@ def remove_build(layout: Layout) -> None:
 
 
 def remove_leftovers(layout: Layout) -> None:
-    """Remove the temporary files of killed processes; only while no other process may write. An object store has none."""
+    """Remove the temporary files of killed processes, while no other process may write. An object store has none."""
     markers = [layout.markers, *(layout.markers / name for name in ("labels", "beton", "places"))]
     remove_partials(layout.out, layout.labels, layout.counts, layout.betons, layout.image_index, *markers)
 
 
 def check_same_options(build: BuildContext, *, alone: bool) -> None:
-    """Refuse other options than those that the output folder was begun with, once a shard was labelled with them.
+    """Refuse other options than those of the output folder, once a shard was labelled with them.
 
     `alone`: no other process may write, so options with which no shard was labelled (they named a missing column) are
-        replaced.
+    replaced.
     """
     path = build.layout.markers / "options.json"
     before = _read_json(path)
-    if before is None or (
-        alone and before != build.options and not any((build.layout.markers / "labels").glob("*.json"))
-    ):
+    if before == build.options:
+        return
+    if before is None or (alone and not any((build.layout.markers / "labels").glob("*.json"))):
         with own_partials():  # several members of an array job may write it at the same moment
             write_json(path, build.options)
-    elif before != build.options:
-        raise UserError(
-            f"{build.layout.out} was begun with other options: {'; '.join(_differences(before, build.options))}",
-            allowed="the options it was begun with",
-            fix="give another --out, or --overwrite to remove what was built there",
-        )
+        return
+    raise UserError(
+        f"{build.layout.out} was begun with other options: {'; '.join(_differences(before, build.options))}",
+        allowed="the options it was begun with",
+        fix="give another --out, or --overwrite to remove what was built there",
+    )
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(before.keys() | now.keys())
-        return [
-            line for key in keys for line in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
-        ]
+        keys = {key: f"{path}.{key}".lstrip(".") for key in sorted(before.keys() | now.keys())}
+        return [line for key, name in keys.items() for line in _differences(before.get(key), now.get(key), name)]
     return [] if before == now else [f"{path} was {before!r}, is now {now!r}"]
 
 
@@ -478,15 +405,13 @@ ImageOutput = Literal["betons", "places", "none"]
 
 @dataclass(frozen=True)
 class BuildInputs:
-    """done/inputs.json: which shards an output folder was made from, so that more can be added and a damaged file
-    rebuilt.
+    """done/inputs.json: the shards of an output folder, so that `append` can add more and a damaged file be rebuilt.
 
-    The manifest names no path of a machine; this file does, as the markers do. `batches`: the shards of build-labels,
-    then those of every append.
+    The manifest names no path of a machine; this file does, as the markers do.
     """
 
     images: ImageOutput
-    batches: list[list[Shard]]
+    batches: list[list[Shard]]  # of build-labels, then of every append
 
     @property
     def shards(self) -> list[Shard]:
@@ -494,14 +419,14 @@ class BuildInputs:
 
 
 def write_inputs(layout: Layout, inputs: BuildInputs) -> None:
-    """Write inputs.json in one step, if it differs."""
+    """Write inputs.json atomically, if it differs."""
     if read_inputs(layout) != inputs:
         batches = [[asdict(shard) for shard in batch] for batch in inputs.batches]
         write_json(layout.record, {"images": inputs.images, "batches": batches})
 
 
 def read_inputs(layout: Layout) -> BuildInputs | None:
-    """None if there is none, or it is damaged."""
+    """None for a missing or damaged file."""
     try:
         content = json.loads(layout.record.read_bytes())
         return BuildInputs(content["images"], [[Shard(**shard) for shard in batch] for batch in content["batches"]])

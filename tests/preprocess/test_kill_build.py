@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Built
 
 from labels import storage
 from labels.storage import UserError
-from preprocess.engine import run_tasks
+from preprocess.engine import run_tasks, start_server
 from shard_factory import Built, build, contents, end_without_a_word, preprocess, sample, write_shards, write_tar
 
 ROOT = Path(__file__).parents[2]
@@ -36,8 +37,8 @@ class Command:
     def __init__(self, data: Path, out: Path, workers: int) -> None:
         arguments = ["build-labels", str(data), "--out", str(out), "--workers", str(workers)]
         if workers == 1:
+            start_server()
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["preprocess.preload"])
             self._process = context.Process(target=run_as_command, args=(arguments,))
             self._process.start()
             self.pid = self._process.pid or 0

@@ -17,7 +17,7 @@ import pytest
 
 from labels.storage import UserError
 from preprocess import ray as ray_engine
-from preprocess.engine import run_tasks
+from preprocess.engine import one_core, run_tasks
 from shard_factory import contents, end_without_a_word, preprocess, write_shards
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def cluster() -> Iterator[Any]:
 
 
 def touch_and_wait(task: tuple[str, int]) -> int:
-    """A task that tells that it has begun, and where; and ends when it may."""
+    """A task that marks that it has begun, and on which node; it ends when it may."""
     folder, number = Path(task[0]), task[1]
     (folder / f"{number} {os.getpid()} {ray.get_runtime_context().get_node_id()}").touch()
     while not (folder / "go on").exists():
@@ -120,25 +120,25 @@ def test_errors_come_back(cluster: Any) -> None:
 
 
 def test_a_node_with_other_versions_is_refused(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = ray_engine._versions()
-    assert here["ftfy"] != "none"
-    monkeypatch.setattr(ray_engine, "_versions", lambda: {**here, "ftfy": "1.0"})
-    with pytest.raises(UserError, match=f"would not give the same bytes: ftfy {here['ftfy']}, not 1.0"):
+    versions = ray_engine._versions()
+    assert versions["ftfy"] != "none"
+    monkeypatch.setattr(ray_engine, "_versions", lambda: {**versions, "ftfy": "1.0"})
+    with pytest.raises(UserError, match=f"would not give the same bytes: ftfy {versions['ftfy']}, not 1.0"):
         list(run_tasks(end_without_a_word, ["fine"], 1, "ray"))
 
 
-def test_a_node_that_does_not_see_out_is_refused(cluster: Any, tmp_path: Path) -> None:
+def test_a_node_that_does_not_see_the_output_folder_is_refused(cluster: Any, tmp_path: Path) -> None:
     shared = tmp_path / "options.json"
     shared.write_text("{}")
     assert list(run_tasks(end_without_a_word, ["fine"], 1, "ray", shared)) == ["fine"]
-    home = ray_engine._Home(ray_engine._versions(), shared, b"another's")
+    required = ray_engine._Requirements(ray_engine._versions(), shared, b"another's", one_core)
     with pytest.raises(
-        UserError, match=r"does not see the OUT of this command: .*options.json is not there or another file"
+        UserError, match=r"does not see the output folder of .*options.json is missing there or differs"
     ):
-        ray_engine._check_node(home)
+        ray_engine._check_node(required)
     shared.unlink()
     with pytest.raises(UserError, match="network file system under the same path, or a URL"):
-        ray_engine._check_node(home)
+        ray_engine._check_node(required)
 
 
 def test_a_build_gives_the_same_bytes_though_a_node_is_killed(cluster: Any, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_an_address_without_a_cluster_is_an_error(monkeypatch: pytest.MonkeyPatc
         list(run_tasks(end_without_a_word, ["fine"], 1, "ray"))
 
 
-def test_without_ray_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_error_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"needs the package ray.*\n.*\n  fix: pip install 'ray>=2.50'"):
         list(run_tasks(end_without_a_word, ["fine"], 1, "ray"))
@@ -190,7 +190,7 @@ def test_without_a_cluster_one_is_started_for_the_run() -> None:
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     path = os.pathsep.join([*IMPORT_PATH, os.environ.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory() as folder:  # a short path: sockets lie in it
+    with tempfile.TemporaryDirectory() as folder:  # a short path: for its sockets
         environment |= {
             "PYTHONPATH": path,
             "RAY_TMPDIR": folder,
