@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Built
 
 from labels import storage
 from labels.storage import UserError
