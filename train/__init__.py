@@ -1,1 +1,1 @@
-"""Stage 2: the lean trainer and the protocols that say what its encoder is worth. Imports `labels`, never `preprocess`."""
+"""Stage 2: the lean trainer, and the protocols that evaluate its encoder. Imports `labels`, never `preprocess`."""

@@ -1,4 +1,11 @@
-"""One process or many: what torchrun says, and the few calls that differ."""
+"""One process or many ranks: joining torchrun's process group, spreading a model, and exchanging gradients.
+
+    torchrun's variables -> distributed_world -> World(rank, size, device)
+    model -> spread -> DDP (whole weights on every rank), or FSDP2 (split weights); under either, the head may be split
+        by class, and each class then belongs to one rank (train/losses/distributed.py)
+
+The loop and the checkpoints know neither: they call what `spread` returns, and use `local`, `whole` and `split_like`.
+"""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -7,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -31,11 +38,11 @@ class World:
         return self.rank == 0
 
     def share(self, size: int) -> slice:
-        """This rank's part of `size` samples; the ranks' parts are as equal as they can be, and together all."""
+        """This rank's part of `size` samples; the ranks' parts are as equal as possible."""
         return slice(self.rank * size // self.size, (self.rank + 1) * size // self.size)
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether any rank has it, so that all act alike; one message for all flags."""
+        """For each flag, whether it is set on any rank, so that all act alike; one message for all flags."""
         if self.size == 1:
             return flags
         values = torch.tensor([float(flag) for flag in flags], device=self.device)
@@ -53,11 +60,8 @@ class World:
 
 @contextmanager
 def distributed_world(runtime: Runtime) -> Iterator[World]:
-    """Join the process group that torchrun's variables describe; without them, a world of one. Inside another `world`,
-    that one.
-
-    Raises:
-        UserError: CUDA is asked for and not there, or there are more ranks than GPUs.
+    """Join the process group that torchrun's variables describe; without them, a world of one. Inside another
+    `distributed_world`, that one. UserError without the requested CUDA device, or with more ranks than GPUs.
     """
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:
@@ -71,7 +75,7 @@ def distributed_world(runtime: Runtime) -> Iterator[World]:
     if on_gpu:
         if device.index >= torch.cuda.device_count():
             raise UserError(
-                f"rank {device.index} of this node has no GPU of its own: torch sees {torch.cuda.device_count()}",
+                f"rank {device.index} of this node has no GPU: torch sees {torch.cuda.device_count()}",
                 fix=f"--nproc-per-node={torch.cuda.device_count()}",
             )
         torch.cuda.set_device(device)
@@ -99,12 +103,10 @@ def _group(device: torch.device) -> Iterator[World]:
 
 
 @contextmanager
-def _tf32(wanted: bool) -> Iterator[None]:
-    """fp32 products in TF32, as in the reference, for a while: features that are extracted afterwards must not change
-    by it.
-    """
+def _tf32(enabled: bool) -> Iterator[None]:
+    """fp32 products in TF32, as in the reference; restored afterwards: features extracted later must not change."""
     before = torch.get_float32_matmul_precision()
-    if wanted:
+    if enabled:
         torch.set_float32_matmul_precision("high")
     try:
         yield
@@ -112,22 +114,15 @@ def _tf32(wanted: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-# ---- parallel: One model over many ranks: DDP (weights whole everywhere) or FSDP2 (weights split), and what differs
-# between them; under either, a layer split by its outputs, each of which belongs to one rank alone.
-#
-# The loop and the checkpoints see neither: they call what `spread` returns, and take tensors apart and together with
-# the functions here.
+# -- one model over many ranks
 
 
 def spread(model: nn.Module, parallel: str, world: World, split: nn.Linear | None = None) -> nn.Module:
-    """What the loop calls in place of `model`, whose parameters FSDP splits in place.
+    """What the loop calls in place of `model`; FSDP splits the model's parameters in place.
 
-    Args:
-        model: on the device of `world`, with the same weights on every rank; its forward gives the mean loss of a
-            rank's samples.
-        parallel: `ddp` or `fsdp`. A world of one is left as it is.
-        split: a layer of `model` whose outputs are divided among the ranks: neither its weights nor their gradients are
-            exchanged, and its caller works with this rank's part (train/losses/distributed.py). None: there is none.
+    `model` has the same weights on the device of every rank, and returns the mean loss of a rank's samples. `parallel`:
+    `ddp` or `fsdp`. `split`: a layer of it whose outputs are divided among the ranks: neither its weights nor their
+    gradients are exchanged. A world of one changes nothing.
     """
     if world.size == 1:
         return model
@@ -136,12 +131,13 @@ def spread(model: nn.Module, parallel: str, world: World, split: nn.Linear | Non
         _split_outputs(split, mesh)  # type: ignore[arg-type]
     own = {name: parameter for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
     if parallel == "fsdp":
-        for block in _blocks(model):
-            fully_shard(block, mesh=mesh)
+        for tower in (getattr(model, name, None) for name in ("trunk", "text")):
+            for block in repeated_blocks(tower).values() if tower is not None else ():
+                fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, ignored_params=set(own.values()))
         return model
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(own))
-    # Buffers matter where batch norm is: then all ranks take the first one's, which a checkpoint keeps.
+    # Buffers matter for batch norm: then all ranks take those of the first one, which a checkpoint keeps.
     buffers = any(isinstance(module, _BatchNorm) for module in model.modules())
     devices = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(
@@ -153,12 +149,6 @@ def _split_outputs(layer: nn.Linear, mesh: DeviceMesh) -> None:
     for name, parameter in list(layer.named_parameters()):
         part = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
         layer.register_parameter(name, nn.Parameter(part, requires_grad=parameter.requires_grad))
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """What FSDP gathers together: the blocks of the trunk, and of the text tower where there is one."""
-    towers = [getattr(model, name, None) for name in ("trunk", "text")]
-    return [block for tower in towers if tower is not None for block in repeated_blocks(tower).values()]
 
 
 def repeated_blocks(net: nn.Module) -> dict[str, nn.Module]:
@@ -176,29 +166,20 @@ def repeated_blocks(net: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def gradients_exchanged(spread_model: nn.Module, now: bool) -> Iterator[None]:
-    """Around one forward and backward pass: whether its gradients are exchanged at once, or kept to be added to."""
-    if isinstance(spread_model, DistributedDataParallel) and not now:
-        with spread_model.no_sync():
+def gradients_exchanged(ddp_model: nn.Module, now: bool) -> Iterator[None]:
+    """Around a forward and backward pass: whether its gradients are exchanged, or kept for the next pass to add to."""
+    if isinstance(ddp_model, DistributedDataParallel) and not now:
+        with ddp_model.no_sync():
             yield
         return
-    if isinstance(spread_model, FSDPModule):
-        spread_model.set_requires_gradient_sync(now)
+    if isinstance(ddp_model, FSDPModule):
+        ddp_model.set_requires_gradient_sync(now)
     yield
 
 
-def loss_and_gradient_norm(
-    loss: torch.Tensor, parameters: Iterable[torch.Tensor], world: World
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of `loss` over all ranks and norm of the whole gradient, the same on every rank and left on the device.
-
-    Args:
-        loss: scalar, this rank's.
-        parameters: after the backward pass; split ones are counted once over all ranks.
-        world: this process among all.
-
-    Returns:
-        float64 scalars.
+def loss_and_gradient_norm(loss: Tensor, parameters: Iterable[Tensor], world: World) -> tuple[Tensor, Tensor]:
+    """Mean of this rank's scalar `loss` over all ranks, and norm of the whole gradient: float64 scalars on the device,
+    the same on every rank. Split parameters are counted once over all ranks.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     split = _square([gradient for gradient in gradients if isinstance(gradient, DTensor)], loss)
@@ -209,24 +190,25 @@ def loss_and_gradient_norm(
     return both[0], (both[1] + same).sqrt()
 
 
-def _square(tensors: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+def _square(tensors: list[Tensor], like: Tensor) -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=torch.float64, device=like.device)
-    return torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors])).double().square().sum()  # type: ignore[reportPrivateImportUsage]
+    norms = torch._foreach_norm([local(tensor) for tensor in tensors])  # type: ignore[reportPrivateImportUsage]
+    return torch.stack(norms).double().square().sum()
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a split tensor, in the same memory; any other tensor as it is."""
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a split tensor, in the same memory; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a split tensor, gathered (all ranks call it together); any other tensor as it is."""
+def whole(tensor: Tensor) -> Tensor:
+    """All of a split tensor, gathered (all ranks call it together); any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def laid_out_like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The whole `value` on the device of `tensor`, and split as `tensor` is: each rank keeps its part."""
+def split_like(value: Tensor, tensor: Tensor) -> Tensor:
+    """The whole `value` on the device of `tensor`, and split like it: each rank keeps its part."""
     value = value.to(tensor.device)
     if not isinstance(tensor, DTensor):
         return value

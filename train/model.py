@@ -1,7 +1,12 @@
-"""The vision trunk, the classification head, and both with the loss: what the loop trains.
+"""What `train run` trains: a vision trunk, a linear head, and the loss of both.
 
-B batch, W trunk width, V vocabulary. Structure after SuperClass (METHOD: x-cls/superclass, opencls/model.py):
-pooled feature -> LayerNorm(W) -> Linear(W, V); the pool of a ViT is the mean of the patch tokens after the final norm.
+    images [B, 3, S, S] -> trunk (timm) -> pooled features [B, W] -> LayerNorm(W) -> Linear(W, V) and loss -> mean loss
+
+Structure after SuperClass (x-cls/superclass, opencls/model.py, open_clip/transformer.py); a ViT's pool is the mean of
+its patch tokens after the final norm. PRESETS are the paper's trunks (section 4 and table 8): ViTs with patch
+convolution without bias, CLS token, learned positions, norm before the blocks, exact GELU, MLP ratio 4, head width 64,
+and the reference's initial weights; ResNet-50 and ConvNeXt-T, of which no configuration was published, are timm's.
+B batch, S image size, W trunk width, V vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -9,33 +14,23 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from labels.settings import Model
 from labels.storage import UserError
 from train.losses.head import HeadLoss
 
-# ---- presets: The paper's trunks by short names: which timm model each is, with which arguments, and how its weights begin.
-#
-# vit_s16, vit_b16, vit_l16, vit_l14   patch convolution without bias, CLS token, learned positions, norm before the blocks, exact GELU,
-#                                      MLP ratio 4, head width 64; weights begun as the reference does
-# rn50, convnext_t                     timm's ResNet-50 and ConvNeXt-T with average pool, weights begun as timm does: no configuration of
-#                                      them was published
-#
-# Sources: SuperClass, section 4 and table 8; x-cls/superclass, open_clip/transformer.py (`VisionTransformer`).
-
 
 class Preset(NamedTuple):
-    """A timm model name, and what is passed to it."""
+    """A timm model and its arguments: JSON values, so that a configuration file can name them."""
 
     name: str
     arguments: dict[str, Any]
 
 
 PRESETS = {
-    "vit_s16": Preset(
-        "vit_base_patch16_clip_224", {"embed_dim": 384, "num_heads": 6}
-    ),  # timm has no small one of CLIP's kind
+    # timm's small CLIP ViT has another norm, which JSON cannot express
+    "vit_s16": Preset("vit_base_patch16_clip_224", {"embed_dim": 384, "num_heads": 6}),
     "vit_b16": Preset("vit_base_patch16_clip_224", {}),
     "vit_l16": Preset("vit_large_patch14_clip_224", {"patch_size": 16}),
     "vit_l14": Preset("vit_large_patch14_clip_224", {}),
@@ -44,30 +39,37 @@ PRESETS = {
 }
 
 
-@torch.no_grad()
-def init_like_reference(vit: VisionTransformer) -> None:
-    """Draw a ViT's first weights as the reference does: tokens and positions from N(0, W^-1/2), query, key and value by
-    Xavier, all other layers as torch draws them, biases of the attention 0.
+class Classifier(nn.Module):
+    """Trunk, head and loss: images [B, 3, S, S] and label ids [B, K] -> the batch's mean loss, a scalar.
+
+    The loss is inside because it computes the head's matrix product itself, and because DDP and FSDP see only what a
+    module's forward does.
     """
-    for tokens in (vit.cls_token, vit.pos_embed):
-        nn.init.normal_(tokens, std=vit.embed_dim**-0.5)  # type: ignore[arg-type]
-    vit.patch_embed.proj.reset_parameters()
-    for block in vit.blocks:
-        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):  # type: ignore[union-attr]
-            linear.reset_parameters()  # type: ignore[operator]
-        nn.init.xavier_uniform_(block.attn.qkv.weight)  # type: ignore[union-attr, arg-type]
-        nn.init.zeros_(block.attn.qkv.bias)  # type: ignore[union-attr, arg-type]
-        nn.init.zeros_(block.attn.proj.bias)  # type: ignore[union-attr, arg-type]
+
+    def __init__(self, trunk: nn.Module, loss: HeadLoss) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = build_head(int(trunk.num_features), len(loss.idf))  # type: ignore[arg-type]
+        self.loss = loss
+
+    def forward(self, images: Tensor, label_ids: Tensor) -> Tensor:
+        norm, linear = self.head
+        return self.loss(norm(self.trunk(images)), linear.weight, linear.bias, label_ids)
+
+
+def build_head(width: int, vocabulary: int) -> nn.Sequential:
+    """LayerNorm(W) -> Linear(W, V), weight drawn from N(0, W^-1/2), bias 0 (reference: opencls/model.py)."""
+    linear = nn.Linear(width, vocabulary)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.LayerNorm(width), linear)
 
 
 def build_trunk(model: Model) -> nn.Module:
     """A timm model without classifier: normalised images [B, 3, S, S] -> pooled features [B, W].
 
-    A ViT pools by the mean of its patch tokens after the final norm (CLS kept in the blocks, left out of the mean);
-    other architectures keep timm's own average pool. `model.trunk_args` are passed to timm as they are.
-
-    Raises:
-        UserError: there is no such preset or timm model, or timm refuses the arguments.
+    A ViT pools by the mean of its patch tokens after the final norm; other architectures keep timm's average pool.
+    UserError if timm does not know the model, or rejects `model.trunk_args`.
     """
     name, arguments = trunk_arguments(model)
     try:
@@ -83,40 +85,51 @@ def build_trunk(model: Model) -> nn.Module:
 
 
 def trunk_arguments(model: Model) -> tuple[str, dict[str, Any]]:
-    """timm's name of the trunk and the arguments that it is built with, JSON-able, without num_classes.
-
-    Raises:
-        UserError: there is no such preset or timm model.
-    """
-    preset = PRESETS.get(model.trunk, Preset(model.trunk, {}))
+    """timm's name of the trunk and its JSON arguments, without num_classes; UserError if timm has no such model."""
+    preset = _preset(model)
     if not timm.is_model(preset.name):
         near = timm.list_models(f"*{model.trunk.split('_')[0]}*")[:5]
+        names = f"{', '.join(PRESETS)}, or any name of timm.list_models()"
         raise UserError(
             f"timm has no model named {model.trunk!r}",
-            allowed=f"{', '.join(PRESETS)}, or any name of timm.list_models()"
-            + (f", e.g. {', '.join(near)}" if near else ""),
+            allowed=names + (f", e.g. {', '.join(near)}" if near else ""),
             fix="set train.model.trunk",
         )
     arguments: dict[str, Any] = {**preset.arguments, **model.trunk_args}
     if is_vit(model):
-        # fc_norm=False keeps the final norm before the pool; timm moves it behind for global_pool="avg".
+        # fc_norm=False keeps the final norm before the pool; timm moves it behind the pool for global_pool="avg".
         arguments = {"img_size": model.image_size, "global_pool": "avg", "fc_norm": False} | arguments
     return preset.name, arguments
 
 
 def is_vit(model: Model) -> bool:
     """Whether the trunk is of timm's ViT class: those take img_size and a pool, convolutional trunks do not."""
-    module = timm.models.model_entrypoint(PRESETS.get(model.trunk, Preset(model.trunk, {})).name).__module__
-    return module.endswith(".vision_transformer")
+    return timm.models.model_entrypoint(_preset(model).name).__module__.endswith(".vision_transformer")
+
+
+def _preset(model: Model) -> Preset:
+    return PRESETS.get(model.trunk, Preset(model.trunk, {}))
+
+
+@torch.no_grad()
+def init_like_reference(vit: VisionTransformer) -> None:
+    """Draw a ViT's initial weights like the reference: tokens and positions from N(0, W^-1/2), query, key and value by
+    Xavier, all other layers as torch draws them, biases of the attention 0.
+    """
+    for tokens in (vit.cls_token, vit.pos_embed):
+        nn.init.normal_(tokens, std=vit.embed_dim**-0.5)  # type: ignore[arg-type]
+    vit.patch_embed.proj.reset_parameters()
+    blocks: Any = vit.blocks
+    for block in blocks:
+        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            linear.reset_parameters()
+        nn.init.xavier_uniform_(block.attn.qkv.weight)
+        nn.init.zeros_(block.attn.qkv.bias)
+        nn.init.zeros_(block.attn.proj.bias)
 
 
 def set_up_trunk(trunk: nn.Module, model: Model) -> None:
-    """What of `train.model` decides how, not what, a trunk computes: gradient checkpointing and compilation, both in
-    place.
-
-    Raises:
-        UserError: gradient checkpointing is asked for and timm has none for this architecture.
-    """
+    """Switch on gradient checkpointing and compilation, in place; UserError if timm has no checkpointing for it."""
     if model.grad_checkpointing:
         try:
             trunk.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -127,29 +140,3 @@ def set_up_trunk(trunk: nn.Module, model: Model) -> None:
             ) from None
     if model.compile:
         trunk.compile()
-
-
-class Classifier(nn.Module):
-    """Trunk, head and loss: images [B, 3, S, S] and label ids [B, K] -> the batch's mean loss, a scalar.
-
-    The loss is inside, because it takes the head's matrix product into its own hands, and because wrappers (DDP, FSDP)
-    only see what a module's forward does.
-    """
-
-    def __init__(self, trunk: nn.Module, loss: HeadLoss) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.head = build_head(int(trunk.num_features), len(loss.idf))  # type: ignore[arg-type]
-        self.loss = loss
-
-    def forward(self, images: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
-        norm, linear = self.head
-        return self.loss(norm(self.trunk(images)), linear.weight, linear.bias, label_ids)
-
-
-def build_head(width: int, vocabulary: int) -> nn.Sequential:
-    """LayerNorm(W) -> Linear(W, V), weight drawn from N(0, W^-1/2), bias 0 (reference: opencls/model.py)."""
-    linear = nn.Linear(width, vocabulary)
-    nn.init.normal_(linear.weight, std=width**-0.5)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.LayerNorm(width), linear)

@@ -75,7 +75,7 @@ def test_runs_that_cannot_be_loaded(tmp_path: Path) -> None:
     del wider["norm.bias"]
     save_file(wider | {"extra": torch.zeros(1)}, file)
     text = refusal(f"run:{tmp_path}/run")
-    assert "pos_embed is [1, 10, 24], wanted [1, 5, 24]" in text
+    assert "pos_embed is [1, 10, 24], expected [1, 5, 24]" in text
     assert "missing (1): norm.bias" in text and "unexpected (1): extra" in text
     file.unlink()
     assert "no weight file at" in refusal(f"run:{tmp_path}/run")
@@ -112,7 +112,7 @@ def test_timm_refusals(tmp_path: Path) -> None:
     torch.save({"model": Payload()}, tmp_path / "evil.pth")
     assert "cannot be read as weights" in refusal("timm:test_vit", weights=str(tmp_path / "evil.pth"))
     torch.save({"a": 3}, tmp_path / "odd.pth")
-    assert "entries that are no tensors: a" in refusal("timm:test_vit", weights=str(tmp_path / "odd.pth"))
+    assert "entries that are not tensors: a" in refusal("timm:test_vit", weights=str(tmp_path / "odd.pth"))
     torch.save([1], tmp_path / "list.pth")
     assert "cannot be read as weights" in refusal("timm:test_vit", weights=str(tmp_path / "list.pth"))
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "other.safetensors")
