@@ -1,6 +1,14 @@
 """The contract between the two stages: what `preprocess` writes and `train` reads.
 
-Light by design: numpy, pyarrow, duckdb, pydantic and yaml, no torch, no orchestration and no produced data.
+Light by design: numpy, pyarrow, duckdb, pydantic and yaml, no torch. This file imports nothing large: `--help` needs its names.
 """
 
+from typing import Literal
+
 __version__ = "0.1.0"
+
+Formula = Literal["smooth", "paper", "none"]
+"""IDF formulas, see labels/idf.py."""
+
+TokenizerKind = Literal["bpe", "wordpiece", "unigram", "wordlevel", "catlip"]
+"""What `preprocess train-tokenizer` can train."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from labels import Formula
 from labels.manifest import TOKENS
-from labels.settings import Formula
 from labels.storage import UserError, local_copy
 
 

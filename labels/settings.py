@@ -13,14 +13,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from labels import Formula
+
 # ---- choices: Names that commands, configuration and code choose from; nothing here takes time to import.
-
-
-Formula = Literal["smooth", "paper", "none"]
-"""Of the IDF, see labels/idf.py."""
-
-TokenizerKind = Literal["bpe", "wordpiece", "unigram", "wordlevel", "catlip"]
-"""What `preprocess train-tokenizer` can train."""
 
 
 # ---- kinds: Kinds of a thing that are the files of one folder: losses, evaluators, families of tokenizers. A new file

@@ -9,8 +9,7 @@ from typing import get_args
 
 import click
 
-from labels import __version__
-from labels.settings import Formula, TokenizerKind
+from labels import Formula, TokenizerKind, __version__
 from labels.storage import UserError, out_path, write_whole
 from preprocess.engine import start_server
 

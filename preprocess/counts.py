@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from labels import Formula
 from labels.idf import idf_weights, read_idf
 from labels.manifest import COUNTS, TOKENS, Manifest, ShardPart, read_manifest
-from labels.settings import Formula
 from labels.storage import Layout, UserError, atomic_write, is_remote, local_copy, write_whole
 
 # The tokenizer's fingerprint apart, what decides which label a caption gets: counts that differ in one of these are of

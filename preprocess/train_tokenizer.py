@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from labels.settings import TokenizerKind
+from labels import TokenizerKind
 from labels.storage import UserError, write_whole
 from labels.tokenizers.kinds.catlip import CatlipTokenizer, write_vocabulary
 

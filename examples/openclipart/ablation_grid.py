@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from labels import TokenizerKind
 from labels.config import load_pipeline, read_yaml
-from labels.settings import Pipeline, Section, TokenizerKind
+from labels.settings import Pipeline, Section
 from labels.storage import UserError, fingerprint
 
 Metric = Literal["probe", "fewshot", "zeroshot"]

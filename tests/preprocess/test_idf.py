@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from labels import Formula
 from labels.idf import idf_weights, read_idf
 from labels.manifest import LABELS, TOKENS
-from labels.settings import Formula
 from labels.storage import UserError
 from labels.tokenizers.kinds.clip import ClipTokenizer
 from preprocess.counts import ShardCounts, document_frequencies, sum_counts, write_idf_parquet

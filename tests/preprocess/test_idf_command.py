@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from labels import Formula
 from labels.idf import idf_weights
 from labels.manifest import COUNTS, LABELS, TOKENS, Manifest, ShardPart, TokenizerPart, write_manifest
-from labels.settings import Formula
 from labels.storage import Layout, UserError, sha256_file
 from preprocess.counts import ShardCounts, sum_idf, write_idf_parquet
 from shard_factory import Built, preprocess

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from labels.settings import Labels, TokenizerKind
+from labels import TokenizerKind
+from labels.settings import Labels
 from labels.storage import UserError
 from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.train_tokenizer import train_tokenizer
