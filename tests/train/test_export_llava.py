@@ -17,7 +17,7 @@ from labels.settings import Model, Pipeline, Train
 from labels.storage import UserError
 from train.encoders.encoder import EncoderSpec
 from train.export.export import export_encoder
-from train.llava.model import build_llava, load_tower
+from train.llava.train import build_llava, load_tower
 from train.model import build_trunk
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,5 +1,5 @@
 """`train llava` with a tiny tower and a tiny Llama: the projector learns, what is written loads as lmms-eval loads it,
-faults are told.
+errors name the fix.
 """
 
 import json
@@ -20,7 +20,7 @@ from labels.storage import UserError
 from train.checkpoint import weights_fingerprint
 from train.cli import cli
 from train.evals.captioner import load_language_model
-from train.llava.data import IGNORED, TEMPLATE, conversation_ids, read_records, written
+from train.llava.data import IGNORED, TEMPLATE, conversation_ids, conversation_text, read_records
 from train.llava.train import TASKS
 from train.model import build_trunk
 
@@ -64,8 +64,8 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         colour = list(COLOURS)[number % 3]
         Image.new("RGB", (20, 16 + number), COLOURS[colour]).save(folder / f"{number}.png")
         turns = [TURNS[0], f"It is {colour}.", *TURNS[2:]]
-        said = [{"from": ("human", "gpt")[place % 2], "value": turn} for place, turn in enumerate(turns)]
-        records.append({"id": f"r{number}", "image": f"{number}.png", "conversations": said})
+        turns_json = [{"from": ("human", "gpt")[place % 2], "value": turn} for place, turn in enumerate(turns)]
+        records.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns_json})
     (folder / "talks.json").write_text(json.dumps(records))
     return folder / "talks.json"
 
@@ -85,20 +85,20 @@ def run(data: Path | str, trunk: Path, language: Path, out: Path, *more: str) ->
         *sets,
         *more,
     ]
-    said = CliRunner().invoke(cli, words)
-    if said.exception and not isinstance(said.exception, SystemExit):
-        raise said.exception
-    return said.output
+    result = CliRunner().invoke(cli, words)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.output
 
 
 def test_the_projector_learns_and_the_model_loads(talks: Path, trunk: Path, language: Path, tmp_path: Path) -> None:
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     out = tmp_path / "llava"
-    said = run(talks, trunk, language, out)
-    assert "1 of 13 records have no image and are left out" in said
+    output = run(talks, trunk, language, out)
+    assert "1 of 13 records have no image and are skipped" in output
     assert (
-        f"lmms_eval --model llava_hf --model_args pretrained={out} --tasks vqav2_val,gqa,vizwiz_vqa_val," in said
+        f"lmms_eval --model llava_hf --model_args pretrained={out} --tasks vqav2_val,gqa,vizwiz_vqa_val," in output
         and len(TASKS) == 10
     )
     (work,) = (tmp_path / "llava.work").glob("*/metrics.jsonl")
@@ -129,8 +129,7 @@ def test_the_projector_learns_and_the_model_loads(talks: Path, trunk: Path, lang
     lines = work.read_text()
     run(talks, trunk, language, out)
     assert work.read_text() == lines
-    # With another language model, though its files are as large as before: what was trained beside the first is not
-    # gone on with.
+    # Another language model, even with files of the same sizes, does not resume what was trained with the first.
     other = shutil.copytree(language, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file(
@@ -140,13 +139,13 @@ def test_the_projector_learns_and_the_model_loads(talks: Path, trunk: Path, lang
     assert facts["language_model_weights"] == own != others
 
 
-def test_captioned_pairs_are_taken_as_they_are(trunk: Path, language: Path, tmp_path: Path) -> None:
+def test_captioned_pairs_are_records(trunk: Path, language: Path, tmp_path: Path) -> None:
     data = coloured_pairs(tmp_path / "pairs", train=6, test=0)
     run(f"pairs:{data}", trunk, language, tmp_path / "out", "--set", "llava.samples=24")
     assert json.loads((tmp_path / "out" / "llava.json").read_text())["records"] == 6
 
 
-def test_what_is_trained_on_is_what_is_asked(language: Path) -> None:
+def test_training_and_evaluation_use_the_same_prompt(language: Path) -> None:
     """The prompt of an evaluation is the beginning of a training text; labels are gpt's turns, token by token."""
     from transformers import AutoTokenizer
 
@@ -154,7 +153,7 @@ def test_what_is_trained_on_is_what_is_asked(language: Path) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.chat_template = TEMPLATE
     chat = [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(TURNS)]
-    text, spans = written(TURNS, tokenizer.eos_token)
+    text, spans = conversation_text(TURNS, tokenizer.eos_token)
     assert tokenizer.apply_chat_template(chat, tokenize=False) == text
     assert text.startswith(tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True))
     parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is it?"}]}]
@@ -177,8 +176,8 @@ def test_what_is_trained_on_is_what_is_asked(language: Path) -> None:
     assert cut.count(mark) == 4 and cut == ids[: len(cut)]
 
 
-def test_errors_name_the_mend(talks: Path, trunk: Path, language: Path, tmp_path: Path) -> None:
-    def told(*more: str, data: Path = talks, model: Path = language, out: Path = tmp_path / "out") -> str:
+def test_errors_name_the_fix(talks: Path, trunk: Path, language: Path, tmp_path: Path) -> None:
+    def refusal(*more: str, data: Path = talks, model: Path = language, out: Path = tmp_path / "out") -> str:
         with pytest.raises(UserError) as caught:
             run(data, trunk, model, out, *more)
         return str(caught.value)
@@ -190,12 +189,12 @@ def test_errors_name_the_mend(talks: Path, trunk: Path, language: Path, tmp_path
             read_records(tmp_path / "x.json", talks.parent)
         return str(caught.value)
 
-    assert "no language model at" in told(model=tmp_path / "nowhere")
-    assert "no file at" in told(data=tmp_path / "none.json")
-    assert "no folder of images at" in told("--images", str(tmp_path / "none"))
-    assert "12 of 12 images are missing, the first" in told("--images", str(tmp_path))
-    assert "llava.max_tokens is 9, an image takes 4" in told("--set", "llava.max_tokens=9")
-    assert "has no answer within its first" in told("--set", "llava.max_tokens=60")
+    assert "no language model at" in refusal(model=tmp_path / "nowhere")
+    assert "no file at" in refusal(data=tmp_path / "none.json")
+    assert "no folder of images at" in refusal("--images", str(tmp_path / "none"))
+    assert "12 of 12 images are missing, the first" in refusal("--images", str(tmp_path))
+    assert "llava.max_tokens is 9, an image takes 4" in refusal("--set", "llava.max_tokens=9")
+    assert "has no answer within its first" in refusal("--set", "llava.max_tokens=60")
     assert "the record 'r0' has no conversations of human and gpt by turns" in record(conversations=[])
     assert "has the mark <image> 0 times in turn 1: once in the first is wanted" in record(
         conversations=[{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]
@@ -206,13 +205,13 @@ def test_errors_name_the_mend(talks: Path, trunk: Path, language: Path, tmp_path
     assert "one file is wanted" in record(image=["a.png", "b.png"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
-    assert "is not of `train llava`: it has no llava.json" in told(out=tmp_path / "mine")
+    assert "is not of `train llava`: it has no llava.json" in refusal(out=tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()
     broken = json.loads(talks.read_text())[1:3]
     (tmp_path / "1.png").write_bytes(b"no image")
     (tmp_path / "0.png").write_bytes((talks.parent / "0.png").read_bytes())
     (tmp_path / "broken.json").write_text(json.dumps(broken))
-    message = told(data=tmp_path / "broken.json")
+    message = refusal(data=tmp_path / "broken.json")
     assert (
         "the image of the record 'r1'" in message and "cannot be decoded" in message and "remove the record" in message
     )

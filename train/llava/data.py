@@ -1,7 +1,11 @@
-"""Image-text pairs in LLaVA's json format, or captioned images told in it.
+"""Training data of `train llava`: LLaVA's json, or captioned images, as batches of images and token ids.
 
-[{"id": ..., "image": "path below --images", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from":
-"gpt", "value": ...}]}]
+    load_records: FILE.json with --images, or KIND:DIR -> Record (image, turns of human and gpt)
+    conversation: turns -> the text of LLaVA-1.5's template `v1` -> ids and labels of T tokens, the image's among them
+    record_batches: records -> RecordBatch, decoded and tokenized by threads ahead of the device
+
+TEMPLATE replaces the language model's own chat template, so that training and lmms-eval use the same prompt. Images
+are cropped to the central square, as in the training of the tower. B batch, T tokens, S image side.
 """
 
 import json
@@ -25,46 +29,47 @@ from train.evals.data.images import EncodedImage, FileSpan
 from train.evals.features import DECODE_FAULTS, decode
 
 IMAGE = "<image>"
-ASKED = f"{IMAGE}\nGive a brief description of the image."
-"""What is asked of a captioned image: one of the questions of LLaVA's own pre-training data."""
-_SHAPE = '[{"id": ..., "image": FILE, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": ...}, ...]}, ...]'
+IGNORED = -100
+"""The label of a token that is not learnt, as in transformers' losses."""
+_QUESTION = f"{IMAGE}\nGive a brief description of the image."  # for captions: one of LLaVA's pre-training questions
+_JSON = (
+    '[{"id": ..., "image": FILE, "conversations": [{"from": "human", "value": "<image>\\n..."}, '
+    '{"from": "gpt", "value": ...}, ...]}, ...]'
+)
 
 
 class Record(NamedTuple):
-    """One image and what is said of it: human's and gpt's turns, one after the other; the image's mark stands in the
-    first.
-    """
+    """One image with the turns of human and gpt, alternating; the image's mark is in the first turn."""
 
     name: str
-    place: EncodedImage
+    image: EncodedImage
     turns: list[str]
 
 
 def load_records(data: str, images: Path | None) -> list[Record]:
-    """The records of a file of LLaVA's json with its folder of images, or of the training part of captioned data
-    (KIND:DIR).
+    """The records of LLaVA's json `data` with its folder of images (default: the json's), or of the training part of
+    captioned data (KIND:DIR).
 
     Raises:
         UserError: see read_records and load_captions.
     """
-    if data.partition(":")[0] in CAPTION_KINDS:
-        if images is not None:
-            raise UserError(
-                f"--images {images} was given with --data {data}", fix="leave --images out: the data have their own"
-            )
-        parts = load_captions(data)
-        if "train" not in parts:
-            raise UserError(
-                f"--data {data} has no part 'train'", allowed=f"its parts: {', '.join(parts)}", fix="fix --data"
-            )
-        part = parts["train"]
-        rows = zip(part.keys, part.encoded, part.captions, strict=True)
-        return [Record(key, place, [ASKED, caption]) for key, place, captions in rows for caption in captions]
-    return read_records(Path(data), images if images is not None else Path(data).parent)
+    if data.partition(":")[0] not in CAPTION_KINDS:
+        return read_records(Path(data), images if images is not None else Path(data).parent)
+    if images is not None:
+        fix = "omit --images: these data have their own"
+        raise UserError(f"--images {images} was given with --data {data}", fix=fix)
+    parts = load_captions(data)
+    if "train" not in parts:
+        raise UserError(
+            f"--data {data} has no part 'train'", allowed=f"its parts: {', '.join(parts)}", fix="fix --data"
+        )
+    part = parts["train"]
+    rows = zip(part.keys, part.encoded, part.captions, strict=True)
+    return [Record(key, image, [_QUESTION, caption]) for key, image, captions in rows for caption in captions]
 
 
 def read_records(file: Path, images: Path) -> list[Record]:
-    """All records that have an image; those without one, which teach a projector nothing, are left out and told.
+    """All records that have an image; those without one, which teach a projector nothing, are skipped and counted.
 
     Raises:
         UserError: the file or a record has another form, or images are missing.
@@ -74,62 +79,49 @@ def read_records(file: Path, images: Path) -> list[Record]:
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"no file at {file}", allowed=f"JSON: {_SHAPE}", fix="fix --data") from None
+        raise UserError(f"no file at {file}", allowed=f"JSON: {_JSON}", fix="fix --data") from None
     except ValueError as error:
-        raise UserError(f"{file} is not readable as JSON: {error}", allowed=_SHAPE) from None
+        raise UserError(f"{file} is not readable as JSON: {error}", allowed=_JSON) from None
     if not isinstance(content, list):
-        raise UserError(f"{file} holds a {type(content).__name__}", allowed=_SHAPE)
-    records = [
-        _record(file, number, one, images)
-        for number, one in enumerate(content)
-        if not isinstance(one, dict) or one.get("image")
-    ]
-    if not records:
-        raise UserError(f"{file} holds no record with an image", allowed=_SHAPE)
-    if len(records) < len(content):
-        print(
-            f"{file}: {len(content) - len(records)} of {len(content)} records have no image and are left out",
-            flush=True,
-        )
-    gone = [record for record in records if not record.place.path.is_file()]
-    if gone:
+        raise UserError(f"{file} holds a {type(content).__name__}", allowed=_JSON)
+    entries = [(n, entry) for n, entry in enumerate(content) if not isinstance(entry, dict) or entry.get("image")]
+    if not entries:
+        raise UserError(f"{file} holds no record with an image", allowed=_JSON)
+    if skipped := len(content) - len(entries):
+        print(f"{file}: {skipped} of {len(content)} records have no image and are skipped", flush=True)
+    rows = [_parse(file, number, entry, images) for number, entry in entries]
+    missing = [(name, path) for name, path, _ in rows if not path.is_file()]
+    if missing:
+        name, path = missing[0]
         raise UserError(
-            f"{len(gone)} of {len(records)} images are missing, the first: {gone[0].place.path} of the record {gone[0].name}",
+            f"{len(missing)} of {len(rows)} images are missing, the first: {path} of the record {name}",
             allowed=f"paths of `image` below {images}",
             fix="unpack the images there, or fix --images",
         )
-    return records
+    return [Record(name, FileSpan.of_file(path), turns) for name, path, turns in rows]
 
 
-def _record(file: Path, number: int, found: Any, images: Path) -> Record:
-    name = f"{found.get('id', number)!r}" if isinstance(found, dict) else f"number {number}"
-    turns = found.get("conversations") if isinstance(found, dict) else None
+def _parse(file: Path, number: int, entry: Any, images: Path) -> tuple[str, Path, list[str]]:
+    """Name, image file and turns of a record."""
+    name = f"{entry.get('id', number)!r}" if isinstance(entry, dict) else f"number {number}"
+    turns = entry.get("conversations") if isinstance(entry, dict) else None
 
     def wrong(what: str) -> UserError:
-        return UserError(f"{file}: the record {name} {what}", allowed=_SHAPE, fix="fix or remove this record")
+        return UserError(f"{file}: the record {name} {what}", allowed=_JSON, fix="fix or remove this record")
 
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         raise wrong("has no conversations of human and gpt by turns")
-    if not isinstance(found["image"], str):
-        raise wrong(f"has the image {found['image']!r}: one file is wanted")
+    if not isinstance(entry["image"], str):
+        raise wrong(f"has the image {entry['image']!r}: one file is wanted")
     values = []
-    for place, turn in enumerate(turns):
+    for index, turn in enumerate(turns):
         speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        if speaker != ("human", "gpt")[place % 2] or not isinstance(value, str):
-            raise wrong(f"has in turn {place + 1} `from` {speaker!r}")
-        if value.count(IMAGE) != (place == 0):
-            raise wrong(
-                f"has the mark {IMAGE} {value.count(IMAGE)} times in turn {place + 1}: once in the first is wanted"
-            )
+        if speaker != ("human", "gpt")[index % 2] or not isinstance(value, str):
+            raise wrong(f"has in turn {index + 1} `from` {speaker!r}")
+        if (count := value.count(IMAGE)) != (index == 0):
+            raise wrong(f"has the mark {IMAGE} {count} times in turn {index + 1}: once in the first is wanted")
         values.append(value.strip())
-    path = images / found["image"]
-    return Record(name, FileSpan.of_file(path) if path.is_file() else FileSpan(path, 0, 0), values)
-
-
-# ---- prompt: Conversations as LLaVA-1.5 writes them (its template `v1`): for training here and, saved with the
-# tokenizer, for every evaluation.
-#
-# T tokens of a conversation, the image's tokens among them.
+    return name, images / entry["image"], values
 
 
 SYSTEM = (
@@ -146,114 +138,88 @@ TEMPLATE = (
     + _TEXT
     + "{% else %} ASSISTANT: "
     + _TEXT
-    + "{{ eos_token }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+    + "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
-"""Jinja, as tokenizers of transformers keep it. Contents are text, or lists of parts as chat interfaces send them."""
-IGNORED = -100
-"""The label of a token that is not learnt, as transformers' losses have it."""
+"""Jinja, as transformers' tokenizers keep it. Contents are text, or lists of parts as chat interfaces send them."""
 
 
-def written(turns: list[str], end: str) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as TEMPLATE writes it, and where in the text gpt's turns stand with their end tokens.
-
-    Args:
-        turns: human's and gpt's by turns, the image's mark in the first.
-        end: the end token's text.
-    """
+def conversation_text(turns: list[str], end: str) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as TEMPLATE writes it, and the spans of gpt's turns, each with its end token, the text `end`."""
     text, spans = SYSTEM, []
-    for number in range(0, len(turns), 2):
-        text += f" USER: {turns[number]} ASSISTANT:"
+    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+        text += f" USER: {question} ASSISTANT:"
         begin = len(text)
-        text += f" {turns[number + 1]}{end}"
+        text += f" {answer}{end}"
         spans.append((begin, len(text)))
     return text, spans
 
 
 def conversation_ids(
-    turns: list[str], tokenizer: Any, image_token: int, image_tokens: int, most: int
+    turns: list[str], tokenizer: Any, image_token: int, image_tokens: int, limit: int
 ) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a conversation; learnt are gpt's turns with their end tokens.
+    """Token ids [T] and labels [T], not shifted; learnt are gpt's turns with their end tokens.
 
     Args:
-        turns: human's and gpt's by turns, the image's mark in the first.
-        tokenizer: one of the `tokenizers` library, which tells where tokens stand; its image mark is one token.
-        image_token: the id that stands for a patch. image_tokens: how many the mark becomes.
-        most: T at most; what is longer is cut at its end, but never within the image.
-
-    Returns:
-        ids, labels: both of length T, the labels not shifted.
+        turns: of human and gpt, alternating.
+        tokenizer: a fast one, which gives offsets; its image mark is one token.
+        image_token: the id that stands for a patch; the mark becomes `image_tokens` of them.
+        limit: T at most; longer conversations are cut at their end, but never within the image.
     """
-    text, spans = written(turns, tokenizer.eos_token)
-    found = tokenizer(text, return_offsets_mapping=True)
+    text, spans = conversation_text(turns, tokenizer.eos_token)
+    encoding = tokenizer(text, return_offsets_mapping=True)
     ids: list[int] = []
     labels: list[int] = []
-    for token, (begin, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
-        if token == image_token:
-            ids += [image_token] * image_tokens
-            labels += [IGNORED] * image_tokens
-            continue
-        ids.append(token)
-        labels.append(token if any(first <= begin < end <= last for first, last in spans) else IGNORED)
-    most = max(most, len(ids) - ids[::-1].index(image_token))
-    return ids[:most], labels[:most]
-
-
-# ---- batches: Records -> batches: images decoded and conversations tokenized by threads, ahead of the device. B batch, T tokens, S image side.
+    for token, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+        learnt = any(first <= begin < end <= last for first, last in spans)
+        copies = image_tokens if token == image_token else 1
+        ids += [token] * copies
+        labels += [token if learnt and token != image_token else IGNORED] * copies
+    limit = max(limit, len(ids) - ids[::-1].index(image_token))
+    return ids[:limit], labels[:limit]
 
 
 @dataclass(frozen=True)
-class TalkBatch:
-    """images: uint8 [B, S, S, 3]. talk: int64 [B, T, 2], ids and labels, padded with the end token and IGNORED. bad:
-    none ever.
-    """
-
-    images: Tensor
-    talk: Tensor
-    bad: int = 0
+class RecordBatch:
+    images: Tensor  # uint8 [B, S, S, 3]
+    tokens: Tensor  # int64 [B, T, 2], ids and labels, padded with the pad token and IGNORED
+    bad: int = 0  # an image that cannot be decoded is an error
 
 
 class Reader(NamedTuple):
-    """How a record becomes tensors. `tokens`: turns -> ids and labels. `pad`: the id that fills up."""
+    """How a record becomes an image, uint8 [S, S, 3], and tokens, int64 [T, 2]."""
 
     form: ImageForm
-    tokens: Callable[[list[str]], tuple[list[int], list[int]]]
-    pad: int
+    tokens: Callable[[list[str]], tuple[list[int], list[int]]]  # turns -> ids and labels
+    pad: int  # the id of padding
     threads: int
 
     def __call__(self, record: Record) -> tuple[np.ndarray, Tensor]:
-        """uint8 [S, S, 3] and int64 [T, 2].
-
-        Raises:
-            UserError: the image cannot be decoded, or nothing that is learnt is left of the conversation.
-        """
+        """Raises UserError if the image cannot be decoded, or nothing that is learnt is within the limit of tokens."""
         try:
-            image = decode(record.place.read(), self.form.side)
+            image = decode(record.image.read(), self.form.side)
         except DECODE_FAULTS as error:
+            problem = f"the image of the record {record.name}, {record.image.path}, cannot be decoded"
+            raise UserError(f"{problem}: {type(error).__name__}: {error}", fix="fix it, or remove the record") from None
+        tokens = torch.tensor(self.tokens(record.turns)).T
+        if (tokens[1:, 1] == IGNORED).all():
             raise UserError(
-                f"the image of the record {record.name}, {record.place.path}, cannot be decoded: {type(error).__name__}: {error}",
-                fix="fix it, or remove the record",
-            ) from None
-        talk = torch.tensor(self.tokens(record.turns)).T
-        if (talk[1:, 1] == IGNORED).all():
-            raise UserError(
-                f"the record {record.name} has no answer within its first {len(talk)} tokens",
-                allowed="some of an answer within llava.max_tokens and the language model's positions",
+                f"the record {record.name} has no answer within its first {len(tokens)} tokens",
+                allowed="the beginning of an answer within llava.max_tokens and the language model's positions",
                 fix="raise llava.max_tokens, or shorten the record's first question",
             )
-        return image, talk
+        return image, tokens
 
 
-def talk_batches(
+def record_batches(
     records: Sequence[Record], read: Reader, size: int, seed: int, world: World, first_step: int, steps: int
-) -> Iterator[TalkBatch]:
+) -> Iterator[RecordBatch]:
     """This rank's share of every batch from `first_step` on; the order is a function of (seed, epoch)."""
     share = world.share(size)
 
-    def collate(_: np.ndarray, samples: list[tuple[np.ndarray, Tensor]]) -> TalkBatch:
-        ids, labels = ([talk[:, column] for _, talk in samples] for column in (0, 1))
-        talk = torch.stack([pad_sequence(ids, True, read.pad), pad_sequence(labels, True, IGNORED)], dim=2)
-        return TalkBatch(stack_pinned([image for image, _ in samples], world.device), pinned(talk, world.device))
+    def collate(_: np.ndarray, samples: list[tuple[np.ndarray, Tensor]]) -> RecordBatch:
+        ids, labels = ([tokens[:, column] for _, tokens in samples] for column in (0, 1))
+        tokens = torch.stack([pad_sequence(ids, True, read.pad), pad_sequence(labels, True, IGNORED)], dim=2)
+        return RecordBatch(stack_pinned([image for image, _ in samples], world.device), pinned(tokens, world.device))
 
     return feed_batches(
         (rows[share] for rows in rows_of_steps(len(records), size, seed, first_step, steps)),
