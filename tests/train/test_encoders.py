@@ -136,16 +136,16 @@ def test_weights_go_to_the_encoders_that_take_some() -> None:
     assert [one.name for one in twins] == ["timm:x, avg, 1.pth", "timm:x, avg, 2.pth", "run:a, avg"], (
         "tables tell them apart"
     )
-    with pytest.raises(UserError, match=r"the encoder 'run:a' is asked for 2 times[\s\S]*allowed: each encoder"):
+    with pytest.raises(UserError, match=r"the encoder 'run:a' is given 2 times[\s\S]*allowed: each encoder"):
         pair_weights(["run:a", "pixels:4", "run:a"], [])
-    for specs, weights, told in (
+    for specs, weights, expected in (
         ([], [], "no encoder is named"),
         (["pixels:4"], ["w.pth"], "--weights was given 1 times for 0 timm and open_clip encoders (none)"),
         (["timm:a", "open_clip:b"], ["w.pth"], "one --weights for each timm:NAME and open_clip:NAME"),
     ):
         with pytest.raises(UserError) as caught:
             pair_weights(specs, weights)
-        assert told in str(caught.value)
+        assert expected in str(caught.value)
 
 
 def tokens_by_hand(net, images: torch.Tensor, blocks: int) -> torch.Tensor:

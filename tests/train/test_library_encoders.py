@@ -145,7 +145,7 @@ def test_hf_refusals(tmp_path: Path) -> None:
     model = transformers.ViTModel(transformers.ViTConfig(**VIT))
     model.save_pretrained(folder)
     text = refusal(f"hf:{folder}")
-    assert "has no preprocessor_config.json" in text and "save the image processor beside the model" in text
+    assert "has no preprocessor_config.json" in text and "save the image processor next to the model" in text
     write_hf(folder, model, size={})
     assert "gives no size, mean and std" in refusal(f"hf:{folder}")
     write_hf(folder, model, crop_size={"height": 32, "width": 32})

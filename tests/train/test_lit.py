@@ -170,7 +170,7 @@ def test_runs_are_asked_with_their_own_tokens(runs: Runs, data: DataSet, kind: s
     assert row["variant"] == "zeroshot" and row["top1"] == pytest.approx((guesses == data.test.targets).mean())
 
 
-def test_a_run_without_text_tower_is_told_as_such(
+def test_a_run_without_text_tower_is_reported(
     runs: Runs, data: DataSet, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setattr(
@@ -183,7 +183,7 @@ def test_a_run_without_text_tower_is_told_as_such(
     assert "has no text tower: its head's token logits are used; `train lit` adds one" in " ".join(said.split())
 
 
-def test_names_that_the_tokenizer_does_not_know_are_told(runs: Runs, data: DataSet, tmp_path: Path) -> None:
+def test_names_that_the_tokenizer_does_not_know_are_reported(runs: Runs, data: DataSet, tmp_path: Path) -> None:
     """Else both would be one and the same text to the tower, and the figure chance without a word."""
     (tmp_path / "names.txt").write_text("red bird\nxylophone\nzeppelin\n")
     pipeline = Pipeline(evaluators={"zeroshot": Zeroshot(classnames=str(tmp_path / "names.txt")).model_dump()})

@@ -1,4 +1,4 @@
-"""The compiled way of plain JPEGs beside Pillow's: the same crops and pixels; and what is left to Pillow."""
+"""The compiled decoder of plain JPEGs against Pillow: the same crops and pixels; and the images it passes to Pillow."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor

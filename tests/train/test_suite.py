@@ -128,7 +128,7 @@ def test_what_is_finished_is_not_measured_again(measured: tuple[Path, str], fold
         evaluate(folder, out, "--set", "knn.temperature=0.1")
 
 
-def test_what_is_called_alike_is_told_apart(folder: Path, tmp_path: Path) -> None:
+def test_equal_names_are_made_unique(folder: Path, tmp_path: Path) -> None:
     """Two weight files of one architecture, and one protocol with two settings: a row and a column for each, none hides
     another.
     """
@@ -173,7 +173,7 @@ def test_a_damaged_cell_is_named(measured: tuple[Path, str], folder: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("data: [a]\nprotocols: [probe]", "encoders: Field required"),
         ("encoders: []\ndata: [a]\nprotocols: [probe]", "encoders: List should have at least 1 item"),
@@ -184,15 +184,15 @@ def test_a_damaged_cell_is_named(measured: tuple[Path, str], folder: Path) -> No
         ("encoders: [a]\nencoders: [b]", "'encoders' is given twice"),
     ],
 )
-def test_mistakes_in_the_suite_file(tmp_path: Path, text: str, told: str) -> None:
+def test_mistakes_in_the_suite_file(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
         read_suite(tmp_path / "s.yaml")
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"protocols": ["prob"]}, "the protocol 'prob' is unknown"),
         ({"protocols": [{"protocol": "knn", "set": {"kk": 3}}]}, "knn.kk: unknown key"),
@@ -202,7 +202,7 @@ def test_mistakes_in_the_suite_file(tmp_path: Path, text: str, told: str) -> Non
     ],
 )
 def test_everything_is_checked_before_the_first_is_measured(
-    folder: Path, tmp_path: Path, monkeypatch, change: dict, told: str
+    folder: Path, tmp_path: Path, monkeypatch, change: dict, expected: str
 ) -> None:
     monkeypatch.setattr(suite, "measure", lambda *_: pytest.fail("measured"))
     content = yaml.safe_load((folder / "suite.yaml").read_text()) | change
@@ -211,12 +211,12 @@ def test_everything_is_checked_before_the_first_is_measured(
         CliRunner().invoke(
             cli, ["eval", "--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "o")], catch_exceptions=False
         )
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_a_command_of_its_own(folder: Path, tmp_path: Path) -> None:
     """knn as a user types it, with --data and with --train and --test: the same figures."""
-    told = []
+    expected = []
     for number, where in enumerate(
         (["--data", f"folders:{folder}/two"], ["--train", f"{folder}/two/train", "--test", f"{folder}/two/test"])
     ):
@@ -224,8 +224,8 @@ def test_a_command_of_its_own(folder: Path, tmp_path: Path) -> None:
         command = ["knn", *where, "--encoder", "pixels:2", "--set", "knn.k=[3]", "--out", str(out)]
         said = CliRunner().invoke(cli, command, catch_exceptions=False, env={"COLUMNS": "200"})
         assert said.exit_code == 0 and "3-nn majority" in said.output
-        told.append([(row["variant"], row["top1"]) for row in json.loads(out.read_text())["results"]])
-    assert told[0] == told[1]
+        expected.append([(row["variant"], row["top1"]) for row in json.loads(out.read_text())["results"]])
+    assert expected[0] == expected[1]
     with pytest.raises(UserError, match="the data is not named"):
         CliRunner().invoke(cli, ["knn", "--encoder", "pixels:2"], catch_exceptions=False)
     layered = ["knn", "--data", f"folders:{folder}/two", "--encoder", "pixels:2", "--layer", "1"]

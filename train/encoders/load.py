@@ -1,11 +1,13 @@
-"""Frozen encoders by name.
+"""`load_encoder`: a spec -> a frozen `Encoder`, in evaluation mode, on the CPU.
 
 run:RUN | RUN        trunk of RUN's newest checkpoint, or of one folder RUN/checkpoints/samples-...
-untrained:RUN        the trunk that RUN/config.yaml describes, freshly initialised from a seed; untrained:timm:NAME likewise
+untrained:RUN        the trunk that RUN/config.yaml describes, initialised from a seed; untrained:timm:NAME likewise
 timm:NAME            a timm model without its classifier, weights from a local file or the hub
 open_clip:NAME       the image tower of an open_clip model, weights from a local file
 hf:DIR               a vision model in Hugging Face's form
 pixels:SIDE          no net: the image resized to SIDE x SIDE, flattened
+
+The kinds of other libraries are in libraries.py; runs are loaded here.
 """
 
 from collections.abc import Sequence
@@ -20,118 +22,24 @@ from labels.config import load_pipeline
 from labels.settings import Model, Train
 from labels.storage import UserError, sha256_file
 from train.checkpoint import checkpoint_folders, load_exactly, read_weights
-from train.encoders.encoder import KINDS, Encoder, EncoderSpec, ImageForm, finish, with_unique_names
+from train.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish, with_unique_names
 from train.encoders.libraries import load_hf, load_open_clip, load_timm, untrained_timm, with_readout
 from train.encoders.text import Foreign, foreign_encoder, run_text_side
 from train.model import build_trunk
 
-# ---- runs: Encoders from this trainer: a run's checkpoint, and the same trunk untrained.
-
-
-def load_run(requested: EncoderSpec, path: Path) -> Encoder:
-    """The trunk of `path`: a run's newest checkpoint, or one checkpoint's folder; with its text tower, if it has one."""
-    path = path.resolve()
-    checkpoint = path if path in checkpoint_folders(path.parent.parent) else newest_checkpoint(path)
-    if foreign := foreign_encoder(checkpoint.parent.parent):
-        return _with_text(_load_foreign(requested, foreign, checkpoint), checkpoint)
-    train = load_pipeline(checkpoint.parent.parent / "config.yaml").train
-    trunk, file = build_trunk(train.model), checkpoint / "trunk.safetensors"
-    load_exactly(trunk, read_weights(file), file)
-    net, words = with_readout(requested, trunk)
-    words = {**_architecture(train), "checkpoint": checkpoint.name, **words}
-    return _with_text(finish(requested, net, _form(train), words, checkpoint=checkpoint), checkpoint)
-
-
-def _with_text(encoder: Encoder, checkpoint: Path) -> Encoder:
-    """With the text tower of its checkpoint, which goes with the run's own features alone."""
-    towers = [checkpoint / f"{name}.safetensors" for name in ("text", "joint")]
-    if (
-        not all(file.is_file() for file in towers)
-        or encoder.requested.layer is not None
-        or encoder.requested.pool is not None
-    ):
-        return encoder
-    words = {**encoder.description, "text_tower": "-".join(sha256_file(file)[:16] for file in towers)}
-    return replace(encoder, description=words, text=lambda: run_text_side(checkpoint))
-
-
-def _load_foreign(requested: EncoderSpec, foreign: Foreign, checkpoint: Path) -> Encoder:
-    """The encoder that `train lit` has frozen, from where it was then."""
-
-    found = load_encoder(EncoderSpec(foreign.spec, foreign.weights, requested.layer, requested.pool))
-    if found.describe()["weights"] != foreign.weights_fingerprint:
-        raise UserError(
-            f"the encoder {foreign.spec!r} has other weights than when {checkpoint.parent.parent} was trained: "
-            f"{found.describe()['weights']}, then {foreign.weights_fingerprint}",
-            fix="put its weights back",
-        )
-    words = {**found.description, "checkpoint": checkpoint.name, "frozen": foreign.spec}
-    return replace(found, requested=requested, description=words, checkpoint=checkpoint, text=None, seeded=False)
-
-
-def untrained_run(requested: EncoderSpec, run: Path, seed: int) -> Encoder:
-    """The trunk that RUN/config.yaml describes, drawn from `seed`."""
-    if not run.is_dir():
-        raise UserError(
-            f"no run folder at {run}", allowed="untrained:RUN, RUN holding a config.yaml", fix="fix --encoder"
-        )
-    train = load_pipeline(run / "config.yaml").train
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net, words = with_readout(requested, build_trunk(train.model))
-    words = {**_architecture(train), "checkpoint": f"none, drawn from seed {seed}", **words}
-    return finish(requested, net, _form(train), words, seeded=True)
-
-
-def trained_model(encoder: Encoder) -> Model | None:
-    """The trunk's configuration where an encoder is a run, trained or not; None for other kinds."""
-    run = (
-        encoder.checkpoint.parent.parent
-        if encoder.checkpoint
-        else Path(encoder.requested.spec.removeprefix("untrained:"))
-    )
-    own = (run / "config.yaml").is_file() and foreign_encoder(run) is None
-    return load_pipeline(run / "config.yaml").train.model if own else None
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The finished checkpoint of `run` with the most samples seen; `.partial` folders are never taken.
-
-    Raises:
-        UserError: there is none.
-    """
-    folders = checkpoint_folders(run)
-    if not folders:
-        raise UserError(
-            f"{run} has no finished checkpoint",
-            allowed="a run folder with checkpoints/samples-<number>/, or one such folder",
-            fix="train first (train run), or wait for the run's first checkpoint",
-        )
-    return folders[-1]
-
-
-def _form(train: Train) -> ImageForm:
-    return ImageForm(train.model.image_size, tuple(train.data.mean), tuple(train.data.std))
-
-
-def _architecture(train: Train) -> dict[str, Any]:
-    return {"architecture": train.model.trunk, "architecture_args": train.model.trunk_args}
-
-
+KINDS = (
+    "run:RUN (or the path of a run), untrained:RUN, untrained:timm:NAME, timm:NAME and open_clip:NAME with --weights, "
+    "hf:DIR, pixels:SIDE"
+)
 _WITH_WEIGHTS = ("timm", "open_clip")
 _DEFAULT_SIDE = 32
 
 
 def load_encoder(requested: EncoderSpec | str, *, seed: int = 0) -> Encoder:
-    """Build the encoder that `requested` names, in evaluation mode, on the CPU.
+    """Build the requested encoder. `seed`: what the weights of `untrained:` are drawn from.
 
-    Args:
-        requested: see the head of this file.
-        seed: for untrained: only, what its weights are drawn from.
-
-    Raises:
-        UserError: an unknown spec, a run without finished checkpoint, weights that are damaged or do not fit, a layer
-            that is not there.
+    Raises UserError for an unknown spec, a run without finished checkpoint, weights that are damaged or do not fit, a
+    layer that does not exist.
     """
     requested = EncoderSpec(requested) if isinstance(requested, str) else requested
     kind, colon, value = requested.spec.partition(":")
@@ -150,55 +58,114 @@ def load_encoder(requested: EncoderSpec | str, *, seed: int = 0) -> Encoder:
         return _pixels(requested, value)
     if kind == "untrained" and value:
         name = value.removeprefix("timm:")
-        return untrained_run(requested, Path(value), seed) if name == value else untrained_timm(requested, name, seed)
+        return _untrained_run(requested, Path(value), seed) if name == value else untrained_timm(requested, name, seed)
     path = Path(value if kind == "run" and value else requested.spec)
     if not path.is_dir():
-        raise UserError(
-            f"the encoder {requested.spec!r} is no known kind, nor is a folder at {path}",
-            allowed=KINDS,
-            fix="fix --encoder",
-        )
-    return load_run(requested, path)
+        problem = f"the encoder {requested.spec!r} is no known kind, nor is a folder at {path}"
+        raise UserError(problem, allowed=KINDS, fix="fix --encoder")
+    return _load_run(requested, path)
 
 
 def pair_weights(
     specs: Sequence[str], weights: Sequence[str], layer: int | None = None, pool: str | None = None
 ) -> list[EncoderSpec]:
-    """Encoders as a command line gives them: weights in the order of the encoders that take some, one layer and pool
-    for all.
-
-    Raises:
-        UserError: another number of weights than of such encoders, or an encoder comes twice.
-    """
+    """Encoders of a command line: weights in the order of the encoders that take some, one layer and pool for all."""
     taking = [spec for spec in specs if spec.partition(":")[0] in _WITH_WEIGHTS]
     if not specs:
         raise UserError("no encoder is named", fix="give --encoder, e.g. run:RUN")
     if len(weights) not in (0, len(taking)):
+        encoders = f"{len(taking)} timm and open_clip encoders ({', '.join(taking) or 'none'})"
         raise UserError(
-            f"--weights was given {len(weights)} times for {len(taking)} timm and open_clip encoders ({', '.join(taking) or 'none'})",
+            f"--weights was given {len(weights)} times for {encoders}",
             allowed="one --weights for each timm:NAME and open_clip:NAME, in their order",
         )
     files = iter(weights)
-    return with_unique_names(
-        [EncoderSpec(spec, next(files, None) if spec in taking else None, layer, pool) for spec in specs]
-    )
+    encoders = [EncoderSpec(spec, next(files, None) if spec in taking else None, layer, pool) for spec in specs]
+    return with_unique_names(encoders)
+
+
+def _load_run(requested: EncoderSpec, path: Path) -> Encoder:
+    """The trunk of a run's newest checkpoint, or of one checkpoint's folder; with its text tower, if it has one."""
+    path = path.resolve()
+    checkpoint = path if path in checkpoint_folders(path.parent.parent) else newest_checkpoint(path)
+    if foreign := foreign_encoder(checkpoint.parent.parent):
+        return _with_text(_load_foreign(requested, foreign, checkpoint), checkpoint)
+    train = load_pipeline(checkpoint.parent.parent / "config.yaml").train
+    trunk, file = build_trunk(train.model), checkpoint / "trunk.safetensors"
+    load_exactly(trunk, read_weights(file), file)
+    return _with_text(_finish_run(requested, trunk, train, checkpoint.name, checkpoint=checkpoint), checkpoint)
+
+
+def _finish_run(requested: EncoderSpec, trunk: nn.Module, train: Train, weights: str, **options: Any) -> Encoder:
+    net, readout = with_readout(requested, trunk)
+    architecture = {"architecture": train.model.trunk, "architecture_args": train.model.trunk_args}
+    form = ImageForm(train.model.image_size, tuple(train.data.mean), tuple(train.data.std))
+    return finish(requested, net, form, {**architecture, "checkpoint": weights, **readout}, **options)
+
+
+def _with_text(encoder: Encoder, checkpoint: Path) -> Encoder:
+    """With the text tower of its checkpoint, which goes with the run's own features alone."""
+    towers, requested = [checkpoint / f"{name}.safetensors" for name in ("text", "joint")], encoder.requested
+    if not all(file.is_file() for file in towers) or requested.layer is not None or requested.pool is not None:
+        return encoder
+    description = {**encoder.description, "text_tower": "-".join(sha256_file(file)[:16] for file in towers)}
+    return replace(encoder, description=description, text=lambda: run_text_side(checkpoint))
+
+
+def _load_foreign(requested: EncoderSpec, foreign: Foreign, checkpoint: Path) -> Encoder:
+    """The encoder that `train lit` has frozen, loaded by its spec, and refused if its weights have changed."""
+    encoder = load_encoder(EncoderSpec(foreign.spec, foreign.weights, requested.layer, requested.pool))
+    weights = encoder.describe()["weights"]
+    if weights != foreign.weights_fingerprint:
+        raise UserError(
+            f"the encoder {foreign.spec!r} has other weights than when {checkpoint.parent.parent} was trained: "
+            f"{weights}, then {foreign.weights_fingerprint}",
+            fix="put its weights back",
+        )
+    description = {**encoder.description, "checkpoint": checkpoint.name, "frozen": foreign.spec}
+    changes = {"requested": requested, "description": description, "checkpoint": checkpoint}
+    return replace(encoder, **changes, text=None, seeded=False)
+
+
+def _untrained_run(requested: EncoderSpec, run: Path, seed: int) -> Encoder:
+    """The trunk that RUN/config.yaml describes, drawn from `seed`."""
+    if not run.is_dir():
+        allowed = "untrained:RUN, RUN holding a config.yaml"
+        raise UserError(f"no run folder at {run}", allowed=allowed, fix="fix --encoder")
+    train = load_pipeline(run / "config.yaml").train
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        trunk = build_trunk(train.model)
+    return _finish_run(requested, trunk, train, f"none, drawn from seed {seed}", seeded=True)
 
 
 def _pixels(requested: EncoderSpec, side: str) -> Encoder:
     if side and (not side.isdecimal() or int(side) == 0):
-        raise UserError(
-            f"the encoder {requested.spec!r} has no whole number of pixels as its side", allowed="e.g. pixels:32"
-        )
+        problem = f"the encoder {requested.spec!r} has no whole number of pixels as its side"
+        raise UserError(problem, allowed="e.g. pixels:32")
     if requested.layer is not None or requested.pool is not None:
-        raise UserError(
-            f"the encoder {requested.spec!r} has no layers to choose from", fix="leave --layer and --pool out"
-        )
+        problem = f"the encoder {requested.spec!r} has no layers to choose from"
+        raise UserError(problem, fix="leave --layer and --pool out")
     form = ImageForm(int(side or _DEFAULT_SIDE), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    words = {
-        "architecture": "raw pixels",
-        "architecture_args": {},
-        "checkpoint": "none",
-        "pool": "none",
-        "layer": "none",
-    }
-    return finish(requested, nn.Flatten(), form, words)
+    nothing = dict.fromkeys(("checkpoint", "pool", "layer"), "none")
+    return finish(requested, nn.Flatten(), form, {"architecture": "raw pixels", "architecture_args": {}, **nothing})
+
+
+def trained_model(encoder: Encoder) -> Model | None:
+    """The trunk's configuration if the encoder is a run, trained or not; None for other kinds."""
+    spec, checkpoint = encoder.requested.spec, encoder.checkpoint
+    run = checkpoint.parent.parent if checkpoint else Path(spec.removeprefix("untrained:"))
+    own = (run / "config.yaml").is_file() and foreign_encoder(run) is None
+    return load_pipeline(run / "config.yaml").train.model if own else None
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The finished checkpoint of `run` with the most samples seen; `.partial` folders are never taken."""
+    folders = checkpoint_folders(run)
+    if not folders:
+        raise UserError(
+            f"{run} has no finished checkpoint",
+            allowed="a run folder with checkpoints/samples-<number>/, or one such folder",
+            fix="train first (train run), or wait for the run's first checkpoint",
+        )
+    return folders[-1]

@@ -1,7 +1,10 @@
-"""The text side of an encoder: texts and its own features in one space, where cosines compare them.
+"""The text side of an encoder: texts and its own features as unit vectors in one space, compared by cosines.
 
-texts -> tokens (the run's own tokenizer, by stage 1; open_clip's) -> text tower -> unit vectors [T, D]
+texts -> tokens (the run's own tokenizer; open_clip's) -> text tower -> unit vectors [T, D]
 features [N, W] -> projection -> unit vectors [N, D]
+
+`run_text_side` reads the towers of `train clip` and `train lit`, `open_clip_text_side` open_clip's. `label_texts` gives
+texts the labels of captions, also for the zero-shot scores of runs without a text tower.
 """
 
 import json
@@ -23,158 +26,84 @@ from labels.tokenizers.tokenizer import make_tokenizer
 from train.checkpoint import load_exactly, read_weights
 from train.text_tower import Joint, build_text_tower, framed, specials_of
 
-# ---- name_labels: Texts -> label sets, or tokens in order: labelled as captions are, by the tokenizer and options of a build.
-
-
-def label_texts(texts: Sequence[str], built: Path, column: Column = "label_ids") -> list[np.ndarray]:
-    """The label ids of each text, as a caption of the build `built` would have them: int64, ascending, without
-    repetition; or its `token_ids`, in order, at most as many as the build's context. Pairs of words are no part of
-    them: the corpus chooses those.
-
-    Raises:
-        UserError: the build's tokenizer cannot be made, or gives other ids now than when `built` was made.
-    """
-    settings = load_pipeline(Layout(built).config).labels
-    try:
-        tokenizer = make_tokenizer(settings)
-    except UserError as error:
-        raise UserError(f"texts cannot be labelled as in {built}: {error}") from None
-    was, now = read_manifest(built).tokenizer.fingerprint, tokenizer.fingerprint
-    if was != now:
-        raise UserError(
-            f"texts are labelled with the tokenizer {now[:16]}, {built} was with {was[:16]}",
-            allowed="the tokenizer, and the versions of ftfy and regex, that the labels were made with",
-            fix="install these versions, or label again and train on that",
-        )
-    token_ids, token_offsets, label_ids, label_offsets = tokenizer.encode_rows(list(texts), settings.context)
-    ids, offsets = (label_ids, label_offsets) if column == "label_ids" else (token_ids, token_offsets)
-    return [row.astype(np.int64) for row in np.split(ids, offsets[1:-1])] if len(texts) else []
-
-
-_TEXTS_AT_ONCE = 256
-
-
-class Foreign(NamedTuple):
-    """An encoder that is no trunk of this trainer, as `train lit` was given it; `weights_fingerprint` is its weights'."""
-
-    spec: str
-    weights: str | None
-    weights_fingerprint: str
+_TEXTS_PER_BATCH = 256
 
 
 @dataclass(frozen=True)
 class TextSide:
-    """Both ways into the common space.
+    """Both ways into the common space."""
 
-    Attributes:
-        tokens: texts, and another OUT than the one that the run was trained on -> what `tower` takes, int64 [T, L].
-        tower: -> [T, D].
-        projection: features [N, W] -> [N, D].
-    """
-
+    # texts, and another label dataset than the run's own (or None) -> the tower's input, int64 [T, L]
     tokens: Callable[[Sequence[str], Path | None], Tensor]
-    tower: Callable[[Tensor], Tensor]
-    projection: Callable[[Tensor], Tensor]
+    tower: Callable[[Tensor], Tensor]  # -> [T, D]
+    projection: Callable[[Tensor], Tensor]  # features [N, W] -> [N, D]
     modules: tuple[nn.Module, ...]
 
     def texts(self, texts: Sequence[str], device: torch.device, labels: Path | None = None) -> Tensor:
-        """Unit vectors float32 [T, D] of texts, on the device.
-
-        Raises:
-            UserError: they cannot be tokenized as the tower's own were.
-        """
+        """Unit vectors float32 [T, D] of texts, on the device."""
         return self.embedded(self.tokens(texts, labels), device)
 
     @torch.inference_mode()
     def embedded(self, tokens: Tensor, device: torch.device) -> Tensor:
-        """Unit vectors float32 [T, D] of what `tokens` gives, on the device."""
-        self._on(device)
-        return torch.cat(
-            [functional.normalize(self.tower(part.to(device)).float(), dim=1) for part in tokens.split(_TEXTS_AT_ONCE)]
-        )
+        """Unit vectors float32 [T, D] of the result of `tokens`, on the device."""
+        self._move(device)
+        parts = [self.tower(part.to(device)).float() for part in tokens.split(_TEXTS_PER_BATCH)]
+        return functional.normalize(torch.cat(parts), dim=1)
 
     @torch.inference_mode()
     def images(self, features: np.ndarray, device: torch.device) -> Tensor:
         """Unit vectors float32 [N, D] of features float32 [N, W], on the device."""
-        self._on(device)
+        self._move(device)
         return functional.normalize(self.projection(torch.from_numpy(features).to(device)).float(), dim=1)
 
-    def _on(self, device: torch.device) -> None:
+    def _move(self, device: torch.device) -> None:
         for module in self.modules:
             module.to(device).eval()
 
 
 def run_text_side(checkpoint: Path) -> TextSide:
-    """Of a checkpoint of `train clip` or `train lit`.
-
-    Raises:
-        UserError: its files are damaged, or do not fit the run's configuration.
-    """
+    """The text side of a checkpoint of `train clip` or `train lit`."""
     run = checkpoint.parent.parent
-    settings, files = (
-        load_pipeline(run / "config.yaml").text_tower,
-        [checkpoint / f"{name}.safetensors" for name in ("text", "joint")],
-    )
-    text, joined = (read_weights(file) for file in files)
-    tower: Any = build_text_tower(
-        settings, len(text["token_embedding.weight"]) if "token_embedding.weight" in text else 1
-    )
-    joint = Joint(joined["projection.weight"].shape[1] if "projection.weight" in joined else 1, settings.embed_dim)
-    load_exactly(tower, text, files[0])
-    load_exactly(joint, joined, files[1])
+    settings = load_pipeline(run / "config.yaml").text_tower
+    text_file, joint_file = checkpoint / "text.safetensors", checkpoint / "joint.safetensors"
+    text, joint_tensors = read_weights(text_file), read_weights(joint_file)
+    # Sizes are those of the tensors; where one is missing, load_exactly names it.
+    vocabulary = len(text["token_embedding.weight"]) if "token_embedding.weight" in text else 1
+    width = joint_tensors["projection.weight"].shape[1] if "projection.weight" in joint_tensors else 1
+    tower: Any = build_text_tower(settings, vocabulary)
+    joint = Joint(width, settings.embed_dim)
+    load_exactly(tower, text, text_file)
+    load_exactly(joint, joint_tensors, joint_file)
 
     def tokens(texts: Sequence[str], labels: Path | None) -> Tensor:
-        built = _built(run, labels)
-        rows = label_texts(texts, built, "token_ids")
+        dataset = _label_dataset(run, labels)
+        rows = label_texts(texts, dataset, "token_ids")
         padded = torch.full((len(rows), settings.context), PAD_ID)
         for row, ids in zip(padded, rows, strict=True):
             kept = torch.from_numpy(ids)[: settings.context]
             row[: len(kept)] = kept
-        return framed(padded, specials_of(read_manifest(built).tokenizer), settings.context)
+        return framed(padded, specials_of(read_manifest(dataset).tokenizer), settings.context)
 
     return TextSide(tokens, tower, joint.projection, (tower, joint))
 
 
-def _built(run: Path, labels: Path | None) -> Path:
-    """The OUT whose tokenizer a run was trained with.
-
-    Raises:
-        UserError: it is not there, or has another tokenizer.
-    """
+def _label_dataset(run: Path, labels: Path | None) -> Path:
+    """The label dataset with the tokenizer that a run was trained with: the run's own, or `labels`."""
     facts = json.loads((run / "data.json").read_bytes())
-    built, wanted = labels or Path(facts["labels"]), facts["tokenizer_fingerprint"]
+    dataset, expected = labels or Path(facts["labels"]), facts["tokenizer_fingerprint"]
     fix = "--set zeroshot.labels=OUT, or retrieval.labels, if it has moved"
-    if not Layout(built).manifest.is_file():
-        raise UserError(
-            f"{run} was trained on the captions of {built}, and no manifest is there",
-            allowed="the OUT of its build-labels",
-            fix=fix,
-        )
-    found = read_manifest(built).tokenizer.fingerprint
-    if found != wanted:
-        raise UserError(
-            f"{run} was trained with the tokenizer {wanted[:16]}, {built} has {found[:16]}",
-            allowed="the same",
-            fix=fix,
-        )
-    return built
-
-
-def foreign_encoder(run: Path) -> Foreign | None:
-    """What a run of `train lit` has frozen, where that is no trunk that RUN/config.yaml describes; None for all other
-    runs.
-    """
-    facts = json.loads((run / "data.json").read_bytes()) if (run / "data.json").is_file() else {}
-    encoder = facts.get("encoder")
-    return (
-        None
-        if encoder is None or encoder["by_config"]
-        else Foreign(encoder["spec"], encoder["weights"], encoder["fingerprint"])
-    )
+    if not Layout(dataset).manifest.is_file():
+        problem = f"{run} was trained on the captions of {dataset}, and no manifest is there"
+        raise UserError(problem, allowed="the output folder of its build-labels", fix=fix)
+    fingerprint = read_manifest(dataset).tokenizer.fingerprint
+    if fingerprint != expected:
+        problem = f"{run} was trained with the tokenizer {expected[:16]}, {dataset} has {fingerprint[:16]}"
+        raise UserError(problem, allowed="the same", fix=fix)
+    return dataset
 
 
 def open_clip_text_side(name: str, model: Any) -> TextSide:
-    """Of open_clip's `model`, whose image features are in the common space already."""
+    """The text side of open_clip's `model`, whose image features are in the common space already."""
 
     def tokens(texts: Sequence[str], labels: Path | None) -> Tensor:
         import open_clip
@@ -188,3 +117,41 @@ def open_clip_text_side(name: str, model: Any) -> TextSide:
             ) from None
 
     return TextSide(tokens, model.encode_text, lambda features: features, (model,))
+
+
+def label_texts(texts: Sequence[str], dataset: Path, column: Column = "label_ids") -> list[np.ndarray]:
+    """The label ids of each text as a caption of the label dataset would have them: int64, ascending, unique; or its
+    `token_ids`, in order, at most `labels.context`. Pairs of words are not among them: the corpus chooses those.
+    """
+    settings = load_pipeline(Layout(dataset).config).labels
+    try:
+        tokenizer = make_tokenizer(settings)
+    except UserError as error:
+        raise UserError(f"texts cannot be labelled as in {dataset}: {error}") from None
+    expected, current = read_manifest(dataset).tokenizer.fingerprint, tokenizer.fingerprint
+    if expected != current:
+        raise UserError(
+            f"texts are labelled with the tokenizer {current[:16]}, {dataset} was with {expected[:16]}",
+            allowed="the tokenizer, and the versions of ftfy and regex, that the labels were made with",
+            fix="install these versions, or label again and train on that",
+        )
+    token_ids, token_offsets, label_ids, label_offsets = tokenizer.encode_rows(list(texts), settings.context)
+    ids, offsets = (label_ids, label_offsets) if column == "label_ids" else (token_ids, token_offsets)
+    return [row.astype(np.int64) for row in np.split(ids, offsets[1:-1])] if len(texts) else []
+
+
+class Foreign(NamedTuple):
+    """An encoder that is no trunk of this trainer, as `train lit` was given it."""
+
+    spec: str
+    weights: str | None
+    weights_fingerprint: str
+
+
+def foreign_encoder(run: Path) -> Foreign | None:
+    """The frozen encoder of a `train lit` run, unless it is the trunk of RUN/config.yaml; None for all other runs."""
+    facts = json.loads((run / "data.json").read_bytes()) if (run / "data.json").is_file() else {}
+    encoder = facts.get("encoder")
+    if encoder is None or encoder["by_config"]:
+        return None
+    return Foreign(encoder["spec"], encoder["weights"], encoder["fingerprint"])
