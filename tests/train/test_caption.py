@@ -1,4 +1,4 @@
-"""`train caption` on images of one colour: it learns to name them, goes on where it was, and tells what does not fit."""
+"""`train caption` on images of one colour: it learns to name them, resumes, and rejects bad input."""
 
 import json
 from pathlib import Path
@@ -36,14 +36,14 @@ TINY = (
 
 
 def run(data: str, out: Path, *more: str) -> str:
-    """The command's output; what a user error says as the exception."""
+    """The command's output; a user error is raised."""
     sets = [word for key in TINY for word in ("--set", key)]
-    said = CliRunner().invoke(
+    result = CliRunner().invoke(
         cli, ["caption", "--data", data, "--encoder", "pixels:2", "--out", str(out), *sets, *more]
     )
-    if said.exception and not isinstance(said.exception, SystemExit):
-        raise said.exception
-    return said.output
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.output
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,8 @@ def test_it_learns_to_name_colours(pairs: Path, tmp_path: Path) -> None:
     ]
     assert row["cider"] == pytest.approx(1000)  # all are right: 10 a scorer, times 100
     assert "built-in, 1,920 pairs, beam search of 2; CIDEr-D x 100" in found["protocol"] and found["part"] == "test"
-    (told,) = read_results([out])
-    assert told.main == "cider" and is_of(told, ["pairs"], "caption")
+    (read,) = read_results([out])
+    assert read.main == "cider" and is_of(read, ["pairs"], "caption")
     # Again: nothing is trained, the result is the same.
     lines = (Path(seed["captions"]).parent / "metrics.jsonl").read_text()
     run(f"pairs:{pairs}", out)
@@ -79,7 +79,7 @@ def test_it_learns_to_name_colours(pairs: Path, tmp_path: Path) -> None:
     }
 
 
-def test_a_folders_decoder_stays_as_it_is(pairs: Path, tmp_path: Path) -> None:
+def test_a_folders_decoder_is_not_changed(pairs: Path, tmp_path: Path) -> None:
     folder = language_model_folder(tmp_path / "tiny-llama", ["A photo of something red."] * 9)
     out = tmp_path / "caption.json"
     run(
@@ -102,9 +102,9 @@ def test_a_folders_decoder_stays_as_it_is(pairs: Path, tmp_path: Path) -> None:
     assert len(losses) == 10 and losses[-1] < losses[0]
 
 
-def test_in_a_suite_beside_others(pairs: Path, tmp_path: Path) -> None:
-    """The figure of the command above, with retrieval left out for want of a text tower; and overlapping parts refused
-    at once.
+def test_in_a_suite_with_others(pairs: Path, tmp_path: Path) -> None:
+    """The figure of the command above, with retrieval skipped, as there is no text tower; overlapping parts are
+    rejected at once.
     """
     keys = dict(key.removeprefix("caption.").split("=", 1) for key in TINY if key.startswith("caption."))
     chosen = {key: yaml.safe_load(value) for key, value in keys.items()}
@@ -115,8 +115,8 @@ def test_in_a_suite_beside_others(pairs: Path, tmp_path: Path) -> None:
     }
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
     command = ["eval", "--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out")]
-    said = CliRunner().invoke(cli, command, catch_exceptions=False, env={"COLUMNS": "200"})
-    assert said.exit_code == 0 and "left out: retrieval of pixels:2" in said.output, said.output
+    result = CliRunner().invoke(cli, command, catch_exceptions=False, env={"COLUMNS": "200"})
+    assert result.exit_code == 0 and "left out: retrieval of pixels:2" in result.output, result.output
     (row,) = json.loads((tmp_path / "out" / "suite.json").read_text())["results"]
     assert (row["variant"], row["cider"]) == ("caption, built-in decoder", pytest.approx(1000))
     header, _, line = (tmp_path / "out" / "table.md").read_text().splitlines()
@@ -183,29 +183,29 @@ def test_ranks_share_a_batch(tmp_path: Path) -> None:
     assert all(row in features for row in whole.features.numpy())
 
 
-def test_errors_name_the_mend(pairs: Path, tmp_path: Path) -> None:
-    def told(*more: str, data: str = f"pairs:{pairs}") -> str:
+def test_errors_name_the_fix(pairs: Path, tmp_path: Path) -> None:
+    def error(*more: str, data: str = f"pairs:{pairs}") -> str:
         with pytest.raises(UserError) as caught:
             run(data, tmp_path / "x.json", *more)
         return str(caught.value)
 
-    assert "no language model at" in told("--decoder", str(tmp_path / "nowhere"))
+    assert "no language model at" in error("--decoder", str(tmp_path / "nowhere"))
     folder = language_model_folder(tmp_path / "lm", ["a photo"], positions=8)
-    assert "need 14 positions, the language model" in told("--decoder", str(folder))
-    assert "lower caption.prefix and caption.max_tokens" in told("--decoder", str(folder))
+    assert "need 14 positions, the language model" in error("--decoder", str(folder))
+    assert "lower caption.prefix and caption.max_tokens" in error("--decoder", str(folder))
     (folder / "model.safetensors").unlink()
-    message = told("--decoder", str(folder))
+    message = error("--decoder", str(folder))
     assert (
         f"{folder} has no weights" in message
         and "model.safetensors (or its parts)" in message
         and "git lfs pull" in message
     )
-    assert "has the parts train, test; allowed: one named val; fix the data, or --part" in told(
+    assert "has the parts train, test; allowed: one named val; fix the data, or --part" in error(
         "--part", "val"
     ).replace("\n  fix:", ";").replace("\n ", ";")
     double = coloured_pairs(tmp_path / "double")
     (double / "test" / "0.tar").write_bytes((double / "train" / "0.tar").read_bytes())
-    message = told(data=f"pairs:{double}")
+    message = error(data=f"pairs:{double}")
     assert (
         "24 of 24 test images are training images too, the first: 0.tar/00001" in message
         and "remove them from one" in message

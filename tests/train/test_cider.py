@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.evals.cider import cider_d, ptb_tokens
+from train.evals.kinds.caption import cider_d, ptb_tokens
 
 # What pycocoevalcap 1.2 gave: PTBTokenizer (Java) for the tokens, Cider().compute_score for the scores.
 TOKENS = {
@@ -48,7 +48,8 @@ def test_tokens_are_stanfords(caption: str) -> None:
 
 def test_scores_are_pycocoevalcaps() -> None:
     found = cider_d(
-        [ptb_tokens(one) for one in CANDIDATES], [[ptb_tokens(one) for one in three] for three in REFERENCES]
+        [ptb_tokens(candidate) for candidate in CANDIDATES],
+        [[ptb_tokens(one) for one in three] for three in REFERENCES],
     )
     assert found == pytest.approx(SCORES, abs=5e-9)
     assert np.mean(found) == pytest.approx(1.8924604881759286, abs=1e-12)

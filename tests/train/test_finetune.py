@@ -144,11 +144,11 @@ def test_the_last_block_that_is_read_is_next_to_the_head(tmp_path: Path, kind: s
     if kind == "timm":
         file = tmp_path / "v.safetensors"
         save_file(timm.create_model("test_vit", num_classes=0).state_dict(), file)
-        asked, block = EncoderSpec("timm:test_vit", str(file)), "trunk.net.blocks"
+        requested, block = EncoderSpec("timm:test_vit", str(file)), "trunk.net.blocks"
     else:
         folder = write_hf(tmp_path / "dino", transformers.Dinov2Model(transformers.Dinov2Config(**VIT)))
-        asked, block = EncoderSpec(f"hf:{folder}"), "trunk.net.encoder.layer"
-    encoder = load_encoder(asked._replace(layer=-2))
+        requested, block = EncoderSpec(f"hf:{folder}"), "trunk.net.encoder.layer"
+    encoder = load_encoder(requested._replace(layer=-2))
     found = rates(encoder.net, encoder.images.side)
     depth = int(str(encoder.describe()["layer"]).partition(" of ")[0])
     numbers = {name: int(name.removeprefix(f"{block}.").partition(".")[0]) for name in found if name.startswith(block)}

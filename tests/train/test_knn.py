@@ -73,15 +73,15 @@ def test_results_of_the_command(folders: tuple[Path, Path], tmp_path: Path) -> N
         Pipeline(evaluators={"knn": Knn(k=[3, 5]).model_dump()}),
         Extractor(torch.device("cpu"), Features()),
     )
-    asked = [EncoderSpec("pixels:2"), EncoderSpec(f"untrained:{tmp_path}/run")]
+    requested = [EncoderSpec("pixels:2"), EncoderSpec(f"untrained:{tmp_path}/run")]
     result = run_protocol(
-        NearestNeighbours(), asked, lambda: load_pair(*folders), pipeline, extract, tmp_path / "knn.json"
+        NearestNeighbours(), requested, lambda: load_pair(*folders), pipeline, extract, tmp_path / "knn.json"
     )
     rows = {(row["encoder"], row["variant"]): row for row in result["results"]}
     variants = ["3-nn", "3-nn majority", "5-nn", "5-nn majority"]
     assert [variant for _, variant in rows] == ["majority class", *variants, *variants]
     assert rows["pixels:2", "3-nn"]["top1"] == 1.0 and rows["pixels:2", "3-nn"]["top1_std"] is None
-    assert len(rows[asked[1].spec, "5-nn"]["seeds"]) == 3  # drawn again for each seed
+    assert len(rows[requested[1].spec, "5-nn"]["seeds"]) == 3  # drawn again for each seed
     assert not (tmp_path / "knn.splits.parquet").exists()  # nothing is drawn from the data
 
 

@@ -204,7 +204,7 @@ def assemble(tower: Path, language: LanguageModel, settings: Llava, seed: int) -
         model = build_llava(net, language.model, image_token_id=token, layer=settings.layer, select=select)
     image_tokens = model.config.image_seq_length
     shortest = image_tokens + _SHORTEST_TEXT
-    language.check_room(shortest, "an image's tokens and a short conversation")
+    language.check_positions(shortest, "an image's tokens and a short conversation")
     if settings.max_tokens < shortest:
         problem = f"llava.max_tokens is {settings.max_tokens}, an image takes {image_tokens}"
         raise UserError(problem, allowed=f"at least {shortest}")
