@@ -28,7 +28,7 @@ from preprocess.counts import ShardCounts
 from preprocess.readers.base import Fault, RowBatch
 from preprocess.readers.caption_key import Choice
 from preprocess.readers.columns import offsets_and_bytes
-from preprocess.readers.rows import read_rows
+from preprocess.readers import read_rows
 from preprocess.readers.shards import Shard
 from preprocess.stage import LabelMarker, Stage, write_marker
 

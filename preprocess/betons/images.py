@@ -1,4 +1,13 @@
-"""Image bytes for a beton: a plain RGB JPEG goes in as it is, anything else is converted once."""
+"""Image bytes for a beton: a plain RGB JPEG is taken byte for byte, anything else is converted once.
+
+    scan_jpegs (compiled, headers only, all images of a shard) -> plain: taken as it is
+                                                               -> other: `prepare`: decoded by PIL, written as JPEG
+                                                                  `check_in_place` (--no-images): rejected
+
+`decode_check: header` is the default: it costs almost nothing. A full decode costs several times the rest of the writer,
+and the loader checks every decode anyway: it reports a bad image and excludes it from the loss. `full` (DecodeCheck) is
+for those who want to know before training.
+"""
 
 import ctypes
 import io
@@ -15,145 +24,21 @@ from labels.native import RGB, TURBOJPEG, Decompressor, njit
 from labels.settings import Build, ShorterSide
 from labels.storage import UserError
 
-# ---- jpegs: What a JPEG's header says, compiled: for one image, or for all images of a shard where they lie.
-#
-# Plain JPEGs, which a beton takes byte for byte, are told from all others here; the others are for
-# preprocess/betons/images.py.
-
-
 MAX_SIDE = 65_500  # libjpeg's own limit
-MAX_BYTES = beton.MAX_PAGE_BYTES >> 1  # of an image file: its label row has to lie on the same page
+MAX_BYTES = beton.MAX_PAGE_BYTES >> 1  # of an image file: its label row has to be on the same page
 _MIN_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Jpeg:
-    """What a JPEG's header says. `plain`: 8-bit colour of a usual coding; `exif`: it may ask for another orientation;
-    `frame_at`: offset in bytes of the frame header, after which every end mark is the image's own."""
-
-    width: int
-    height: int
-    plain: bool
-    exif: bool
-    frame_at: int
-
-
-@dataclass(frozen=True)
-class Scan:
-    """Of N images: `plain` bool [N], taken as they are; `width`, `height` int64 [N], pixels, where `plain`."""
-
-    plain: np.ndarray
-    width: np.ndarray
-    height: np.ndarray
-
-
-def jpeg_header(data: bytes) -> Jpeg | None:
-    """Read the markers up to the first frame; None if `data` is no JPEG or its header is damaged."""
-    if len(data) < _MIN_BYTES:
-        return None
-    frame_at, width, height, plain, exif = _header(np.frombuffer(data, np.uint8), 0, len(data))
-    return None if frame_at < 0 else Jpeg(width, height, plain, exif, frame_at)
-
-
-def scan_jpegs(data: np.ndarray, spans: np.ndarray, settings: Build) -> Scan:
-    """Which images a beton takes byte for byte, by their headers alone.
-
-    Args:
-        data: uint8 [bytes], what the images lie in.
-        spans: int64 [N, 2], begin and end of each; begin -1 where there is none.
-        settings: limits of pixels, what is shrunk, and whether an end mark is asked for.
-    """
-    shorter = settings.images.shorter_side if isinstance(settings.images, ShorterSide) else MAX_SIDE
-    plain, size = np.zeros(len(spans), np.bool_), np.zeros((2, len(spans)), np.int64)
-    _scan(data, spans, settings.max_pixels, shorter, settings.decode_check != "none", plain, size)
-    return Scan(plain, size[0], size[1])
-
-
-@njit(nogil=True, cache=True)
-def _number(data: np.ndarray, at: Any) -> Any:
-    return np.int64(data[at]) << 8 | np.int64(data[at + 1])
-
-
-@njit(nogil=True, cache=True)
-def _header(data: np.ndarray, begin: int, end: int) -> Any:
-    """Offset of the frame header from `begin` (-1: none found), width, height, whether it is plain, whether EXIF comes
-    before it.
-    """
-    exif = False
-    if end - begin < 3 or data[begin] != 0xFF or data[begin + 1] != 0xD8 or data[begin + 2] != 0xFF:
-        return np.int64(-1), np.int64(0), np.int64(0), False, exif
-    at = np.int64(begin + 2)
-    while at + 4 <= end:
-        if data[at] != 0xFF:
-            break
-        marker = data[at + 1]
-        if marker == 0xFF:
-            at += 1
-            continue
-        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # these have no length
-            at += 2
-            continue
-        if 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:
-            if at + 10 > end:
-                break
-            # 8 bits, 3 components, and a coding that every decoder reads: baseline, extended or progressive Huffman
-            plain = data[at + 4] == 8 and data[at + 9] == 3 and marker <= 0xC2
-            return at - begin, _number(data, at + 7), _number(data, at + 5), plain, exif
-        if (
-            marker == 0xE1
-            and at + 8 <= end
-            and data[at + 4] == 0x45
-            and data[at + 5] == 0x78
-            and data[at + 6] == 0x69
-            and data[at + 7] == 0x66
-        ):
-            exif = True
-        at += 2 + _number(data, at + 2)
-    return np.int64(-1), np.int64(0), np.int64(0), False, exif
-
-
-@njit(nogil=True, cache=True)
-def _has_end(data: np.ndarray, begin: int, end: int) -> bool:
-    """Whether an end mark stands anywhere between; looked for from the end, where it usually is."""
-    for at in range(end - 2, begin - 1, -1):  # noqa: SIM110 - numba compiles no generator
-        if data[at] == 0xFF and data[at + 1] == 0xD9:
-            return True
-    return False
-
-
-@njit(nogil=True, cache=True)
-def _scan(
-    data: np.ndarray,
-    spans: np.ndarray,
-    max_pixels: int,
-    shorter: int,
-    needs_end: bool,
-    plain: np.ndarray,
-    size: np.ndarray,
-) -> None:
-    """Fill plain bool [N] and size int64 [2, N]."""
-    for row in range(len(spans)):
-        begin, end = spans[row, 0], spans[row, 1]
-        if begin < 0 or end - begin > MAX_BYTES:
-            continue
-        frame_at, width, height, usual, exif = _header(data, begin, end)
-        if frame_at < 0 or not usual or exif or width < 1 or height < 1:
-            continue
-        if width * height > max_pixels or max(width, height) > MAX_SIDE or min(width, height) > shorter:
-            continue
-        if needs_end and not _has_end(data, begin + frame_at, end):
-            continue
-        plain[row], size[0, row], size[1, row] = True, width, height
-
-
 _JPEG_START = b"\xff\xd8\xff"
 _END_OF_IMAGE = b"\xff\xd9"
 _ORIENTATION = 0x0112
 _TURNED, _SIDEWAYS = range(2, 9), range(5, 9)
 # Not all that PIL knows: some of its formats start other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# A JPEG that is shrunk is decoded at a fraction of its size, but not below this many times what is wanted.
+# A JPEG that is shrunk is decoded at a fraction of its size, but not below this many times the wanted size.
 _DRAFT = 2
+_CHECK_SHRINK = 8
+# Warnings of libjpeg that leave every pixel as it was meant (jerror.h: EXTRANEOUS_DATA, JFIF_MAJOR, ADOBE_XFORM,
+# BOGUS_PROGRESSION).
+_HARMLESS = ("extraneous bytes before marker", "JFIF revision", "Adobe color transform", "Inconsistent progression")
 
 
 class BadImage(Exception):
@@ -167,57 +52,51 @@ class BadImage(Exception):
 def prepare(data: bytes, settings: Build) -> tuple[bytes, int, int]:
     """The JPEG bytes that go into the beton, with width and height in pixels.
 
-    Plain RGB JPEGs (8 bits, 3 components, upright, with their end mark) that are not to be shrunk are returned
-    untouched. The rest is decoded and written as JPEG: transparency on white, EXIF orientation applied, 16-bit and
-    palette images reduced.
-
-    Raises:
-        BadImage: no image, cut short, or more than `max_pixels` pixels.
+    Plain RGB JPEGs (8 bits, 3 components, upright, with their end mark) that are not to be shrunk are returned unchanged.
+    The rest is decoded and written as JPEG: transparency on white, EXIF orientation applied, 16-bit and palette images
+    reduced. BadImage: no image, cut short, or more than `max_pixels` pixels.
     """
-    header = jpeg_header(data)
+    header = _plain_header(data, settings)
     if header is not None:
-        _check_size(header.width, header.height, settings.max_pixels)
-        if is_plain(data, header, settings):
-            return data, header.width, header.height
+        return data, header.width, header.height
     image = _decode(data, settings)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=settings.jpeg_quality, subsampling=settings.jpeg_subsampling)
     return buffer.getvalue(), image.width, image.height
 
 
-def lying(data: bytes, settings: Build) -> tuple[int, int]:
-    """Width and height of an image that stays in its tar (`--no-images`), where nothing can be converted.
-
-    Raises:
-        BadImage: it is no plain RGB JPEG, or `prepare` would refuse it.
+def check_in_place(data: bytes, settings: Build) -> tuple[int, int]:
+    """Width and height of an image that stays in its tar (`--no-images`), where nothing can be converted; BadImage if it
+    is no plain RGB JPEG, or `prepare` would reject it.
     """
-    header = jpeg_header(data)
+    header = _plain_header(data, settings)
     if header is not None:
-        _check_size(header.width, header.height, settings.max_pixels)
-        if is_plain(data, header, settings):
-            return header.width, header.height
-    with _words_for_faults(data), _open(data) as image:
-        found = f"{image.format} {image.mode}, {image.width} x {image.height}, orientation {image.getexif().get(_ORIENTATION, 1)}"
-        if header is not None and header.plain and data.find(_END_OF_IMAGE, header.frame_at) < 0:
-            image.load()  # tells what is missing
-            found += ", without its end mark"
-    raise BadImage(
-        "not a plain JPEG", f"{found}; with --no-images only upright 8-bit RGB JPEGs can be read where they lie"
-    )
+        return header.width, header.height
+    with _as_bad_image(data), _open(data) as image:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        kind = f"{image.format} {image.mode}, {image.width} x {image.height}, orientation {orientation}"
+        header = jpeg_header(data)
+        if header is not None and header.plain and data.find(_END_OF_IMAGE, header.frame_offset) < 0:
+            image.load()  # raises if more than the end mark is missing
+            kind += ", without its end mark"
+    detail = f"{kind}; with --no-images only upright 8-bit RGB JPEGs can be read in place"
+    raise BadImage("not a plain JPEG", detail)
 
 
-def is_plain(data: bytes, header: Jpeg, settings: Build) -> bool:
-    """Whether a beton takes this JPEG byte for byte."""
-    if isinstance(settings.images, ShorterSide) and min(header.width, header.height) > settings.images.shorter_side:
-        return False
-    complete = settings.decode_check == "none" or data.find(_END_OF_IMAGE, header.frame_at) >= 0
-    return header.plain and complete and not (header.exif and _orientation(data) in _TURNED)
+def _plain_header(data: bytes, settings: Build) -> "Jpeg | None":
+    """The header, if a beton takes this JPEG byte for byte."""
+    header = jpeg_header(data)
+    if header is None:
+        return None
+    _check_size(header.width, header.height, settings.max_pixels)
+    shrunk = _wanted_size(header.width, header.height, settings) != (header.width, header.height)
+    complete = settings.decode_check == "none" or data.find(_END_OF_IMAGE, header.frame_offset) >= 0
+    as_is = header.plain and complete and not shrunk
+    return header if as_is and not (header.exif and _orientation(data) in _TURNED) else None
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height in pixels from an image file of any allowed format, or its beginning; None if that does not
-    tell.
-    """
+    """Width and height in pixels by the header of an image file, or of its beginning; None if that is not enough."""
     header = jpeg_header(data)
     if header is not None:
         return header.width, header.height
@@ -245,9 +124,7 @@ def _orientation(data: bytes) -> int:
 
 @contextmanager
 def _open(data: bytes) -> Iterator[Image.Image]:
-    """An image of the allowed formats, for the block; PIL's own limit of pixels is off, `max_pixels` is the one that
-    counts.
-    """
+    """An image of the allowed formats, for the block; PIL's own limit of pixels is off: `max_pixels` counts."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -257,14 +134,14 @@ def _open(data: bytes) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _words_for_faults(data: bytes) -> Iterator[None]:
+def _as_bad_image(data: bytes) -> Iterator[None]:
     """PIL's plugins raise many types on damaged bytes; each becomes a BadImage."""
     known = data.startswith(_JPEG_START)
     try:
         yield
     except BadImage:
         raise
-    except UnidentifiedImageError:  # its own text holds an address in memory, another one every time
+    except UnidentifiedImageError:  # its text holds an address in memory, which changes every time
         reason = "image cut or damaged" if known else "not an image"
         raise BadImage(reason, f"none of {', '.join(_FORMATS)} by its first bytes") from None
     except Exception as error:
@@ -272,8 +149,8 @@ def _words_for_faults(data: bytes) -> Iterator[None]:
 
 
 def _decode(data: bytes, settings: Build) -> Image.Image:
-    """Decode to upright RGB on white, shrunk if that is asked for."""
-    with _words_for_faults(data), _open(data) as image:
+    """Decode to upright RGB on white, shrunk where the settings require it."""
+    with _as_bad_image(data), _open(data) as image:
         _check_size(*image.size, settings.max_pixels)
         wanted = _wanted_size(*image.size, settings)
         shrunk = wanted != image.size
@@ -287,7 +164,7 @@ def _decode(data: bytes, settings: Build) -> Image.Image:
 
 
 def _wanted_size(width: int, height: int, settings: Build) -> tuple[int, int]:
-    """Pixels of an image in the beton: only ever fewer, with the same shape."""
+    """Pixels of an image in the beton: never more, with the same aspect ratio."""
     if not isinstance(settings.images, ShorterSide) or min(width, height) <= settings.images.shorter_side:
         return width, height
     share = settings.images.shorter_side / min(width, height)
@@ -310,23 +187,123 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return image.convert("I").point(lambda value: value / 256.0).convert("L")
 
 
-# ---- decode_check: `build.decode_check: full`: every plain JPEG is decoded once, at an eighth of its size; what the
-# decoder warns of is a fault.
-#
-# PIL says nothing of damage in the middle of a JPEG, so the decoder is libturbojpeg, the loader's own.
+# ---- Headers
 
 
-_SHRINK = 8
-# Warnings of libjpeg that leave every pixel as it was meant (jerror.h: EXTRANEOUS_DATA, JFIF_MAJOR, ADOBE_XFORM,
-# BOGUS_PROGRESSION).
-_HARMLESS = ("extraneous bytes before marker", "JFIF revision", "Adobe color transform", "Inconsistent progression")
+@dataclass(frozen=True)
+class Jpeg:
+    """A JPEG's header."""
+
+    width: int
+    height: int
+    plain: bool  # 8-bit colour of a usual coding
+    exif: bool  # it may ask for another orientation
+    frame_offset: int  # bytes before the frame header, after which every end mark is the image's own
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The headers of N images."""
+
+    plain: np.ndarray  # bool [N], taken as they are
+    width: np.ndarray  # int64 [N], pixels, where `plain`
+    height: np.ndarray
+
+
+def jpeg_header(data: bytes) -> Jpeg | None:
+    """Read the markers up to the first frame; None if `data` is no JPEG or its header is damaged."""
+    if len(data) < _MIN_BYTES:
+        return None
+    frame_offset, width, height, plain, exif = _header(np.frombuffer(data, np.uint8), 0, len(data))
+    return None if frame_offset < 0 else Jpeg(width, height, plain, exif, frame_offset)
+
+
+def scan_jpegs(data: np.ndarray, spans: np.ndarray, settings: Build) -> Scan:
+    """Which images a beton takes byte for byte, by their headers alone.
+
+    `data`: uint8 [bytes], a mapped file; `spans`: int64 [N, 2], begin and end of each image in it, begin -1: none.
+    """
+    shorter = settings.images.shorter_side if isinstance(settings.images, ShorterSide) else MAX_SIDE
+    plain, size = np.zeros(len(spans), np.bool_), np.zeros((2, len(spans)), np.int64)
+    _scan(data, spans, settings.max_pixels, shorter, settings.decode_check != "none", plain, size)
+    return Scan(plain, size[0], size[1])
+
+
+@njit(nogil=True, cache=True)
+def _scan(
+    data: np.ndarray,
+    spans: np.ndarray,
+    max_pixels: int,
+    shorter: int,
+    needs_end: bool,
+    plain: np.ndarray,
+    size: np.ndarray,
+) -> None:
+    """Fill plain bool [N] and size int64 [2, N]."""
+    for row in range(len(spans)):
+        begin, end = spans[row, 0], spans[row, 1]
+        if begin < 0 or end - begin > MAX_BYTES:
+            continue
+        frame_offset, width, height, usual, exif = _header(data, begin, end)
+        if frame_offset < 0 or not usual or exif or width < 1 or height < 1:
+            continue
+        if width * height > max_pixels or max(width, height) > MAX_SIDE or min(width, height) > shorter:
+            continue
+        if needs_end and not _has_end(data, begin + frame_offset, end):
+            continue
+        plain[row], size[0, row], size[1, row] = True, width, height
+
+
+@njit(nogil=True, cache=True)
+def _number(data: np.ndarray, position: Any) -> Any:
+    return np.int64(data[position]) << 8 | np.int64(data[position + 1])
+
+
+@njit(nogil=True, cache=True)
+def _header(data: np.ndarray, begin: int, end: int) -> Any:
+    """Offset of the frame header from `begin` (-1: none), width, height, whether it is plain, whether EXIF precedes it."""
+    exif = False
+    if end - begin < 3 or data[begin] != 0xFF or data[begin + 1] != 0xD8 or data[begin + 2] != 0xFF:
+        return np.int64(-1), np.int64(0), np.int64(0), False, exif
+    position = np.int64(begin + 2)
+    while position + 4 <= end:
+        if data[position] != 0xFF:
+            break
+        marker = data[position + 1]
+        if marker == 0xFF:
+            position += 1
+            continue
+        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # these have no length
+            position += 2
+            continue
+        if 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:
+            if position + 10 > end:
+                break
+            # 8 bits, 3 components, and a coding that every decoder reads: baseline, extended or progressive Huffman
+            plain = data[position + 4] == 8 and data[position + 9] == 3 and marker <= 0xC2
+            return position - begin, _number(data, position + 7), _number(data, position + 5), plain, exif
+        if marker == 0xE1 and position + 8 <= end and data[position + 4] == 0x45 and data[position + 5] == 0x78:
+            exif = exif or (data[position + 6] == 0x69 and data[position + 7] == 0x66)
+        position += 2 + _number(data, position + 2)
+    return np.int64(-1), np.int64(0), np.int64(0), False, exif
+
+
+@njit(nogil=True, cache=True)
+def _has_end(data: np.ndarray, begin: int, end: int) -> bool:
+    """Whether there is an end mark; searched from the end, where it usually is."""
+    for position in range(end - 2, begin - 1, -1):  # noqa: SIM110 - numba compiles no generator
+        if data[position] == 0xFF and data[position + 1] == 0xD9:
+            return True
+    return False
+
+
+# ---- decode_check: full
 
 
 class DecodeCheck:
-    """One decoder, for one thread.
+    """`build.decode_check: full`: every plain JPEG is decoded once, at an eighth of its size; a warning is a fault.
 
-    Raises:
-        UserError: libturbojpeg is not installed.
+    PIL reports no damage in the middle of a JPEG, so the decoder is libturbojpeg, as in the loader. For one thread.
     """
 
     def __init__(self) -> None:
@@ -341,29 +318,14 @@ class DecodeCheck:
         self._pixels = np.empty(0, np.uint8)
 
     def fault(self, address: int, size: int, width: int, height: int) -> str | None:
-        """What the decoder says of the JPEG of `size` bytes at `address`; None if it is sound. `width`, `height`: in
-        its header.
-        """
-        across, down = -(-width // _SHRINK), -(-height // _SHRINK)
+        """The decoder's error or warning for the JPEG of `size` bytes at `address`, with the pixels of its header."""
+        across, down = -(-width // _CHECK_SHRINK), -(-height // _CHECK_SHRINK)
         if len(self._pixels) < 3 * across * down:
             self._pixels = np.empty(3 * across * down, np.uint8)
-        library, handle, pixels = (
-            self._decompressor.library,
-            ctypes.c_void_p(self._decompressor.handle),
-            self._pixels.ctypes.data,
-        )
-        failed = library.tjDecompress2(
-            handle,
-            ctypes.c_void_p(address),
-            ctypes.c_ulong(size),
-            ctypes.c_void_p(pixels),
-            across,
-            3 * across,
-            down,
-            RGB,
-            0,
-        )
-        if not failed:
+        library, handle = self._decompressor.library, ctypes.c_void_p(self._decompressor.handle)
+        source, pixels = ctypes.c_void_p(address), ctypes.c_void_p(self._pixels.ctypes.data)
+        shape = across, 3 * across, down
+        if not library.tjDecompress2(handle, source, ctypes.c_ulong(size), pixels, *shape, RGB, 0):
             return None
         warning = library.tjGetErrorStr2(handle).decode("ascii", "replace")
         return None if any(words in warning for words in _HARMLESS) else warning

@@ -1,19 +1,26 @@
-"""One group of shards to its betons, or to its files of spans: the unit of work of the second pass.
+"""One group of shards to its betons, or to its image index files: `write_group`, the unit of work of the second pass.
 
-shards + labels/<shard>.parquet -> spans of all images (a spool holds the converted ones) -> beton/<nnnnn>.beton ...
-                                                            --no-images: spans/<nnnnn>.npy ...
-    left out: reason and detail ------------------------------------> done/beton/<nnnnn>.json, named after the first
+    shards + labels/<shard>.parquet -> find_images -> resolve_images (a scratch file holds the converted ones) -> _Rows
+        -> beton/<nnnnn>.beton ...  --no-images: places/<nnnnn>.npy ...
+        rejected: reason and detail -> done/beton/<nnnnn>.json, named after the first beton
+
+A beton (layout: labels/beton.py) is written front to back, once. All sizes are known before the first byte, so metadata
+comes first. Compiled code copies each JPEG once, from the tar's page cache into a page buffer; a second thread computes the
+SHA-256 while this one writes. R rows of a group or shard, N samples of a beton, K labels.
 """
 
+import errno
+import fcntl
 import hashlib
 import io
+import mmap
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -23,62 +30,254 @@ from numba import types  # pyright: ignore[reportPrivateImportUsage]  (numba doc
 
 from labels import beton
 from labels.arrays import pad_rows
-from labels.manifest import IMAGE_SPAN, BetonPart
+from labels.manifest import PLACE, BetonPart
 from labels.native import njit
 from labels.settings import Build
 from labels.storage import Layout, atomic_write, is_remote, local_copy
-from preprocess.betons.direct_io import DirectFile, aligned_buffer
-from preprocess.betons.images import MAX_BYTES, BadImage, DecodeCheck, lying, prepare, scan_jpegs
+from preprocess.betons.images import MAX_BYTES, BadImage, DecodeCheck, check_in_place, prepare, scan_jpegs
 from preprocess.betons.plan import Group, Member, image_folder, row_order
-from preprocess.readers.base import Fault
+from preprocess.readers.base import Fault, ScratchFile
 from preprocess.readers.caption_key import Choice
-from preprocess.readers.images import Pictures, find_pictures
-from preprocess.readers.scratch import Spool
+from preprocess.readers.images import ShardImages, find_images
 from preprocess.stage import GroupMarker, Stage, write_marker
-
-# ---- beton_writer: Writes one .beton file (layout: labels/beton.py) front to back: hashed while it is written, each
-# byte copied once.
-#
-# Samples lie in mapped files (tars, a spool); compiled code copies a page of them at a time into a buffer, a second
-# thread hashes it while this one writes it (preprocess/betons/direct_io.py: past the page cache).
-
 
 _LARGEST_PAGE = 1 << 26
 _WASTE = 1 / 32
+_ALIGNED = 4096  # bytes that address, position and length must be multiples of: the largest block of usual disks
+_DIRECT = getattr(os, "O_DIRECT", 0)  # no such flag on macOS
 
-# void* memcpy(void* to, const void* from, size_t bytes): copied as slices, bytes go through numba's loop for arrays of
-# any kind
+# void* memcpy(void* to, const void* from, size_t bytes): a copy of slices would go through numba's loop for any arrays
 _copy_bytes = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
 
 
+# ---- The group
+
+
 @dataclass(frozen=True)
-class Samples:
-    """N samples in order.
+class GroupTask:
+    """Everything a worker needs."""
 
-    `files`: what the images lie in, uint8 each; `file`, `offset`, `bytes`: int64 [N], where; `width`, `height`: pixels
-        [N], at most
-    65,535; `index`: int64 [N], positions of the rows; `labels`: int32 [N, K], padded.
-    """
+    group: Group
+    label_limit: int
+    captions: tuple[Choice, ...]
+    out: Path
+    settings: Build
+    options: str  # fingerprint of what decides the betons' bytes, apart from the label files
+    copy: bool  # False writes image index files (`--no-images`)
 
-    files: Sequence[np.ndarray]
+    @property
+    def name(self) -> str:
+        return f"{self.group.first:05d}"
+
+    @property
+    def shards(self) -> list[str]:
+        return [member.part.name for member in self.group.members]
+
+    @property
+    def file_count(self) -> int:
+        return self.group.files
+
+    @property
+    def marker(self) -> Path:
+        layout = Layout(self.out)
+        return layout.beton_marker(self.group.first) if self.copy else layout.place_marker(self.group.first)
+
+    def file(self, number: int) -> Path:
+        """The beton or image index file of this number."""
+        layout = Layout(self.out)
+        return layout.beton_file(number) if self.copy else layout.place_file(number)
+
+    def is_done(self, marker: GroupMarker, sizes: Mapping[str, int]) -> bool:
+        wanted = {"options": self.options, **self.group.wanted}
+        if any(getattr(marker, key) != value for key, value in wanted.items()):
+            return False
+        paths = [(self.file(file.number), file.bytes) for file in marker.files]
+        return all(sizes.get(f"{path.parent.name}/{path.name}") == size for path, size in paths)
+
+
+def group_stage(layout: Layout, *, copy: bool) -> Stage[GroupTask, GroupMarker]:
+    """The last stage of a build: the betons of each group, or without `copy` its image index files."""
+    folder = image_folder(layout, copy=copy)
+    return Stage("betons" if copy else "image index", write_group, GroupMarker, folder.markers, [folder.files])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """R rows of a group; the arrays have a value for each row, as in Samples."""
+
+    files: list[np.ndarray]
+    member: np.ndarray  # int64 [R], position of the row's shard in the group
     file: np.ndarray
+    good: np.ndarray  # bool [R], has an image
     offset: np.ndarray
     bytes: np.ndarray
     width: np.ndarray
     height: np.ndarray
     index: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray  # int32 [R, K]; K = 0 for image index files
+    faults: dict[int, tuple[str, Fault]]  # row -> shard, and why it has no image
+
+
+def write_group(task: GroupTask) -> GroupMarker:
+    """Write the group's files and its marker; return the marker."""
+    layout, group = Layout(task.out), task.group
+    task.marker.unlink(missing_ok=True)  # an older marker must not vouch for the new files
+    scratch = None
+    if not is_remote(task.out):
+        scratch = layout.betons if task.copy else layout.places
+        scratch.mkdir(parents=True, exist_ok=True)
+    files = []
+    with ExitStack() as stack:
+        converted = stack.enter_context(ScratchFile(scratch)) if task.copy else None
+        rows = _collect(task, converted, scratch)
+        for number, order in enumerate(row_order(group, task.settings), start=group.first):
+            kept, rejected = order[rows.good[order]], order[~rows.good[order]]
+            with atomic_write(task.file(number)) as partial:
+                write = _write_beton if task.copy else _write_image_index
+                size, digest = write(partial, group, rows, kept)
+            part = BetonPart(
+                number=number,
+                shards=[group.members[member].part.name for member in np.unique(rows.member[order])],
+                samples=len(kept),
+                bytes=size,
+                sha256=digest,
+                quarantined=_reasons(rows.faults[row][1] for row in rejected.tolist()),
+            )
+            files.append(part)
+    reasons = _reasons(fault for _, fault in rows.faults.values())
+    marker = GroupMarker(options=task.options, **group.wanted, files=files, reasons=reasons)
+    faults = [[shard, fault.key, fault.reason, fault.detail] for _, (shard, fault) in sorted(rows.faults.items())]
+    write_marker(task.marker, marker, faults)
+    return marker
+
+
+def _collect(task: GroupTask, converted: ScratchFile | None, scratch: Path | None) -> _Rows:
+    """All rows of the group, in the shards' order."""
+    columns: list[tuple[np.ndarray, ...]] = []
+    files: list[np.ndarray] = []
+    faults: dict[int, tuple[str, Fault]] = {}
+    first, members = 0, task.group.members
+    for number, member in enumerate(members):
+        keys, labels = _labels(task, member)
+        images = find_images(member.shard, keys, task.captions, scratch)
+        resolved = resolve_images(images, keys, task.settings, converted)
+        files.append(images.data)
+        faults |= {first + row: (member.part.name, fault) for row, fault in resolved.faults.items()}
+        file = np.where(resolved.converted, len(members), number)
+        begin, size = resolved.spans[:, 0], resolved.spans[:, 1] - resolved.spans[:, 0]
+        index = np.arange(len(keys)) + member.part.first_index
+        position, pixels = np.full(len(keys), number), (resolved.width, resolved.height)
+        columns.append((position, file, resolved.good, begin, size, *pixels, index, labels))
+        first += len(keys)
+    if converted is not None:
+        files.append(converted.view())
+    joined = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
+    return _Rows(files, *joined, faults=faults)
+
+
+def _labels(task: GroupTask, member: Member) -> tuple[Any, np.ndarray]:
+    """Keys of a shard's rows, and their padded label rows int32 [R, K]; an image index has none: K is 0."""
+    names = ["key", "label_ids"] if task.copy else ["key"]
+    with local_copy(Layout(task.out).label_file(member.part.name)) as path:
+        table = pq.read_table(path, columns=names).combine_chunks()
+    keys = table["key"].chunk(0)
+    if not task.copy:
+        return keys, np.empty((len(keys), 0), np.int32)
+    lists = table["label_ids"].chunk(0)
+    return keys, pad_rows(lists.values.to_numpy(), lists.offsets.to_numpy(), task.label_limit)
+
+
+def _write_beton(path: Path, _: Group, rows: _Rows, kept: np.ndarray) -> tuple[int, str]:
+    parts = (rows.file, rows.offset, rows.bytes, rows.width, rows.height, rows.index, rows.labels)
+    return write_beton(path, Samples(rows.files, *(part[kept] for part in parts)))
+
+
+def _write_image_index(path: Path, group: Group, rows: _Rows, kept: np.ndarray) -> tuple[int, str]:
+    spans = np.zeros(len(kept), PLACE)
+    spans["shard"] = np.array([member.number for member in group.members])[rows.member[kept]]
+    for name in ("bytes", "offset", "index", "width", "height"):
+        spans[name] = getattr(rows, name)[kept]
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, spans, version=(1, 0))
+    content = buffer.getvalue()
+    path.write_bytes(content)
+    return len(content), hashlib.sha256(content).hexdigest()
+
+
+def _reasons(faults: Iterable[Fault]) -> dict[str, int]:
+    return dict(sorted(Counter(fault.reason for fault in faults).items()))
+
+
+# ---- Rows of one shard to images
+
+
+@dataclass(frozen=True)
+class ResolvedImages:
+    """The images of R rows as they go into a beton."""
+
+    good: np.ndarray  # bool [R], has an image
+    converted: np.ndarray  # bool [R], is in the scratch file and not in the shard's own file
+    spans: np.ndarray  # int64 [R, 2], begin and end there
+    width: np.ndarray  # int64 [R], pixels
+    height: np.ndarray
+    faults: dict[int, Fault]  # row -> why it has none
+
+
+def resolve_images(
+    images: ShardImages, keys: pa.StringArray, settings: Build, scratch: ScratchFile | None
+) -> ResolvedImages:
+    """Check every image of a shard, and convert those that a beton does not take as they are.
+
+    `keys`: of the R rows. `scratch` gets the converted images; None converts nothing: an image that is no plain JPEG is a
+    fault (`--no-images`).
+    """
+    data, spans = images.data, images.spans.copy()
+    scan = scan_jpegs(data, spans, settings)
+    good, converted, faults = scan.plain.copy(), np.zeros(len(spans), np.bool_), dict(images.faults)
+    width, height = scan.width, scan.height
+    for row in np.flatnonzero(~good & (spans[:, 0] >= 0)).tolist():
+        begin, end = spans[row].tolist()
+        try:
+            if end - begin > MAX_BYTES:
+                raise BadImage("image file too large", f"{end - begin} bytes; allowed: {MAX_BYTES}")
+            image = data[begin:end].tobytes()
+            if scratch is None:
+                width[row], height[row] = check_in_place(image, settings)
+            else:
+                jpeg, width[row], height[row] = prepare(image, settings)
+                if jpeg is not image:
+                    spans[row], converted[row] = scratch.append(jpeg), True
+            good[row] = True
+        except BadImage as error:
+            faults[row] = Fault(keys[row].as_py(), error.reason, str(error))
+    if settings.decode_check == "full":
+        check, address = DecodeCheck(), data.ctypes.data
+        for row in np.flatnonzero(good & ~converted).tolist():
+            begin, end = spans[row].tolist()
+            if warning := check.fault(address + begin, end - begin, int(width[row]), int(height[row])):
+                faults[row], good[row] = Fault(keys[row].as_py(), "image cut or damaged", warning), False
+    return ResolvedImages(good, converted, spans, width, height, faults)
+
+
+# ---- The file
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N samples in order."""
+
+    files: Sequence[np.ndarray]  # mapped files that hold the images, uint8 each
+    file: np.ndarray  # int64 [N], number of the image's file
+    offset: np.ndarray  # int64 [N], bytes
+    bytes: np.ndarray  # int64 [N]
+    width: np.ndarray  # [N], pixels, at most 65,535
+    height: np.ndarray
+    index: np.ndarray  # int64 [N], positions of the rows
+    labels: np.ndarray  # int32 [N, K], padded
 
 
 def write_beton(path: Path, samples: Samples) -> tuple[int, str]:
-    """Write the file again.
-
-    Returns:
-        Its length in bytes and its SHA-256.
-
-    Raises:
-        ValueError: a sample does not fit the largest page.
-    """
+    """Write the file from scratch; return its length in bytes and its SHA-256."""
     count, limit = samples.labels.shape
     sizes = samples.bytes + 4 * limit
     page_bytes, starts = choose_page(sizes)
@@ -86,10 +285,8 @@ def write_beton(path: Path, samples: Samples) -> tuple[int, str]:
     label_bytes = np.ascontiguousarray(samples.labels, "<i4").view(np.uint8).reshape(count, 4 * limit)
     with DirectFile(path) as file, _Writer(file) as writer:
         writer.put(head)
-        last_page = int(starts[-1]) // page_bytes if count else -1
-        bounds = np.searchsorted(
-            starts, np.arange(int(starts[0]) // page_bytes if count else 0, last_page + 2) * page_bytes
-        )
+        first_page, last_page = (int(starts[row]) // page_bytes for row in (0, -1)) if count else (0, -1)
+        bounds = np.searchsorted(starts, np.arange(first_page, last_page + 2) * page_bytes)
         for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             page = int(starts[first]) // page_bytes
             used = int(starts[end - 1] + sizes[end - 1]) - page * page_bytes
@@ -110,10 +307,8 @@ def choose_page(sizes: np.ndarray) -> tuple[int, np.ndarray]:
     """Page size in bytes for samples of `sizes` bytes, int64 [N], and where each begins in the file, int64 [N].
 
     The smallest page whose unused ends take less than a 32nd of the file; of those up to 64 MiB the best, if none is
-    that good. A sample never crosses the border of two pages: stock FFCV reads it from one.
-
-    Raises:
-        ValueError: a sample is larger than any page.
+    that good (FFCV: four times the largest image). A sample never crosses a page border: stock FFCV reads it from one page.
+    ValueError: a sample is larger than any page.
     """
     largest, total = int(sizes.max(initial=0)), int(sizes.sum())
     page_bytes = beton.page_bytes_for(largest)
@@ -141,18 +336,12 @@ def _head_and_tail(samples: Samples, page_bytes: int, starts: np.ndarray) -> tup
     header[0] = (beton.VERSION, len(beton.FIELD_NAMES), page_bytes, count, table_at)
     metadata = np.zeros(count, beton.METADATA)
     image = metadata["image"]
-    image["mode"], image["width"], image["height"], image["data_ptr"] = (
-        beton.JPG_MODE,
-        samples.width,
-        samples.height,
-        starts,
-    )
+    image["mode"], image["data_ptr"] = beton.JPG_MODE, starts
+    image["width"], image["height"] = samples.width, samples.height
     metadata["labels_ptr"], metadata["index"] = starts + samples.bytes, samples.index
+    content = b"".join(part.tobytes() for part in (header, beton.field_descriptors(limit), metadata))
     head = aligned_buffer(first)
-    at = 0
-    for part in (header, beton.field_descriptors(limit), metadata):
-        head[at : at + part.nbytes] = np.frombuffer(part.tobytes(), np.uint8)
-        at += part.nbytes
+    head[: len(content)] = np.frombuffer(content, np.uint8)
     table = np.zeros((count, 2), beton.ALLOCATION)
     table["sample_id"] = np.arange(count)[:, None]
     table["ptr"][:, 0], table["size"][:, 0] = starts, samples.bytes
@@ -161,9 +350,9 @@ def _head_and_tail(samples: Samples, page_bytes: int, starts: np.ndarray) -> tup
 
 
 class _Writer:
-    """A file with its SHA-256 and its length. Hashing runs beside writing; two buffers take turns."""
+    """A file with its SHA-256 and its length. A second thread computes the hash; two buffers take turns."""
 
-    def __init__(self, file: DirectFile) -> None:
+    def __init__(self, file: "DirectFile") -> None:
         self._file = file
         self._hasher = ThreadPoolExecutor(1)
         self._hashing: list[Future[None] | None] = [None, None]
@@ -173,9 +362,7 @@ class _Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._hasher.shutdown()
 
     def buffer(self, size: int) -> np.ndarray:
@@ -199,13 +386,13 @@ class _Writer:
 def _starts(sizes: np.ndarray, first: int, page_bytes: int) -> np.ndarray:
     """Where samples of `sizes` bytes, int64 [N], begin, from byte `first` on, a page border: int64 [N]."""
     starts = np.empty(len(sizes), np.int64)
-    at = first
+    position = first
     for row in range(len(sizes)):
-        left = -at % page_bytes
+        left = -position % page_bytes
         if left < sizes[row]:
-            at += left
-        starts[row] = at
-        at += sizes[row]
+            position += left
+        starts[row] = position
+        position += sizes[row]
     return starts
 
 
@@ -217,17 +404,15 @@ def _copy(
     offset: np.ndarray,
     size: np.ndarray,
     target: np.ndarray,
-    buffer: np.ndarray,
+    page: np.ndarray,
 ) -> None:
-    """Those samples whose file is `number`, from `data` into `buffer`."""
-    begin, to = (
-        np.int64(data.ctypes.data),
-        np.int64(buffer.ctypes.data),
-    )  # signed: an unsigned and a signed integer would add up as floats
+    """Those samples whose file is `number`, from `data` into `page`."""
+    # Signed: an unsigned and a signed integer would add up as floats.
+    begin, to = np.int64(data.ctypes.data), np.int64(page.ctypes.data)
     for row in range(len(file)):
         if file[row] == number:
             assert 0 <= offset[row] <= len(data) - size[row]
-            assert 0 <= target[row] <= len(buffer) - size[row]
+            assert 0 <= target[row] <= len(page) - size[row]
             _copy_bytes(to + target[row], begin + offset[row], size[row])
 
 
@@ -237,222 +422,48 @@ def _copy_labels(labels: np.ndarray, target: np.ndarray, buffer: np.ndarray) -> 
         buffer[target[row] : target[row] + labels.shape[1]] = labels[row]
 
 
-# ---- settle: Rows of one shard to spans in mapped files: plain JPEGs where they lie, converted ones in the spool, or
-# why a row has no image.
+def aligned_buffer(size: int) -> np.ndarray:
+    """Zeros, uint8 [size], that begin where a memory page does."""
+    return np.frombuffer(mmap.mmap(-1, max(1, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8, size)
 
 
-@dataclass(frozen=True)
-class Settled:
-    """Of R rows: `good` bool [R], has an image; `spooled` bool [R], in the spool and not in the shard's own file; `spans` int64 [R, 2],
-    begin and end there; `width`, `height` int64 [R]; `faults`: row -> why it has none."""
+class DirectFile:
+    """A new file that is written front to back past the page cache (O_DIRECT), where its file system can.
 
-    good: np.ndarray
-    spooled: np.ndarray
-    spans: np.ndarray
-    width: np.ndarray
-    height: np.ndarray
-    faults: dict[int, Fault]
-
-
-def settle(pictures: Pictures, keys: pa.StringArray, settings: Build, spool: Spool | None) -> Settled:
-    """Look at every image of a shard, and convert those that a beton does not take as they are.
-
-    Args:
-        pictures: where the images of R rows lie.
-        keys: of the rows.
-        settings: what is taken, and how the rest is converted.
-        spool: gets the converted images; None converts nothing: what is no plain JPEG is a fault (`--no-images`).
+    Through the cache a page costs its allocation and a second copy, most of the CPU time, and evicts the tars that are
+    still to be read. Blocks that are not aligned, in practice the end, go through the cache.
     """
-    data, spans = pictures.data, pictures.spans.copy()
-    scan = scan_jpegs(data, spans, settings)
-    good, spooled, faults = scan.plain.copy(), np.zeros(len(spans), np.bool_), dict(pictures.faults)
-    width, height = scan.width, scan.height
-    for row in np.flatnonzero(~good & (spans[:, 0] >= 0)).tolist():
-        begin, end = spans[row].tolist()
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        self._direct = _DIRECT != 0
         try:
-            if end - begin > MAX_BYTES:
-                raise BadImage("image file too large", f"{end - begin} bytes; allowed: {MAX_BYTES}")
-            image = data[begin:end].tobytes()
-            if spool is None:
-                width[row], height[row] = lying(image, settings)
-            else:
-                jpeg, width[row], height[row] = prepare(image, settings)
-                if jpeg is not image:
-                    spans[row], spooled[row] = spool.append(jpeg), True
-            good[row] = True
-        except BadImage as error:
-            faults[row] = Fault(keys[row].as_py(), error.reason, str(error))
-    if settings.decode_check == "full":
-        check, address = DecodeCheck(), data.ctypes.data
-        for row in np.flatnonzero(good & ~spooled).tolist():
-            begin, end = spans[row].tolist()
-            if told := check.fault(address + begin, end - begin, int(width[row]), int(height[row])):
-                faults[row], good[row] = Fault(keys[row].as_py(), "image cut or damaged", told), False
-    return Settled(good, spooled, spans, width, height, faults)
+            self._descriptor = os.open(path, flags | _DIRECT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._descriptor, self._direct = os.open(path, flags, 0o666), False
 
+    def __enter__(self) -> Self:
+        return self
 
-@dataclass(frozen=True)
-class GroupTask:
-    """`options`: fingerprint of what decides the betons' bytes beside the label files'; `copy`: False writes spans
-    (`--no-images`).
-    """
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
 
-    group: Group
-    label_limit: int
-    captions: tuple[Choice, ...]
-    out: Path
-    settings: Build
-    options: str
-    copy: bool
+    def write(self, block: np.ndarray) -> None:
+        """Append uint8 [n], all of it; it may not change meanwhile."""
+        if block.ctypes.data % _ALIGNED or len(block) % _ALIGNED:
+            self._through_cache()
+        rest = block.data
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._through_cache()
 
-    @property
-    def name(self) -> str:
-        return f"{self.group.first:05d}"
-
-    @property
-    def shards(self) -> list[str]:
-        return [member.part.name for member in self.group.members]
-
-    @property
-    def file_count(self) -> int:
-        return self.group.files
-
-    @property
-    def marker(self) -> Path:
-        layout = Layout(self.out)
-        return layout.beton_marker(self.group.first) if self.copy else layout.image_index_marker(self.group.first)
-
-    def file(self, number: int) -> Path:
-        """The beton or image index file of this number."""
-        layout = Layout(self.out)
-        return layout.beton_file(number) if self.copy else layout.image_index_file(number)
-
-    def is_done(self, marker: GroupMarker, sizes: Mapping[str, int]) -> bool:
-        wanted = {"options": self.options, **self.group.wanted}
-        if any(getattr(marker, key) != value for key, value in wanted.items()):
-            return False
-        paths = [(self.file(file.number), file.bytes) for file in marker.files]
-        return all(sizes.get(f"{path.parent.name}/{path.name}") == size for path, size in paths)
-
-
-def group_stage(layout: Layout, *, copy: bool) -> Stage[GroupTask, GroupMarker]:
-    """The last stage of a build: the betons of each group, or without `copy` its image index files."""
-    folder = image_folder(layout, copy=copy)
-    return Stage("betons" if copy else "image index", write_group, GroupMarker, folder.markers, [folder.files])
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """R rows of a group. `member`: int64 [R], position of the row's shard in the group; `labels`: int32 [R, K] (K = 0 for spans);
-    `faults`: row -> shard and why it has no image. The rest as in Samples."""
-
-    files: list[np.ndarray]
-    member: np.ndarray
-    file: np.ndarray
-    good: np.ndarray
-    offset: np.ndarray
-    bytes: np.ndarray
-    width: np.ndarray
-    height: np.ndarray
-    index: np.ndarray
-    labels: np.ndarray
-    faults: dict[int, tuple[str, Fault]]
-
-
-def write_group(task: GroupTask) -> GroupMarker:
-    """Write the group's files and its marker; return the marker."""
-    layout, group = Layout(task.out), task.group
-    task.marker.unlink(missing_ok=True)  # an older marker must not vouch for the new files
-    scratch = None
-    if not is_remote(task.out):
-        scratch = layout.betons if task.copy else layout.image_index
-        scratch.mkdir(parents=True, exist_ok=True)
-    files = []
-    with ExitStack() as held:
-        spool = held.enter_context(Spool(scratch)) if task.copy else None
-        rows = _collect(task, spool, scratch)
-        for number, order in enumerate(row_order(group, task.settings), start=group.first):
-            kept = order[rows.good[order]]
-            with atomic_write(task.file(number)) as partial:
-                size, digest = (
-                    _write_copies(partial, rows, kept) if task.copy else _write_image_index(partial, group, rows, kept)
-                )
-            shards = [group.members[member].part.name for member in np.unique(rows.member[order])]
-            rejected = _reasons(rows.faults[row][1] for row in order[~rows.good[order]].tolist())
-            files.append(
-                BetonPart(
-                    number=number, shards=shards, samples=len(kept), bytes=size, sha256=digest, quarantined=rejected
-                )
-            )
-    reasons = _reasons(fault for _, fault in rows.faults.values())
-    marker = GroupMarker(options=task.options, **group.wanted, files=files, reasons=reasons)
-    faults = [[shard, fault.key, fault.reason, fault.detail] for _, (shard, fault) in sorted(rows.faults.items())]
-    write_marker(task.marker, marker, faults)
-    return marker
-
-
-def _collect(task: GroupTask, spool: Spool | None, scratch: Path | None) -> _Rows:
-    """All rows of the group, in the shards' order."""
-    columns: list[tuple[np.ndarray, ...]] = []
-    files: list[np.ndarray] = []
-    faults: dict[int, tuple[str, Fault]] = {}
-    first = 0
-    for at, member in enumerate(task.group.members):
-        keys, labels = _labels(task, member)
-        pictures = find_pictures(member.shard, keys, task.captions, scratch)
-        found = settle(pictures, keys, task.settings, spool)
-        files.append(pictures.data)
-        faults |= {first + row: (member.part.name, fault) for row, fault in found.faults.items()}
-        index = np.arange(len(keys)) + member.part.first_index
-        size = found.spans[:, 1] - found.spans[:, 0]
-        own_file = np.where(found.spooled, len(task.group.members), at)
-        columns.append(
-            (
-                np.full(len(keys), at),
-                own_file,
-                found.good,
-                found.spans[:, 0],
-                size,
-                found.width,
-                found.height,
-                index,
-                labels,
-            )
-        )
-        first += len(keys)
-    if spool is not None:
-        files.append(spool.view())
-    joined = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
-    return _Rows(files, *joined, faults=faults)
-
-
-def _labels(task: GroupTask, member: Member) -> tuple[Any, np.ndarray]:
-    """Keys of a shard's rows, and their padded label rows int32 [rows, K]; for spans, which hold none, K is 0."""
-    names = ["key", "label_ids"] if task.copy else ["key"]
-    with local_copy(Layout(task.out).label_file(member.part.name)) as path:
-        table = pq.read_table(path, columns=names).combine_chunks()
-    keys = table["key"].chunk(0)
-    if not task.copy:
-        return keys, np.empty((len(keys), 0), np.int32)
-    lists = table["label_ids"].chunk(0)
-    return keys, pad_rows(lists.values.to_numpy(), lists.offsets.to_numpy(), task.label_limit)
-
-
-def _write_copies(path: Path, rows: _Rows, kept: np.ndarray) -> tuple[int, str]:
-    parts = (rows.file, rows.offset, rows.bytes, rows.width, rows.height, rows.index, rows.labels)
-    return write_beton(path, Samples(rows.files, *(part[kept] for part in parts)))
-
-
-def _write_image_index(path: Path, group: Group, rows: _Rows, kept: np.ndarray) -> tuple[int, str]:
-    spans = np.zeros(len(kept), IMAGE_SPAN)
-    spans["shard"] = np.array([member.number for member in group.members])[rows.member[kept]]
-    for name in ("bytes", "offset", "index", "width", "height"):
-        spans[name] = getattr(rows, name)[kept]
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, spans, version=(1, 0))
-    path.write_bytes(buffer.getbuffer())
-    return buffer.getbuffer().nbytes, hashlib.sha256(buffer.getbuffer()).hexdigest()
-
-
-def _reasons(faults: Iterable[Fault]) -> dict[str, int]:
-    return dict(sorted(Counter(fault.reason for fault in faults).items()))
+    def _through_cache(self) -> None:
+        if self._direct:
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & ~_DIRECT)
+            self._direct = False

@@ -1,5 +1,4 @@
-"""Where a sample's caption stands: build.caption_key in, choices out, tried in order; the first that a sample has
-counts.
+"""Where a sample's caption is: build.caption_key -> choices, tried in order; the first that a sample has counts.
 
 txt  json:alt  parquet:text  csv:title      a tar's member, a field of its json, a column of its side Parquet or of a table
 txt+json:alt                                one choice of several captions, read as one text
@@ -7,7 +6,7 @@ auto                                        the choices of _AUTO
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,14 +19,14 @@ Kind = Literal["member", "json", ColumnKind]
 _TABLE_COLUMNS = ("caption", "text", "txt", "title")
 _SUFFIX = re.compile(r"[a-z0-9_][a-z0-9_.-]*")
 _ALLOWED = (
-    "auto, txt or another member suffix of the tars, json:FIELD, parquet:COLUMN, csv:COLUMN; several joined with + are one text"
-    " (e.g. txt,json:alt or txt+json:alt)"
+    "auto, txt or another member suffix of the tars, json:FIELD, parquet:COLUMN, csv:COLUMN; several joined with + are"
+    " one text (e.g. txt,json:alt or txt+json:alt)"
 )
 
 
 @dataclass(frozen=True)
 class Item:
-    """One place: kind `member` (name = suffix in a tar), `json` (field), `parquet` or `csv` (column)."""
+    """One source of a caption: kind `member` (name = suffix in a tar), `json` (field), `parquet` or `csv` (column)."""
 
     kind: Kind
     name: str
@@ -57,11 +56,7 @@ _AUTO = (
 
 
 def parse_caption_key(keys: Sequence[str]) -> tuple[Choice, ...]:
-    """The choices, in order, that build.caption_key names; `auto` becomes the choices it stands for.
-
-    Raises:
-        UserError: naming the item that is not of the grammar, and what is allowed.
-    """
+    """The choices, in order, that build.caption_key names; `auto` becomes the choices that it stands for."""
     choices: list[Choice] = []
     for key in keys:
         if key.strip() == "auto":
@@ -77,23 +72,27 @@ def _item(text: str, key: str) -> Item:
     kind, colon, name = text.partition(":")
     if colon and name and kind in get_args(Kind)[1:]:
         return Item(kind, name)  # type: ignore[arg-type]  # just compared with the kinds
-    # Suffixes are lower-cased where tars are read.
-    suffix = text.lower()
+    suffix = text.lower()  # as suffixes are where tars are read
     if colon or not _SUFFIX.fullmatch(suffix) or suffix == "auto":
-        problem = f"{text!r} is no place of a caption"
+        problem = f"{text!r} names no caption"
     elif suffix == "json":
         problem = "'json' lacks the field: json:FIELD"
     elif suffix in IMAGE_SUFFIXES:
         problem = f"{text!r} is the suffix of an image"
     else:
         return Item("member", suffix)
-    where = f" (in {key!r})" if key != text else ""
-    raise UserError(f"build.caption_key: {problem}{where}", allowed=_ALLOWED)
+    of_key = f" (in {key!r})" if key != text else ""
+    raise UserError(f"build.caption_key: {problem}{of_key}", allowed=_ALLOWED)
 
 
 def column_choices(choices: Iterable[Choice], kind: ColumnKind) -> tuple[Choice, ...]:
     """What of `choices` a table of this kind can answer: other items are dropped, then choices without any."""
-    narrowed = (Choice(tuple(item for item in choice.items if item.kind == kind)) for choice in choices)
+    return narrow_choices(choices, lambda item: item.kind == kind)
+
+
+def narrow_choices(choices: Iterable[Choice], keep: Callable[[Item], bool]) -> tuple[Choice, ...]:
+    """The choices with only the items that are kept; choices without any, and repeated ones, are dropped."""
+    narrowed = (Choice(tuple(filter(keep, choice.items))) for choice in choices)
     return tuple(dict.fromkeys(choice for choice in narrowed if choice.items))
 
 

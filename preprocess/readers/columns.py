@@ -1,6 +1,7 @@
 """Columns of a table as keys, uids, sizes and captions: Arrow arrays in, Arrow arrays out, no Python object for a row.
 
-N rows of a batch. Cells that are not UTF-8 are the exception and are looked at one by one.
+Only cells that are not UTF-8 are decoded one by one (`_decoded`): a caption that is not UTF-8 is null in `row_captions` and
+its reason stands in `Invalid`, from which table.py makes the Fault. A key or uid gets escapes instead. N rows of a batch.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from labels.storage import UserError
+from preprocess.readers.base import MAX_SIDE, WHITE_SPACE
 from preprocess.readers.caption_key import Choice, join_captions
 
 KEY_COLUMNS = ("key", "uid")
@@ -20,9 +22,6 @@ SIZE_COLUMNS = (("width", "height"), ("original_width", "original_height"))
 STATUS_COLUMN = "status"
 _SUCCESS = "success"
 _KEY_DIGITS = 12
-_MAX_SIDE = (1 << 31) - 1
-# What Python's str.strip removes; Arrow's own set lacks the separators 0x1C to 0x1F.
-_WHITE_SPACE = "".join(char for char in map(chr, range(0x3001)) if char.isspace())
 
 Invalid = dict[int, str]
 """Row -> why its bytes are not UTF-8."""
@@ -30,7 +29,7 @@ Invalid = dict[int, str]
 
 def success_rows(batch: pa.RecordBatch) -> pa.BooleanArray | None:
     """Which rows img2dataset downloaded, by the text column `status`; None where every row counts."""
-    column = _column(batch, STATUS_COLUMN)
+    column = batch.column(STATUS_COLUMN) if STATUS_COLUMN in batch.schema.names else None
     if column is None or not _is_text(column.type):
         return None
     return pc.fill_null(pc.equal(_texts(column)[0], _SUCCESS), False)
@@ -57,27 +56,19 @@ def row_sizes(batch: pa.RecordBatch) -> tuple[pa.Int32Array, pa.Int32Array]:
     """Width and height in pixels: the first pair of SIZE_COLUMNS of which both are whole numbers from 1 on, else null."""
     width = height = pa.nulls(len(batch), pa.int32())
     for names in SIZE_COLUMNS:
-        columns = [_column(batch, name) for name in names]
-        if not width.null_count:
-            break
-        if any(column is None for column in columns):
+        if not width.null_count or not set(names) <= set(batch.schema.names):
             continue
-        sides = [_sides(column) for column in columns if column is not None]
-        both = pc.and_(pc.is_valid(sides[0]), pc.is_valid(sides[1]))
-        width, height = (
-            pc.coalesce(old, pc.if_else(both, new, None)) for old, new in zip((width, height), sides, strict=True)
-        )
+        new_width, new_height = (_sides(batch.column(name)) for name in names)
+        both = pc.and_(pc.is_valid(new_width), pc.is_valid(new_height))
+        width = pc.coalesce(width, pc.if_else(both, new_width, None))
+        height = pc.coalesce(height, pc.if_else(both, new_height, None))
     return width, height
 
 
 def row_captions(batch: pa.RecordBatch, choices: Sequence[Choice], path: str) -> tuple[pa.StringArray, Invalid]:
-    """The caption by the first of `choices` that a row has, null where it has none; and rows whose caption is not
-    UTF-8.
+    """The caption by the first of `choices` that a row has, null where it has none; and rows whose caption is not UTF-8.
 
-    Args:
-        batch: N rows.
-        choices: of columns of this batch only.
-        path: of the table, for messages.
+    The columns of `choices` are in the batch; `path` of the table is for messages.
     """
     captions, faults = pa.nulls(len(batch), pa.string()), Invalid()
     for choice in choices:
@@ -85,10 +76,12 @@ def row_captions(batch: pa.RecordBatch, choices: Sequence[Choice], path: str) ->
             break
         texts, invalid = _chosen(batch, choice, path)
         undecided = pc.is_null(captions)
-        faults |= {row: told for row, told in invalid.items() if row not in faults and undecided[row].as_py()}
+        faults |= {row: reason for row, reason in invalid.items() if row not in faults and undecided[row].as_py()}
         captions = _first_of(captions, texts)
         if faults:  # an unreadable caption decides its row
-            captions = pc.if_else(_mask(len(batch), faults), None, captions)
+            unreadable = np.zeros(len(batch), bool)
+            unreadable[list(faults)] = True
+            captions = pc.if_else(pa.array(unreadable), None, captions)
     return captions, faults
 
 
@@ -98,9 +91,9 @@ def blank_rows(captions: pa.StringArray) -> np.ndarray:
     first = np.zeros(len(captions), np.uint8)
     filled = offsets[1:] > offsets[:-1]
     first[filled] = text[offsets[:-1][filled]]
-    # A visible ASCII character in front settles nearly all rows.
+    # Nearly all rows begin with a visible ASCII character.
     unsure = np.flatnonzero((first <= 0x20) | (first >= 0x7F))
-    trimmed = pc.utf8_ltrim(captions.take(pa.array(unsure)), characters=_WHITE_SPACE)
+    trimmed = pc.utf8_ltrim(captions.take(pa.array(unsure)), characters=WHITE_SPACE)
     return unsure[pc.fill_null(pc.equal(pc.binary_length(trimmed), 0), False).to_numpy(zero_copy_only=False)]
 
 
@@ -108,24 +101,14 @@ def offsets_and_bytes(strings: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
     """Where each string begins and ends, int32 [N + 1], in the bytes, uint8 [B]."""
     if not len(strings):
         return np.zeros(1, np.int32), np.empty(0, np.uint8)
-    _, places, text = strings.buffers()
-    offsets = np.frombuffer(places, np.int32, len(strings) + 1, strings.offset * 4)
+    _, offset_bytes, text = strings.buffers()
+    offsets = np.frombuffer(offset_bytes, np.int32, len(strings) + 1, strings.offset * 4)
     return offsets, np.frombuffer(text, np.uint8) if text else np.empty(0, np.uint8)
 
 
 def _first_of(texts: pa.StringArray, others: pa.StringArray) -> pa.StringArray:
     """`texts`, and where they are null `others`; not copied where all of them are."""
     return others if texts.null_count == len(texts) else pc.coalesce(texts, others)
-
-
-def _column(batch: pa.RecordBatch, name: str) -> pa.Array | None:
-    return batch.column(name) if name in batch.schema.names else None
-
-
-def _mask(rows: int, invalid: Invalid) -> pa.BooleanArray:
-    mask = np.zeros(rows, bool)
-    mask[list(invalid)] = True
-    return pa.array(mask)
 
 
 def _chosen(batch: pa.RecordBatch, choice: Choice, path: str) -> tuple[pa.StringArray, Invalid]:
@@ -154,7 +137,7 @@ def _lines(column: pa.ListArray) -> tuple[pa.StringArray, Invalid]:
         return pa.nulls(len(column), pa.string()), Invalid()
     texts, wrong = _texts(pc.list_flatten(column))
     parents = pc.list_parent_indices(column).to_numpy()
-    invalid = {int(parents[place]): told for place, told in wrong.items()}
+    invalid = {int(parents[cell]): reason for cell, reason in wrong.items()}
     kept = texts.is_valid()
     parents, texts = parents[kept.to_numpy(zero_copy_only=False)], texts.filter(kept)
     offsets = np.searchsorted(parents, np.arange(len(column) + 1)).astype(np.int32)
@@ -177,6 +160,7 @@ def _texts(column: pa.Array) -> tuple[pa.StringArray, Invalid]:
 
 
 def _decoded(raw: pa.BinaryArray) -> tuple[pa.StringArray, Invalid]:
+    """The cells one by one: null, with the reason, where one is not UTF-8."""
     texts, invalid = [], Invalid()
     for row, value in enumerate(raw.to_pylist()):
         try:
@@ -193,16 +177,13 @@ def _identifiers(batch: pa.RecordBatch, name: str, path: str) -> pa.StringArray:
     if pa.types.is_integer(column.type):
         return pc.cast(column, pa.string())
     if not _is_text(column.type):
-        raise UserError(
-            f"{path}: the column {name!r} holds {column.type}",
-            allowed="strings or whole numbers",
-            fix="convert or rename the column",
-        )
+        problem = f"{path}: the column {name!r} holds {column.type}"
+        raise UserError(problem, allowed="strings or whole numbers", fix="convert or rename the column")
     texts, invalid = _texts(column)
     if invalid:
         raw = column.cast(pa.binary()).to_pylist()
         texts = pa.array(
-            [value if value is None else value.decode("utf8", "backslashreplace") for value in raw], pa.string()
+            [None if value is None else value.decode("utf8", "backslashreplace") for value in raw], pa.string()
         )
     offsets, _ = offsets_and_bytes(texts)
     if texts.null_count == 0 and (offsets[1:] > offsets[:-1]).all():
@@ -211,9 +192,7 @@ def _identifiers(batch: pa.RecordBatch, name: str, path: str) -> pa.StringArray:
 
 
 def _sides(column: pa.Array) -> pa.Int32Array:
-    """Whole numbers from 1 to 2^31 - 1; whatever else a cell holds is null. A float column is what pandas makes of
-    gaps.
-    """
+    """Whole numbers from 1 to 2^31 - 1, else null. A float column is what pandas makes of gaps."""
     if _is_text(column.type):
         texts = _texts(column)[0]
         number = pc.fill_null(pc.match_substring_regex(texts, r"^[0-9]{1,10}$"), False)
@@ -221,10 +200,9 @@ def _sides(column: pa.Array) -> pa.Int32Array:
     elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         return pa.nulls(len(column), pa.int32())
     numbers = column.cast(pa.float64(), safe=False)
-    good = pc.and_(
-        pc.and_(pc.greater_equal(numbers, 1), pc.less_equal(numbers, _MAX_SIDE)), pc.equal(pc.floor(numbers), numbers)
-    )
-    return pc.cast(pc.if_else(good, numbers, None), pa.int32())
+    in_range = pc.and_(pc.greater_equal(numbers, 1), pc.less_equal(numbers, MAX_SIDE))
+    whole = pc.equal(pc.floor(numbers), numbers)
+    return pc.cast(pc.if_else(pc.and_(in_range, whole), numbers, None), pa.int32())
 
 
 def _is_text(kind: pa.DataType) -> bool:

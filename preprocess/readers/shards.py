@@ -1,16 +1,18 @@
-"""From what the user names (folder, glob, file, list, URL) to the ordered list of shards.
+"""From what the user names (folder, glob, file, list, URL) to the ordered list of shards: `find_shards`.
 
 00000000.tar 00000000.parquet 00000000_stats.json    a shard, its side Parquet, and the mark that it is complete
 part-0.parquet  pairs.csv  pairs.tsv                 a table is a shard itself, in a folder without tars
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from labels.storage import UserError
 
@@ -19,31 +21,26 @@ ShardKind = Literal["tar", "parquet", "csv"]
 _KINDS: dict[str, ShardKind] = {".tar": "tar", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _STATS = "_stats.json"
 _ALLOWED = (
-    "a folder with .tar files (also in its shards/ or deeper), or else with .parquet, .csv or .tsv files; a glob, or such files;"
-    " local paths or fsspec URLs"
+    "a folder with .tar files (also in its shards/ or deeper), or else with .parquet, .csv or .tsv files; a glob, or such"
+    " files; local paths or fsspec URLs"
 )
 _FIX = "name the folder that img2dataset or DataComp's download script wrote"
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4")
-_COMPRESSED_TABLES = tuple(
-    f".{kind}.{packed}" for kind in ("csv", "tsv") for packed in ("gz", "bz2", "xz", "zst", "lz4", "zip")
-)
+_COMPRESSED_TABLES = tuple(f".{kind}.{end}" for kind in ("csv", "tsv") for end in "gz bz2 xz zst lz4 zip".split())
 _CHANGE_MARKS = ("mtime", "LastModified", "last_modified", "updated", "created", "ETag", "etag")
-_NAMES_TOLD = 10
+_NAMES_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One webdataset tar, or one table. `name` is unique in a build and orders it; `bytes` is the file's size.
+    """One webdataset tar, or one table."""
 
-    `side`: path of the tar's side Parquet, if it has one, with its size in bytes and its mark of change.
-    """
-
-    name: str
+    name: str  # unique in a build, orders the shards
     path: str
     bytes: int
     modified: str
     kind: ShardKind = "tar"
-    side: str | None = None
+    side: str | None = None  # path of the tar's side Parquet, if it has one
     side_bytes: int = 0
     side_modified: str = ""
 
@@ -51,12 +48,9 @@ class Shard:
     def source(self) -> dict[str, str | int]:
         """What a marker remembers of the shard: if any of it differs, the shard is another one."""
         file: dict[str, str | int] = {"path": self.path, "bytes": self.bytes, "modified": self.modified}
-        side: dict[str, str | int] = {
-            "side": self.side or "",
-            "side_bytes": self.side_bytes,
-            "side_modified": self.side_modified,
-        }
-        return file | side if self.side else file
+        if self.side:
+            file |= {"side": self.side, "side_bytes": self.side_bytes, "side_modified": self.side_modified}
+        return file
 
     def open(self) -> BinaryIO:
         """The file's bytes, seekable, for reading."""
@@ -65,23 +59,18 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Found:
+class ShardList:
     """`shards` in the order of their label files' names; `notes`: lines that the user should read."""
 
     shards: list[Shard]
     notes: list[str]
 
 
-def find_shards(sources: list[str]) -> Found:
+def find_shards(sources: list[str]) -> ShardList:
     """All shards that `sources` name, in the order of their label files' names.
 
     A shard's name is its path below the folder that all have in common, without its suffix, with `/` as `--`. In a
-    folder where any shard has its `_stats.json`, one without it is still being downloaded: it is left out, and a note
-    says so.
-
-    Raises:
-        UserError: a source that does not exist, holds no shard, or compressed ones; two shards of one name; none that
-            is complete.
+    folder where any shard has its `_stats.json`, one without it is still being downloaded: it is skipped, with a note.
     """
     files: dict[str, Shard] = {}
     waiting: set[str] = set()
@@ -90,19 +79,19 @@ def find_shards(sources: list[str]) -> Found:
         files |= {shard.path: shard for shard in complete}
         waiting |= set(incomplete)
     again = "run the same command again when the download has ended"
-    told = (
-        f"{len(waiting)} of {len(waiting) + len(files)} shards have no {_STATS} yet and are left out: {_names(waiting)}"
+    note = (
+        f"{len(waiting)} of {len(waiting) + len(files)} shards have no {_STATS} yet and are skipped: {_names(waiting)}"
     )
     if not files:
-        raise UserError(told, fix=again)
-    return Found(_named(list(files.values())), [f"{told}; {again}"] if waiting else [])
+        raise UserError(note, fix=again)
+    return ShardList(_named(list(files.values())), [f"{note}; {again}"] if waiting else [])
 
 
 def _names(paths: Iterable[str]) -> str:
     """The bare names of the first few shards."""
     names = sorted(PurePosixPath(path).stem for path in paths)
-    more = f" and {len(names) - _NAMES_TOLD} more" if len(names) > _NAMES_TOLD else ""
-    return ", ".join(names[:_NAMES_TOLD]) + more
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
 def _named(files: list[Shard]) -> list[Shard]:
@@ -126,33 +115,28 @@ def _expand(source: str) -> tuple[list[Shard], list[str]]:
         filesystem, path = url_to_fs(source)
     except (ValueError, ImportError) as error:
         raise UserError(f"{source} cannot be opened: {error}", allowed=_ALLOWED) from None
-    folder, found = _files(filesystem, source, path)
-    _refuse_compressed(source, folder, found)
-    kinds: dict[str, ShardKind] = {
-        name: _KINDS[suffix] for name in found if (suffix := PurePosixPath(name).suffix) in _KINDS
-    }
+    folder, files = _files(filesystem, source, path)
+    _refuse_compressed(source, folder, files)
+    kinds = {name: _KINDS[suffix] for name in files if (suffix := PurePosixPath(name).suffix) in _KINDS}
     stems = {_stem(name) for name, kind in kinds.items() if kind == "tar"}
     if folder and stems:  # other tables of such a folder are metadata
         kinds = {name: kind for name, kind in kinds.items() if kind == "tar"}
     kinds = {name: kind for name, kind in kinds.items() if kind == "tar" or _stem(name) not in stems}
     if not kinds:
         known = ".tar, .parquet, .csv or .tsv"
-        raise UserError(f"{source} holds no {known} file ({len(found)} other files)", allowed=_ALLOWED, fix=_FIX)
-    listed = set(found) if folder else _beside(filesystem, kinds)
+        raise UserError(f"{source} holds no {known} file ({len(files)} other files)", allowed=_ALLOWED, fix=_FIX)
+    listed = set(files) if folder else _siblings(filesystem, kinds)
     marks = {name.removesuffix(_STATS) for name in listed if name.endswith(_STATS)}
-    # A mark of no shard is another program's, and says nothing.
+    # A mark of no shard is another program's.
     marked = {_parent(mark) for mark in marks if listed & {f"{mark}.tar", f"{mark}.parquet"}}
     complete, incomplete = [], []
     for name, kind in sorted(kinds.items()):
         if kind != "csv" and _parent(name) in marked and _stem(name) not in marks:
             incomplete.append(name)
             continue
-        shard = Shard("", *_state(filesystem, name), kind)
         side = f"{_stem(name)}.parquet"
-        if kind == "tar" and side in listed:
-            side_path, side_bytes, side_modified = _state(filesystem, side)
-            shard = replace(shard, side=side_path, side_bytes=side_bytes, side_modified=side_modified)
-        complete.append(shard)
+        side_state = _state(filesystem, side) if kind == "tar" and side in listed else ()
+        complete.append(Shard("", *_state(filesystem, name), kind, *side_state))
     return complete, incomplete
 
 
@@ -167,35 +151,25 @@ def _files(filesystem: AbstractFileSystem, source: str, path: str) -> tuple[bool
     raise UserError(f"{source} does not exist", allowed=_ALLOWED, fix=_FIX)
 
 
-def _refuse_compressed(source: str, folder: bool, found: list[str]) -> None:
-    packed = sorted(name for name in found if name.endswith(_COMPRESSED_TARS))
-    if packed:
-        raise UserError(
-            f"{source} holds compressed tars ({len(packed)}, the first: {packed[0]})",
-            allowed="plain .tar",
-            fix="unpack them (e.g. gunzip), or leave them out with a glob such as 'shards/*.tar'",
-        )
-    packed = sorted(name for name in found if name.endswith(_COMPRESSED_TABLES))
-    if packed and not (folder and any(name.endswith(".tar") for name in found)):
-        raise UserError(
-            f"{source} holds compressed tables ({len(packed)}, the first: {packed[0]})",
-            allowed="plain .csv, .tsv or .parquet",
-            fix="unpack them (e.g. gunzip), or leave them out with a glob such as 'data/*.csv'",
-        )
+def _refuse_compressed(source: str, folder: bool, files: list[str]) -> None:
+    has_tars = folder and any(name.endswith(".tar") for name in files)
+    for kind, suffixes, allowed, glob in (
+        ("tars", _COMPRESSED_TARS, "plain .tar", "shards/*.tar"),
+        ("tables", () if has_tars else _COMPRESSED_TABLES, "plain .csv, .tsv or .parquet", "data/*.csv"),
+    ):
+        if packed := sorted(name for name in files if name.endswith(suffixes)):
+            problem = f"{source} holds compressed {kind} ({len(packed)}, the first: {packed[0]})"
+            fix = f"unpack them (e.g. gunzip), or skip them with a glob such as '{glob}'"
+            raise UserError(problem, allowed=allowed, fix=fix)
 
 
-def _beside(filesystem: AbstractFileSystem, names: Iterable[str]) -> set[str]:
+def _siblings(filesystem: AbstractFileSystem, names: Iterable[str]) -> set[str]:
     """All files in the folders of `names`."""
     listed: set[str] = set()
     for folder in {_parent(name) for name in names}:
-        try:
+        # A server that lists nothing, such as plain HTTP: each file stands alone.
+        with suppress(OSError, NotImplementedError, ValueError):
             listed |= {str(name) for name in filesystem.ls(folder or filesystem.root_marker, detail=False)}
-        except (
-            OSError,
-            NotImplementedError,
-            ValueError,
-        ):  # a server that lists nothing, such as plain HTTP: each file stands alone
-            continue
     return listed
 
 
@@ -203,8 +177,8 @@ def _state(filesystem: AbstractFileSystem, path: str) -> tuple[str, int, str]:
     """Full path, size in bytes and mark of change of a file."""
     info: dict[str, Any] = filesystem.info(path)
     modified = next((str(info[mark]) for mark in _CHANGE_MARKS if info.get(mark)), "")
-    local = "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,))
-    return (path if local else filesystem.unstrip_protocol(path), int(info["size"]), modified)
+    local = isinstance(filesystem, LocalFileSystem)
+    return path if local else filesystem.unstrip_protocol(path), int(info["size"]), modified
 
 
 def _stem(path: str) -> str:

@@ -1,13 +1,18 @@
-"""A Parquet, CSV or TSV file as a stream of Arrow batches with the columns that are asked for, in bounded memory.
+"""A Parquet, CSV or TSV file as a shard: `read_table_rows` -> RowBatch of its captions, in bounded memory.
 
-CSV needs a header line; every column comes as binary, an empty cell that is not quoted as null.
+    open_table -> Table.batches -> `identified`: status success, keys -> Repeats: repeated keys are rejected
+               -> columns.row_captions: rows without a caption, or with one that is not UTF-8, are rejected -> RowBatch
+
+CSV needs a header line; every column is read as binary, an empty cell that is not quoted as null. A table that is cut or
+damaged ends with a Fault of an empty key.
 """
+
+from __future__ import annotations
 
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +22,8 @@ import pyarrow.parquet as pq
 from labels.native import njit
 from labels.storage import UserError
 from labels.tokenizers.kernels.table import Scalar, load, prefetch
-from preprocess.readers.base import ROWS, Fault, RowBatch
-from preprocess.readers.caption_key import Choice, column_choices
+from preprocess.readers.base import BATCH_ROWS, ROWS, Fault, RowBatch
+from preprocess.readers.caption_key import Choice, column_choices, narrow_choices
 from preprocess.readers.columns import (
     KEY_COLUMNS,
     SIZE_COLUMNS,
@@ -35,6 +40,97 @@ from preprocess.readers.shards import Shard
 
 _BLOCK_BYTES = 1 << 24  # of CSV, at once in memory; also the longest row that can be read
 _READ_BYTES = 1 << 20
+_KEY_ROWS = 1 << 17
+_IDENTITY = (*KEY_COLUMNS, STATUS_COLUMN)
+
+
+def read_table_rows(shard: Shard, choices: Sequence[Choice], batch_rows: int = BATCH_ROWS) -> Iterator[RowBatch]:
+    """All rows of a table in its order; of `choices`, items of other kinds, and of columns that are not there, are ignored.
+
+    UserError: the table has no column that `choices` name, or one of a type that cannot be read.
+    """
+    try:
+        table = open_table(shard)
+    except TableDamaged as error:
+        yield RowBatch(ROWS.empty_table(), [error.fault])
+        return
+    assert shard.kind != "tar"
+    names = table.schema.names
+    usable = narrow_choices(column_choices(choices, shard.kind), lambda item: item.name in names)
+    if not usable:
+        header = "; a CSV needs a header line" if shard.kind == "csv" else ""
+        raise UserError(
+            f"{shard.path} has no column that build.caption_key names ({', '.join(map(str, choices))})",
+            allowed=f"its columns: {', '.join(map(repr, names))}{header}",
+            fix=f"add `--caption-key {shard.kind}:COLUMN` with one of them",
+        )
+    captions = [item.name for choice in usable for item in choice.items]
+    sizes = [name for pair in SIZE_COLUMNS for name in pair]
+    wanted = [name for name in (*_IDENTITY, *sizes, *captions) if name in names]
+    # Yielded after all rows: Arrow reads ahead, so the batch at hand says nothing about where a damaged line is.
+    damaged: list[Fault] = []
+    samples = _samples(table, wanted, batch_rows, damaged)
+    if table.rows is not None and table.rows <= batch_rows:  # such as a side Parquet: read once, for keys and rows
+        samples = in_memory = list(samples)
+        repeats = Repeats(lambda: (keys for keys, _ in in_memory))
+    elif identity := identity_columns(names):
+        repeats = Repeats(lambda: (keys for keys, _ in _samples(table, identity, _KEY_ROWS, [])))
+    else:
+        repeats = None  # the keys are row numbers
+    for keys, batch in samples:
+        yield _rows(batch, keys, repeats, usable, shard.path)
+    if damaged:
+        yield RowBatch(ROWS.empty_table(), damaged)
+
+
+def identity_columns(names: Sequence[str]) -> list[str]:
+    """The columns, of those that a table has, which `identified` needs."""
+    return [name for name in _IDENTITY if name in names]
+
+
+def identified(batch: pa.RecordBatch, first: int, path: str) -> tuple[pa.StringArray, pa.RecordBatch]:
+    """Keys and rows of the samples of a batch: those with status success, where there is a status.
+
+    The batch has the `identity_columns`; `first` is the number of its first row in the table.
+    """
+    keys, success = row_keys(batch, first, path), success_rows(batch)
+    return (keys, batch) if success is None else (keys.filter(success), batch.filter(success))
+
+
+def _samples(
+    table: Table, columns: list[str], batch_rows: int, faults: list[Fault]
+) -> Iterator[tuple[pa.StringArray, pa.RecordBatch]]:
+    """Keys and rows of all samples; `faults` gets what cannot be read."""
+    try:
+        for first, batch in table.batches(columns, batch_rows, faults):
+            yield identified(batch, first, table.shard.path)
+    except TableDamaged as error:
+        faults.append(error.fault)
+
+
+def _rows(
+    batch: pa.RecordBatch, keys: pa.StringArray, repeats: Repeats | None, choices: Sequence[Choice], path: str
+) -> RowBatch:
+    """The samples of a batch that have a caption, and the faults of the others, both in order."""
+    captions, invalid = row_captions(batch, choices, path)
+    faults: dict[int, tuple[str, str]] = {}
+    if captions.null_count:
+        detail = f"looked for: {', '.join(map(str, choices))}"
+        faults |= dict.fromkeys(np.flatnonzero(captions.is_null()).tolist(), ("no caption", detail))
+    faults |= {row: ("caption is not UTF-8", reason) for row, reason in invalid.items()}
+    for row in blank_rows(captions).tolist():
+        faults[row] = ("empty caption", f"{captions[row].as_buffer().size} bytes of white space")
+    if repeats:
+        faults |= dict.fromkeys(repeats.find(keys), ("repeated key", "the key occurred before in this table"))
+    table = pa.Table.from_arrays([keys, row_uids(batch, path), *row_sizes(batch), captions], schema=ROWS)
+    if faults:
+        kept = np.ones(len(table), bool)
+        kept[list(faults)] = False
+        table = table.filter(pa.array(kept))
+    return RowBatch(table, [Fault(keys[row].as_py(), *faults[row]) for row in sorted(faults)])
+
+
+# ---- The file: Arrow batches of the requested columns
 
 
 class TableDamaged(Exception):
@@ -46,9 +142,7 @@ class TableDamaged(Exception):
 
 
 class Table(ABC):
-    """An open_table(). `schema`: names and types of its columns; `rows`: how many it has, None where only reading it
-    tells.
-    """
+    """`schema`: names and types of the columns; `rows`: their number, None where only reading the table gives it."""
 
     def __init__(self, shard: Shard, schema: pa.Schema, rows: int | None) -> None:
         self.shard, self.schema, self.rows = shard, schema, rows
@@ -56,16 +150,10 @@ class Table(ABC):
     def batches(
         self, columns: Iterable[str], batch_rows: int, faults: list[Fault] | None = None
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """All rows in order: the number of a batch's first row in the table, and the batch.
+        """All rows in order, as the number of a batch's first row in the table, and the batch.
 
-        Args:
-            columns: at least one of the schema.
-            batch_rows: rows of a batch at most.
-            faults: where lines of a CSV that have too few or too many fields are told; such lines do not count as rows.
-
-        Raises:
-            TableDamaged: after the last batch that can be read.
-            UserError: a column that is there twice.
+        `columns`: at least one. `faults` gets the lines of a CSV that have too few or too many fields; they do not count
+        as rows. TableDamaged comes after the last batch that can be read.
         """
         columns = list(dict.fromkeys(columns))
         twice = sorted(name for name in columns if self.schema.names.count(name) > 1)
@@ -85,11 +173,7 @@ class Table(ABC):
 
 
 def open_table(shard: Shard) -> Table:
-    """A table to read, as often as one likes.
-
-    Raises:
-        TableDamaged: it is none.
-    """
+    """A table that can be read repeatedly; TableDamaged if the file is none."""
     return _Csv(shard) if shard.kind == "csv" else _Parquet(shard)
 
 
@@ -145,8 +229,8 @@ def _read(file: pq.ParquetFile, groups: list[int], columns: list[str], batch_row
 
 
 class _Csv(Table):
-    """Arrow gives a table up at a line that is damaged and not UTF-8. A table that is not all UTF-8 is therefore read
-    as Latin-1, in which any bytes are text, and its cells are turned back into what they were."""
+    """Arrow ends a table at a line that is damaged and not UTF-8. A table that is not all UTF-8 is therefore read as
+    Latin-1, in which any bytes are text, and its cells are turned back into their bytes."""
 
     def __init__(self, shard: Shard) -> None:
         self._is_utf8 = _is_utf8(shard)
@@ -159,10 +243,9 @@ class _Csv(Table):
         self.shard = shard
         with self._open([], None) as reader:
             self._read_as = reader.schema.names
-        names = [
-            name if self._is_utf8 else name.encode("latin1").decode("utf8", "backslashreplace")
-            for name in self._read_as
-        ]
+        names = self._read_as
+        if not self._is_utf8:
+            names = [name.encode("latin1").decode("utf8", "backslashreplace") for name in names]
         super().__init__(shard, pa.schema([(name, pa.binary()) for name in names]), None)
 
     def _stream(self, columns: list[str], batch_rows: int, faults: list[Fault] | None) -> Iterator[pa.RecordBatch]:
@@ -191,10 +274,9 @@ class _Csv(Table):
             encoding = "utf8" if self._is_utf8 else "latin1"
             read = pacsv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, encoding=encoding)
             parse = pacsv.ParseOptions(delimiter=self._delimiter, newlines_in_values=True, invalid_row_handler=skip)
-            kinds = dict.fromkeys(columns, pa.binary())
             convert = pacsv.ConvertOptions(
                 include_columns=columns,
-                column_types=kinds,
+                column_types=dict.fromkeys(columns, pa.binary()),
                 null_values=[""],
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
@@ -209,17 +291,12 @@ def _is_utf8(shard: Shard) -> bool:
     decoder = codecs.getincrementaldecoder("utf8")()
     with shard.open() as file:
         try:
-            for part in _parts(file):
+            while part := file.read(_READ_BYTES):
                 decoder.decode(part)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
             return False
     return True
-
-
-def _parts(file: BinaryIO) -> Iterator[bytes]:
-    while part := file.read(_READ_BYTES):
-        yield part
 
 
 def _from_latin1(column: pa.Array) -> pa.BinaryArray:
@@ -230,22 +307,16 @@ def _from_latin1(column: pa.Array) -> pa.BinaryArray:
 
 @contextmanager
 def _damage(reason: str) -> Iterator[None]:
-    """Arrow's complaints about the content as TableDamaged; what the system refuses passes as it is."""
+    """Arrow's errors about the content as TableDamaged; what the system refuses passes unchanged."""
     try:
         yield
-    except pa.ArrowException as error:
-        raise TableDamaged(reason, _line(error)) from None
-    except OSError as error:
-        if error.errno is not None:
+    except (pa.ArrowException, OSError) as error:
+        if not isinstance(error, pa.ArrowException) and error.errno is not None:
             raise
-        raise TableDamaged(reason, _line(error)) from None
+        raise TableDamaged(reason, " ".join(str(error).split())) from None
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-# ---- repeats: Keys that occur more than once in a table: exact, in one reading as long as none does.
+# ---- Repeated keys: exact, in one reading as long as no hash repeats
 #
 # keys -> 64-bit hashes -> a set; the first hash that is there already -> all keys are read again: hashes that occur twice
 #      -> only keys with such a hash are compared as strings, in the table's order
@@ -253,18 +324,17 @@ def _line(error: Exception) -> str:
 
 _START, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x9E3779B97F4A7C15)
 _LOW = np.uint64(20)
-_AHEAD = 16
+_READAHEAD = 16
 _FIRST_SLOTS = 1 << 16
 
 
 class Repeats:
-    """Tells repeated keys, batch by batch, for 16 to 32 bytes of memory a row."""
+    """Finds repeated keys, batch by batch, for 16 to 32 bytes of memory a row.
+
+    `reread`: all keys of the table in its order, in batches; called only when a hash has come twice.
+    """
 
     def __init__(self, reread: Callable[[], Iterable[pa.StringArray]]) -> None:
-        """
-        Args:
-            reread: all keys of the table in its order, in batches; called only when a hash has come twice.
-        """
         self._reread = reread
         self._hashes = np.zeros(_FIRST_SLOTS, np.uint64)
         self._rows = 0
@@ -285,7 +355,7 @@ class Repeats:
 
 
 class _Twice:
-    """The same once there may be repeats: `before` are the keys of which the first `rows` have been seen."""
+    """The same once there may be repeats: of the keys `before`, the first `rows` have been seen."""
 
     def __init__(self, keys: Iterable[pa.StringArray], before: Iterable[pa.StringArray], rows: int) -> None:
         hashes = np.sort(np.concatenate([np.empty(0, np.uint64), *map(_hashes, keys)]))
@@ -298,37 +368,35 @@ class _Twice:
                 break
 
     def find(self, keys: pa.StringArray) -> list[int]:
-        """Rows of the next batch whose key occurred before."""
-        found = []
+        repeated = []
         for row in np.flatnonzero(np.isin(_hashes(keys), self._hashes)):
             key = keys[row].as_py()
             if key in self._seen:
-                found.append(int(row))
+                repeated.append(int(row))
             self._seen.add(key)
-        return found
+        return repeated
 
 
 @njit(nogil=True, cache=True)
 def _add_all(slots: np.ndarray, hashes: np.ndarray) -> bool:
-    """Add hashes, less the 0 that stands for nothing, to an open-addressing set; whether one was there already."""
-    mask, found = len(slots) - 1, False
-    for place in range(len(hashes)):
-        ahead = hashes[min(place + _AHEAD, len(hashes) - 1)]
-        prefetch(slots, np.int64(ahead >> _LOW) & mask)  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
-        value = hashes[place]
+    """Add hashes, less the 0 that stands for an empty slot, to an open-addressing set; whether any was there already."""
+    mask, repeated = len(slots) - 1, False
+    for row in range(len(hashes)):
+        next_hash = hashes[min(row + _READAHEAD, len(hashes) - 1)]
+        prefetch(slots, np.int64(next_hash >> _LOW) & mask)  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
+        value = hashes[row]
         if value == 0:
             continue
         slot = np.int64(value >> _LOW) & mask
         while slots[slot] != 0 and slots[slot] != value:
             slot = (slot + 1) & mask
-        found |= slots[slot] == value
+        repeated |= slots[slot] == value
         slots[slot] = value
-    return found
+    return repeated
 
 
 def _hashes(strings: pa.StringArray) -> np.ndarray:
-    offsets, text = offsets_and_bytes(strings)
-    return _hash_each(offsets, text)
+    return _hash_each(*offsets_and_bytes(strings))
 
 
 @njit(nogil=True, cache=True)
@@ -336,13 +404,13 @@ def _hash_each(offsets: np.ndarray, text: np.ndarray) -> np.ndarray:
     """uint64 [N] of strings as int32 [N + 1] offsets into uint8 [B], eight bytes at a time."""
     hashes = np.empty(len(offsets) - 1, np.uint64)
     for row in range(len(hashes)):
-        at, end = np.int64(offsets[row]), np.int64(offsets[row + 1])
-        value = _START ^ np.uint64(end - at)
-        while at + 8 <= end:
-            value = _mixed(value, load(text, at))  # pyright: ignore[reportCallIssue]
-            at += 8
+        begin, end = np.int64(offsets[row]), np.int64(offsets[row + 1])
+        value = _START ^ np.uint64(end - begin)
+        while begin + 8 <= end:
+            value = _mixed(value, load(text, begin))  # pyright: ignore[reportCallIssue]
+            begin += 8
         rest = np.uint64(0)
-        for i in range(at, end):
+        for i in range(begin, end):
             rest = (rest << np.uint64(8)) | np.uint64(text[i])
         hashes[row] = _mixed(value, rest) | np.uint64(1)  # never 0
     return hashes
@@ -352,122 +420,3 @@ def _hash_each(offsets: np.ndarray, text: np.ndarray) -> np.ndarray:
 def _mixed(value: Scalar, more: Scalar) -> Scalar:
     value = (value ^ more) * _PRIME
     return value ^ (value >> np.uint64(32))
-
-
-# ---- tables: A table (Parquet, CSV, TSV) as a shard: its captions as rows.
-#
-# batches -> status success -> keys, repeated ones out -> captions, missing ones out -> RowBatch
-
-
-_KEY_ROWS = 1 << 17
-_IDENTITY = (*KEY_COLUMNS, STATUS_COLUMN)
-
-
-def read_table_rows(shard: Shard, choices: Sequence[Choice], batch_rows: int) -> Iterator[RowBatch]:
-    """All rows of a table in its order. A table that is cut or damaged ends with a fault of an empty key.
-
-    Args:
-        shard: of kind parquet or csv.
-        choices: as `parse_caption_key` gives them; items of other kinds, and columns that are not there, count as
-            missing.
-        batch_rows: rows of a batch at most.
-
-    Raises:
-        UserError: the table has no column that `choices` name, or one of a type that cannot be read.
-    """
-    try:
-        table = open_table(shard)
-    except TableDamaged as error:
-        yield RowBatch(ROWS.empty_table(), [error.fault])
-        return
-    names = table.schema.names
-    usable = caption_choices(shard, choices, names)
-    if not usable:
-        columns = ", ".join(map(repr, names))
-        raise UserError(
-            f"{shard.path} has no column that build.caption_key names ({', '.join(map(str, choices))})",
-            allowed=f"its columns: {columns}" + ("; a CSV needs a header line" if shard.kind == "csv" else ""),
-            fix=f"add `--caption-key {shard.kind}:COLUMN` with one of them",
-        )
-    captions = [item.name for choice in usable for item in choice.items]
-    sizes = [name for pair in SIZE_COLUMNS for name in pair]
-    wanted = [name for name in (*_IDENTITY, *sizes, *captions) if name in names]
-    # Told after all rows: Arrow reads ahead, so when it meets a line says nothing of the batch that the line is near.
-    at_the_end: list[Fault] = []
-    samples = _samples(table, wanted, batch_rows, at_the_end)
-    if (
-        table.rows is not None and table.rows <= batch_rows
-    ):  # as the side Parquet of a tar: read once, for keys and rows
-        samples = list(samples)
-        read = samples
-        repeats = Repeats(lambda: (keys for keys, _ in read))
-    elif identity := identity_columns(names):
-        repeats = Repeats(lambda: (keys for keys, _ in _samples(table, identity, _KEY_ROWS, [])))
-    else:
-        repeats = None  # the keys are row numbers
-    for keys, batch in samples:
-        yield _rows(batch, keys, repeats, usable, shard.path)
-    if at_the_end:
-        yield RowBatch(ROWS.empty_table(), at_the_end)
-
-
-def caption_choices(shard: Shard, choices: Sequence[Choice], names: Sequence[str]) -> tuple[Choice, ...]:
-    """What of `choices` a table with the columns `names` can answer."""
-    assert shard.kind != "tar"
-    usable = []
-    for choice in column_choices(choices, shard.kind):
-        items = tuple(item for item in choice.items if item.name in names)
-        if items:
-            usable.append(Choice(items))
-    return tuple(usable)
-
-
-def identity_columns(names: Sequence[str]) -> list[str]:
-    """The columns, of those that a table has, which `identified` needs."""
-    return [name for name in _IDENTITY if name in names]
-
-
-def identified(batch: pa.RecordBatch, first: int, path: str) -> tuple[pa.StringArray, pa.RecordBatch]:
-    """Keys and rows of the samples of a batch: those with status success, where there is a status.
-
-    Args:
-        batch: with `identity_columns`.
-        first: number of its first row in the table.
-        path: of the table, for messages.
-    """
-    keys, success = row_keys(batch, first, path), success_rows(batch)
-    return (keys, batch) if success is None else (keys.filter(success), batch.filter(success))
-
-
-def _samples(
-    table: Table, columns: list[str], batch_rows: int, faults: list[Fault]
-) -> Iterator[tuple[pa.StringArray, pa.RecordBatch]]:
-    """Keys and rows of all samples; what cannot be read is told in `faults`."""
-    try:
-        for first, batch in table.batches(columns, batch_rows, faults):
-            yield identified(batch, first, table.shard.path)
-    except TableDamaged as error:
-        faults.append(error.fault)
-
-
-def _rows(
-    batch: pa.RecordBatch, keys: pa.StringArray, repeats: Repeats | None, choices: Sequence[Choice], path: str
-) -> RowBatch:
-    """The samples of a batch that have a caption, and the faults of the others, both in order."""
-    captions, invalid = row_captions(batch, choices, path)
-    faults: dict[int, tuple[str, str]] = {}
-    if captions.null_count:
-        looked = f"looked for: {', '.join(map(str, choices))}"
-        faults |= dict.fromkeys(np.flatnonzero(captions.is_null()).tolist(), ("no caption", looked))
-    faults |= {row: ("caption is not UTF-8", told) for row, told in invalid.items()}
-    for row in blank_rows(captions).tolist():
-        faults[row] = ("empty caption", f"{captions[row].as_buffer().size} bytes of white space")
-    faults |= dict.fromkeys(
-        repeats.find(keys) if repeats else (), ("repeated key", "the key occurred before in this table")
-    )
-    table = pa.Table.from_arrays([keys, row_uids(batch, path), *row_sizes(batch), captions], schema=ROWS)
-    if faults:
-        kept = np.ones(len(table), bool)
-        kept[list(faults)] = False
-        table = table.filter(pa.array(kept))
-    return RowBatch(table, [Fault(keys[row].as_py(), *faults[row]) for row in sorted(faults)])
