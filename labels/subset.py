@@ -5,8 +5,8 @@
     SQL condition        -> `where`: one expression that is true or false, on a table of DuckDB
     -> `sort_uids`, which spills what does not fit -> `count_in`: how often each sample's uid is in the array
 
-Stage 1 (`build-labels --subset`) writes the sorted uids once, by `resolve_subset`, to subset.npy, which every worker maps.
-A repeated uid repeats its sample; a sample without a uid is in no subset of uids. Shapes: N uids of a batch, U of the array.
+Stage 1 (`build-labels --subset`) writes the sorted uids once, by `resolve_subset`, to subset.npy; every worker maps it.
+A repeated uid repeats its sample; a sample without a uid is in no subset of uids. N uids of a batch, U of the array.
 duckdb and fsspec are imported where they are used: a training node without a subset needs neither.
 """
 
@@ -59,7 +59,7 @@ def resolve_subset(
 
     Args:
         text: .npy or .parquet (path or URL), or an SQL condition on the metadata.
-        metadata: folder, glob or file of the metadata's .parquet; None: `metadata/` in or next to the folders of `sources`.
+        metadata: folder, glob or file of .parquet; None: `metadata/` in or next to the folders of `sources`.
         memory: DuckDB's limit, e.g. `1GiB`; `spill` is a folder for what does not fit.
 
     Returns:
@@ -141,7 +141,7 @@ def _write(path: Path, parts: Iterator[np.ndarray]) -> int:
 
 
 def _parquet_files(source: str, option: str, allowed: str) -> list[tuple[AbstractFileSystem, str]]:
-    """The .parquet files of a folder (also deeper), a glob or a file, local or URL: filesystem, and the path for DuckDB."""
+    """The .parquet files of a folder (also deeper), glob or file or URL, as filesystem and path for DuckDB."""
     from fsspec.core import url_to_fs
 
     try:
@@ -326,7 +326,7 @@ def where(
 
 
 def parse_uids(strings: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
-    """UIDS [N] of those strings that are 32 hex digits, and their rows, int64 [N]; the others, and nulls, are skipped."""
+    """UIDS [N] of those strings that are 32 hex digits, and their rows, int64 [N]; others and nulls are skipped."""
     _, offset_bytes, data = strings.buffers()
     if not len(strings):
         return np.empty(0, UIDS), np.empty(0, np.int64)
@@ -362,7 +362,7 @@ def count_in(uids: np.ndarray, array: np.ndarray) -> np.ndarray:
 
 
 def _bound(values: np.ndarray, begin: np.ndarray, end: np.ndarray, wanted: np.ndarray, before: np.ufunc) -> np.ndarray:
-    """For each i the first position in begin[i]:end[i] of the sorted `values` that is not `before` wanted[i], by bisection."""
+    """For each i, by bisection, the first position in begin[i]:end[i] of the sorted `values` not `before` wanted[i]."""
     begin, end = begin.copy(), end.copy()
     while (open_rows := np.flatnonzero(begin < end)).size:
         middle = (begin[open_rows] + end[open_rows]) // 2

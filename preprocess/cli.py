@@ -362,8 +362,8 @@ def train_tokenizer_command(
 ) -> None:
     """Train a tokenizer, or choose CatLIP's synsets, on the captions of DATA."""
     from labels.config import load_pipeline
-    from preprocess.readers.caption_key import parse_caption_key
     from preprocess.readers import read_rows
+    from preprocess.readers.caption_key import parse_caption_key
     from preprocess.readers.shards import find_shards
     from preprocess.train_tokenizer import train_tokenizer
 

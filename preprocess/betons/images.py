@@ -4,9 +4,9 @@
                                                                -> other: `prepare`: decoded by PIL, written as JPEG
                                                                   `check_in_place` (--no-images): rejected
 
-`decode_check: header` is the default: it costs almost nothing. A full decode costs several times the rest of the writer,
-and the loader checks every decode anyway: it reports a bad image and excludes it from the loss. `full` (DecodeCheck) is
-for those who want to know before training.
+`decode_check: header` is the default: it costs almost nothing. A full decode costs several times the rest of the
+writer, and the loader checks every decode anyway: it reports a bad image and excludes it from the loss. `full`
+(DecodeCheck) is for those who want to know before training.
 """
 
 import ctypes
@@ -52,7 +52,7 @@ class BadImage(Exception):
 def prepare(data: bytes, settings: Build) -> tuple[bytes, int, int]:
     """The JPEG bytes that go into the beton, with width and height in pixels.
 
-    Plain RGB JPEGs (8 bits, 3 components, upright, with their end mark) that are not to be shrunk are returned unchanged.
+    Plain RGB JPEGs (8 bits, 3 components, upright, with their end mark) that need no shrinking are returned unchanged.
     The rest is decoded and written as JPEG: transparency on white, EXIF orientation applied, 16-bit and palette images
     reduced. BadImage: no image, cut short, or more than `max_pixels` pixels.
     """
@@ -66,9 +66,7 @@ def prepare(data: bytes, settings: Build) -> tuple[bytes, int, int]:
 
 
 def check_in_place(data: bytes, settings: Build) -> tuple[int, int]:
-    """Width and height of an image that stays in its tar (`--no-images`), where nothing can be converted; BadImage if it
-    is no plain RGB JPEG, or `prepare` would reject it.
-    """
+    """Width and height of an image that stays in its tar (`--no-images`); BadImage if it would have to be converted."""
     header = _plain_header(data, settings)
     if header is not None:
         return header.width, header.height
@@ -261,7 +259,7 @@ def _number(data: np.ndarray, position: Any) -> Any:
 
 @njit(nogil=True, cache=True)
 def _header(data: np.ndarray, begin: int, end: int) -> Any:
-    """Offset of the frame header from `begin` (-1: none), width, height, whether it is plain, whether EXIF precedes it."""
+    """Offset of the frame header from `begin` (-1: none), width, height, is it plain, does EXIF precede it."""
     exif = False
     if end - begin < 3 or data[begin] != 0xFF or data[begin + 1] != 0xD8 or data[begin + 2] != 0xFF:
         return np.int64(-1), np.int64(0), np.int64(0), False, exif

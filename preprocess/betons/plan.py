@@ -1,12 +1,17 @@
-"""Which rows stand in which beton: a pure function of the shards' rows and the settings, known before any image is
-read.
+"""Which rows go into which beton: a pure function of the shards' rows and the settings, known before any image is read.
 
-shards with rows -> windows of `shuffle_window` neighbours -> groups, the unit of work: one beton's worth of windows, or one larger window
-                 -> the group's rows, each window's shuffled -> `files` even stretches, a beton each
+    shards with rows -> windows of `shuffle_window` neighbours -> groups: the windows of one beton, or one larger window
+    group            -> its rows, shuffled within each window  -> `files` even parts, a beton each
+
+So groups can be written in parallel, on any machine, in any order; a group is the unit of work and of resume. With the
+default of 10,000 samples a DataComp shard is one beton; rows with bad images make a beton smaller. Without a
+`shuffle_window` each tar is read once, front to back: the loader mixes blocks of all betons. A window is for shards
+sorted by topic; its tars are mapped together, which needs page cache.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +28,24 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Member:
-    """A shard that has rows. `number`: its position among the manifest's shards; `bytes`: its part in the size of a
-    beton.
-    """
+    """A shard that has rows."""
 
     shard: Shard
     part: ShardPart
-    number: int
-    bytes: int
+    number: int  # position among the manifest's shards
+    bytes: int  # its part in the size of a beton
 
     @property
     def wanted(self) -> list[Any]:
-        """What a marker has to say of the shard."""
+        """The shard's entry in a marker."""
         return [self.part.name, self.part.first_index, self.part.labels_sha256, self.shard.source]
 
 
 @dataclass(frozen=True)
 class Group:
-    """`first`: number of its first beton; `files`: how many betons it makes; `windows`: its shards, in order."""
+    """Neighbouring windows of shards, whose rows make `files` betons."""
 
-    first: int
+    first: int  # number of its first beton
     files: int
     windows: list[list[Member]]
 
@@ -56,7 +59,7 @@ class Group:
 
     @property
     def wanted(self) -> dict[str, Any]:
-        """What a marker has to say for its betons to be this group's."""
+        """The values of a marker whose betons are this group's."""
         return {"first": self.first, "count": self.files, "shards": [member.wanted for member in self.members]}
 
 
@@ -71,9 +74,8 @@ class ImageFolder:
     def numbered(self) -> list[tuple[int, Path]]:
         """Number and path of its files and markers, whole or not; files with other names are not a build's."""
         paths = [*self.files.glob(f"*{self.suffix}"), *self.markers.glob("*.json")]
-        return [
-            (int(path.stem), path) for path in paths if path.stem.isdecimal() and path.stem == f"{int(path.stem):05d}"
-        ]
+        numbered = [(int(path.stem), path) for path in paths if path.stem.isdecimal()]
+        return [(number, path) for number, path in numbered if path.stem == f"{number:05d}"]
 
 
 def image_folder(layout: Layout, *, copy: bool) -> ImageFolder:
@@ -84,23 +86,21 @@ def image_folder(layout: Layout, *, copy: bool) -> ImageFolder:
 
 
 def plan_groups(batches: Sequence[Sequence[Member]], settings: Build) -> list[Group]:
-    """All groups in order. No group spans two `batches`: what `preprocess append` adds leaves earlier betons as they
-    are.
-    """
+    """All groups in order. No group spans two `batches`: `preprocess append` leaves earlier betons unchanged."""
     groups: list[Group] = []
+    first, step = 0, settings.shuffle_window
     for batch in batches:
-        for windows in _gathered(
-            [list(batch[at : at + settings.shuffle_window]) for at in range(0, len(batch), settings.shuffle_window)],
-            settings,
-        ):
-            rows, size = _totals(windows)
-            files = max(-(-rows // settings.beton_samples), -(-size // _limit(settings)))
-            groups.append(Group(groups[-1].first + groups[-1].files if groups else 0, min(files, rows), windows))
+        windows = [list(batch[start : start + step]) for start in range(0, len(batch), step)]
+        for together in _gathered(windows, settings):
+            rows, size = _totals(together)
+            files = min(max(-(-rows // settings.beton_samples), -(-size // _limit(settings))), rows)
+            groups.append(Group(first, files, together))
+            first += files
     return groups
 
 
 def _gathered(windows: list[list[Member]], settings: Build) -> Iterator[list[list[Member]]]:
-    """Neighbouring windows that fit one beton together; a larger window stands alone."""
+    """Neighbouring windows that fit one beton together; a larger window is alone."""
     together: list[list[Member]] = []
     for window in windows:
         rows, size = _totals([*together, window])
@@ -126,20 +126,17 @@ def row_order(group: Group, settings: Build) -> list[np.ndarray]:
 
     A row's place within its window is decided by the seed and its index among all rows alone.
     """
-    stretches, first = [], 0
+    orders, first = [], 0
     for window in group.windows:
         index = np.concatenate([np.arange(member.part.rows) + member.part.first_index for member in window])
-        order = (
-            np.arange(len(index))
-            if settings.shuffle_window == 1
-            else np.argsort(_mixed(index, settings.shuffle_seed), kind="stable")
-        )
-        stretches.append(first + order)
+        order = np.arange(len(index))
+        if settings.shuffle_window > 1:
+            order = np.argsort(_mixed(index, settings.shuffle_seed), kind="stable")
+        orders.append(first + order)
         first += len(index)
-    rows = np.concatenate(stretches)
-    return [
-        rows[len(rows) * file // group.files : len(rows) * (file + 1) // group.files] for file in range(group.files)
-    ]
+    rows = np.concatenate(orders)
+    bounds = [len(rows) * file // group.files for file in range(group.files + 1)]
+    return [rows[begin:end] for begin, end in pairwise(bounds)]
 
 
 def _mixed(index: np.ndarray, seed: int) -> np.ndarray:

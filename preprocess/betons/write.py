@@ -4,9 +4,9 @@
         -> beton/<nnnnn>.beton ...  --no-images: places/<nnnnn>.npy ...
         rejected: reason and detail -> done/beton/<nnnnn>.json, named after the first beton
 
-A beton (layout: labels/beton.py) is written front to back, once. All sizes are known before the first byte, so metadata
-comes first. Compiled code copies each JPEG once, from the tar's page cache into a page buffer; a second thread computes the
-SHA-256 while this one writes. R rows of a group or shard, N samples of a beton, K labels.
+A beton (layout: labels/beton.py) is written front to back, once. All sizes are known before the first byte, so the
+metadata comes first. Compiled code copies each JPEG once, from the tar's page cache into a page buffer; a second thread
+computes the SHA-256 while this one writes. R rows of a group or shard, N samples of a beton, K labels.
 """
 
 import errno
@@ -30,7 +30,7 @@ from numba import types  # pyright: ignore[reportPrivateImportUsage]  (numba doc
 
 from labels import beton
 from labels.arrays import pad_rows
-from labels.manifest import PLACE, BetonPart
+from labels.manifest import IMAGE_SPAN, BetonPart
 from labels.native import njit
 from labels.settings import Build
 from labels.storage import Layout, atomic_write, is_remote, local_copy
@@ -80,12 +80,12 @@ class GroupTask:
     @property
     def marker(self) -> Path:
         layout = Layout(self.out)
-        return layout.beton_marker(self.group.first) if self.copy else layout.place_marker(self.group.first)
+        return layout.beton_marker(self.group.first) if self.copy else layout.image_index_marker(self.group.first)
 
     def file(self, number: int) -> Path:
         """The beton or image index file of this number."""
         layout = Layout(self.out)
-        return layout.beton_file(number) if self.copy else layout.place_file(number)
+        return layout.beton_file(number) if self.copy else layout.image_index_file(number)
 
     def is_done(self, marker: GroupMarker, sizes: Mapping[str, int]) -> bool:
         wanted = {"options": self.options, **self.group.wanted}
@@ -124,7 +124,7 @@ def write_group(task: GroupTask) -> GroupMarker:
     task.marker.unlink(missing_ok=True)  # an older marker must not vouch for the new files
     scratch = None
     if not is_remote(task.out):
-        scratch = layout.betons if task.copy else layout.places
+        scratch = layout.betons if task.copy else layout.image_index
         scratch.mkdir(parents=True, exist_ok=True)
     files = []
     with ExitStack() as stack:
@@ -193,7 +193,7 @@ def _write_beton(path: Path, _: Group, rows: _Rows, kept: np.ndarray) -> tuple[i
 
 
 def _write_image_index(path: Path, group: Group, rows: _Rows, kept: np.ndarray) -> tuple[int, str]:
-    spans = np.zeros(len(kept), PLACE)
+    spans = np.zeros(len(kept), IMAGE_SPAN)
     spans["shard"] = np.array([member.number for member in group.members])[rows.member[kept]]
     for name in ("bytes", "offset", "index", "width", "height"):
         spans[name] = getattr(rows, name)[kept]
@@ -228,8 +228,8 @@ def resolve_images(
 ) -> ResolvedImages:
     """Check every image of a shard, and convert those that a beton does not take as they are.
 
-    `keys`: of the R rows. `scratch` gets the converted images; None converts nothing: an image that is no plain JPEG is a
-    fault (`--no-images`).
+    `keys`: of the R rows. `scratch` gets the converted images; None (`--no-images`) converts nothing: an image that is
+    no plain JPEG is a fault.
     """
     data, spans = images.data, images.spans.copy()
     scan = scan_jpegs(data, spans, settings)
@@ -307,8 +307,8 @@ def choose_page(sizes: np.ndarray) -> tuple[int, np.ndarray]:
     """Page size in bytes for samples of `sizes` bytes, int64 [N], and where each begins in the file, int64 [N].
 
     The smallest page whose unused ends take less than a 32nd of the file; of those up to 64 MiB the best, if none is
-    that good (FFCV: four times the largest image). A sample never crosses a page border: stock FFCV reads it from one page.
-    ValueError: a sample is larger than any page.
+    that good (FFCV: four times the largest image). A sample never crosses a page border: stock FFCV reads it from one
+    page. ValueError: a sample is larger than any page.
     """
     largest, total = int(sizes.max(initial=0)), int(sizes.sum())
     page_bytes = beton.page_bytes_for(largest)

@@ -1,6 +1,6 @@
 """`preprocess explain`: one sample with the caption as it was written, read from its shard, and the cleaned caption.
 
-key or uid -> labels/explanation.py -> + caption of the shard, if that is unchanged -> + the tokenizer's cleaned caption
+key or uid -> labels/explanation.py -> + caption of the shard, if that is unchanged -> + the cleaned caption
 """
 
 from collections.abc import Collection
@@ -13,22 +13,17 @@ from labels.manifest import Manifest, read_manifest
 from labels.settings import Pipeline
 from labels.storage import Layout, UserError, local_copy
 from labels.tokenizers.tokenizer import Tokenizer, make_tokenizer
-from preprocess.readers.caption_key import parse_caption_key
 from preprocess.readers import read_rows
+from preprocess.readers.caption_key import parse_caption_key
 from preprocess.readers.shards import Shard, find_shards
 from preprocess.stage import LabelMarker, read_marker
 
 
 def explain(out: Path, name: str, *, shard: str | None = None) -> Explanation:
-    """All that is known about one sample.
+    """All that is known about one sample of a label dataset; `name`: its key or uid; `shard`: if several have it.
 
-    Args:
-        out: a finished output folder.
-        name: the sample's key or uid.
-        shard: the shard to search, if several have the key.
-
-    Raises:
-        UserError: there is no such sample.
+    Its caption is shown as it was read only if its shard is unchanged since the build; otherwise it is joined from its
+    tokens, and `caption_from` says so.
     """
     explanation = explain_row(out, name, shard)
     manifest, layout, sample = read_manifest(out), Layout(out), explanation.sample

@@ -1,6 +1,7 @@
-"""`preprocess report`: numbers of a finished output folder, by DuckDB, and one HTML page of them.
+"""`preprocess report`: numbers of a finished label dataset, by DuckDB, and one HTML page of them.
 
-idf.duckdb, labels/, quarantine.parquet, some samples -> Summary -> IDF spectrum, labels per caption, rejected samples, gallery, shards
+`summarise`: idf.duckdb, labels/, quarantine.parquet, some samples -> Summary
+`report_page`: Summary -> tiles, IDF spectrum, labels per caption, rejected samples, gallery, shards, options
 """
 
 from collections import Counter
@@ -45,53 +46,42 @@ _CURVE_POINTS, _SHARD_BARS, _SHARDS_TABLED = 400, 120, 12
 
 @dataclass(frozen=True)
 class Reason:
-    """Samples rejected at one stage for one reason: how many, and (shard, key, detail) of some."""
+    """Samples rejected at one stage for one reason."""
 
     stage: str
     reason: str
     samples: int
-    examples: list[tuple[str, str, str]]
+    examples: list[tuple[str, str, str]]  # shard, key, detail
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One sample of the gallery; `decoded`: its caption is decoded from the tokens."""
+    """One sample of the gallery."""
 
     sample: Sample
     image: bytes | None
     caption: str
-    decoded: bool
+    decoded: bool  # the caption is decoded from the tokens
     labels: list[Label]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Numbers of an output folder.
-
-    Attributes:
-        labels_histogram: int64 [K + 1], captions with 0, 1, ... K labels.
-        full: captions at the context limit.
-        median_size: width and height in pixels, each a median.
-        faults: files of the manifest that are missing or of another length.
-    """
+    """Numbers of a label dataset."""
 
     out: Path
     manifest: Manifest
     vocabulary: Vocabulary
-    labels_histogram: np.ndarray
-    full: int
-    median_size: tuple[int | None, int | None]
+    labels_histogram: np.ndarray  # int64 [K + 1], captions with 0, 1, ... K labels
+    full: int  # captions at the context limit
+    median_size: tuple[int | None, int | None]  # width and height in pixels, each a median
     reasons: list[Reason]
     gallery: list[Shown]
-    faults: list[str]
+    faults: list[str]  # files of the manifest that are missing or of another length
 
 
 def summarise(out: Path, pictures: int) -> Summary:
-    """Read a finished output folder; `pictures`: samples in the gallery.
-
-    Raises:
-        UserError: the folder is unfinished or cannot be read.
-    """
+    """Read a finished label dataset; `pictures`: samples in the gallery."""
     manifest = read_manifest(out)
     layout = Layout(out if is_remote(out) else out.resolve())
     vocabulary = Vocabulary(layout, manifest)
@@ -122,9 +112,11 @@ def _median(con: duckdb.DuckDBPyConnection, column: str) -> int | None:
 
 def _reasons(con: duckdb.DuckDBPyConnection, layout: Layout) -> list[Reason]:
     """By stage and reason, most frequent first, with the first few samples of each."""
+    example = "{'shard': shard, 'key': key, 'detail': detail}"
     query = f"""
-        SELECT stage, reason, count(*) AS samples, arg_min({{'shard': shard, 'key': key, 'detail': detail}}, file_row_number, {_EXAMPLES})
-        FROM read_parquet({quoted(layout.quarantine)}, file_row_number = true) GROUP BY stage, reason ORDER BY samples DESC, stage, reason
+        SELECT stage, reason, count(*) AS samples, arg_min({example}, file_row_number, {_EXAMPLES})
+        FROM read_parquet({quoted(layout.quarantine)}, file_row_number = true)
+        GROUP BY stage, reason ORDER BY samples DESC, stage, reason
     """
     return [
         Reason(stage, reason, samples, [(example["shard"], example["key"], example["detail"]) for example in examples])
@@ -141,35 +133,30 @@ def _gallery_samples(layout: Layout, manifest: Manifest, vocabulary: Vocabulary,
     shown = []
     for sample in samples:
         image = read_image(layout, manifest, sample)
+        small = thumbnail(image, _THUMBNAIL_SIDE) if image else None
         shard_captions = captions[sample.shard.name]
         caption = None if isinstance(shard_captions, str) else shard_captions.get(sample.key)
-        shown.append(
-            Shown(
-                sample,
-                thumbnail(image, _THUMBNAIL_SIDE) if image else None,
-                vocabulary.text(sample.token_ids) if caption is None else caption,
-                caption is None,
-                vocabulary.labels(sample.label_ids),
-            )
-        )
+        text = vocabulary.text(sample.token_ids) if caption is None else caption
+        shown.append(Shown(sample, small, text, caption is None, vocabulary.labels(sample.label_ids)))
     return shown
 
 
 def _faults(layout: Layout, manifest: Manifest) -> list[str]:
     """From one listing of each folder; `preprocess verify` reads everything."""
-    labels, betons, image_index = (file_sizes(folder) for folder in (layout.labels, layout.betons, layout.image_index))
+    labels = file_sizes(layout.labels)
     faults = [
         f"labels/{part.name}.parquet is missing" for part in manifest.shards if f"{part.name}.parquet" not in labels
     ]
-    for folder, suffix, sizes, parts in (
-        ("beton", "beton", betons, manifest.betons),
-        ("places", "npy", image_index, manifest.image_index),
+    for folder, suffix, parts in (
+        (layout.betons, "beton", manifest.betons),
+        (layout.image_index, "npy", manifest.image_index),
     ):
+        sizes = file_sizes(folder)
         for part in parts:
-            size = sizes.get(f"{part.number:05d}.{suffix}")
-            if size != part.bytes:
+            name = f"{part.number:05d}.{suffix}"
+            if (size := sizes.get(name)) != part.bytes:
                 fault = "is missing" if size is None else f"has {size:,} bytes, in the manifest {part.bytes:,}"
-                faults.append(f"{folder}/{part.number:05d}.{suffix} {fault}")
+                faults.append(f"{folder.name}/{name} {fault}")
     return faults
 
 
@@ -192,16 +179,11 @@ def _tiles(summary: Summary) -> Html:
     seen = int((summary.vocabulary.frequency > 0).sum())
     parts = [*manifest.betons, *manifest.image_index]
     gib = sum(part.bytes for part in parts) / 2**30
-    files = (
-        _number(len(parts), "beton", "betons")
-        if manifest.betons
-        else _number(len(parts), "image index", "image indices")
-    )
-    mean = float(
-        (summary.labels_histogram * np.arange(len(summary.labels_histogram))).sum() / max(manifest.captions, 1)
-    )
+    nouns = ("beton", "betons") if manifest.betons else ("image index", "image indices")
+    labels = summary.labels_histogram
+    mean = float((labels * np.arange(len(labels))).sum() / max(manifest.captions, 1))
     width, height = summary.median_size
-    samples_note = f"{gib:.2f} GiB in {files}" if parts else "built without images"
+    samples_note = f"{gib:.2f} GiB in {_number(len(parts), *nouns)}" if parts else "built without images"
     return tiles(
         [
             ("Captions labelled", f"{manifest.captions:,}", "from " + _number(len(manifest.shards), "shard", "shards")),
@@ -214,8 +196,8 @@ def _tiles(summary: Summary) -> Html:
     )
 
 
-def _number(count: int, one: str, many: str) -> str:
-    return f"{count:,} {one if count == 1 else many}"
+def _number(count: int, singular: str, plural: str) -> str:
+    return f"{count:,} {singular if count == 1 else plural}"
 
 
 def _all_samples(summary: Summary) -> int:
@@ -224,9 +206,7 @@ def _all_samples(summary: Summary) -> int:
 
 def _share(part: float, whole: float) -> str:
     share = part / whole if whole else 0.0
-    if not share:
-        return "0%"
-    return f"{share:.1%}" if share >= 0.001 else "under 0.1%"
+    return "0%" if not share else f"{share:.1%}" if share >= 0.001 else "under 0.1%"
 
 
 def _spectrum(summary: Summary) -> Html:
@@ -236,32 +216,25 @@ def _spectrum(summary: Summary) -> Html:
         return paragraph("No caption has a token.")
     ranks = np.unique(np.geomspace(1, len(order), _CURVE_POINTS).round().astype(np.int64))
     curve = Series(ranks.tolist(), vocabulary.idf[order[ranks - 1]].tolist())
-    marks = [
-        Mark(rank, float(vocabulary.idf[order[rank - 1]]), vocabulary.name(int(order[rank - 1])))
-        for rank in _named(vocabulary, order)
-    ]
-    chart = line_chart(
-        "IDF of tokens by rank",
-        Axis("rank by document frequency", log=True),
-        Axis("IDF (nats)", low=0.0, high=float(vocabulary.idf[order].max()) * 1.05),
-        [curve],
-        marks,
-        note=f"Formula {manifest.idf_formula}, {manifest.captions:,} captions",
-    )
+    marks = []
+    for rank in _named(vocabulary, order):
+        token = int(order[rank - 1])
+        marks.append(Mark(rank, float(vocabulary.idf[token]), vocabulary.name(token)))
+    x = Axis("rank by document frequency", log=True)
+    y = Axis("IDF (nats)", low=0.0, high=float(vocabulary.idf[order].max()) * 1.05)
+    note = f"Formula {manifest.idf_formula}, {manifest.captions:,} captions"
+    chart = line_chart("IDF of tokens by rank", x, y, [curve], marks, note=note)
     text = "A token of many captions says little about an image and has a small weight; a rare token has a large one."
     total = float((vocabulary.frequency * vocabulary.idf).sum()) or 1.0
     rows = []
     for token in order[:_TABLED_TOKENS].tolist():
         label = vocabulary.label(token, 0.0)
-        share = _share(label.document_frequency * label.idf, total)
-        in_captions = _share(label.document_frequency, manifest.captions)
-        rows.append(
-            [tag("code", label.name), token, f"{label.document_frequency:,}", in_captions, f"{label.idf:.3f}", share]
-        )
+        frequency = label.document_frequency
+        shares = _share(frequency, manifest.captions), _share(frequency * label.idf, total)
+        rows.append([tag("code", label.name), token, f"{frequency:,}", shares[0], f"{label.idf:.3f}", shares[1]])
     columns = ["Token", "#Id", "#Captions", "#Of all captions", "#IDF (nats)", "#Of all weight"]
-    commonest = table(
-        columns, rows, caption=f"The {len(rows)} most frequent tokens; weight is document frequency times IDF"
-    )
+    caption = f"The {len(rows)} most frequent tokens; weight is document frequency times IDF"
+    commonest = table(columns, rows, caption=caption)
     once = int((vocabulary.frequency == 1).sum())
     tail = f"{len(order):,} tokens occur, {once:,} of them in a single caption. “…” marks a part of a word."
     return join([paragraph(text), chart, paragraph(tail, muted=True), details("The most frequent tokens", commonest)])
@@ -269,16 +242,12 @@ def _spectrum(summary: Summary) -> Html:
 
 def _named(vocabulary: Vocabulary, order: np.ndarray) -> list[int]:
     """Ranks of whole words at even distances on the logarithmic axis."""
-    words = [
-        rank
-        for rank, token in enumerate(order.tolist(), 1)
-        if (name := vocabulary.name(token)).isalpha() and len(name) > 1
-    ]
+    names = map(vocabulary.name, order.tolist())
+    words = [rank for rank, name in enumerate(names, 1) if name.isalpha() and len(name) > 1]
     if not words:
         return []
-    logs = np.log(words)
-    nearest = {words[int(np.argmin(np.abs(logs - at)))] for at in np.linspace(0.0, np.log(len(order)), _NAMED_TOKENS)}
-    return sorted(nearest)
+    logs, targets = np.log(words), np.linspace(0.0, np.log(len(order)), _NAMED_TOKENS)
+    return sorted({words[int(np.argmin(np.abs(logs - target)))] for target in targets})
 
 
 def _labels(summary: Summary) -> Html:
@@ -286,18 +255,13 @@ def _labels(summary: Summary) -> Html:
     last = int(np.flatnonzero(histogram).max(initial=0))
     counts = histogram[: last + 1]
     median = int(np.searchsorted(np.cumsum(counts), manifest.captions / 2))
-    chart = bar_chart(
-        "Captions by number of labels",
-        Axis("distinct labels of a caption"),
-        Axis("captions"),
-        (np.arange(last + 2) - 0.5).tolist(),
-        counts.tolist(),
-        note=f"Median {median}, most {last}; the limit is {manifest.label_limit}",
-    )
-    context = manifest.options["labels"]["context"]
+    axes, edges = (Axis("distinct labels of a caption"), Axis("captions")), (np.arange(last + 2) - 0.5).tolist()
+    note = f"Median {median}, most {last}; the limit is {manifest.label_limit}"
+    chart = bar_chart("Captions by number of labels", *axes, edges, counts.tolist(), note=note)
+    context, empty, full = manifest.options["labels"]["context"], int(histogram[0]), summary.full
     text = (
-        f"{int(histogram[0]):,} captions ({_share(int(histogram[0]), manifest.captions)}) have no label: their loss is 0. "
-        f"{summary.full:,} ({_share(summary.full, manifest.captions)}) fill the limit of {context} tokens and may be cut off."
+        f"{empty:,} captions ({_share(empty, manifest.captions)}) have no label: their loss is 0. "
+        f"{full:,} ({_share(full, manifest.captions)}) fill the limit of {context} tokens and may be cut off."
     )
     return join([chart, paragraph(text)])
 
@@ -316,27 +280,26 @@ def _quarantine(summary: Summary) -> Html:
 
 
 def _examples(reason: Reason) -> Html:
-    rows = [
-        [shard, tag("code", key or "(none)"), tag("span", detail, class_="long")]
-        for shard, key, detail in reason.examples
-    ]
+    rows = []
+    for shard, key, detail in reason.examples:
+        rows.append([shard, tag("code", key or "(none)"), tag("span", detail, class_="long")])
     shown = f"{len(rows)} of {reason.samples:,}" if len(rows) < reason.samples else f"{len(rows)}"
-    return details(
-        f"{reason.reason}: {shown}", table(["Shard", "Key", "Detail"], rows, caption=f"Rejected: {reason.reason}")
-    )
+    examples = table(["Shard", "Key", "Detail"], rows, caption=f"Rejected: {reason.reason}")
+    return details(f"{reason.reason}: {shown}", examples)
 
 
 def _gallery(summary: Summary) -> Html:
     if not summary.gallery:
         return paragraph("No samples are shown.")
     decoded = sum(shown.decoded for shown in summary.gallery)
-    sources = {
-        0: "Captions are from the shards.",
-        len(summary.gallery): "Captions are decoded from their tokens: the shards are no longer there.",
-    }
+    source = f"{decoded} captions are decoded from their tokens."
+    if decoded == 0:
+        source = "Captions are from the shards."
+    elif decoded == len(summary.gallery):
+        source = "Captions are decoded from their tokens: the shards are no longer there."
     text = (
-        f"{len(summary.gallery)} samples at even distances through the dataset, with their largest labels in percent of the loss's "
-        f"target. {sources.get(decoded, f'{decoded} captions are decoded from their tokens.')}"
+        f"{len(summary.gallery)} samples at even distances through the dataset, with their largest labels in percent"
+        f" of the loss's target. {source}"
     )
     return join([paragraph(text), tag("div", join(_card(shown) for shown in summary.gallery), class_="gallery")])
 
@@ -354,53 +317,35 @@ def _card(shown: Shown) -> Html:
 
 
 def _shards(summary: Summary) -> Html:
+    shards = summary.manifest.shards
+    rejected = [sum(part.quarantined.values()) for part in shards]
+    rows, bad = _binned(np.array([part.rows for part in shards])), _binned(np.array(rejected))
+    per_bar = -(-len(shards) // _SHARD_BARS)
+    x = Axis("shard" if per_bar == 1 else f"shard, {per_bar} per bar")
+    edges = [float(bar * per_bar) for bar in range(len(rows) + 1)]
+    title = "Samples of each shard, in order; red: without a label row"
+    chart = bar_chart(title, x, Axis("samples"), edges, (rows + bad).tolist(), bad.tolist())
+    shares = np.array([count / max(part.rows + count, 1) for part, count in zip(shards, rejected, strict=True)])
+    order = np.argsort(-shares, kind="stable")[:_SHARDS_TABLED].tolist()
+    worst = [_shard_row(shards[number], rejected[number]) for number in order]
+    title = "All shards" if len(worst) == len(shards) else f"The {len(worst)} shards with most rejected samples"
+    columns = ["Shard", "#Rows", "#Rejected", "#Share", "Reasons"]
+    numbers = table(columns, worst, caption=f"{title}, by share without a label row")
+    return join([_health(summary), chart, details(title, numbers)])
+
+
+def _health(summary: Summary) -> Html:
+    """Whether all files of the manifest are there."""
     manifest = summary.manifest
-    rejected = _rejected_by_shard(summary)
-    rows, bad = (_binned(np.array(values)) for values in ([part.rows for part in manifest.shards], rejected))
-    per_bar = -(-len(manifest.shards) // _SHARD_BARS)
-    chart = bar_chart(
-        "Samples of each shard, in order; red: without a label row",
-        Axis("shard" if per_bar == 1 else f"shard, {per_bar} per bar"),
-        Axis("samples"),
-        [float(place * per_bar) for place in range(len(rows) + 1)],
-        (rows + bad).tolist(),
-        bad.tolist(),
-    )
-    if summary.faults:
-        listed = tag("ul", join(tag("li", tag("code", fault)) for fault in summary.faults[:_SHARDS_TABLED]))
-        text = tag(
-            "strong", _number(len(summary.faults), "file is", "files are") + " missing or damaged.", class_="bad"
-        )
-        health = join(
-            [
-                paragraph(text, " Fix: run preprocess verify on this folder, then its build-labels command again."),
-                listed,
-            ]
-        )
-    else:
+    if not summary.faults:
         files = len(manifest.shards) + len(manifest.betons) + len(manifest.image_index)
-        health = paragraph(
-            f"All {files:,} files of the manifest are there and have its lengths; preprocess verify reads their content."
-        )
-    order = sorted(
-        range(len(manifest.shards)), key=lambda place: (-_rate(manifest.shards[place], rejected[place]), place)
-    )
-    worst = [_shard_row(manifest.shards[place], rejected[place]) for place in order[:_SHARDS_TABLED]]
-    title = (
-        "All shards" if len(worst) == len(manifest.shards) else f"The {len(worst)} shards with most rejected samples"
-    )
-    numbers = table(
-        ["Shard", "#Rows", "#Rejected", "#Share", "Reasons"], worst, caption=f"{title}, by share without a label row"
-    )
-    return join([health, chart, details(title, numbers)])
-
-
-def _rejected_by_shard(summary: Summary) -> list[int]:
-    return [sum(part.quarantined.values()) for part in summary.manifest.shards]
-
-
-def _rate(part: ShardPart, rejected: int) -> float:
-    return rejected / max(part.rows + rejected, 1)
+        text = f"All {files:,} files of the manifest are there and have its lengths; preprocess verify reads their"
+        return paragraph(f"{text} content.")
+    count = _number(len(summary.faults), "file is", "files are")
+    problem = tag("strong", f"{count} missing or damaged.", class_="bad")
+    fix = " Fix: run preprocess verify on this folder, then its build-labels command again."
+    names = join(tag("li", tag("code", fault)) for fault in summary.faults[:_SHARDS_TABLED])
+    return join([paragraph(problem, fix), tag("ul", names)])
 
 
 def _shard_row(part: ShardPart, rejected: int) -> list[str]:
@@ -416,29 +361,23 @@ def _binned(values: np.ndarray) -> np.ndarray:
 
 def _options(summary: Summary) -> Html:
     manifest = summary.manifest
+    options = manifest.options
+    sections = ("labels", "images")
     rows = [
         ["label rows", manifest.fingerprint],
         ["tokenizer", f"{manifest.tokenizer.name}, {manifest.tokenizer.fingerprint}"],
         ["IDF formula", manifest.idf_formula],
         ["label limit", manifest.label_limit],
-        *(
-            [f"{section}.{key}", value]
-            for section in ("labels", "images")
-            for key, value in manifest.options.get(section, {}).items()
-        ),
-        ["caption_key", ", ".join(manifest.options.get("caption_key", []))],
-        ["subset", manifest.options.get("subset") or "all samples"],
+        *([f"{section}.{key}", value] for section in sections for key, value in options.get(section, {}).items()),
+        ["caption_key", ", ".join(options.get("caption_key", []))],
+        ["subset", options.get("subset") or "all samples"],
     ]
     shown = [[name, tag("code", _option(value))] for name, value in rows]
-    return details(
-        "Options and fingerprints",
-        table(["Key", "Value"], shown, caption="Options that decide the bytes of this folder"),
-    )
+    title = "Options that decide the bytes of this folder"
+    return details("Options and fingerprints", table(["Key", "Value"], shown, caption=title))
 
 
 def _option(value: object) -> str:
-    return (
-        short_number(float(value))
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 1_000_000
-        else str(value)
-    )
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1_000_000:
+        return short_number(float(value))
+    return str(value)

@@ -1,4 +1,7 @@
-"""`preprocess sql`: read-only SQL over OUT's tables, with no access to anything outside OUT."""
+"""`preprocess sql`: read-only SQL over a label dataset's tables, with no access to anything outside of its folder.
+
+`open_tables` -> a locked-down connection of DuckDB -> `run_query` -> the rows as a table, CSV or JSON
+"""
 
 import csv
 import json
@@ -23,48 +26,36 @@ _ALLOWED = "one SELECT (also WITH, FROM, DESCRIBE, SHOW, SUMMARIZE) over tokens,
 
 @contextmanager
 def open_tables(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A locked-down connection: tables tokens, corpus, shards, view labels; nothing can be written or reached outside
-    OUT.
-    """
+    """A locked-down connection: tables tokens, corpus, shards, view labels; nothing else can be read or written."""
     layout = Layout(out if is_remote(out) else out.resolve())
     if not layout.idf_duckdb.is_file():
         raise UserError(f"{out} has no idf.duckdb", fix=f"run `preprocess build-labels DATA --out {out}` first")
-    with local_copy(layout.idf_duckdb) as database, _open(database, layout) as con:
-        # The file's own view is relative to OUT, and DuckDB resolves that against the working directory when locked
-        # down.
+    verify = "run `preprocess verify` on this folder"
+    with local_copy(layout.idf_duckdb) as database:
         try:
-            con.execute(f"CREATE TEMP VIEW labels AS SELECT * FROM read_parquet({quoted(layout.labels / '*.parquet')})")
+            con = duckdb.connect(str(database), read_only=True)
         except duckdb.Error as error:
-            raise UserError(
-                f"{layout.labels} cannot be read: {error}", fix="run `preprocess verify` on this OUT"
-            ) from None
-        con.execute(f"SET allowed_directories = [{quoted(layout.out)}]")
-        con.execute("SET enable_external_access = false")
-        con.execute("SET lock_configuration = true")
-        yield con
-
-
-def _open(database: Path, layout: Layout) -> duckdb.DuckDBPyConnection:
-    try:
-        con = duckdb.connect(str(database), read_only=True)
-    except duckdb.Error as error:
-        raise UserError(
-            f"{layout.idf_duckdb} cannot be opened: {error}", fix="run `preprocess verify` on this OUT"
-        ) from None
-    if is_remote(layout.out):
-        con.register_filesystem(layout.out.fs)  # type: ignore[attr-defined]  # a UPath
-    return con
+            raise UserError(f"{layout.idf_duckdb} cannot be opened: {error}", fix=verify) from None
+        with con:
+            if is_remote(layout.out):
+                con.register_filesystem(layout.out.fs)  # type: ignore[attr-defined]  # a UPath
+            # The file's own view has a relative path, which a locked-down DuckDB resolves from the working directory.
+            try:
+                files = quoted(layout.labels / "*.parquet")
+                con.execute(f"CREATE TEMP VIEW labels AS SELECT * FROM read_parquet({files})")
+            except duckdb.Error as error:
+                raise UserError(f"{layout.labels} cannot be read: {error}", fix=verify) from None
+            con.execute(f"SET allowed_directories = [{quoted(layout.out)}]")
+            con.execute("SET enable_external_access = false")
+            con.execute("SET lock_configuration = true")
+            yield con
 
 
 def run_query(out: Path, query: str, form: Format) -> None:
-    """Run one query and print its rows as a table, CSV or JSON (a list of objects).
-
-    Raises:
-        UserError: it is not one query that only reads, or DuckDB refuses it.
-    """
+    """Run one query that only reads, and print its rows as a table, CSV or JSON (a list of objects)."""
     with open_tables(out) as con:
         try:
-            # Files could be written inside OUT by COPY even now: only statements that cannot write are run.
+            # COPY could still write files inside the folder: only statements that cannot write are run.
             statements = con.extract_statements(query)
             if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
                 kinds = ", ".join(statement.type.name for statement in statements) or "nothing"

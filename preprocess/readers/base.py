@@ -57,7 +57,8 @@ class ScratchFile:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self.file = cast(BinaryIO, tempfile.TemporaryFile(dir=folder, buffering=_COPY_BYTES))  # noqa: SIM115  (closed by __exit__)
+        file = tempfile.TemporaryFile(dir=folder, buffering=_COPY_BYTES)  # noqa: SIM115  (closed by __exit__)
+        self.file = cast(BinaryIO, file)
         self.bytes = 0
 
     def __enter__(self) -> Self:

@@ -1,8 +1,8 @@
 """Where a sample's caption is: build.caption_key -> choices, tried in order; the first that a sample has counts.
 
-txt  json:alt  parquet:text  csv:title      a tar's member, a field of its json, a column of its side Parquet or of a table
-txt+json:alt                                one choice of several captions, read as one text
-auto                                        the choices of _AUTO
+txt  json:alt  parquet:text  csv:title    a tar's member, a field of its json, a column of its side Parquet or a table
+txt+json:alt                              one choice of several captions, read as one text
+auto                                      the choices of _AUTO
 """
 
 import re

@@ -1,7 +1,8 @@
 """Columns of a table as keys, uids, sizes and captions: Arrow arrays in, Arrow arrays out, no Python object for a row.
 
-Only cells that are not UTF-8 are decoded one by one (`_decoded`): a caption that is not UTF-8 is null in `row_captions` and
-its reason stands in `Invalid`, from which table.py makes the Fault. A key or uid gets escapes instead. N rows of a batch.
+Only cells that are not UTF-8 are decoded one by one (`_decoded`). A caption that is not UTF-8 is null in
+`row_captions`, with the reason in `Invalid`; table.py makes a Fault of it. A key or uid gets escapes instead. N rows of
+a batch.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -53,7 +54,7 @@ def row_uids(batch: pa.RecordBatch, path: str) -> pa.StringArray:
 
 
 def row_sizes(batch: pa.RecordBatch) -> tuple[pa.Int32Array, pa.Int32Array]:
-    """Width and height in pixels: the first pair of SIZE_COLUMNS of which both are whole numbers from 1 on, else null."""
+    """Width and height in pixels: the first pair of SIZE_COLUMNS with whole numbers from 1 on in both, else null."""
     width = height = pa.nulls(len(batch), pa.int32())
     for names in SIZE_COLUMNS:
         if not width.null_count or not set(names) <= set(batch.schema.names):
@@ -66,7 +67,7 @@ def row_sizes(batch: pa.RecordBatch) -> tuple[pa.Int32Array, pa.Int32Array]:
 
 
 def row_captions(batch: pa.RecordBatch, choices: Sequence[Choice], path: str) -> tuple[pa.StringArray, Invalid]:
-    """The caption by the first of `choices` that a row has, null where it has none; and rows whose caption is not UTF-8.
+    """The caption by the first of `choices` that a row has, null where it has none; and the rows that are not UTF-8.
 
     The columns of `choices` are in the batch; `path` of the table is for messages.
     """

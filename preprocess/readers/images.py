@@ -1,4 +1,4 @@
-"""The image files of a shard's label rows, whatever the shard is: `find_images` -> ShardImages, spans of one mapped file.
+"""The image files of a shard's label rows: `find_images` -> ShardImages, spans of one mapped file.
 
     local tar   -> spans of the tar itself
     remote tar  -> spans of a copy of it in a scratch file
@@ -118,7 +118,7 @@ def _same_captions(
 
 
 def _walked(file: BinaryIO, size: int, wanted: tuple[str, ...]) -> tuple[pa.StringArray, np.ndarray, Fault | None]:
-    """Of a tar that only `walk` can read: keys [S], spans int64 [S, W, 2] of the wanted members, what ended it early."""
+    """Of a tar that only `walk` can read: keys [S], spans int64 [S, W, 2] of wanted members, what ended it early."""
     keys: list[str] = []
     spans, cut = [], None
     for sample in walk(file, size):
@@ -156,8 +156,8 @@ def _of_table(shard: Shard, keys: pa.StringArray, folder: Path | None) -> ShardI
 def table_images(shard: Shard, keys: Sequence[str]) -> Iterator[tuple[int, bytes | Fault]]:
     """For every label row in order: its number, and its image file's bytes or why there is none.
 
-    `shard` is a table that `has_images`; `keys`, of the label rows, are in the table's order, and a key that comes twice
-    in a row is a sample that is repeated.
+    `shard` is a table that `has_images`; `keys`, of the label rows, are in the table's order, and a key that comes
+    twice in succession is a sample that is repeated.
     """
     row = 0
     try:

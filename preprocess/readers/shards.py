@@ -21,12 +21,14 @@ ShardKind = Literal["tar", "parquet", "csv"]
 _KINDS: dict[str, ShardKind] = {".tar": "tar", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _STATS = "_stats.json"
 _ALLOWED = (
-    "a folder with .tar files (also in its shards/ or deeper), or else with .parquet, .csv or .tsv files; a glob, or such"
-    " files; local paths or fsspec URLs"
+    "a folder with .tar files (also in its shards/ or deeper), or else with .parquet, .csv or .tsv files; a glob, or"
+    " such files; local paths or fsspec URLs"
 )
 _FIX = "name the folder that img2dataset or DataComp's download script wrote"
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4")
-_COMPRESSED_TABLES = tuple(f".{kind}.{end}" for kind in ("csv", "tsv") for end in "gz bz2 xz zst lz4 zip".split())
+_COMPRESSED_TABLES = tuple(
+    f".{kind}.{end}" for kind in ("csv", "tsv") for end in ["gz", "bz2", "xz", "zst", "lz4", "zip"]
+)
 _CHANGE_MARKS = ("mtime", "LastModified", "last_modified", "updated", "created", "ETag", "etag")
 _NAMES_SHOWN = 10
 
@@ -117,7 +119,9 @@ def _expand(source: str) -> tuple[list[Shard], list[str]]:
         raise UserError(f"{source} cannot be opened: {error}", allowed=_ALLOWED) from None
     folder, files = _files(filesystem, source, path)
     _refuse_compressed(source, folder, files)
-    kinds = {name: _KINDS[suffix] for name in files if (suffix := PurePosixPath(name).suffix) in _KINDS}
+    kinds: dict[str, ShardKind] = {
+        name: _KINDS[suffix] for name in files if (suffix := PurePosixPath(name).suffix) in _KINDS
+    }
     stems = {_stem(name) for name, kind in kinds.items() if kind == "tar"}
     if folder and stems:  # other tables of such a folder are metadata
         kinds = {name: kind for name, kind in kinds.items() if kind == "tar"}
@@ -135,7 +139,7 @@ def _expand(source: str) -> tuple[list[Shard], list[str]]:
             incomplete.append(name)
             continue
         side = f"{_stem(name)}.parquet"
-        side_state = _state(filesystem, side) if kind == "tar" and side in listed else ()
+        side_state = _state(filesystem, side) if kind == "tar" and side in listed else (None, 0, "")
         complete.append(Shard("", *_state(filesystem, name), kind, *side_state))
     return complete, incomplete
 

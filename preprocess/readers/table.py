@@ -3,8 +3,8 @@
     open_table -> Table.batches -> `identified`: status success, keys -> Repeats: repeated keys are rejected
                -> columns.row_captions: rows without a caption, or with one that is not UTF-8, are rejected -> RowBatch
 
-CSV needs a header line; every column is read as binary, an empty cell that is not quoted as null. A table that is cut or
-damaged ends with a Fault of an empty key.
+CSV needs a header line; every column is read as binary, an empty cell that is not quoted as null. A table that is cut
+or damaged ends with a Fault of an empty key.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _IDENTITY = (*KEY_COLUMNS, STATUS_COLUMN)
 
 
 def read_table_rows(shard: Shard, choices: Sequence[Choice], batch_rows: int = BATCH_ROWS) -> Iterator[RowBatch]:
-    """All rows of a table in its order; of `choices`, items of other kinds, and of columns that are not there, are ignored.
+    """All rows of a table in its order. Of `choices`, items of other kinds and of missing columns are ignored.
 
     UserError: the table has no column that `choices` name, or one of a type that cannot be read.
     """
@@ -152,8 +152,8 @@ class Table(ABC):
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
         """All rows in order, as the number of a batch's first row in the table, and the batch.
 
-        `columns`: at least one. `faults` gets the lines of a CSV that have too few or too many fields; they do not count
-        as rows. TableDamaged comes after the last batch that can be read.
+        `columns`: at least one. `faults` gets the lines of a CSV that have too few or too many fields; they do not
+        count as rows. TableDamaged comes after the last batch that can be read.
         """
         columns = list(dict.fromkeys(columns))
         twice = sorted(name for name in columns if self.schema.names.count(name) > 1)
@@ -318,8 +318,8 @@ def _damage(reason: str) -> Iterator[None]:
 
 # ---- Repeated keys: exact, in one reading as long as no hash repeats
 #
-# keys -> 64-bit hashes -> a set; the first hash that is there already -> all keys are read again: hashes that occur twice
-#      -> only keys with such a hash are compared as strings, in the table's order
+# keys -> 64-bit hashes -> a set; the first hash that is there already -> all keys are read again: hashes that occur
+#      twice -> only keys with such a hash are compared as strings, in the table's order
 
 
 _START, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x9E3779B97F4A7C15)
@@ -379,11 +379,12 @@ class _Twice:
 
 @njit(nogil=True, cache=True)
 def _add_all(slots: np.ndarray, hashes: np.ndarray) -> bool:
-    """Add hashes, less the 0 that stands for an empty slot, to an open-addressing set; whether any was there already."""
+    """Add hashes (0 is an empty slot) to an open-addressing set; whether any was there already."""
     mask, repeated = len(slots) - 1, False
     for row in range(len(hashes)):
         next_hash = hashes[min(row + _READAHEAD, len(hashes) - 1)]
-        prefetch(slots, np.int64(next_hash >> _LOW) & mask)  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
+        # numba gives the first argument of an intrinsic itself
+        prefetch(slots, np.int64(next_hash >> _LOW) & mask)  # pyright: ignore[reportCallIssue]
         value = hashes[row]
         if value == 0:
             continue

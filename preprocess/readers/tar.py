@@ -1,12 +1,12 @@
-"""A webdataset tar's captions as rows: `read_tar_rows` -> RowBatch. Key: all before the first dot of a member's basename.
+"""A webdataset tar's captions as rows: `read_tar_rows` -> RowBatch.
 
     any tar             walk() -> Sample | Fault -> read_row() -> Row | Fault
-    local, healthy tar  tar_index.py -> spans of all members -> _plain_rows(): rows as img2dataset writes them, in one go;
-                        the other samples -> read_row()
+    local, healthy tar  tar_index.py -> spans of all members -> _plain_rows(): rows as img2dataset writes them, at once
+                                                             -> read_row(): the other samples
 
 The rows are the same either way. `Sample.read` reads a member. `read_row` is the reference: it decides what a row is,
-and why a sample is rejected. A caption that is not UTF-8 becomes a Fault in `_caption` (of a table: columns.row_captions).
-Members without a key or suffix (README, ._x.jpg of another system) belong to no sample, as in webdataset.
+and why a sample is rejected. A caption that is not UTF-8 becomes a Fault in `_caption` (tables: columns.row_captions).
+The key is everything before the first dot of the basename; members without key or suffix belong to no sample.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -155,7 +155,7 @@ def walk(file: BinaryIO, size: int) -> Iterator[Sample | Fault]:
 
 
 class _Headers:
-    """A tar's bytes as tarfile needs them, for headers alone: a damaged length makes no huge read and no huge buffer."""
+    """A tar's bytes for tarfile, for headers alone: a damaged length makes no huge read and no huge buffer."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -168,7 +168,8 @@ class _Headers:
 def _headers(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo | Fault]:
     """Every member's header; at the first fault a Fault without a key, and no more."""
     try:
-        archive = tarfile.open(fileobj=_Headers(file), mode="r:", errors="surrogateescape")  # type: ignore[arg-type]  # noqa: SIM115  (the caller closes the file)
+        headers: Any = _Headers(file)
+        archive = tarfile.open(fileobj=headers, mode="r:", errors="surrogateescape")  # noqa: SIM115  (closed by the caller)
     except _DAMAGED as error:
         yield Fault("", "not a tar", str(error))
         return

@@ -1,8 +1,8 @@
 """The members of a healthy tar from its headers alone, compiled: local tar -> TarIndex, the spans of all members.
 
-Only healthy tars are read: anything out of the ordinary (long or non-ASCII names, links, damaged headers, repeated keys,
-no end mark) gives None, and `preprocess.readers.tar.walk` reads the tar instead. So the text of every fault comes from
-one function, the reference; tests/helpers/fuzz.py compares both on mutated tars.
+Only healthy tars are read: anything out of the ordinary (long or non-ASCII names, links, damaged headers, repeated
+keys, no end mark) gives None, and `preprocess.readers.tar.walk` reads the tar instead. So the text of every fault comes
+from one function, the reference; tests/helpers/fuzz.py compares both on mutated tars.
 
 Shapes: M members, S samples, W wanted suffixes.
 """
@@ -276,7 +276,8 @@ def gather_strings(data: np.ndarray, spans: np.ndarray) -> pa.LargeBinaryArray:
     missing = spans[:, 0] < 0
     valid = pa.py_buffer(np.packbits(~missing, bitorder="little")) if missing.any() else None
     buffers = [valid, pa.py_buffer(offsets), pa.py_buffer(text)]
-    return pa.Array.from_buffers(pa.large_binary(), len(spans), buffers, int(missing.sum()))  # type: ignore[return-value]
+    strings: Any = pa.Array.from_buffers(pa.large_binary(), len(spans), buffers, int(missing.sum()))
+    return strings
 
 
 @njit(nogil=True, cache=True)

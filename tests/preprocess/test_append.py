@@ -129,8 +129,7 @@ def test_undo_gives_up_what_has_not_finished(dataset: Built, out: Path, tmp_path
     said = preprocess("verify", out)
     assert (
         said.code == 1
-        and f"of an append that has not finished; `preprocess append {out}` goes on, with --undo gives it up"
-        in said.out
+        and f"of an append that has not finished; `preprocess append {out}` resumes it, --undo removes it" in said.out
     )
     assert preprocess("append", out, "--undo").out == f"{out}: 1 shards given up\n"
     assert contents(out) == before and preprocess("verify", out).code == 0

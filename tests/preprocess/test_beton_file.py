@@ -20,8 +20,7 @@ from labels import beton
 from labels.arrays import pad_rows
 from labels.manifest import PAD_ID, read_manifest
 from labels.storage import sha256_file
-from preprocess.betons.direct_io import DirectFile, aligned_buffer
-from preprocess.betons.write import Samples, choose_page, write_beton
+from preprocess.betons.write import DirectFile, Samples, aligned_buffer, choose_page, write_beton
 from shard_factory import Built, build, encode, healthy, pixels, sample, write_tar
 from stock_loader import read_beton, stock_process
 

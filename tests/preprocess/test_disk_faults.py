@@ -27,7 +27,7 @@ from labels.storage import (
     remove_partials,
     write_json,
 )
-from preprocess.betons.direct_io import DirectFile
+from preprocess.betons.write import DirectFile
 from preprocess.stage import remove_leftovers
 from shard_factory import Built, build, contents, jpeg, preprocess, refused, sample, write_shards, write_tar
 

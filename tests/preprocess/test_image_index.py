@@ -154,7 +154,7 @@ def test_verify_looks_for_the_tars(dataset: Built, tmp_path: Path) -> None:
     said = preprocess("verify", out)
     assert (
         said.code == 1
-        and f"1.tar: missing, but images of 1 lie in it; if it was moved, say where to in {out}/places/sources.json"
+        and f"1.tar: missing, but images of 1 are in it; if it was moved, write its path into {out}/places/sources.json"
         in said.out
     )
     write_sources(Layout(out), read_sources(Layout(out)) | {"1": Source(str(moved), moved.stat().st_size)})

@@ -15,10 +15,10 @@ from image_cases import CUT_PNG, EPS, EXIF_TURNED, EXIF_UPRIGHT, EXIF_WRONG, RGB
 from labels import native
 from labels.settings import Build, ShorterSide
 from labels.storage import UserError
-from preprocess.betons.images import BadImage, image_size, jpeg_header, lying, prepare, scan_jpegs
-from preprocess.betons.write import Settled, settle
-from preprocess.readers.images import Pictures
-from preprocess.readers.scratch import Spool
+from preprocess.betons.images import BadImage, check_in_place, image_size, jpeg_header, prepare, scan_jpegs
+from preprocess.betons.write import ResolvedImages, resolve_images
+from preprocess.readers.base import ScratchFile
+from preprocess.readers.images import ShardImages
 from shard_factory import encode, jpeg, pixels
 
 PLAIN = Build(max_pixels=10**6)
@@ -91,7 +91,7 @@ def test_one_bit_png() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_lies_on_white(mode: str) -> None:
+def test_transparency_becomes_white(mode: str) -> None:
     if mode == "P":
         image = Image.new("P", (40, 24), 0)
         image.putpalette([0, 0, 0])
@@ -214,7 +214,7 @@ def test_a_larger_image_is_shrunk_to_its_shorter_side_and_a_smaller_one_left_alo
 def test_subsampling_of_converted_images(subsampling: Literal["4:4:4", "4:2:2", "4:2:0"], sampling: int) -> None:
     found = prepare(encode(RGB, "PNG"), Build(jpeg_subsampling=subsampling))[0]
     header = jpeg_header(found)
-    assert header is not None and found[header.frame_at + 11] == sampling
+    assert header is not None and found[header.frame_offset + 11] == sampling
 
 
 def test_without_a_check_a_cut_jpeg_goes_in_as_it_is() -> None:
@@ -247,7 +247,7 @@ EXAMPLES = [
     check=st.sampled_from(["none", "header"]),
 )
 @settings(max_examples=300, deadline=None)
-def test_the_scan_takes_only_what_is_left_as_it_is(
+def test_the_scan_takes_only_what_stays_unchanged(
     number: int, changes: list[tuple[int, int]], shorter: int | None, check: Literal["none", "header"]
 ) -> None:
     """On whole and on damaged headers; of those with EXIF the scan decides nothing."""
@@ -273,25 +273,25 @@ def test_the_scan_takes_only_what_is_left_as_it_is(
         assert (scan.width[0], scan.height[0]) == (width, height)
 
 
-def settled(images: list[bytes], **options: Any) -> Settled:
+def resolved(images: list[bytes], **options: Any) -> ResolvedImages:
     data = np.frombuffer(b"".join(images), np.uint8)
     ends = np.cumsum([len(image) for image in images])
     spans = np.stack([ends - [len(image) for image in images], ends], axis=1)
     keys = pa.array([str(number) for number in range(len(images))])
-    with Spool(None) as spool:
-        return settle(Pictures(data, spans, {}), keys, Build(**options), spool)
+    with ScratchFile(None) as scratch:
+        return resolve_images(ShardImages(data, spans, {}), keys, Build(**options), scratch)
 
 
-def test_a_full_check_finds_damage_that_the_header_does_not_tell() -> None:
+def test_a_full_check_finds_damage_that_the_header_does_not_show() -> None:
     photo = Image.fromarray(pixels(9, 12, 12)).resize((300, 300), Image.Resampling.BICUBIC)
     whole = encode(photo, quality=90)
     damaged = bytearray(whole)
     damaged[len(whole) // 2 : len(whole) // 2 + 40] = b"\xff\xd9" * 20  # the end mark comes early
     chatty = whole[:-2] + b"\0\0\0" + whole[-2:]  # bytes too many before a marker hurt nobody
     images = [whole, bytes(damaged), chatty, encode(RGB, "PNG"), encode(photo, progressive=True)]
-    assert settled(images).good.all() and settled(images, decode_check="none").good.all()
-    found = settled(images, decode_check="full")
-    assert found.good.tolist() == [True, False, True, True, True] and found.spooled.tolist() == [
+    assert resolved(images).good.all() and resolved(images, decode_check="none").good.all()
+    found = resolved(images, decode_check="full")
+    assert found.good.tolist() == [True, False, True, True, True] and found.converted.tolist() == [
         False,
         False,
         False,
@@ -304,27 +304,29 @@ def test_a_full_check_finds_damage_that_the_header_does_not_tell() -> None:
     ) and "premature" in found.faults[1].detail
 
 
-def test_a_full_check_without_its_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_check_without_its_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise UserError("libturbojpeg is not installed")
 
     monkeypatch.setattr(native, "load_turbojpeg", missing)
     with pytest.raises(UserError, match=r"libturbojpeg is not installed(.|\n)*apt-get install libturbojpeg0"):
-        settled([jpeg()], decode_check="full")
+        resolved([jpeg()], decode_check="full")
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "description"),
     [
         (encode(RGB, "PNG"), "PNG RGB, 40 x 24, orientation 1"),
         (encode(RGB.convert("L")), "JPEG L, 40 x 24"),
         (encode(RGB, exif=EXIF_TURNED), "JPEG RGB, 40 x 24, orientation 6"),
     ],
 )
-def test_what_cannot_lie_in_its_tar_says_what_it_is(data: bytes, told: str) -> None:
-    assert lying(jpeg(), Build()) == (32, 32)
+def test_an_image_that_cannot_be_read_in_place_is_described(data: bytes, description: str) -> None:
+    assert check_in_place(jpeg(), Build()) == (32, 32)
     with pytest.raises(BadImage) as caught:
-        lying(data, Build())
+        check_in_place(data, Build())
     assert (
-        caught.value.reason == "not a plain JPEG" and told in str(caught.value) and "--no-images" in str(caught.value)
+        caught.value.reason == "not a plain JPEG"
+        and description in str(caught.value)
+        and "--no-images" in str(caught.value)
     )

@@ -51,7 +51,7 @@ def test_a_shard_without_its_mark_is_left_out_and_told(tmp_path: Path, pattern: 
     result = find_shards([f"{tmp_path}/{pattern}"])
     assert [shard.name for shard in result.shards] == ["00000000", "00000001", "00000002"]
     assert result.notes == [
-        "2 of 5 shards have no _stats.json yet and are left out: 00000003, 00000004; run the same command again when the download has ended"
+        "2 of 5 shards have no _stats.json yet and are skipped: 00000003, 00000004; run the same command again when the download has ended"
     ]
     assert [bool(shard.side) for shard in result.shards] == [False, True, False]
 

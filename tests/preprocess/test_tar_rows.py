@@ -70,7 +70,7 @@ def test_healthy_tars_are_indexed(tmp_path: Path, make: Any) -> None:
 
 
 def test_rows_and_faults_keep_the_tars_order_across_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(tar, "BATCH_ROWS", 7)
     members = []
     for number in range(40):
         key = f"{number:05d}"
@@ -233,7 +233,7 @@ def test_mutated_tars(tmp_path: Path, base: int, changes: list[tuple[int, int, i
     assert_ways_agree(tmp_path / "mutated.tar", data[: len(data) - cut * (cut % 3 == 0)].tobytes())
 
 
-def test_a_tar_that_changed_its_size_is_left_to_the_walk(tmp_path: Path) -> None:
+def test_a_tar_that_changed_its_size_is_read_by_the_walk(tmp_path: Path) -> None:
     data = tar_bytes(healthy(2))
     path = tmp_path / "a.tar"
     path.write_bytes(data)

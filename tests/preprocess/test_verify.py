@@ -25,7 +25,7 @@ FILES = [
 
 def assert_found_and_mended(built: Built, name: str, before: dict[str, object]) -> str:
     said = preprocess("verify", built.out)
-    assert said.code == 1 and "fix: run the build-labels command of this OUT again" in said.out
+    assert said.code == 1 and "fix: run the build-labels command of this folder again" in said.out
     faults = said.out.splitlines()[:-1]
     assert faults and all(str(built.out / name) in fault for fault in faults), said.out
     build(built.data, built.out)
