@@ -122,6 +122,23 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+# Marks of keys of `train`. A resumed run may have another value: it changes nothing but the order of additions.
+MAY_CHANGE = "may change when a run resumes"
+# As MAY_CHANGE; and a key of the machine or of files, which `train report` does not count as part of the recipe.
+MACHINE = "machine"
+
+
+def marked_keys(section: type[Section], *marks: str) -> dict[str, Any]:
+    """The keys with one of the marks, as `include` and `exclude` of pydantic's `model_dump` take them."""
+    keys: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if set(marks) & {mark for mark in field.metadata if isinstance(mark, str)}:
+            keys[name] = True
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys |= {name: inner} if (inner := marked_keys(field.annotation, *marks)) else {}
+    return keys
+
+
 class Paths(Section):
     out: str = "out"
     run: str = "run"
@@ -165,20 +182,20 @@ class Model(Section):
     trunk: str = "vit_b16"
     trunk_args: dict[str, Any] = {}
     image_size: Positive = 224
-    grad_checkpointing: bool = False
-    compile: bool = False
+    grad_checkpointing: Annotated[bool, MAY_CHANGE] = False
+    compile: Annotated[bool, MAY_CHANGE] = False
 
 
 class Data(Section):
-    threads: Annotated[int, Field(ge=0)] = 0
-    prefetch: Size = 2**30
+    threads: Annotated[int, Field(ge=0), MAY_CHANGE] = 0
+    prefetch: Annotated[Size, MAY_CHANGE] = 2**30
     shuffle_block: Positive = 64
     shuffle_window: Positive = 1024
     subset: str | None = None
     metadata: str | None = None
-    verify: bool = False
-    cache: str = "~/.cache/superclass"
-    cache_size: Size = 100 * 2**30
+    verify: Annotated[bool, MACHINE] = False
+    cache: Annotated[str, MACHINE] = "~/.cache/superclass"
+    cache_size: Annotated[Size, MACHINE] = 100 * 2**30
     crop_scale: Range = [0.9, 1.0]
     crop_ratio: Range = [0.75, 1.3333333333]
     flip: bool = False
@@ -221,8 +238,8 @@ def _known_loss(name: str) -> str:
 class Loss(Section):
     name: Annotated[str, AfterValidator(_known_loss)] = "softmax"
     idf: bool = True
-    memory: Size = 128 << 20
-    split_vocabulary: bool | Literal["auto"] = False
+    memory: Annotated[Size, MAY_CHANGE] = 128 << 20
+    split_vocabulary: Annotated[bool | Literal["auto"], MAY_CHANGE] = False
     gamma_negative: Annotated[float, Field(ge=0)] = 4.0
     gamma_positive: Annotated[float, Field(ge=0)] = 1.0
     clip: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -247,14 +264,14 @@ class Optimizer(Section):
 
 
 class Runtime(Section):
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], MACHINE] = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    accumulation: Positive = 1
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    threads: Annotated[int, Field(ge=0)] = 0
+    accumulation: Annotated[Positive, MAY_CHANGE] = 1
+    parallel: Annotated[Literal["ddp", "fsdp"], MAY_CHANGE] = "ddp"
+    threads: Annotated[int, Field(ge=0), MACHINE] = 0
     seed: Annotated[int, Field(ge=0)] = 0
-    max_skipped_steps: Positive = 20
-    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    max_skipped_steps: Annotated[Positive, MAY_CHANGE] = 20
+    peak_tflops: Annotated[Annotated[float, Field(gt=0)] | None, MACHINE] = None
 
 
 class Checkpoint(Section):
@@ -278,8 +295,8 @@ class Train(Section):
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     runtime: Runtime = Runtime()
-    checkpoint: Checkpoint = Checkpoint()
-    log: Log = Log()
+    checkpoint: Annotated[Checkpoint, MACHINE] = Checkpoint()
+    log: Annotated[Log, MACHINE] = Log()
 
     @model_validator(mode="after")
     def _budget(self) -> Self:

@@ -40,7 +40,6 @@ SMALLER = (
 )
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 OTHERS = [page for page in PAGES if page != TUTORIAL and any(block.run for block in blocks(page))]
-MOVING = pytest.mark.xfail(reason="the page names modules at the places they are about to be moved to", strict=True)
 
 
 def page_id(page: Path) -> str:
@@ -107,9 +106,7 @@ def test_the_tutorial_leaves_what_it_promises(folder: Path) -> None:
     assert (folder / "results" / "probe.json").is_file() and (folder / "results" / "suite" / "table.md").is_file()
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=MOVING) if page.name == "api.md" else page for page in OTHERS], ids=page_id
-)
+@pytest.mark.parametrize("page", OTHERS, ids=page_id)
 def test_what_other_pages_run(folder: Path, page: Path) -> None:
     assert_page_runs(page)
 
@@ -170,17 +167,12 @@ def test_a_wrong_word_in_a_sentence_would_be_seen(code: str, tmp_path: Path) -> 
         check_inline(words, page)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=MOVING) if page.name == "README.md" and page.parent == ROOT else page for page in PAGES],
-    ids=page_id,
-)
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf8")):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@MOVING
 def test_the_api_page_is_the_code() -> None:
     table = [line for line in (ROOT / "docs" / "api.md").read_text("utf8").splitlines() if line.startswith("| `")]
     assert len(table) > 10

@@ -20,7 +20,7 @@ from torch import nn
 
 from labels.arrays import Column
 from labels.config import dump_yaml, load_pipeline
-from labels.settings import Optimizer, Pipeline, Train
+from labels.settings import MACHINE, MAY_CHANGE, Optimizer, Pipeline, Train, marked_keys
 from labels.storage import UserError, fingerprint, make_folder, write_json
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
 from train.costs import Costs, messages, model_costs, peak_flops, splits_vocabulary
@@ -387,16 +387,6 @@ def _data_line(betons: BetonSet, samples: int) -> str:
 
 # -- where a run resumes
 
-# What may differ between the parts of one run: nothing of it changes what is computed, but for the order of additions.
-_FREE = {
-    "loss": {"memory", "split_vocabulary"},
-    "model": {"grad_checkpointing", "compile"},
-    "runtime": {"device", "threads", "accumulation", "parallel", "max_skipped_steps", "peak_tflops"},
-    "data": {"threads", "prefetch", "verify", "cache", "cache_size"},
-    "checkpoint": True,
-    "log": True,
-}
-
 
 def resume_point(run: Path, betons: BetonSet, settings: Train, method: Method) -> tuple[Path | None, State]:
     """The newest checkpoint of `run` and its state; None and the state before the first step where there is none.
@@ -454,7 +444,7 @@ def _resume_point_of_model(run: Path, identity: str) -> tuple[Path | None, State
 
 def _kept(settings: Train, kept: dict[str, Any]) -> dict[str, Any]:
     """What must stay the same: of `train`, and what the method adds."""
-    return settings.model_dump(exclude=_FREE) | kept  # type: ignore[arg-type]
+    return settings.model_dump(exclude=marked_keys(Train, MAY_CHANGE, MACHINE)) | kept
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

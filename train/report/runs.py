@@ -14,19 +14,9 @@ import numpy as np
 
 from labels.config import load_pipeline
 from labels.html import Series
-from labels.settings import Pipeline
+from labels.settings import MACHINE, Pipeline, Train, marked_keys
 from labels.storage import UserError
 
-# Keys of the machine and of files: they do not change what the run learns.
-_NOT_RECIPE = (
-    "train.runtime.device",
-    "train.runtime.threads",
-    "train.runtime.peak_tflops",
-    "train.checkpoint.",
-    "train.log.",
-    "train.data.cache",
-    "train.data.verify",
-)
 _POINTS, _RAW_POINTS = 200, 1_500
 _DATA_KEYS = ("samples", "captions", "tokenizer", "vocabulary", "idf_formula")
 
@@ -130,8 +120,7 @@ def _read(path: Path, name: str) -> Run:
 
 def recipe(pipeline: Pipeline) -> dict[str, Any]:
     """The keys of the configuration that change what is learnt, dotted."""
-    flat = _flat("train.", pipeline.train.model_dump())
-    return {key: value for key, value in flat.items() if not key.startswith(_NOT_RECIPE)}
+    return _flat("train.", pipeline.train.model_dump(exclude=marked_keys(Train, MACHINE)))
 
 
 def _data_recipe(facts: dict[str, Any]) -> dict[str, Any]:
