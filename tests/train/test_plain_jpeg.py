@@ -48,7 +48,7 @@ def test_a_shifted_crop_would_be_seen() -> None:
     assert difference.max() > 2 and difference.mean() > 0.2
 
 
-def test_what_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = jpeg(256, 200)
     assert decode_plain_jpeg(whole[: len(whole) // 2], 32, None) is None  # the decoder would fill it with grey
     assert (
@@ -58,10 +58,10 @@ def test_what_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="truncated"):
         features.decode(whole[: len(whole) // 2], 32)
     assert features.decode(jpeg(64, 64, "CMYK"), 32).shape == (32, 32, 3)
-    features._turbojpeg.cache_clear()
-    monkeypatch.setattr("labels.native.load_turbojpeg", missing)
+    features._has_turbojpeg.cache_clear()
+    monkeypatch.setattr(features, "load_turbojpeg", missing)
     assert (features.decode(whole, 32) == by_pillow(whole, 32, None)).all()
-    features._turbojpeg.cache_clear()
+    features._has_turbojpeg.cache_clear()
 
 
 def missing() -> None:
