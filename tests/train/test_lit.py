@@ -24,7 +24,7 @@ from train.evals.features import Extractor
 from train.evals.kinds.zeroshot import ZeroShot, Zeroshot, class_embeddings
 from train.evals.lit import train_lit
 from train.evals.measure import run_protocol
-from train.report.results import Line, matches
+from train.report.page import Line, matches
 from train.report.runs import read_runs
 from trainer_factory import losses, weights
 

@@ -1,4 +1,4 @@
-"""`train report`: curves, recipes and results of runs on one page that stands alone, the paper's figures beside them."""
+"""`train report`: curves, recipes and results of runs on one page that stands alone, with the paper's figures."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from labels.storage import UserError, write_json
 from page_checks import CHROMIUM, check_page, shown_in_chromium
 from train.cli import cli
 from train.evals.results import read_results
-from train.report.results import measured, published
+from train.report.page import measured, published
 from train.report.runs import binned, differences, loss_curves, read_runs
 
 STEPS, BATCH = 400, 64
@@ -102,8 +102,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report(folder: Path, *arguments: str) -> str:
     command = ["report", *arguments, "--out", str(folder / "page.html")]
-    said = CliRunner().invoke(cli, command, catch_exceptions=False)
-    assert said.exit_code == 0, said.output
+    called = CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert called.exit_code == 0, called.output
     return (folder / "page.html").read_text("utf8")
 
 
@@ -113,11 +113,11 @@ def page(folder: Path) -> str:
     return report(folder, *runs, "--results", str(folder / "results"))
 
 
-def test_the_page_stands_alone_and_tells_all(page: str) -> None:
+def test_the_page_stands_alone_and_shows_everything(page: str) -> None:
     read = check_page(page)
     assert read.ids >= {"runs", "loss", "speed", "recipe", "results", "paper"}
-    for told in ("train.loss.name", "bce", "pixels:16 <&>", "50.0 ± 1.0", "87.2", "a probe in words"):
-        assert told in read.text, told
+    for text in ("train.loss.name", "bce", "pixels:16 <&>", "50.0 ± 1.0", "87.2", "a probe in words"):
+        assert text in read.text, text
     # Published figures of the same protocol and data are there, those of others are not.
     assert "Published: linear probe, ImageNet-1k" in read.text and "Published: fine-tuned, ImageNet-1k" in read.text
     assert "Published: CIDEr" in read.text and "Published: 10-shot" not in read.text
@@ -130,7 +130,7 @@ def test_chromium_shows_it_without_a_complaint(page: str, tmp_path: Path) -> Non
     assert "CONSOLE" not in shown_in_chromium(tmp_path / "page.html", tmp_path / "shown")
 
 
-def test_a_single_run_is_told_against_the_defaults(folder: Path) -> None:
+def test_a_single_run_is_compared_with_the_defaults(folder: Path) -> None:
     text = check_page(report(folder, str(folder / "soft"))).text
     assert (
         "Keys that differ from the built-in defaults" in text
@@ -150,7 +150,7 @@ def test_numbers_of_a_run(folder: Path) -> None:
     [run] = read_runs([folder / "soft"])
     half = BATCH * STEPS / 2
     assert run.seconds() == pytest.approx(half / 100 + half / 300)
-    assert run.weighed("data_wait") == pytest.approx(0.2) and run.weighed("memory_gib") is None
+    assert run.weighted_mean("data_wait") == pytest.approx(0.2) and run.weighted_mean("memory_gib") is None
     assert run.last_loss() == pytest.approx(9 - (397 + 398 + 399 + 400) / 4 / STEPS)
     assert (run.samples, run.budget, run.skipped, run.bad_images) == (BATCH * STEPS, BATCH * STEPS, 1, 2)
     raw, mean = loss_curves([run], [run])
@@ -160,7 +160,7 @@ def test_numbers_of_a_run(folder: Path) -> None:
 def test_bad_images_are_counted_over_the_lives_of_a_run(folder: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:
-        for count in (1, 1, 4):  # a process that went on counts from 0
+        for count in (1, 1, 4):  # a resumed process counts from 0
             file.write(
                 json.dumps({"step": 401, "samples": BATCH * 401, "samples_per_s": 1.0, "bad_images": count}) + "\n"
             )
@@ -181,9 +181,9 @@ def test_results_are_kept_once(folder: Path) -> None:
     assert {row.protocol for row in rows if row.variant == "probe"} == {"a probe in words"}
 
 
-def test_the_paper_s_table_of_losses_has_these_runs_beside_it(folder: Path) -> None:
+def test_the_papers_table_of_losses_shows_these_runs_too(folder: Path) -> None:
     runs, rows = read_runs([folder / name for name in ("soft", "soft-1", "bce")]), read_results([folder / "results"])
-    tables = {one.title: measured(one, runs, rows) for one in published().ablations}
+    tables = {ablation.title: measured(ablation, runs, rows) for ablation in published().ablations}
     losses = tables.pop("Losses")
     assert losses and losses.columns == [("imagenet:/data", "probe")]
     assert losses.cells == [["52.0 ± 2.8, 2 runs"], ["40.0 ± 1.0"], ["-"], ["-"], ["-"]]
@@ -202,7 +202,7 @@ def test_arguments_of_the_trunk_are_a_difference(tmp_path: Path) -> None:
     assert ("train.model.trunk_args.depth", [4]) in differences(read_runs([run]))
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_one_name_are_distinguished(tmp_path: Path) -> None:
     for part in ("a", "b"):
         write_run(tmp_path / part / "run")
     runs = read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "a" / ".." / "a" / "run"])
@@ -216,7 +216,7 @@ def test_labels_differ_where_only_the_stop_words_do(tmp_path: Path) -> None:
     assert differences(read_runs([tmp_path / "a", tmp_path / "b"])) == [("labels.stop_words", ["keep", "remove"])]
 
 
-def test_mistakes_are_told(folder: Path, tmp_path: Path) -> None:
+def test_mistakes_are_reported(folder: Path, tmp_path: Path) -> None:
     def refusal(call: Any, *paths: Path) -> str:
         with pytest.raises(UserError) as caught:
             call(paths)

@@ -1,6 +1,6 @@
-"""What a report says about runs: RUN/config.yaml, data.json and metrics.jsonl -> recipe, facts, curves.
-
-N steps, P points of a curve.
+"""The runs of a report: config.yaml, data.json and metrics.jsonl of a run folder -> `Run` (recipe, steps, throughput),
+and curves of several runs. A recipe has the dotted keys of everything that changes what is learnt: configuration,
+labels, data; not those of the machine and of files.
 """
 
 import json
@@ -23,25 +23,14 @@ _DATA_KEYS = ("samples", "captions", "tokenizer", "vocabulary", "idf_formula")
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
-
-    Attributes:
-        name: its name on the page, unique among the runs.
-        recipe: dotted key -> value, for everything that changes what is learnt: configuration, labels, data.
-        facts: data.json.
-        steps, throughput: lines of metrics.jsonl, in order of samples.
-    """
-
     path: Path
-    name: str
-    recipe: dict[str, Any]
-    facts: dict[str, Any]
-    steps: list[dict[str, Any]]
-    throughput: list[dict[str, Any]]
+    name: str  # on the page, unique among the runs
+    recipe: dict[str, Any]  # dotted key -> value
+    steps: list[dict[str, Any]]  # lines of metrics.jsonl with a loss, in order of samples
+    throughput: list[dict[str, Any]]  # its lines with a rate, in order of samples
 
     @property
     def samples(self) -> int:
-        """Samples seen."""
         return self.steps[-1]["samples"] if self.steps else 0
 
     @property
@@ -60,43 +49,35 @@ class Run:
         """Images that did not decode, over all epochs."""
         total, before = 0, 0
         for line in self.throughput:  # the count starts at 0 after each resume
-            now = line.get("bad_images", 0)
-            total += now - before if now >= before else now
-            before = now
+            count = line.get("bad_images", 0)
+            total += count - before if count >= before else count
+            before = count
         return total
 
     def seconds(self) -> float:
         """Time in the loop, from the rates that were logged."""
-        total, before = 0.0, 0
-        for line in self.throughput:
-            total += (line["samples"] - before) / line["samples_per_s"]
-            before = line["samples"]
-        return total
+        return sum((samples / line["samples_per_s"] for line, samples in self._intervals()), 0.0)
 
-    def weighed(self, key: str) -> float | None:
+    def weighted_mean(self, key: str) -> float | None:
         """The mean of a throughput value, weighted by samples; None if no line has it."""
-        parts, before = [], 0
-        for line in self.throughput:
-            if key in line:
-                parts.append((line[key], line["samples"] - before))
-            before = line["samples"]
-        weight = sum(part for _, part in parts)
-        return sum(value * part for value, part in parts) / weight if weight else None
+        weighted = [(line[key], samples) for line, samples in self._intervals() if key in line]
+        total = sum(samples for _, samples in weighted)
+        return sum(value * samples for value, samples in weighted) / total if total else None
+
+    def _intervals(self) -> list[tuple[dict[str, Any], int]]:
+        """Each line of throughput with the samples since the line before."""
+        ends = [line["samples"] for line in self.throughput]
+        return [(line, end - begin) for line, begin, end in zip(self.throughput, [0, *ends], ends, strict=False)]
 
     def last_loss(self, share: float = 0.01) -> float | None:
         """The mean loss over the last `share` of the steps, without skipped steps."""
-        tail = [
-            line["loss"] for line in self.steps[-max(1, round(share * len(self.steps))) :] if line["loss"] is not None
-        ]
-        return sum(tail) / len(tail) if tail else None
+        last = self.steps[-max(1, round(share * len(self.steps))) :]
+        losses = [line["loss"] for line in last if line["loss"] is not None]
+        return sum(losses) / len(losses) if losses else None
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read each run once.
-
-    Raises:
-        UserError: a path is not a run, or a file of it is damaged.
-    """
+    """Read each run once; a path that is not a run, or a damaged file, is a UserError."""
     distinct = {path.resolve(): path for path in paths}
     names = _names(list(distinct))
     return [_read(path, names[resolved]) for resolved, path in distinct.items()]
@@ -106,16 +87,12 @@ def _read(path: Path, name: str) -> Run:
     for file in ("config.yaml", "metrics.jsonl"):
         if not (path / file).is_file():
             reason = f"it has no {file}" if path.is_dir() else "there is no such folder"
-            raise UserError(
-                f"{path} is not a run: {reason}",
-                allowed="a folder written by `train run --out`",
-                fix="correct the path",
-            )
-    facts = _json(path / "data.json") if (path / "data.json").is_file() else {}
+            written = "a folder written by `train run --out`"
+            raise UserError(f"{path} is not a run: {reason}", allowed=written, fix="correct the path")
     lines = _lines(path / "metrics.jsonl")
-    steps, throughput = [line for line in lines if "loss" in line], [line for line in lines if "samples_per_s" in line]
-    pipeline = load_pipeline(path / "config.yaml")
-    return Run(path, name, recipe(pipeline) | _data_recipe(facts), facts, steps, throughput)
+    steps, throughput = ([line for line in lines if key in line] for key in ("loss", "samples_per_s"))
+    keys = recipe(load_pipeline(path / "config.yaml")) | _data_recipe(path / "data.json")
+    return Run(path, name, keys, steps, throughput)
 
 
 def recipe(pipeline: Pipeline) -> dict[str, Any]:
@@ -123,8 +100,12 @@ def recipe(pipeline: Pipeline) -> dict[str, Any]:
     return _flat("train.", pipeline.train.model_dump(exclude=marked_keys(Train, MACHINE)))
 
 
-def _data_recipe(facts: dict[str, Any]) -> dict[str, Any]:
+def _data_recipe(file: Path) -> dict[str, Any]:
     """What data.json says about the labels and images of the run."""
+    try:
+        facts = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}", fix="resume the run: it writes the file again") from None
     values = {f"data.{key}": facts[key] for key in _DATA_KEYS if key in facts}
     values["data.method"] = facts.get("method", "superclass")
     return values | _flat("labels.", facts.get("label_options", {}))
@@ -136,13 +117,9 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     if len(runs) == 1:
         defaults = recipe(Pipeline()) | _flat("labels.", Pipeline().labels.model_dump())
         sides = [defaults, {key: value for key, value in runs[0].recipe.items() if not key.startswith("data.")}]
-    keys = dict.fromkeys(key for side in sides for key in side)
-    rows = [(key, [side.get(key) for side in sides]) for key in keys]
-    return [
-        (key, values[-len(runs) :])
-        for key, values in rows
-        if any(value != values[0] for value in values) and values[-1] is not None
-    ]
+    rows = {key: [side.get(key) for side in sides] for side in sides for key in side}
+    different = {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+    return [(key, values[-len(runs) :]) for key, values in different.items() if values[-1] is not None]
 
 
 def _names(paths: list[Path]) -> dict[Path, str]:
@@ -160,22 +137,12 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
-            line = json.loads(text)
+            lines.append(json.loads(text))
         except ValueError:
-            if number == len(texts):
-                break
-            raise UserError(
-                f"{file}: line {number} is damaged", fix="resume the run: it drops the lines after its last checkpoint"
-            ) from None
-        lines.append(line)
+            if number < len(texts):
+                fix = "resume the run: it drops the lines after its last checkpoint"
+                raise UserError(f"{file}: line {number} is damaged", fix=fix) from None
     return lines
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}", fix="resume the run: it writes the file again") from None
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -188,9 +155,7 @@ def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def loss_curves(runs: Sequence[Run], shown: Sequence[Run]) -> list[Series]:
     """Curves of the runs in `shown`: means of neighbouring steps without the skipped ones, and for a single run its
-    steps too.
-
-    The position in `runs` decides a curve's colour.
+    steps too. The position in `runs` decides a curve's colour.
     """
     curves = []
     for hue, run in enumerate(runs):
@@ -215,7 +180,7 @@ def throughput_curves(runs: Sequence[Run], key: str, factor: float = 1.0) -> lis
 
 
 def binned(values: np.ndarray, points: int = _POINTS) -> np.ndarray:
-    """Means of neighbours: float64 [N] -> [min(N, P)]."""
+    """Means of neighbours: float64 [N] -> [min(N, points)]."""
     edges = np.linspace(0, len(values), min(len(values), points) + 1).astype(int)
     return np.add.reduceat(values, edges[:-1]) / np.diff(edges) if len(values) else values
 
