@@ -246,7 +246,7 @@ def label_cost(folder: Path) -> float:
     """
     from labels.native import njit
     from train.data.dataset import BetonSet
-    from train.data.image_index import TABLE_BYTES, copy_labels, find
+    from train.data.image_index import TABLE_BYTES, copy_labels, find_sample
 
     betons = BetonSet(folder / "out")
     labels, scratch, limit = (
@@ -258,7 +258,7 @@ def label_cost(folder: Path) -> float:
     @njit
     def labels_alone(tables, samples, limit, vocabulary, scratch, labels):  # noqa: ANN202
         for sample in samples:
-            span = find(tables, sample, limit, scratch)
+            span = find_sample(tables, sample, limit, scratch)
             copy_labels(scratch, TABLE_BYTES + span.status, vocabulary, labels[sample])
 
     samples, times = np.arange(betons.samples), []

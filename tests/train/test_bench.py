@@ -63,10 +63,10 @@ def test_the_loader_and_its_parts(folder: Path, mode: str) -> None:
     assert set(found["shares"]) == set(found["stage_us"]) == {"labels", "read", "decode", "resize"}
     assert found["shares"]["decode"] > 0.02
     assert 0.9 < sum(found["shares"].values()) < 1.2  # the stages are timed one by one
-    one, other = found["verdict"]
-    assert (one["limit"], one["share"]) == ("none", 1)
-    assert other["limit"] == max(found["shares"], key=found["shares"].get)
-    assert other["share"] == pytest.approx(found["images_per_s"] / 1e9)
+    slow, fast = found["verdict"]
+    assert (slow["limit"], slow["share"]) == ("none", 1)
+    assert fast["limit"] == max(found["shares"], key=found["shares"].get)
+    assert fast["share"] == pytest.approx(found["images_per_s"] / 1e9)
     assert sorted(folder.rglob("*")) == before
 
 
@@ -87,8 +87,8 @@ def test_the_loop_with_and_without_the_loader(folder: Path) -> None:
     assert found["ratio"] == pytest.approx(found["loader_samples_per_s"] / found["synthetic_samples_per_s"])
     assert 0 <= found["data_wait"] < 1
     assert found["limit"] == ("loader" if found["data_wait"] > 0.03 else "model")
-    told = bench("step", folder / "out").splitlines()
-    assert [line.split()[0] for line in told] == ["synthetic", "loader", "verdict"]
+    lines = bench("step", folder / "out").splitlines()
+    assert [line.split()[0] for line in lines] == ["synthetic", "loader", "verdict"]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_first_half_warms_up(seconds: float, slow_steps: int, warm_up: int, 
     assert clock.waited == pytest.approx(0.5 * steps)
 
 
-def test_no_betons_is_told() -> None:
+def test_no_betons_is_an_error() -> None:
     with pytest.raises(UserError, match=r"`train bench` was given no betons(.|\n)*add --beton OUT"):
         CliRunner().invoke(cli, ["bench", "disk"], catch_exceptions=False)
 

@@ -37,7 +37,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Betons in out/, places in places/, over the same tars in shards/."""
+    """Betons in out/, an image index in places/, over the same tars in shards/."""
     folder = tmp_path_factory.mktemp("places")
     with_image_index(build_out(folder, [20, 9, 15]), folder / "shards", folder / "places")
     return folder
@@ -115,7 +115,7 @@ def test_a_tar_that_is_cut_while_training_is_named(own: Path) -> None:
         list(Loader(betons, Data(), image_size=16, batch_size=11, seed=0, first_step=0, last_step=4))
 
 
-def test_image_index_of_another_form_are_refused(own: Path) -> None:
+def test_image_indexes_of_another_form_are_refused(own: Path) -> None:
     path = Layout(own).image_index_file(0)
     data = path.read_bytes()
     path.write_bytes(data[:-4])

@@ -1,4 +1,4 @@
-"""What the loader delivers: the right pixels and labels, whatever the threads, and damage that is named."""
+"""The loader delivers the right pixels and labels, whatever the threads, and names damage."""
 
 import gc
 import io
@@ -324,7 +324,7 @@ def test_the_next_batch_is_decoded_while_the_loop_has_one(out: Path, monkeypatch
             assert begun.acquire(timeout=60), number
 
 
-def test_a_flipped_bit_in_the_table_is_told(out: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_the_table_is_an_error(out: Path, tmp_path: Path) -> None:
     """The pointers of image and labels bound each other: what lies between is the JPEG."""
     at = beton.METADATA_OFFSET + 5 * beton.METADATA.itemsize + beton.METADATA.fields["labels_ptr"][1]  # type: ignore[index]
     copy = patched(out, tmp_path, 0, at + 7, b"\x80")
@@ -333,7 +333,7 @@ def test_a_flipped_bit_in_the_table_is_told(out: Path, tmp_path: Path) -> None:
 
 
 def patched(out: Path, tmp_path: Path, number: int, at: int, data: bytes) -> Path:
-    """A copy of OUT with bytes of one beton overwritten."""
+    """A copy of the output folder with bytes of one beton overwritten."""
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     with open(copy / "beton" / f"{number:05d}.beton", "r+b") as file:

@@ -10,7 +10,7 @@ from beton_factory import build_out
 from labels.config import load_pipeline
 from labels.settings import Model, Train
 from labels.storage import UserError
-from train.bench.estimate import Pace, beside_steps
+from train.bench.estimate import Pace, startup_seconds
 from train.bench.step import LoopRate
 from train.cli import cli
 from train.costs import Costs, activation_bytes, messages, splits_vocabulary
@@ -47,7 +47,7 @@ def test_the_plan_of_a_small_run_by_hand(tmp_path: Path) -> None:
     assert found["time"] == "19.2 s at 50 samples/s: 0.01 device-hours"
 
 
-def test_a_measured_plan_counts_what_a_run_takes_beside_its_steps(tmp_path: Path) -> None:
+def test_a_measured_plan_counts_start_and_end(tmp_path: Path) -> None:
     out = build_out(tmp_path, [30, 20])
     text = (
         f"train: {{samples: 1000, batch_size: 8, model: {{{TINY}}}, optimizer: {{warmup_samples: 8}}, checkpoint: {{every_samples: 400}}, "
@@ -69,11 +69,11 @@ def test_a_measured_plan_counts_what_a_run_takes_beside_its_steps(tmp_path: Path
 
 
 def test_what_the_first_steps_took_longer_counts_once() -> None:
-    # 30 samples at 10 a second, of which the first ten took 4 seconds: 3 more, beside 5 of start and end.
+    # 30 samples at 10 a second, of which the first ten took 4 seconds: 3 more, next to 5 of start and end.
     found = LoopRate(samples_per_s=10.0, wait=0.0, samples=30)
-    beside = beside_steps(5.0 + 4.0 + 2.0, found)
-    assert beside == pytest.approx(5.0 + 3.0)
-    assert Pace(10.0, beside, pause_s=0.0, memory_gib=0.0).seconds(30, checkpoints=0, devices=1) == pytest.approx(11.0)
+    startup = startup_seconds(5.0 + 4.0 + 2.0, found)
+    assert startup == pytest.approx(5.0 + 3.0)
+    assert Pace(10.0, startup, pause_s=0.0, memory_gib=0.0).seconds(30, checkpoints=0, devices=1) == pytest.approx(11.0)
 
 
 def test_measuring_needs_betons_and_the_plain_method() -> None:
@@ -82,7 +82,7 @@ def test_measuring_needs_betons_and_the_plain_method() -> None:
             CliRunner().invoke(cli, ["plan", *arguments], catch_exceptions=False)
 
 
-def test_epochs_are_not_guessed_and_mfu_is_told_where_the_peak_is_known(tmp_path: Path) -> None:
+def test_epochs_are_not_guessed_and_mfu_is_printed_where_the_peak_is_known(tmp_path: Path) -> None:
     text = f"train: {{model: {{{TINY}}}, runtime: {{peak_tflops: 0.001}}}}"
     found = plan(tmp_path, text, "--rate", "100")
     assert found["epochs"] == "not known: give --beton OUT"
@@ -114,9 +114,9 @@ def test_the_recipes_plan(tmp_path: Path) -> None:
 def test_what_a_step_sends(parallel: str, sent: float) -> None:
     costs = Costs(trunk=75 * 2**20, head=25 * 2**20, flops=1, width=256)
     settings = load_pipeline(overrides=[f"train.runtime.parallel={parallel}"]).train
-    told = messages(costs, settings, 4, torch.device("cpu"))
-    assert told.startswith("400 MiB of gradients, 100 MiB (25%) of them the head's")
-    assert f"each sends {sent:,.0f} MiB a step" in told
+    text = messages(costs, settings, 4, torch.device("cpu"))
+    assert text.startswith("400 MiB of gradients, 100 MiB (25%) of them the head's")
+    assert f"each sends {sent:,.0f} MiB a step" in text
 
 
 @pytest.mark.parametrize(
@@ -127,14 +127,14 @@ def test_the_heads_messages_whole_and_split(asked: str, batch: int, split: bool)
     costs = Costs(trunk=75 * 2**20, head=49_408 * 769 + 2 * 768, flops=1, width=768)
     keys = [f"loss.split_vocabulary={asked}", f"batch_size={batch}", "runtime.precision=bf16"]
     settings = load_pipeline(overrides=[f"train.{key}" for key in keys]).train
-    told = messages(costs, settings, 4, torch.device("cpu"))
+    text = messages(costs, settings, 4, torch.device("cpu"))
     # A ring of four: 3/4 of all, twice where what is reduced is spread again. Features go in bf16, their gradients in
     # float32.
     whole, apart = 2 * 3 / 4 * 4 * costs.head / 2**20, 3 / 4 * batch * 768 * (2 + 4) / 2**20
     assert (
-        f"for the head {whole:,.0f} MiB whole, {apart:,.0f} MiB split by class: {'split' if split else 'whole'}" in told
+        f"for the head {whole:,.0f} MiB whole, {apart:,.0f} MiB split by class: {'split' if split else 'whole'}" in text
     )
-    assert f"each sends {2 * 3 / 4 * 300 + (apart if split else whole):,.0f} MiB a step" in told
+    assert f"each sends {2 * 3 / 4 * 300 + (apart if split else whole):,.0f} MiB a step" in text
 
 
 def test_more_ranks_than_the_classes_are_good_for() -> None:

@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def short(folder: Path, tmp_path: Path) -> Path:
-    """Labels of at most two tokens, in an OUT of one's own without label arrays."""
+    """Labels of at most two tokens, in an output folder of their own without label arrays."""
     shutil.copytree(folder / "short", tmp_path / "short", ignore=shutil.ignore_patterns("rows"))
     return tmp_path / "short"
 
@@ -102,7 +102,7 @@ def edit(out: Path, shard: int, **values: object) -> None:
     (out / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_every_sample_has_the_other_outs_labels_and_its_own_image(folder: Path, short: Path) -> None:
+def test_every_sample_has_the_other_labels_and_its_own_image(folder: Path, short: Path) -> None:
     out = folder / "out"
     assert make_all(out, short) == ["00000000", "00000000_b", "00000001", "00000002"]
     own, other = BetonSet(out), BetonSet(out, short)
@@ -316,7 +316,7 @@ def train(folder: Path, run: Path, labels: Path | None, *more: str) -> list[floa
     return losses(run)
 
 
-def test_training_uses_the_labels_says_so_and_refuses_others_on_resume(
+def test_training_uses_the_labels_reports_it_and_refuses_others_on_resume(
     folder: Path, short: Path, tmp_path: Path
 ) -> None:
     out = folder / "out"
@@ -405,7 +405,7 @@ def test_a_stop_while_arrays_are_made_keeps_what_is_done(
     assert len(list(rows_folder(short).iterdir())) == 4
 
 
-def test_the_limit_of_open_files_is_raised_or_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_open_files_is_raised_or_the_fix_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))

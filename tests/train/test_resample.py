@@ -44,7 +44,7 @@ def on_host(pixels: np.ndarray, size: int, flip: bool = False) -> np.ndarray:
 
 def on_device(pixels: np.ndarray, size: int, flip: bool = False) -> np.ndarray:
     height, width = pixels.shape[:2]
-    canvas = np.full((1, height + 5, width + 11, 3), 255, np.uint8)  # what lies beside the crop must not matter
+    canvas = np.full((1, height + 5, width + 11, 3), 255, np.uint8)  # what surrounds the crop must not matter
     canvas[0, :height, :width] = pixels
     boxes = torch.tensor([[0, 0, width, height, 0, 0, width, height, flip]], dtype=torch.float32)
     first = np.array([vertical_first(width, height, size)])

@@ -1,4 +1,4 @@
-"""Many OUTs as one set: what `--beton` may name, what has to agree, mixtures, parts, and betons of object stores."""
+"""Many output folders as one set: what `--beton` names, what has to agree, mixtures, subsets, remote betons."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ from shard_factory import build
 from train.data.dataset import BetonSet
 from train.data.files import Cache
 from train.data.loader import Loader
-from train.data.mixture import Mixture, Source, parse_sources
+from train.data.mixture import DataSource, Mixture, parse_sources
 from train.data.open import Chosen, data_facts, make_loader, open_data
 from train.distributed import World
 
@@ -32,7 +32,7 @@ HERE = World(0, 1, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The OUTs a/out (35 samples in 3 betons) and b/out (24 in 2; other captions), and both/idf.parquet."""
+    """The output folders a/out (35 samples in 3 betons) and b/out (24 in 2; other captions), and both/idf.parquet."""
     folder = tmp_path_factory.mktemp("set")
     build_out(folder / "a", [13, 5, 17])
     shards = write_shards(folder / "b" / "all", [13, 5, 17, 16, 8])
@@ -64,35 +64,37 @@ def seen(betons: BetonSet, steps: int, batch: int = 10, **settings: object) -> l
     loader = Loader(betons, options, image_size=16, batch_size=batch, seed=2, first_step=0, last_step=steps)
     found = []
     for step, _ in enumerate(loader):
-        samples = betons.chosen(loader.order.batch(step, batch, 0, 1)[0])
+        samples = betons.file_samples(loader.order.batch(step, batch, 0, 1)[0])
         found += [betons.span(int(sample)).row for sample in samples]
     return found
 
 
 def test_what_beton_may_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = folder / "a" / "out", folder / "b" / "out"
-    assert parse_sources([str(a)]) == parse_sources([str(a / "manifest.json")]) == Mixture((Source(a),))
+    assert parse_sources([str(a)]) == parse_sources([str(a / "manifest.json")]) == Mixture((DataSource(a),))
     assert (
-        parse_sources([str(a), str(b)]) == parse_sources([str(folder / "?" / "out")]) == Mixture((Source(a), Source(b)))
+        parse_sources([str(a), str(b)])
+        == parse_sources([str(folder / "?" / "out")])
+        == Mixture((DataSource(a), DataSource(b)))
     )
     some = parse_sources([str(a / "beton" / "0000[02].beton")]).sources
     assert [(source.out, source.numbers) for source in some] == [(a.resolve(), (0, 2))]
-    assert parse_sources([f"{a}=0.7", f"{b}=0.3"]) == Mixture((Source(a, group=0), Source(b, group=1)), (7, 3))
+    assert parse_sources([f"{a}=0.7", f"{b}=0.3"]) == Mixture((DataSource(a, group=0), DataSource(b, group=1)), (7, 3))
     assert parse_sources([f"{a}=1/3", f"{b}=2"]).quotas == (1, 6)
     monkeypatch.chdir(folder)
-    assert parse_sources(["a/out"]) == Mixture((Source(Path("a/out")),))
+    assert parse_sources(["a/out"]) == Mixture((DataSource(Path("a/out")),))
     assert "--beton b/out has no share, others have" in refusal(lambda: parse_sources(["a/out=2", "b/out"]))
-    assert "nothing fits --beton c*" in refusal(lambda: parse_sources(["c*"]))
+    assert "--beton c* matches nothing" in refusal(lambda: parse_sources(["c*"]))
     assert "--beton names a/out twice" in refusal(lambda: parse_sources(["a/out", "a/out"]))
     assert "the share is 0" in refusal(lambda: parse_sources(["a/out=0", "b/out=1"]))
     assert "repeat only every 1,000,000,000 samples" in refusal(
         lambda: parse_sources(["a/out=0.999999999", "b/out=0.000000001"])
     )
-    assert "1 --labels for 2 OUTs" in refusal(lambda: parse_sources(["a/out", "b/out"], [a]))
-    assert "is no beton of an OUT" in refusal(
+    assert "1 --labels for 2 output folders" in refusal(lambda: parse_sources(["a/out", "b/out"], [a]))
+    assert "is not a beton of an output folder" in refusal(
         lambda: parse_sources([str(folder / "x.beton")]) if touch(folder / "x.beton") else None
     )
-    strange = Mixture((Source(a, numbers=(1, 9)),))
+    strange = Mixture((DataSource(a, numbers=(1, 9)),))
     assert "beton 00009 is not in the manifest" in refusal(lambda: BetonSet(strange))
 
 
@@ -101,7 +103,7 @@ def touch(path: Path) -> bool:
     return True
 
 
-def test_one_set_of_two_outs_holds_every_sample_once(folder: Path) -> None:
+def test_one_set_of_two_output_folders_holds_every_sample_once(folder: Path) -> None:
     betons = opened(folder, "a/out", "b/out")
     assert (betons.samples, betons.sizes, len(betons.paths)) == (59, [59], 5)
     assert sorted(seen(betons, 59, batch=4)) == sorted(list(range(59)) * 4)
@@ -124,7 +126,7 @@ def test_one_set_of_two_outs_holds_every_sample_once(folder: Path) -> None:
     assert facts["captions"] == 59
 
 
-def test_a_mixture_has_exact_shares_and_labels_of_each_out(folder: Path) -> None:
+def test_a_mixture_has_exact_shares_and_labels_of_each_output_folder(folder: Path) -> None:
     betons = opened(folder, "a/out=0.25", "b/out=0.75")
     rows = seen(betons, 24, batch=8)
     for begin in range(0, len(rows), 4):
@@ -143,7 +145,7 @@ def test_a_mixture_has_exact_shares_and_labels_of_each_out(folder: Path) -> None
     assert found == [labels[row] for row in rows]
 
 
-def test_what_does_not_agree_is_refused_with_its_mend(folder: Path, tmp_path: Path) -> None:
+def test_what_does_not_agree_is_refused_with_its_fix(folder: Path, tmp_path: Path) -> None:
     a, b = folder / "a" / "out", folder / "b" / "out"
     text = refusal(lambda: BetonSet(parse_sources([str(a), str(b)])))
     assert f"{a} {b} have different IDF tables" in text
@@ -159,7 +161,7 @@ def test_what_does_not_agree_is_refused_with_its_mend(folder: Path, tmp_path: Pa
     assert "is the table of other tokens" in refusal(lambda: BetonSet(a, idf=tmp_path / "few.parquet"))
 
 
-def test_a_part_by_uids_or_by_sql(folder: Path, tmp_path: Path) -> None:
+def test_a_subset_by_uids_or_by_sql(folder: Path, tmp_path: Path) -> None:
     uids = np.array([(0, number) for number in (3, 7, 7, 40, 10**6)], "u8,u8")
     np.save(tmp_path / "uids.npy", uids)
     betons = opened(folder, "a/out", "b/out", subset=str(tmp_path / "uids.npy"))
@@ -191,7 +193,7 @@ def all_labels(folder: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("subset", "told"),
+    ("subset", "message"),
     [
         ("false", "selects no sample"),
         ("colour = 3", "train.data.subset 'colour = 3' cannot be used: .*colour"),
@@ -200,8 +202,8 @@ def all_labels(folder: Path) -> list[list[int]]:
         ("row >= 35", "leaves no sample of a --beton"),
     ],
 )
-def test_a_part_that_is_none_is_told(folder: Path, subset: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_wrong_subset_is_refused(folder: Path, subset: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         opened(
             folder,
             "a/out=1",
@@ -210,7 +212,7 @@ def test_a_part_that_is_none_is_told(folder: Path, subset: str, told: str) -> No
         )
 
 
-def test_whole_files_are_compared_where_it_is_asked(folder: Path, tmp_path: Path) -> None:
+def test_verify_compares_whole_files(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "a" / "out", tmp_path / "out")
     beton = tmp_path / "out" / "beton" / "00001.beton"
     data = bytearray(beton.read_bytes())
@@ -265,7 +267,7 @@ def test_remote_betons_are_fetched_into_a_bounded_cache(folder: Path, remote: st
     text = refusal(
         lambda: open_data(Chosen([remote]), Data.model_validate(settings | {"shuffle_window": 50}), HERE, lambda: False)
     )
-    assert "two windows of 50 blocks of 12 samples lie in 3 remote betons" in text
+    assert "two windows of 50 blocks of 12 samples touch 3 remote betons" in text
     assert "--set train.data.shuffle_block=11 --set train.data.shuffle_window=1" in text
     text = refusal(lambda: BetonSet(parse_sources([remote]), cache=Cache(tmp_path, 1000)))
     assert "train.data.cache_size is 1,000 bytes, the largest beton" in text

@@ -1,1 +1,1 @@
-"""`train bench`: what the loader, the disk and the loop give here, and which device rates that feeds."""
+"""`train bench` and `train plan`: what the loader, the disk and the loop deliver, and what a run would take."""

@@ -23,7 +23,7 @@ from train.data import decode
 from train.data.dataset import BetonSet
 from train.data.decode import Crops, decompress, shrunk, window_of
 from train.data.files import Threads
-from train.data.image_index import NO_FILE, OK, TABLE_BYTES, Tables, advise, copy_labels, find, read_sample
+from train.data.image_index import NO_FILE, OK, TABLE_BYTES, Tables, advise, copy_labels, find_sample, read_sample
 from train.data.loader import Loader, Slot
 from train.data.open import loading_threads, make_loader
 from train.data.resize import aligned
@@ -152,11 +152,11 @@ def time_stages(betons: BetonSet, settings: Train, loader: Loader, count: int) -
     `labels` finds a sample and copies its label row; `resize` is the copy into the canvas where the device resamples.
     """
     samples, epochs = loader.order.take(0, count)
-    samples = betons.chosen(samples)
+    samples = betons.file_samples(samples)
     decoder, scratch = Decompressor(), np.empty(_FIRST_SCRATCH_BYTES, np.uint8)
     slot = Slot(count, settings.model.image_size, betons.label_limit, False, loader.crops.device)
     times: dict[int, list[float]] = {LABELS: [], READ: [], DECODE: [], RESIZE: []}
-    betons.bring(betons.numbers(samples))
+    betons.fetch(betons.numbers(samples))
     with betons.held(samples):
         if loader.crops.device:
             table = np.empty(TABLE_BYTES, np.uint8)
@@ -197,7 +197,7 @@ def run_stages(
     """
     total, limit = 0, len(labels)
     for row in range(len(samples)):
-        span = find(tables, samples[row], limit, scratch)
+        span = find_sample(tables, samples[row], limit, scratch)
         if span.status != OK:
             continue
         total += span.bytes + 4 * limit
@@ -236,7 +236,7 @@ def bench_disk(
     for name, parts in (("single", singles), ("blocks", blocks), ("cached", blocks)):
         if name != "cached":
             _drop_from_page_cache(betons)
-        parts = [betons.chosen(part) for part in parts]
+        parts = [betons.file_samples(part) for part in parts]
         figures[name] = _read_parts(betons, loader.crops, parts, threads, seconds, readahead=name == "blocks")
     bytes_each = figures["blocks"]["bytes_per_sample"]
     verdicts = judge(rates, figures["blocks"]["samples_per_s"], "disk", "MB/s", bytes_each / 1e6)

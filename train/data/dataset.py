@@ -1,7 +1,10 @@
-"""Many files of samples as one set: betons, or image indexes of the user's tars, of one OUT or of several.
+"""The training set: the samples of one or several output folders as one numbered sequence, checked and open.
 
-OUT/manifest.json -> OUT/beton/*.beton, or OUT/places/*.npy and the tars --+
-OTHER_OUT/rows/*.npy (labels made later, for the same rows) ---------------+-> BetonSet -> tables that train/data/image_index.py reads
+    OUT/manifest.json -> OUT/beton/*.beton, or OUT/places/*.npy and the user's tars --+
+    OTHER_OUT/rows/*.npy: labels made later, for the same rows -----------------------+-> BetonSet -> Tables
+
+A sample's number counts through the sample files (betons, or image indexes). Tables, which compiled code reads, hold
+descriptors and offsets: opening costs one header a file, nothing a sample. K label limit, V vocabulary.
 """
 
 import os
@@ -17,128 +20,21 @@ from labels.arrays import Column, rows_file, shards_needed
 from labels.manifest import BetonPart, Manifest, read_sources
 from labels.storage import Layout, UserError, fingerprint, is_remote, sha256_file
 from train.data.files import Cache, OpenFiles, Staging, allow_open_files
-from train.data.image_index import NO_FILE, TABLE_BYTES, SampleSpan, Tables, find
-from train.data.mixture import Mixture, Opened, Source, check_agreement, idf_of, open_out
-
-# ---- tables: Open all files of a set and tell compiled code where everything lies in them: cost by file, not by
-# sample.
-
-
-class _Part(NamedTuple):
-    """One file of samples, in the order of Tables' fields."""
-
-    file: int
-    bytes: int
-    table: int
-    allocations: int
-    first_row: int
-    shards: tuple[int, int]
-
-
-class _Shard(NamedTuple):
-    """One shard of an OUT whose labels or images do not lie in betons."""
-
-    first_index: int
-    rows: int
-    row_file: int
-    rows_at: int
-    tar: int
-    tar_bytes: int
-
-
-def open_tables(opened: list[Opened], files: OpenFiles, label_limit: int, column: Column = "label_ids") -> Tables:
-    """Open everything but betons in object stores, which are NO_FILE until train/data/files.py has them here.
-
-    Args:
-        opened: the OUTs.
-        files: keeps the descriptors.
-        label_limit: K.
-        column: of the label files, what rows are of.
-
-    Raises:
-        UserError: a file is missing, damaged, or not the one of its manifest.
-    """
-    needed = [{part.name for part in shards_needed(one.manifest, one.labels, column)} for one in opened]
-    allow_open_files(sum(len(one.parts) for one in opened) + 2 * sum(map(len, needed)))
-    parts: list[_Part] = []
-    shards: list[_Shard] = []
-    rows_before = 0
-    for one, names in zip(opened, needed, strict=True):
-        begin = len(shards)
-        if names:
-            shards += _open_shards(one, names, files, label_limit, column)
-        parts += [_open_part(one, part, files, rows_before, (begin, len(shards))) for part in one.parts]
-        rows_before += sum(part.rows for part in one.manifest.shards)
-    columns = np.array(parts, dtype=object).reshape(len(parts), -1)
-    of_shards = np.array(shards, np.int64).reshape(-1, len(_Shard._fields)).T.copy()
-    counts = np.array([part.samples for one in opened for part in one.parts], np.int64)
-    return Tables(
-        first_samples=np.concatenate([[0], np.cumsum(counts)]),
-        files=columns[:, 0].astype(np.int64),
-        bytes=columns[:, 1].astype(np.int64),
-        tables=columns[:, 2].astype(np.int64),
-        allocations=columns[:, 3].astype(np.int64),
-        first_rows=columns[:, 4].astype(np.int64),
-        shards=np.array([part.shards for part in parts], np.int64),
-        first_indices=of_shards[0],
-        row_counts=of_shards[1],
-        row_files=of_shards[2],
-        rows_at=of_shards[3],
-        tars=of_shards[4],
-        tar_bytes=of_shards[5],
-    )
-
-
-def _open_part(one: Opened, part: BetonPart, files: OpenFiles, first_row: int, shards: tuple[int, int]) -> _Part:
-    path = one.path(part)
-    if one.manifest.image_index:
-        file, table = files.image_index(path, part, one.rebuild)
-        return _Part(file, part.bytes, table, 0, first_row, shards)
-    allocations = part.bytes - 2 * part.samples * beton.ALLOCATION.itemsize
-    file = NO_FILE if is_remote(path) else files.beton(path, part, one.manifest.label_limit, one.rebuild)
-    return _Part(file, part.bytes, beton.METADATA_OFFSET, allocations, first_row, shards)
-
-
-def _open_shards(one: Opened, needed: set[str], files: OpenFiles, label_limit: int, column: Column) -> list[_Shard]:
-    """One entry for every shard of the manifest, so that their numbers hold; those without samples are not opened."""
-    layout = Layout(one.source.out)
-    tars = read_sources(layout) if one.manifest.image_index else {}
-    found = []
-    for part in one.labels.shards:
-        row_file, rows_at = (
-            files.label_array(one.labels_out, part, label_limit, column) if part.name in needed else (NO_FILE, 0)
-        )
-        tar, length = NO_FILE, 0
-        if tars and part.name in needed:
-            tar, length = files.tar(part.name, tars.get(part.name), layout.image_sources)
-        found.append(_Shard(part.first_index, part.rows, row_file, rows_at, tar, length))
-    return found
+from train.data.image_index import NO_FILE, TABLE_BYTES, SampleSpan, Tables, find_sample
+from train.data.mixture import DataSource, Mixture, OpenedSource, check_agreement, idf_of, open_source
 
 
 class BetonSet:
-    """All samples of one or more OUTs, with their own labels or those of others.
+    """All samples of one or more output folders, with their own labels or those of others.
 
     Args:
-        sources: an OUT, or what train/data/mixture.py made of several.
-        labels: where `sources` is one OUT, another whose labels are taken, their arrays made (train/data/open.py).
-        idf: an idf.parquet, or an OUT that has one, to be taken instead of the OUTs' own.
+        sources: an output folder, or a mixture of several.
+        labels: where `sources` is one folder, another whose labels are taken, as arrays (train/data/open.py).
+        idf: an idf.parquet, or an output folder that has one, instead of the sources' own.
         cache: where betons of object stores are kept; None refuses them.
-        column: what rows are of: the label set of a caption, or its tokens in order, which are mapped from arrays
-            (train/data/open.py).
+        column: the label set of a caption, or its tokens in order, which are read from arrays (train/data/open.py).
 
-    Attributes:
-        opened: sources and manifests.
-        parts, paths: the files of samples, as their manifests tell of them and where they are.
-        sizes: samples of each group; `samples`: N, of all together.
-        quotas: how many of every `sum(quotas)` samples come from each group.
-        label_limit: K.
-        vocabulary: V.
-        idf: float32 [V]; `idf_sha256`: of its table.
-        files: what is open.
-        tables: for compiled code.
-
-    Raises:
-        UserError: something is missing, damaged, or does not belong together.
+    Raises UserError where something is missing, damaged, or does not belong together.
     """
 
     def __init__(
@@ -150,23 +46,23 @@ class BetonSet:
         cache: Cache | None = None,
         column: Column = "label_ids",
     ) -> None:
-        mixture = sources if isinstance(sources, Mixture) else Mixture((Source(sources, labels),))
-        self.opened = [open_out(source) for source in mixture.sources]
+        mixture = sources if isinstance(sources, Mixture) else Mixture((DataSource(sources, labels),))
+        self.opened = [open_source(source) for source in mixture.sources]
         check_agreement(self.opened)
-        self.idf, self.idf_sha256 = idf_of(self.opened, idf)
+        self.idf, self.idf_sha256 = idf_of(self.opened, idf)  # float32 [V]
         self.vocabulary, self.label_limit = len(self.idf), self.opened[0].labels.label_limit
-        self._owners = [one for one in self.opened for _ in one.parts]
-        self.parts = [part for one in self.opened for part in one.parts]
-        self.paths = [one.path(part) for one, part in zip(self._owners, self.parts, strict=True)]
-        self.quotas = mixture.quotas
-        self.sizes = [0] * len(self.quotas)
-        for one in self.opened:
-            self.sizes[one.source.group] += sum(part.samples for part in one.parts)
+        self._owners = [source for source in self.opened for _ in source.parts]
+        self.parts = [part for source in self.opened for part in source.parts]  # the sample files in their manifests
+        self.paths = [source.path(part) for source, part in zip(self._owners, self.parts, strict=True)]
+        self.quotas = mixture.quotas  # how many of every sum(quotas) samples come from each group
+        self.sizes = [0] * len(self.quotas)  # samples of each group
+        for opened in self.opened:
+            self.sizes[opened.source.group] += sum(part.samples for part in opened.parts)
         self._column: Column = column
         self.files = OpenFiles()
         self.tables = open_tables(self.opened, self.files, self.label_limit, column)
         self.staging = self._stage(cache)
-        self._part: tuple[np.ndarray, str] | None = None
+        self._subset: tuple[np.ndarray, str] | None = None
 
     def _stage(self, cache: Cache | None) -> Staging | None:
         if not any(map(is_remote, self.paths)):
@@ -175,34 +71,26 @@ class BetonSet:
             raise UserError(f"{self.opened[0].source.out} is not on this machine", fix="copy it to a local folder")
 
         def open_copy(number: int, copy: Path) -> int:
-            one = self._owners[number]
-            return self.files.beton(copy, self.parts[number], one.manifest.label_limit, one.rebuild)
+            owner = self._owners[number]
+            return self.files.beton(copy, self.parts[number], owner.manifest.label_limit, owner.rebuild)
 
         return Staging(self.parts, self.paths, self.tables, self.files, open_copy, cache)
 
-    def restrict(self, part: np.ndarray, name: str) -> None:
-        """Keep a part of the samples.
-
-        Args:
-            part: int64, their numbers, ascending; one that is there twice comes twice an epoch.
-            name: what tells this part from others.
-
-        Raises:
-            UserError: a group has no sample in it.
-        """
+    def restrict(self, samples: np.ndarray, name: str) -> None:
+        """Keep a subset, called `name`: ascending sample numbers, int64; repeated ones come several times an epoch."""
         borders = np.cumsum([0, *self.sizes])
-        self.sizes = np.diff(np.searchsorted(part, borders)).tolist()
-        self._part = part, name
+        self.sizes = np.diff(np.searchsorted(samples, borders)).tolist()
+        self._subset = samples, name
         if not all(self.sizes):
             raise UserError(
-                "train.data.subset leaves no sample of a --beton", fix="name another subset, or leave that --beton out"
+                "train.data.subset leaves no sample of a --beton", fix="name another subset, or omit that --beton"
             )
 
-    def chosen(self, numbers: np.ndarray) -> np.ndarray:
-        """Sample numbers of the order -> sample numbers of the files: other ones where only a part was kept."""
-        return numbers if self._part is None else self._part[0][numbers]
+    def file_samples(self, samples: np.ndarray) -> np.ndarray:
+        """Sample numbers of the order -> sample numbers of the files; they differ where only a subset was kept."""
+        return samples if self._subset is None else self._subset[0][samples]
 
-    # What all OUTs agree on, and messages of one OUT, come from the first.
+    # What all sources agree on, and messages about one source, come from the first.
     @property
     def out(self) -> Path:
         return self.opened[0].source.out
@@ -226,9 +114,11 @@ class BetonSet:
     @property
     def identity(self) -> dict[str, str]:
         """What must stay the same from the first to the last step of a run."""
-        labels, betons = ([getattr(one, name).fingerprint for one in self.opened] for name in ("labels", "manifest"))
-        parts = [[one.source.numbers, one.source.group] for one in self.opened]
-        subset = self._part[1] if self._part else None
+        labels, betons = (
+            [getattr(source, name).fingerprint for source in self.opened] for name in ("labels", "manifest")
+        )
+        parts = [[opened.source.numbers, opened.source.group] for opened in self.opened]
+        subset = self._subset[1] if self._subset else None
         whole = parts == [[None, 0]] and subset is None
         return {
             "labels": labels[0] if len(labels) == 1 else fingerprint(labels),
@@ -236,92 +126,143 @@ class BetonSet:
             "betons": betons[0] if whole else fingerprint([betons, parts, self.quotas, subset]),
         }
 
-    def bring(self, numbers: Sequence[int]) -> None:
-        """Have files of samples ready for reading.
-
-        Raises:
-            UserError: one is gone, cut, or cannot be fetched.
-        """
+    def fetch(self, numbers: Sequence[int]) -> None:
+        """Have sample files ready to be read; UserError where one was removed, cut, or cannot be fetched."""
         if self.staging:
             self.staging.fetch(numbers)
-        self._check_presence(numbers)
+        for number in numbers:
+            if self.staging and number in self.staging.remote:
+                continue  # its copy may be closed again
+            stat = os.fstat(self.tables.files[number])
+            if stat.st_nlink == 0:
+                problem = "was removed or replaced while it was in use"
+            elif stat.st_size != self.parts[number].bytes:
+                problem = f"has {stat.st_size} bytes, and had {self.parts[number].bytes} when it was opened"
+            else:
+                continue
+            fix = "put it back; the same command resumes from the last checkpoint"
+            raise UserError(f"{self.paths[number]} {problem}", fix=fix)
 
     def held(self, samples: np.ndarray) -> AbstractContextManager[None]:
         """Keep the files of these samples open until the block ends."""
         return self.staging.held(self.numbers(samples)) if self.staging else nullcontext()
 
     def number(self, sample: int) -> int:
-        """Which file of samples a sample is in."""
+        """The number of the sample file that holds a sample."""
         return int(np.searchsorted(self.tables.first_samples, sample, side="right")) - 1
 
     def numbers(self, samples: np.ndarray) -> list[int]:
-        """Which files of samples hold these samples: each once, ascending."""
+        """The numbers of the sample files that hold these samples: each once, ascending."""
         return np.unique(np.searchsorted(self.tables.first_samples, samples, side="right") - 1).tolist()
 
-    def owner(self, sample: int) -> Opened:
-        """The OUT that a sample is of."""
+    def owner(self, sample: int) -> OpenedSource:
         return self._owners[self.number(sample)]
 
     def span(self, sample: int) -> SampleSpan:
-        """Where a sample lies."""
-        return find(self.tables, sample, self.label_limit, np.empty(TABLE_BYTES, np.uint8))
+        return find_sample(self.tables, sample, self.label_limit, np.empty(TABLE_BYTES, np.uint8))
 
     def name(self, sample: int) -> str:
-        """Where sample number `sample` lies, for messages."""
+        """File and position of a sample, for messages."""
         number = self.number(sample)
         return f"{self.paths[number]}, sample {sample - self.tables.first_samples[number]}"
 
     def label_array(self, sample: int) -> Path | None:
         """The array that the labels of a sample are read from; None where the beton itself holds them."""
-        begin, end = self.tables.shards[self.number(sample)]
+        number, owner = self.number(sample), self.owner(sample)
+        begin, end = self.tables.shards[number]
         if begin == end:
             return None
-        index = self.span(sample).row - self.tables.first_rows[self.number(sample)]
+        index = self.span(sample).row - self.tables.first_rows[number]
         shard = max(int(np.searchsorted(self.tables.first_indices[begin:end], index, side="right")) - 1, 0)
-        return rows_file(self.owner(sample).labels_out, self.owner(sample).labels.shards[shard], self._column)
+        return rows_file(owner.labels_out, owner.labels.shards[shard], self._column)
 
     def image_file(self, sample: int) -> Path:
         """The beton or the tar that holds the image of a sample."""
-        opened, number = self.owner(sample), self.number(sample)
+        owner, number = self.owner(sample), self.number(sample)
         begin, end = self.tables.shards[number]
-        found = np.flatnonzero(self.tables.tars[begin:end] == self.span(sample).file)
-        if not opened.manifest.image_index or not len(found):
+        shards = np.flatnonzero(self.tables.tars[begin:end] == self.span(sample).file)
+        if not owner.manifest.image_index or not len(shards):
             return self.paths[number]
-        return Path(read_sources(Layout(opened.source.out))[opened.manifest.shards[found[0]].name].path)
-
-    def _check_presence(self, numbers: Sequence[int]) -> None:
-        """Refuse files of samples that were removed or cut since they were opened.
-
-        Args:
-            numbers: which of them.
-
-        Raises:
-            UserError: naming the first.
-        """
-        for number in numbers:
-            if self.staging and number in self.staging.remote:
-                continue  # its copy comes and goes
-            found = os.fstat(self.tables.files[number])
-            if found.st_nlink == 0:
-                what = "was removed or replaced while it was in use"
-            elif found.st_size != self.parts[number].bytes:
-                what = f"has {found.st_size} bytes, and had {self.parts[number].bytes} when it was opened"
-            else:
-                continue
-            raise UserError(
-                f"{self.paths[number]} {what}", fix="put it back; the same command goes on from the last checkpoint"
-            )
+        return Path(read_sources(Layout(owner.source.out))[owner.manifest.shards[shards[0]].name].path)
 
     def check_bytes(self, numbers: Sequence[int]) -> None:
-        """Compare the SHA-256 of whole files of samples with their manifests: reads everything.
-
-        Raises:
-            UserError: naming the first that differs.
-        """
+        """Compare the SHA-256 of sample files with their manifests, by reading all; UserError where one differs."""
         for number in numbers:
-            found, wanted = sha256_file(self.paths[number]), self.parts[number].sha256
-            if found != wanted:
+            actual, expected, owner = sha256_file(self.paths[number]), self.parts[number].sha256, self._owners[number]
+            if actual != expected:
                 raise UserError(
-                    f"{self.paths[number]} is damaged: SHA-256 {found[:16]}..., in the manifest {wanted[:16]}...",
-                    fix=f"run `preprocess verify {self._owners[number].source.out}`, then {self._owners[number].rebuild}",
+                    f"{self.paths[number]} is damaged: SHA-256 {actual[:16]}..., in the manifest {expected[:16]}...",
+                    fix=f"run `preprocess verify {owner.source.out}`, then {owner.rebuild}",
                 )
+
+
+class _Part(NamedTuple):
+    """One sample file, in the order of Tables' fields."""
+
+    file: int
+    bytes: int
+    table: int
+    allocations: int
+    first_row: int
+    shards_begin: int
+    shards_end: int
+
+
+class _Shard(NamedTuple):
+    """One shard whose labels or images are not in betons, in the order of Tables' fields."""
+
+    first_index: int
+    rows: int
+    row_file: int
+    rows_at: int
+    tar: int
+    tar_bytes: int
+
+
+def open_tables(opened: list[OpenedSource], files: OpenFiles, label_limit: int, column: Column = "label_ids") -> Tables:
+    """Open everything but betons in object stores, which are NO_FILE until Staging has fetched them."""
+    needed = [{part.name for part in shards_needed(source.manifest, source.labels, column)} for source in opened]
+    allow_open_files(sum(len(source.parts) for source in opened) + 2 * sum(map(len, needed)))
+    parts: list[_Part] = []
+    shards: list[_Shard] = []
+    rows_before = 0
+    for source, names in zip(opened, needed, strict=True):
+        begin = len(shards)
+        if names:
+            shards += _open_shards(source, names, files, label_limit, column)
+        parts += [_open_part(source, part, files, rows_before, (begin, len(shards))) for part in source.parts]
+        rows_before += sum(part.rows for part in source.manifest.shards)
+    counts = np.array([part.samples for source in opened for part in source.parts], np.int64)
+    part_columns = np.array(parts, np.int64).T.copy()
+    shard_columns = np.array(shards, np.int64).reshape(-1, len(_Shard._fields)).T.copy()
+    first_samples = np.concatenate([[0], np.cumsum(counts)])
+    return Tables._make([first_samples, *part_columns[:5], part_columns[5:].T.copy(), *shard_columns])
+
+
+def _open_part(
+    opened: OpenedSource, part: BetonPart, files: OpenFiles, first_row: int, shards: tuple[int, int]
+) -> _Part:
+    path = opened.path(part)
+    if opened.manifest.image_index:
+        file, table = files.image_index(path, part, opened.rebuild)
+        return _Part(file, part.bytes, table, 0, first_row, *shards)
+    allocations = part.bytes - 2 * part.samples * beton.ALLOCATION.itemsize
+    file = NO_FILE if is_remote(path) else files.beton(path, part, opened.manifest.label_limit, opened.rebuild)
+    return _Part(file, part.bytes, beton.METADATA_OFFSET, allocations, first_row, *shards)
+
+
+def _open_shards(
+    opened: OpenedSource, needed: set[str], files: OpenFiles, label_limit: int, column: Column
+) -> list[_Shard]:
+    """An entry for every shard of the manifest, so that numbers hold; those without samples are not opened."""
+    layout = Layout(opened.source.out)
+    tars = read_sources(layout) if opened.manifest.image_index else {}
+    shards = []
+    for part in opened.labels.shards:
+        row_file, rows_at, tar, length = NO_FILE, 0, NO_FILE, 0
+        if part.name in needed:
+            row_file, rows_at = files.label_array(opened.labels_out, part, label_limit, column)
+            if tars:
+                tar, length = files.tar(part.name, tars.get(part.name), layout.image_sources)
+        shards.append(_Shard(part.first_index, part.rows, row_file, rows_at, tar, length))
+    return shards

@@ -1,6 +1,12 @@
-"""One batch, compiled: find the sample, read it, decode the part of its image that is needed, copy the labels.
+"""One batch, compiled: find each sample, read it, decode the part of its image that is needed, copy its labels.
 
-B batch, S image side, K label limit. No Python runs per sample; the JPEG decoder's return code is checked for each.
+    host:    JPEG -> pixels of the decoder, shrunk by 1, 2, 4 or 8 -> train/data/resize.py -> S x S
+    device:  JPEG -> the same pixels, into the batch's canvas: the whole image where it fits, else the crop alone;
+             train/data/inputs.py resamples them on the device
+
+libturbojpeg is called directly, by symbol name: its return code is checked, it can shrink while it decodes, and numba
+can cache the code. FFCV's wrapper ignores the return code; CUDA's decoder takes Python calls per sample and cannot
+shrink. B batch, S image side, K label limit, H x W canvas.
 """
 
 import math
@@ -17,53 +23,38 @@ from train.data.image_index import (
     TABLE_BYTES,
     Tables,
     copy_labels,
-    find,
+    find_sample,
     read_sample,
 )
 from train.data.order import flipped, random_crop
 from train.data.resize import address_of, aligned, copy_bytes, margin_bytes, resize_crop, work_bytes
 
-# ---- pixels: One image, compiled: which part of it is taken, and its pixels, decoded no further than that part needs.
-#
-#     host:    JPEG -> pixels of the decoder, shrunk by 1, 2, 4 or 8 -> train/data/resize.py -> S x S
-#     device:  JPEG -> the same pixels, into the batch's canvas: the whole image where it fits, else cut to the crop's own;
-#              train/data/inputs.py resamples them on the device
-#
-# S image side.
-
-
+_GREY = 128
+_CANVAS_STEP = 16  # few sizes, so that memory is reused
 DONE, DAMAGED = 0, -1
+# A box: x, y, width, height of the crop in pixels of its canvas; left, top, columns, rows of what the filter sees;
+# 1 if mirrored.
 BOX = 9
-"""Numbers of a box: x, y, width, height of the crop in pixels of its canvas; left, top, columns and rows of what the
-filter may see of it; 1 if mirrored."""
-_LARGEST_CANVAS = (
-    3  # times S: a longer side, which only huge or very narrow crops have, is resampled on the host after all
-)
+# In S: larger crops (huge images, very narrow crops) are resampled on the host, lest one sets the size of the canvas.
+_LARGEST_CANVAS = 3
 _REACH = 2.0  # of the cubic, in output pixels
 _FATAL = 1
 
 
 class Crops(NamedTuple):
-    """What part of an image is taken, and who resamples it.
+    """Which part of each image is taken, and who resamples it: a random crop, or with `centre` the central square."""
 
-    Random crops take shares `scale` of the area with `ratio` of width to height and mirror half if `flip`, by `seed`,
-    epoch and index. With `centre` the shorter side is resized to S and the middle taken. With `device` pixels are left
-    as the decoder gives them.
-    """
-
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    flip: bool
+    scale: tuple[float, float]  # of a random crop: range of its share of the area
+    ratio: tuple[float, float]  # range of width / height
+    flip: bool  # mirror half
     seed: int
-    size: int
-    centre: bool
-    device: bool
+    size: int  # S
+    centre: bool  # the shorter side becomes S
+    device: bool  # leave the decoder's pixels to the device
 
 
 class Window(NamedTuple):
-    """The pixels of a shrunk image that are needed, [left, left + columns) and [top, top + rows), and the crop's box
-    among them.
-    """
+    """The needed pixels of a shrunk image, and the crop's box among them."""
 
     shrink: int
     left: int
@@ -75,6 +66,16 @@ class Window(NamedTuple):
     width: float
     height: float
     flip: bool
+
+
+class Rows(NamedTuple):
+    """A batch in memory."""
+
+    images: np.ndarray  # uint8 [B, H, W, 3]: S x S, or for the device as many as the largest crop needs
+    boxes: np.ndarray  # float32 [B, BOX]: how they become S x S
+    labels: np.ndarray  # int32 [B, K]
+    positions: np.ndarray  # int64 [B]: of their rows among all
+    status: np.ndarray  # uint8 [B], train/data/image_index.py
 
 
 @njit(inline="always")
@@ -94,10 +95,10 @@ def shrunk(side: int, factor: int) -> int:
 
 @njit
 def window_of(width: int, height: int, crops: Crops, epoch: int, index: int) -> Window:
-    """What is needed of an image of width x height pixels, for its sample's `index` and `epoch`.
+    """The pixels needed of an image of width x height, for its sample's row `index` in `epoch`.
 
-    The filter of a random crop sees the crop alone, as after PIL's `crop`; that of a centre crop sees what surrounds
-    it, as PIL's `resize` of the whole image, shrunk by the decoder to no less than 2 S, does.
+    The filter of a random crop sees the crop alone, as after PIL's `crop`. That of a centre crop also sees its
+    surroundings, as in PIL's `resize` of the whole image, which the decoder shrinks to no less than 2 S.
     """
     flip, reach = False, 0.0
     if crops.centre:
@@ -126,13 +127,10 @@ def fits_canvas(window: Window, crops: Crops) -> bool:
 
 @njit(inline="always")
 def decompress(address: int, size: int, columns: int, rows: int, handle: int, pixels: np.ndarray, pitch: int) -> bool:
-    """Decode a JPEG, shrunk to columns x rows pixels, into `pixels`, uint8, rows `pitch` bytes apart; False if it does
-    not decode.
-    """
-    failed = tj_decompress(
-        handle, np.uint64(address), np.uint64(size), np.uint64(pixels.ctypes.data), columns, pitch, rows, RGB, 0
-    )
-    # The decoder also returns -1 for warnings, e.g. bytes too many behind a marker; the picture is there then.
+    """Decode a JPEG, shrunk to columns x rows pixels, into `pixels` uint8, rows `pitch` bytes apart; False: damaged."""
+    target = np.uint64(pixels.ctypes.data)
+    failed = tj_decompress(handle, np.uint64(address), np.uint64(size), target, columns, pitch, rows, RGB, 0)
+    # The decoder also returns -1 for warnings, e.g. superfluous bytes after a marker; the image is decoded then.
     return failed == 0 or tj_error(handle) != _FATAL
 
 
@@ -149,20 +147,11 @@ def decode_row(
     image: np.ndarray,
     box: np.ndarray,
 ) -> int:
-    """Decode one JPEG.
+    """Decode one JPEG of `size` bytes at `address`, of width x height pixels.
 
-    Args:
-        address, size: where its bytes lie in memory, and how many.
-        width, height: the image, in pixels.
-        window: what is needed of it.
-        crops: as the window was made with.
-        handle: TurboJPEG's, of this thread.
-        scratch: uint8, aligned to 4 bytes.
-        image: uint8 [H, W, 3], written: S x S pixels, or those of the canvas.
-        box: float32 [BOX], written: how they become S x S.
-
-    Returns:
-        DONE, DAMAGED if the JPEG does not decode, or the bytes of scratch that are needed.
+    `window` was made with `crops`; `handle` is TurboJPEG's, of this thread; `scratch` uint8 is aligned to 4 bytes. It
+    writes `image` uint8 [H, W, 3], and `box` float32 [BOX], how its pixels become S x S. Returns DONE, DAMAGED if the
+    JPEG does not decode, or the bytes of scratch that are needed.
     """
     side, shrink = crops.size, window.shrink
     pixel_width, pixel_height = shrunk(width, shrink), shrunk(height, shrink)
@@ -180,67 +169,29 @@ def decode_row(
         return needed
     if not decompress(address, size, pixel_width, pixel_height, handle, scratch, pitch):
         return DAMAGED
-    source, target, target_pitch = (
-        scratch[window.top * pitch + 3 * window.left :],
-        image.reshape(-1),
-        3 * image.shape[1],
-    )
+    source = scratch[window.top * pitch + 3 * window.left :]
+    target, target_pitch = image.reshape(-1), 3 * image.shape[1]
     if on_canvas:
         for row in range(window.rows):
             copy_bytes(address_of(target) + row * target_pitch, address_of(source) + row * pitch, 3 * window.columns)
         box[0], box[1], box[2], box[3] = window.x, window.y, window.width, window.height
         box[4], box[5], box[6], box[7], box[8] = 0.0, 0.0, window.columns, window.rows, window.flip
     else:
-        resize_crop(
-            source,
-            pitch,
-            window.rows,
-            window.columns,
-            window.x,
-            window.y,
-            window.width,
-            window.height,
-            window.flip,
-            side,
-            target,
-            target_pitch,
-            scratch[at_work:],
-        )
+        x, y, w, h = window.x, window.y, window.width, window.height
+        rows, columns, work = window.rows, window.columns, scratch[at_work:]
+        resize_crop(source, pitch, rows, columns, x, y, w, h, window.flip, side, target, target_pitch, work)
         box[:], box[2:4], box[6:8] = 0.0, side, side  # S x S pixels that are final already
     return DONE
-
-
-_GREY = 128
-_CANVAS_STEP = 16
-
-
-class Rows(NamedTuple):
-    """A batch in memory.
-
-    - `images` uint8 [B, H, W, 3]: S x S pixels, or in mode `device` as many as the largest crop of the batch needs.
-    - `boxes` float32 [B, BOX]: how they become S x S.
-    - `labels` int32 [B, K].
-    - `positions` int64 [B]: of their rows among all.
-    - `status` uint8 [B].
-    """
-
-    images: np.ndarray
-    boxes: np.ndarray
-    labels: np.ndarray
-    positions: np.ndarray
-    status: np.ndarray
 
 
 @njit(nogil=True, cache=True)
 def canvas_shape(
     tables: Tables, samples: np.ndarray, epochs: np.ndarray, limit: int, crops: Crops, scratch: np.ndarray
 ) -> tuple[int, int]:
-    """Rows and columns in pixels of the smallest canvas for all images of a batch, in steps of 16 (few sizes: memory is
-    used again).
-    """
+    """Rows and columns in pixels of the smallest canvas for all images of a batch, from the tables alone."""
     rows = columns = crops.size
     for row in range(len(samples)):
-        span = find(tables, samples[row], limit, scratch)
+        span = find_sample(tables, samples[row], limit, scratch)
         if span.status == OK:
             window = window_of(span.width, span.height, crops, epochs[row], span.row)
             if fits_canvas(window, crops):
@@ -249,8 +200,8 @@ def canvas_shape(
 
 
 @njit
-def _leave_out(image: np.ndarray, box: np.ndarray, labels: np.ndarray) -> None:
-    """Grey, without labels: a sample that has no part in the loss."""
+def _exclude(image: np.ndarray, box: np.ndarray, labels: np.ndarray) -> None:
+    """Grey, without labels: a sample that is not in the loss."""
     image.reshape(-1)[:] = _GREY
     labels[:] = -1
     box[:] = 0.0
@@ -271,26 +222,16 @@ def load_rows(
     scratch: np.ndarray,
     rows: Rows,
 ) -> int:
-    """Fill rows [begin, end) of a batch.
+    """Fill rows [begin, end) of a batch with `samples` of `epochs`, int64 [B].
 
-    Args:
-        tables: of a BetonSet.
-        samples, epochs: int64 [B], what to load.
-        begin, end: the rows that are this call's.
-        crops: what part of each image is taken.
-        vocabulary: V; a label id of V or more is an error.
-        handle: TurboJPEG's, of this thread.
-        scratch: uint8, any length from TABLE_BYTES; the sample's bytes are read into it, and its pixels decoded behind
-            them.
-        rows: written.
-
-    Returns:
-        0, or the bytes of scratch that the row at which it stopped needs; that row and later ones are not filled.
+    Label ids of `vocabulary` or more are errors; `handle` is TurboJPEG's, of this thread; `scratch` uint8, of at least
+    TABLE_BYTES, takes a sample's bytes and then its pixels. Returns 0, or the bytes of scratch that the row at which it
+    stopped needs; that row and later ones are not filled.
     """
     images, boxes, labels, status = rows.images, rows.boxes, rows.labels, rows.status
     limit = labels.shape[1]
     for row in range(begin, end):
-        span = find(tables, samples[row], limit, scratch)
+        span = find_sample(tables, samples[row], limit, scratch)
         rows.positions[row], status[row] = span.row, span.status
         if span.status == OK:
             labels_at = TABLE_BYTES + span.bytes
@@ -300,18 +241,11 @@ def load_rows(
             if not read_sample(span, limit, scratch):
                 status[row] = BAD_READ
             else:
-                window = window_of(span.width, span.height, crops, epochs[row], span.row)
+                width, height = span.width, span.height
+                window = window_of(width, height, crops, epochs[row], span.row)
+                jpeg, pixels = scratch[TABLE_BYTES:].ctypes.data, scratch[pixels_at:]
                 needed = decode_row(
-                    scratch[TABLE_BYTES:].ctypes.data,
-                    span.bytes,
-                    span.width,
-                    span.height,
-                    window,
-                    crops,
-                    handle,
-                    scratch[pixels_at:],
-                    images[row],
-                    boxes[row],
+                    jpeg, span.bytes, width, height, window, crops, handle, pixels, images[row], boxes[row]
                 )
                 if needed > 0:
                     return pixels_at + needed
@@ -320,5 +254,5 @@ def load_rows(
                 elif not copy_labels(scratch, labels_at, vocabulary, labels[row]):
                     status[row] = BAD_LABEL
         if status[row] != OK and status[row] != BAD_LABEL:
-            _leave_out(images[row], boxes[row], labels[row])
+            _exclude(images[row], boxes[row], labels[row])
     return 0

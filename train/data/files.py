@@ -114,7 +114,7 @@ class OpenFiles:
         size = os.fstat(descriptor).st_size
         if size != source.bytes:
             raise UserError(
-                f"{path} has {size} bytes, and had {source.bytes} when its image index was made: it was cut or replaced",
+                f"{path} has {size} bytes, and had {source.bytes} when its image index was made: cut or replaced",
                 fix="put the old file back, or run the build-labels command again",
             )
         return descriptor, size

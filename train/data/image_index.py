@@ -1,10 +1,10 @@
-"""A sample is a span of a file, compiled: find it, and read its image bytes and its label row.
+"""Find and read one sample, compiled: sample number -> span of a file -> image bytes and label row.
 
-    sample number -> file of samples (beton, or image index into tars) -> its table row -> file, offset, bytes, width, height, index, labels
+    sample number -> beton, or image index into tars -> its table row: file, offset, bytes, width, height, row
+                  -> read_sample: image bytes and label row in scratch memory -> copy_labels: int32 [K]
 
-Everything is read by position (pread), nothing is mapped: a file that is cut or gone while training is a status, not a
-    signal that ends
-the process. M files of samples, P shards, K label limit.
+Everything is read by position (pread), nothing is mapped: a file that is cut or gone becomes a status, not a signal
+that ends the process. M sample files, P shards, K label limit.
 """
 
 # Compiled code: what numpy calls scalars are integers there.
@@ -19,17 +19,16 @@ from labels.beton import METADATA
 from labels.manifest import IMAGE_SPAN
 from labels.native import njit
 
+# The status of a sample: read; its table entry is wrong; its JPEG does not decode; a label is outside the head; its
+# index is no row of its shard; the file could not be read there.
 OK, BAD_TABLE, BAD_JPEG, BAD_LABEL, BAD_INDEX, BAD_READ = range(6)
-"""What became of a sample: fine; its table entry is wrong; its JPEG does not decode; a label is none of the head's; its
-index is no row of its shard; the file could not be read at that span."""
 NO_FILE = -1
-TABLE_BYTES = 128
-"""The head of scratch memory, where table rows are read to; the sample's own bytes come behind it."""
+TABLE_BYTES = 128  # the head of scratch memory, for table rows; the sample's own bytes follow
 
-_META_BYTES, _SPAN_BYTES = METADATA.itemsize, IMAGE_SPAN.itemsize
+_META_ROW_BYTES, _SPAN_ROW_BYTES = METADATA.itemsize, IMAGE_SPAN.itemsize
 _LABELS_AT, _INDEX_AT = METADATA.fields["labels_ptr"][1], METADATA.fields["index"][1]  # type: ignore[index]
-_P_BYTES, _P_OFFSET, _P_INDEX = (IMAGE_SPAN.fields[name][1] for name in ("bytes", "offset", "index"))  # type: ignore[index]
-_P_WIDTH, _P_HEIGHT = (IMAGE_SPAN.fields[name][1] for name in ("width", "height"))  # type: ignore[index]
+_SPAN_BYTES, _SPAN_OFFSET, _SPAN_INDEX = (IMAGE_SPAN.fields[name][1] for name in ("bytes", "offset", "index"))  # type: ignore[index]
+_SPAN_WIDTH, _SPAN_HEIGHT = (IMAGE_SPAN.fields[name][1] for name in ("width", "height"))  # type: ignore[index]
 _TRIES = 3
 
 # ssize_t pread(int file, void* to, size_t bytes, off_t at)
@@ -41,52 +40,37 @@ if _ADVISES:
     _fadvise = types.ExternalFunction("posix_fadvise", types.int32(types.int32, types.int64, types.int64, types.int32))
 _WILL_NEED = 3  # POSIX_FADV_WILLNEED
 _ADVICE_BYTES = 1 << 17  # the kernel cuts longer requests short
-_GAP_BYTES = 1 << 16  # what lies between two samples is read with them up to this length
+_GAP_BYTES = 1 << 16  # up to this length a gap between two samples is read with them
 
 
 class Tables(NamedTuple):
-    """Where everything lies. One entry a file of samples [M]:
+    """The files and offsets of a BetonSet, int64. First one entry a sample file [M], then one entry a shard [P]."""
 
-    - `first_samples` int64 [M + 1]: number of its first sample among all. - `files` int64: descriptor, NO_FILE while it
-    is not on this machine; `bytes` int64: its length. - `tables`, `allocations` int64: offsets of the metadata array
-    and of a beton's allocation table; 0 for an image index file. - `first_rows` int64: position of its OUT's first row
-    among the rows of all OUTs. - `shards` int64 [M, 2]: the shards of its OUT, [begin, end) below; none where betons
-    hold the labels.
-
-    One entry a shard [P]:
-
-    - `first_indices`, `row_counts` int64: which positions its rows have in its OUT.
-    - `row_files` int64, `rows_at` int64: descriptor of its label array, and the offset of the first row in it.
-    - `tars` int64, `tar_bytes` int64: descriptor and length of its tar; NO_FILE where betons hold the images.
-    """
-
-    first_samples: np.ndarray
-    files: np.ndarray
-    bytes: np.ndarray
-    tables: np.ndarray
-    allocations: np.ndarray
-    first_rows: np.ndarray
-    shards: np.ndarray
-    first_indices: np.ndarray
+    first_samples: np.ndarray  # [M + 1]: number of its first sample among all
+    files: np.ndarray  # descriptor; NO_FILE while a remote beton is not on this machine
+    bytes: np.ndarray  # its length
+    tables: np.ndarray  # offset of the metadata array or of the image index's rows
+    allocations: np.ndarray  # offset of the beton's allocation table; 0 for an image index
+    first_rows: np.ndarray  # position of its dataset's first row among the rows of all datasets
+    shards: np.ndarray  # [M, 2]: the shards of its dataset, [begin, end) below; none where betons hold the labels
+    first_indices: np.ndarray  # position of its first row in its dataset
     row_counts: np.ndarray
-    row_files: np.ndarray
-    rows_at: np.ndarray
-    tars: np.ndarray
+    row_files: np.ndarray  # descriptor of its label array
+    rows_at: np.ndarray  # offset of the first row in it
+    tars: np.ndarray  # descriptor of its tar; NO_FILE where betons hold the images
     tar_bytes: np.ndarray
 
 
 class SampleSpan(NamedTuple):
-    """Where one sample lies: file descriptors, offsets and lengths in bytes; `row`: position of its row among those of
-    all OUTs.
-    """
+    """Image and label row of one sample: descriptors, offsets and lengths in bytes."""
 
     status: int
     file: int
     offset: int
     bytes: int
-    width: int
+    width: int  # pixels
     height: int
-    row: int
+    row: int  # position among the rows of all datasets
     label_file: int
     label_offset: int
 
@@ -101,56 +85,46 @@ def number_at(data: np.ndarray, at: int, size: int):  # noqa: ANN201  (int64 in 
 
 
 @njit
-def read_at(file: int, at: int, size: int, target: np.ndarray, target_at: int) -> bool:
-    """Read `size` bytes at offset `at` of a file into `target`; False where the file does not give them."""
+def read_at(file: int, offset: int, size: int, target: np.ndarray, target_at: int) -> bool:
+    """Read `size` bytes at `offset` of a file to `target[target_at:]`; False where the file does not have them."""
     done, tries = 0, 0
     while done < size:
-        found = _pread(file, np.uint64(target.ctypes.data + target_at + done), np.uint64(size - done), at + done)
-        if found == 0:
+        count = _pread(file, np.uint64(target.ctypes.data + target_at + done), np.uint64(size - done), offset + done)
+        if count == 0:
             return False
-        tries += found < 0  # a signal may interrupt it
+        tries += count < 0  # a signal may interrupt it
         if tries == _TRIES:
             return False
-        done += max(found, 0)
+        done += max(count, 0)
     return True
 
 
 @njit
-def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> SampleSpan:
-    """Where sample number `sample` lies.
+def find_sample(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> SampleSpan:
+    """The span of a sample, with a status other than OK where its table row cannot be read or points nowhere.
 
-    Args:
-        tables: of a BetonSet.
-        sample: its number.
-        limit: K.
-        scratch: uint8, at least TABLE_BYTES; its head is overwritten.
-
-    Returns:
-        its span, with a status other than OK where the tables cannot be read or tell of nothing that there is.
+    `limit` is K; the first TABLE_BYTES of `scratch`, uint8, are overwritten.
     """
     number = np.searchsorted(tables.first_samples, sample, side="right") - 1
     local, table, length = sample - tables.first_samples[number], tables.files[number], tables.bytes[number]
     file = table
     labels_at = np.int64(0)
     if tables.allocations[number] > 0:
-        if not read_at(table, tables.tables[number] + local * _META_BYTES, _META_BYTES, scratch, 0):
+        if not read_at(table, tables.tables[number] + local * _META_ROW_BYTES, _META_ROW_BYTES, scratch, 0):
             return SampleSpan(BAD_READ, table, 0, 0, 0, 0, 0, 0, 0)
         width, height, offset = number_at(scratch, 1, 2), number_at(scratch, 3, 2), number_at(scratch, 5, 8)
         labels_at, index = number_at(scratch, _LABELS_AT, 8), number_at(scratch, _INDEX_AT, 8)
-        # The label row lies right behind the image, so that its pointer tells the length too: one read, not another of
-        # the table behind.
+        # The label row follows its image directly, so its pointer gives the length too: one table read instead of two,
+        # 1.6 -> 1.0 us per sample.
         size, length = labels_at - offset, tables.allocations[number]
-        # Other labels of the same rows have a limit of their own and lie in other files.
+        # Label arrays have a limit of their own, which says nothing of this beton.
         agree = labels_at <= length - (4 * limit if tables.shards[number, 0] == tables.shards[number, 1] else 0)
     else:
-        if not read_at(table, tables.tables[number] + local * _SPAN_BYTES, _SPAN_BYTES, scratch, 0):
+        if not read_at(table, tables.tables[number] + local * _SPAN_ROW_BYTES, _SPAN_ROW_BYTES, scratch, 0):
             return SampleSpan(BAD_READ, table, 0, 0, 0, 0, 0, 0, 0)
-        width, height, offset = (
-            number_at(scratch, _P_WIDTH, 2),
-            number_at(scratch, _P_HEIGHT, 2),
-            number_at(scratch, _P_OFFSET, 8),
-        )
-        index, size = number_at(scratch, _P_INDEX, 8), number_at(scratch, _P_BYTES, 4)
+        width, height = number_at(scratch, _SPAN_WIDTH, 2), number_at(scratch, _SPAN_HEIGHT, 2)
+        offset = number_at(scratch, _SPAN_OFFSET, 8)
+        index, size = number_at(scratch, _SPAN_INDEX, 8), number_at(scratch, _SPAN_BYTES, 4)
         shard = tables.shards[number, 0] + number_at(scratch, 0, 4)
         agree = shard < tables.shards[number, 1] and tables.tars[shard] != NO_FILE
         if agree:
@@ -159,45 +133,32 @@ def find(tables: Tables, sample: int, limit: int, scratch: np.ndarray) -> Sample
     if not agree or offset <= 0 or size <= 0 or offset > length - size or width == 0 or height == 0:
         return SampleSpan(BAD_TABLE, file, offset, size, width, height, row, 0, 0)
     begin, end = tables.shards[number, 0], tables.shards[number, 1]
-    if begin == end:  # the label row lies in the beton
+    if begin == end:  # the label row is in the beton
         return SampleSpan(OK, file, offset, size, width, height, row, file, labels_at)
     part = begin + max(np.searchsorted(tables.first_indices[begin:end], index, side="right") - 1, 0)
     position = index - tables.first_indices[part]
     status = OK if 0 <= position < tables.row_counts[part] and tables.row_files[part] != NO_FILE else BAD_INDEX
-    return SampleSpan(
-        status,
-        file,
-        offset,
-        size,
-        width,
-        height,
-        row,
-        tables.row_files[part],
-        tables.rows_at[part] + position * 4 * limit,
-    )
+    label_file, label_offset = tables.row_files[part], tables.rows_at[part] + position * 4 * limit
+    return SampleSpan(status, file, offset, size, width, height, row, label_file, label_offset)
 
 
 @njit
 def read_sample(span: SampleSpan, limit: int, scratch: np.ndarray) -> bool:
-    """Read a span's image bytes to `scratch[TABLE_BYTES:]`, its label row right behind them; False where a file does
-    not give them.
+    """Read image bytes to `scratch[TABLE_BYTES:]` and the label row behind them; False where a file does not have them.
 
-    Args:
-        span: with status OK.
-        limit: K.
-        scratch: uint8, at least TABLE_BYTES + span.bytes + 4 K.
+    `span` has status OK; `scratch` uint8 has at least TABLE_BYTES + span.bytes + 4 K bytes.
     """
-    size = span.bytes
+    size, label_bytes = span.bytes, 4 * limit
     if span.label_file == span.file and span.label_offset == span.offset + size:
-        return read_at(span.file, span.offset, size + 4 * limit, scratch, TABLE_BYTES)
-    return read_at(span.file, span.offset, size, scratch, TABLE_BYTES) and read_at(
-        span.label_file, span.label_offset, 4 * limit, scratch, TABLE_BYTES + size
-    )
+        return read_at(span.file, span.offset, size + label_bytes, scratch, TABLE_BYTES)
+    labels_at = TABLE_BYTES + size
+    image_read = read_at(span.file, span.offset, size, scratch, TABLE_BYTES)
+    return image_read and read_at(span.label_file, span.label_offset, label_bytes, scratch, labels_at)
 
 
 @njit
 def copy_labels(scratch: np.ndarray, at: int, vocabulary: int, labels: np.ndarray) -> bool:
-    """Copy the label row at `scratch[at:]` to `labels`, int32 [K]; False where one of them is none of the head's."""
+    """Copy the label row at `scratch[at:]` to `labels`, int32 [K]; False where a label is outside the head."""
     good = True
     for column in range(len(labels)):
         label = np.int32(number_at(scratch, at + 4 * column, 4))
@@ -208,26 +169,18 @@ def copy_labels(scratch: np.ndarray, at: int, vocabulary: int, labels: np.ndarra
 
 @njit
 def _will_need(file: int, begin: int, end: int) -> None:
-    """Ask the system to read bytes [begin, end) of a file behind our back."""
+    """Ask the system to read bytes [begin, end) of a file in the background."""
     if _ADVISES:
-        for at in range(begin, end, _ADVICE_BYTES):
-            _fadvise(file, at, min(_ADVICE_BYTES, end - at), _WILL_NEED)
+        for offset in range(begin, end, _ADVICE_BYTES):
+            _fadvise(file, offset, min(_ADVICE_BYTES, end - offset), _WILL_NEED)
 
 
 @njit(nogil=True, cache=True)
 def advise(tables: Tables, samples: np.ndarray, limit: int, scratch: np.ndarray) -> None:
-    """Have the bytes of samples read ahead, neighbours in one go; a sample that cannot be found is told when its turn
-    comes.
-
-    Args:
-        tables: of a BetonSet.
-        samples: int64 [N].
-        limit: K.
-        scratch: uint8 [TABLE_BYTES].
-    """
+    """Have the system read samples ahead, int64 [N], neighbours together; one with a wrong table row is skipped."""
     file, begin, end = NO_FILE, np.int64(0), np.int64(0)
     for sample in samples:
-        span = find(tables, sample, limit, scratch)
+        span = find_sample(tables, sample, limit, scratch)
         if span.status != OK:
             continue
         if span.file != file or not begin <= span.offset <= end + _GAP_BYTES:

@@ -1,4 +1,12 @@
-"""The OUTs of a set: their manifests, whether they belong together, and the IDF that counts for all of them."""
+"""What `--beton` names: output folders, opened by their manifests, checked to belong together, and mixed by shares.
+
+    --beton A --beton 'pool/out*' --beton B/beton/00000.beton      all samples of all of them, one set
+    --beton A=0.7 --beton 'pool/out*=0.3'                          a mixture: 7 of 10 samples from A, 3 from the others
+
+parse_sources -> Mixture of DataSources -> open_source -> OpenedSource -> check_agreement, idf_of. Shares are exact:
+each period of a mixture (train/data/order.py) is a permutation of its quotas, and a group's own order continues from
+period to period.
+"""
 
 import glob
 import math
@@ -16,78 +24,58 @@ from labels.idf import read_idf
 from labels.manifest import BetonPart, Manifest, read_manifest
 from labels.storage import Layout, UserError, local_copy, out_path, sha256_file
 
-# ---- sources: What `--beton` names: OUTs, manifests, single betons, globs of them, each with or without its share of the samples.
-#
-# --beton A --beton 'pool/out*' --beton B/beton/00000.beton      all samples of all, one set
-# --beton A=0.7 --beton 'pool/out*=0.3'                          a mixture: 7 of 10 samples from A, 3 from the others together
-
-
-_ALLOWED = "an OUT, its manifest.json, its beton/*.beton, or a glob of these; each may end in =SHARE, e.g. out=0.3"
+_FORMS = (
+    "an output folder, its manifest.json, its beton/*.beton, or a glob of these; each may end in =SHARE, e.g. out=0.3"
+)
 _LONGEST_PERIOD = 1_000_000
 _GLOB = re.compile(r"[*?[]")
 
 
 @dataclass(frozen=True)
-class Source:
-    """One OUT, or some of its betons.
+class DataSource:
+    """An output folder, or some of its betons."""
 
-    Attributes:
-        out: where it is; a UPath where it is in an object store.
-        labels: another OUT whose labels are taken, for the same rows.
-        numbers: of the betons that are taken; None takes all.
-        group: number of the `--beton` whose share it is part of; 0 without shares.
-    """
-
-    out: Path
-    labels: Path | None = None
-    numbers: tuple[int, ...] | None = None
-    group: int = 0
+    out: Path  # a UPath in an object store
+    labels: Path | None = None  # another output folder, whose labels are taken for the same rows
+    numbers: tuple[int, ...] | None = None  # of the betons that are taken; None takes all
+    group: int = 0  # the number of the `--beton` whose share it belongs to; 0 without shares
 
 
 @dataclass(frozen=True)
 class Mixture:
     """Sources, and how many of every `sum(quotas)` samples come from each group."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[DataSource, ...]
     quotas: tuple[int, ...] = (1,)
 
 
 def parse_sources(texts: Sequence[str], labels: Sequence[Path] = ()) -> Mixture:
-    """The sources that the values of `--beton` name, in their order.
+    """The sources that the values of `--beton` name, in their order; `labels` is empty or has a folder for each source.
 
-    Args:
-        texts: the values.
-        labels: none, or for each OUT in turn another one whose labels are taken.
-
-    Raises:
-        UserError: nothing is there under a name, an OUT is named twice, or shares are given to some only.
+    Raises UserError where a name matches nothing, a folder is named twice, or shares are given to some only.
     """
-    parsed = [_split(text) for text in texts]
+    parsed = [_split_share(text) for text in texts]
     shares = [share for _, share in parsed if share is not None]
     if shares and len(shares) < len(parsed):
         without = next(text for text, share in parsed if share is None)
-        raise UserError(
-            f"--beton {without} has no share, others have",
-            allowed="a share for all of them, or for none",
-            fix="add =SHARE",
-        )
-    sources: list[Source] = []
+        allowed = "a share for all of them, or for none"
+        raise UserError(f"--beton {without} has no share, others have", allowed=allowed, fix="add =SHARE")
+    sources: list[DataSource] = []
     for group, (text, _) in enumerate(parsed):
-        sources += [replace(source, group=group if shares else 0) for source in _named(text)]
-    places = [str(source.out) for source in sources]
-    if twice := next((place for place in places if places.count(place) > 1), None):
-        raise UserError(f"--beton names {twice} twice", fix="name every OUT once; its betons together, as one glob")
+        sources += [replace(source, group=group if shares else 0) for source in _sources_of(text)]
+    folders = [str(source.out) for source in sources]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        fix = "name every output folder once; its betons together, as one glob"
+        raise UserError(f"--beton names {twice} twice", fix=fix)
     if labels and len(labels) != len(sources):
-        raise UserError(
-            f"{len(labels)} --labels for {len(sources)} OUTs of --beton",
-            allowed="none, or one for each OUT, in the same order",
-        )
+        problem = f"{len(labels)} --labels for {len(sources)} output folders of --beton"
+        raise UserError(problem, allowed="none, or one for each output folder, in the same order")
     if labels:
-        sources = [replace(source, labels=other) for source, other in zip(sources, labels, strict=True)]
+        sources = [replace(source, labels=folder) for source, folder in zip(sources, labels, strict=True)]
     return Mixture(tuple(sources), _quotas(shares) if shares else (1,))
 
 
-def _split(text: str) -> tuple[str, Fraction | None]:
+def _split_share(text: str) -> tuple[str, Fraction | None]:
     name, equals, share = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, None
@@ -114,32 +102,31 @@ def _quotas(shares: list[Fraction]) -> tuple[int, ...]:
     return quotas
 
 
-def _named(text: str) -> list[Source]:
-    """The OUTs under one name; betons of the same OUT are one source."""
+def _sources_of(text: str) -> list[DataSource]:
+    """The sources under one name; betons of the same output folder are one source."""
     if "://" in text and not text.startswith(("file://", "local://")):
-        return [Source(_without_manifest(out_path(text)))]
+        return [DataSource(_without_manifest(out_path(text)))]
     plain = str(out_path(text))
     paths = [Path(plain)]
     if not paths[0].exists() and _GLOB.search(plain):
-        paths = [Path(found) for found in sorted(glob.glob(plain))]
+        paths = [Path(match) for match in sorted(glob.glob(plain))]
         if not paths:
-            raise UserError(f"nothing fits --beton {text}", allowed=_ALLOWED)
-    sources: dict[Path, Source] = {}
+            raise UserError(f"--beton {text} matches nothing", allowed=_FORMS)
+    sources: dict[Path, DataSource] = {}
     for path in paths:
         if path.suffix == ".beton":
-            out, number = path.resolve().parent.parent, _number(path)
-            taken = sources.setdefault(out, Source(out, numbers=())).numbers
-            sources[out] = Source(out, numbers=(*(taken or ()), number))
+            out, number = path.resolve().parent.parent, _beton_number(path)
+            taken = sources.setdefault(out, DataSource(out, numbers=())).numbers
+            sources[out] = DataSource(out, numbers=(*(taken or ()), number))
         else:
-            sources.setdefault(_without_manifest(path), Source(_without_manifest(path)))
+            sources.setdefault(_without_manifest(path), DataSource(_without_manifest(path)))
     return list(sources.values())
 
 
-def _number(path: Path) -> int:
+def _beton_number(path: Path) -> int:
     if not path.stem.isdigit() or path.resolve() != Layout(path.resolve().parent.parent).beton_file(int(path.stem)):
-        raise UserError(
-            f"--beton {path} is no beton of an OUT", allowed=_ALLOWED, fix="give the OUT that build-labels wrote"
-        )
+        problem = f"--beton {path} is not a beton of an output folder"
+        raise UserError(problem, allowed=_FORMS, fix="give the output folder that build-labels wrote")
     return int(path.stem)
 
 
@@ -148,10 +135,10 @@ def _without_manifest(path: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """One source with its manifests; `labels` is the manifest of its labels, which may be those of another OUT."""
+class OpenedSource:
+    """One source with its manifests; `labels` is the manifest of its labels, which may be another folder's."""
 
-    source: Source
+    source: DataSource
     manifest: Manifest
     labels: Manifest
 
@@ -161,124 +148,104 @@ class Opened:
 
     @property
     def parts(self) -> list[BetonPart]:
-        """Its files of samples, those that were asked for."""
+        """Its sample files (betons or image indexes), those that are taken."""
         parts, numbers = self.manifest.betons or self.manifest.image_index, self.source.numbers
         return [part for part in parts if numbers is None or part.number in numbers]
 
     @property
     def rebuild(self) -> str:
         """The command that makes its files again."""
-        return f"run `preprocess build-labels DATA --out {self.source.out}{' --no-images' if self.manifest.image_index else ''}`"
+        option = " --no-images" if self.manifest.image_index else ""
+        return f"run `preprocess build-labels DATA --out {self.source.out}{option}`"
 
     def path(self, part: BetonPart) -> Path:
         layout = Layout(self.source.out)
         return layout.image_index_file(part.number) if self.manifest.image_index else layout.beton_file(part.number)
 
 
-def open_out(source: Source) -> Opened:
-    """Read the manifests of one source.
-
-    Raises:
-        UserError: they are missing or damaged, hold no samples, or those of other rows.
-    """
-    out, other = source.out, source.labels
+def open_source(source: DataSource) -> OpenedSource:
+    """Read the manifests; UserError where one is missing or damaged, has no samples, or describes other rows."""
+    out = source.out
     manifest = read_manifest(out)
-    opened = Opened(source, manifest, read_manifest(other) if other else manifest)
-    if not manifest.betons and not manifest.image_index:
-        raise UserError(
-            f"{out} holds labels but no betons (it was built with --no-beton)",
-            fix=f"{opened.rebuild} without --no-beton",
-        )
+    opened = OpenedSource(source, manifest, read_manifest(source.labels) if source.labels else manifest)
+    parts = manifest.betons or manifest.image_index
+    if not parts:
+        problem = f"{out} holds labels but no betons (it was built with --no-beton)"
+        raise UserError(problem, fix=f"{opened.rebuild} without --no-beton")
     if manifest.samples == 0:
-        raise UserError(
-            f"the betons of {out} hold no samples: every image was quarantined", fix="see quarantine.parquet"
-        )
-    known = {part.number for part in manifest.betons or manifest.image_index}
-    if strange := sorted(set(source.numbers or ()) - known):
-        raise UserError(
-            f"beton {strange[0]:05d} is not in the manifest of {out}",
-            allowed=f"{len(known)} from {min(known)} to {max(known)}",
-        )
-    if other:
-        check_same_rows(out, manifest, other, opened.labels)
+        problem = f"the betons of {out} hold no samples: every image was quarantined"
+        raise UserError(problem, fix="see quarantine.parquet")
+    known = {part.number for part in parts}
+    if unknown := sorted(set(source.numbers or ()) - known):
+        allowed = f"{len(known)} from {min(known)} to {max(known)}"
+        raise UserError(f"beton {unknown[0]:05d} is not in the manifest of {out}", allowed=allowed)
+    if source.labels:
+        check_same_rows(out, manifest, source.labels, opened.labels)
     return opened
 
 
-def check_agreement(opened: list[Opened]) -> None:
-    """Refuse OUTs whose labels mean different things.
+def check_agreement(opened: list[OpenedSource]) -> None:
+    """Refuse sources whose labels mean different things: UserError for the first two that differ."""
 
-    Raises:
-        UserError: naming the first two that differ, and in what.
-    """
-    first = opened[0]
-    for other in opened[1:]:
-        facts = (
-            ("their tokenizer's fingerprint", first.labels.tokenizer.fingerprint, other.labels.tokenizer.fingerprint),
-            ("the size of their vocabulary", first.labels.tokenizer.vocabulary, other.labels.tokenizer.vocabulary),
-            ("the label limit", first.labels.label_limit, other.labels.label_limit),
-        )
-        for thing, one, another in facts:
-            if one != another:
+    def facts(source: OpenedSource) -> dict[str, str | int]:
+        tokenizer = source.labels.tokenizer
+        return {
+            "their tokenizer's fingerprint": tokenizer.fingerprint,
+            "the size of their vocabulary": tokenizer.vocabulary,
+            "the label limit": source.labels.label_limit,
+        }
+
+    expected = facts(opened[0])
+    for source in opened[1:]:
+        for name, value in facts(source).items():
+            if value != expected[name]:
+                folders = f"{opened[0].labels_out} and {source.labels_out}"
+                relabel = "preprocess build-labels DATA --out NEW --no-beton --set labels..."
                 raise UserError(
-                    f"{first.labels_out} and {other.labels_out} differ in {thing}: {one} and {another}",
-                    allowed="OUTs with the same labels",
-                    fix="label the rows of one with the other's options (`preprocess build-labels DATA --out NEW --no-beton "
-                    "--set labels...`), and give a --labels for each --beton",
+                    f"{folders} differ in {name}: {expected[name]} and {value}",
+                    allowed="output folders with the same labels",
+                    fix=f"label one with the other's options (`{relabel}`), and give a --labels for each --beton",
                 )
 
 
-def idf_of(opened: list[Opened], chosen: Path | None) -> tuple[np.ndarray, str]:
-    """The IDF of a set, float32 [V], and the SHA-256 of its table: the OUTs' own if they agree, else the one that was
-    chosen.
+def idf_of(opened: list[OpenedSource], idf: Path | None) -> tuple[np.ndarray, str]:
+    """The IDF of a set, float32 [V], and the SHA-256 of its table.
 
-    Args:
-        opened: OUTs with the same vocabulary.
-        chosen: `--idf`: an idf.parquet, or an OUT that has one.
-
-    Raises:
-        UserError: the OUTs have different tables and none was chosen, or a table does not fit.
+    It is the table of `idf` (`--idf`: an idf.parquet, or an output folder that has one), else the sources' own.
+    UserError where the sources have different tables and none was given, or where a table does not fit.
     """
-    vocabulary = opened[0].labels.tokenizer.vocabulary
-    if chosen:
-        path = Layout(chosen).idf_parquet if chosen.is_dir() else chosen
-        idf = read_idf(path)
-        if len(idf) != vocabulary or _tokens(path) != _tokens(Layout(opened[0].labels_out).idf_parquet):
-            raise UserError(
-                f"{path} is the table of other tokens than those of {opened[0].labels_out}",
-                fix=f"run `preprocess idf {_told(opened)} --out {path}`",
-            )
-        return idf, sha256_file(path)
-    tables = {one.labels.idf_sha256 for one in opened}
-    if len(tables) > 1:
+    first, folders = opened[0], " ".join(str(source.labels_out) for source in opened)
+    if idf:
+        path = Layout(idf).idf_parquet if idf.is_dir() else idf
+        table = read_idf(path)
+        own_path = Layout(first.labels_out).idf_parquet
+        if len(table) != first.labels.tokenizer.vocabulary or _tokens(path) != _tokens(own_path):
+            problem = f"{path} is the table of other tokens than those of {first.labels_out}"
+            raise UserError(problem, fix=f"run `preprocess idf {folders} --out {path}`")
+        return table, sha256_file(path)
+    if len({source.labels.idf_sha256 for source in opened}) > 1:
         raise UserError(
-            f"{_told(opened)} have different IDF tables",
-            allowed="--idf with one of these OUTs, or with a table of them all",
-            fix=f"run `preprocess idf {_told(opened)} --out idf.parquet`, then give --idf idf.parquet",
+            f"{folders} have different IDF tables",
+            allowed="--idf with one of these output folders, or with a table of them all",
+            fix=f"run `preprocess idf {folders} --out idf.parquet`, then give --idf idf.parquet",
         )
-    return _own_idf(opened[0]), opened[0].labels.idf_sha256
-
-
-def _told(opened: list[Opened]) -> str:
-    return " ".join(str(one.labels_out) for one in opened)
+    return _own_idf(first), first.labels.idf_sha256
 
 
 def _tokens(path: Path) -> list[str]:
-    with local_copy(path) as file, pq.ParquetFile(file, pre_buffer=False) as opened:
-        return opened.read(["token"], use_threads=False)["token"].to_pylist()
+    with local_copy(path) as file, pq.ParquetFile(file, pre_buffer=False) as table:
+        return table.read(["token"], use_threads=False)["token"].to_pylist()
 
 
-def _own_idf(opened: Opened) -> np.ndarray:
+def _own_idf(opened: OpenedSource) -> np.ndarray:
     out, manifest = opened.labels_out, opened.labels
     path, rebuild = Layout(out).idf_parquet, f"run `preprocess build-labels DATA --out {out}`"
     idf = read_idf(path)
     if len(idf) != manifest.tokenizer.vocabulary:
         raise UserError(f"{path} has {len(idf)} tokens, the manifest {manifest.tokenizer.vocabulary}", fix=rebuild)
-    found = sha256_file(path)
-    if found != manifest.idf_sha256:
-        whose = "labels" if opened.source.labels else "betons"
-        raise UserError(
-            f"{path} is not the table that the {whose} were built with: SHA-256 {found[:16]}..., "
-            f"in the manifest {manifest.idf_sha256[:16]}...",
-            fix=rebuild,
-        )
+    actual, expected = sha256_file(path), manifest.idf_sha256
+    if actual != expected:
+        built = "labels" if opened.source.labels else "betons"
+        sha256 = f"SHA-256 {actual[:16]}..., in the manifest {expected[:16]}..."
+        raise UserError(f"{path} is not the table that the {built} were built with: {sha256}", fix=rebuild)
     return idf

@@ -1,15 +1,20 @@
 """Opens what `train run` trains on: the set, checked and ready, and its loader.
 
---beton ..., --labels ..., --idf -> train/data/mixture.py -> label arrays (train/data/open.py) -> BetonSet -> its part (train/data/open.py)
+    --beton, --labels, --idf -> parse_sources -> make_rows: label arrays -> BetonSet -> restrict(subset_samples)
+    BetonSet, settings -> make_loader -> Loader of one rank
+
+Other labels for the same betons: rows are positions, so `--labels OTHER` maps arrays made from OTHER's label files,
+OTHER_OUT/rows/*.npy; `keys_sha256` of every shard proves that the rows are the same.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +22,7 @@ import pyarrow as pa
 from labels import beton
 from labels.arrays import Column, check_same_rows, open_rows, shards_needed, write_rows
 from labels.manifest import IMAGE_SPAN, read_manifest
+from labels.settings import Data, Train
 from labels.storage import Layout, UserError, fingerprint, is_remote, sha256_file
 from labels.subset import (
     ROWS_AT_ONCE,
@@ -31,192 +37,27 @@ from labels.subset import (
     where,
 )
 from train.data.dataset import BetonSet
-from train.data.mixture import Opened
+from train.data.files import Cache
+from train.data.inputs import resamples
+from train.data.loader import Loader
+from train.data.mixture import OpenedSource, parse_sources
 from train.distributed import World
 
 if TYPE_CHECKING:
     import duckdb
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from labels.settings import Data, Train
-from train.data.files import Cache
-from train.data.inputs import resamples
-from train.data.loader import Loader
-from train.data.mixture import parse_sources
-
-# ---- relabel: Label rows that betons do not hold, made ready before any rank opens them: those of another OUT (`train run --labels OTHER_OUT`), and
-# captions in their order (`train clip`).
-#
-# OTHER_OUT/labels/<shard>.parquet -> labels/arrays.py -> OTHER_OUT/rows/*.npy -> BetonSet(OUT, OTHER_OUT)
-
-
-_TELL_EVERY_S = 5.0
-
-
-def make_rows(out: Path, labels: Path, column: Column = "label_ids") -> Iterator[str]:
-    """Make, one at a time, the arrays of label rows that are not there yet; yields the name of each shard done.
-
-    Args:
-        out: of the betons.
-        labels: OUT of the labels.
-        column: of the label files.
-
-    Raises:
-        UserError: the two have other rows, or a label file is damaged.
-    """
-    manifest, other = read_manifest(out), read_manifest(labels)
-    check_same_rows(out, manifest, labels, other)
-    todo = [
-        part
-        for part in shards_needed(manifest, other, column)
-        if open_rows(labels, part, other.label_limit, column) is None
-    ]
-    told = time.monotonic()
-    for number, part in enumerate(todo, start=1):
-        write_rows(labels, part, other.label_limit, column)
-        if number == len(todo) or time.monotonic() - told >= _TELL_EVERY_S:
-            told = time.monotonic()
-            print(f"label rows of {labels}: {number:,} of {len(todo):,} shards made", flush=True)
-        yield part.name
-
-
-def make_rows_once(
-    out: Path, labels: Path, world: World, stopping: Callable[[], bool], column: Column = "label_ids"
-) -> bool:
-    """`make_rows` on the first rank while all others wait; False if somebody asked to stop.
-
-    The first rank of every other node has a second turn: it finds the work done on a shared disk, and does it on a disk
-        of
-    its own. The ranks meet after every shard, because a collective that waits for the whole work would run into its
-    timeout.
-    """
-    first_of_node = int(os.environ.get("LOCAL_RANK", world.rank)) == 0
-    for turn in (world.is_first, first_of_node and not world.is_first):
-        making = make_rows(out, labels, column) if turn else iter(())
-        while world.any(next(making, None) is not None)[0]:
-            if world.any(stopping())[0]:
-                return False
-    return True
-
-
-# ---- subset: `train.data.subset`: which samples to train on, by uid or by an SQL condition on the label rows.
-#
-# .npy of DataComp | .parquet with `uid` | condition -> DuckDB over labels/*.parquet -> rows -> their samples in the betons
-#
-# A uid that is there twice repeats its sample; a sample without a uid is in no file of uids.
-
-
-_ALLOWED = (
-    "an .npy of dtype u8,u8 as DataComp's, a .parquet with a column uid, or one SQL condition on key, uid, width, height, token_ids, "
-    "label_ids and the columns of train.data.metadata"
+_REPORT_EVERY_S = 5.0
+_SUBSET_FORMS = (
+    "an .npy of dtype u8,u8 as DataComp's, a .parquet with a column uid, or one SQL condition on key, uid, width, "
+    "height, token_ids, label_ids and the columns of train.data.metadata"
 )
 _MOST_REPEATS = 2**16 - 1
 _OPTION = "train.data.subset"
 
 
-def find_part(betons: BetonSet, subset: str, metadata: str | None) -> tuple[np.ndarray, str]:
-    """The samples of a subset: their numbers, int64, ascending, and what tells this subset from others.
-
-    Args:
-        betons: the whole set, on this machine.
-        subset: `train.data.subset`.
-        metadata: `train.data.metadata`.
-
-    Raises:
-        UserError: it is none of the three, cannot be read, or selects nothing.
-    """
-    if betons.staging:
-        raise UserError(
-            "train.data.subset needs the betons on this machine", fix="copy the output folder to this machine"
-        )
-    found = []
-    for one in betons.opened:
-        counts = _counts(one, subset, metadata)
-        for number, part in enumerate(betons.parts):
-            first = int(betons.tables.first_samples[number])
-            if part.samples and betons.owner(first) is one:
-                repeats = counts[_indices(betons, number)]
-                found.append(np.repeat(np.arange(first, first + part.samples), repeats))
-    chosen = np.concatenate(found)
-    if not len(chosen):
-        raise UserError(f"the subset {subset!r} selects no sample", fix="name another one")
-    is_file = subset.endswith((".npy", ".parquet"))
-    return chosen, fingerprint([sha256_file(Path(subset)) if is_file else subset, metadata])
-
-
-def _indices(betons: BetonSet, number: int) -> np.ndarray:
-    """Positions of the label rows of one file of samples, among the rows of its output folder: int64 [samples]."""
-    samples, path = betons.parts[number].samples, betons.paths[number]
-    if betons.tables.allocations[number]:
-        return np.fromfile(path, beton.METADATA, samples, offset=beton.METADATA_OFFSET)["index"]
-    return np.fromfile(path, IMAGE_SPAN, samples, offset=int(betons.tables.tables[number]))["index"].astype(np.int64)
-
-
-def _counts(one: Opened, subset: str, metadata: str | None) -> np.ndarray:
-    """How often each label row of an output folder is in the subset: uint16 [rows]."""
-    import duckdb
-
-    counts = np.zeros(sum(part.rows for part in one.manifest.shards), np.uint16)
-    shards = [part for part in one.manifest.shards if part.rows]
-    files = [str(Layout(one.source.out).label_file(part.name)) for part in shards]
-    if is_remote(one.source.out) or not files:
-        return counts
-    with duckdb.connect(config={"python_enable_replacements": False}) as con:
-        con.register("firsts", pa.table({"name": files, "first_row": [part.first_index for part in shards]}))
-        try:
-            for rows, repeats in _repeats(con, files, subset, metadata):
-                if repeats.max(initial=0) > _MOST_REPEATS:
-                    raise UserError(
-                        f"the subset {subset} repeats a uid {repeats.max()} times", allowed=f"{_MOST_REPEATS} times"
-                    )
-                counts[rows] = repeats
-        except (duckdb.Error, OSError, ValueError) as error:
-            raise UserError(f"{_OPTION} {subset!r} cannot be used: {one_line(error)}", allowed=_ALLOWED) from None
-    return counts
-
-
-def _repeats(
-    con: duckdb.DuckDBPyConnection, files: list[str], subset: str, metadata: str | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Label rows, int64 [N], and how often each is in the subset, int64 [N], in batches."""
-    names = ", ".join(map(quoted, files))
-    rows = (
-        "SELECT first_row + file_row_number AS row, labels.* EXCLUDE (filename, file_row_number) "
-        f"FROM read_parquet([{names}], filename = true, file_row_number = true) labels JOIN firsts ON filename = name"
-    )
-    if subset.endswith(".npy"):
-        with map_uids(subset, _OPTION) as array:
-            ascending, uids = is_sorted(array), np.concatenate([np.empty(0, UIDS), *in_parts(array)])
-        uids = uids if ascending else uids[np.lexsort((uids["f1"], uids["f0"]))]
-        for batch in con.sql(f"SELECT row, uid FROM ({rows})").to_arrow_reader(ROWS_AT_ONCE):
-            wanted, places = parse_uids(batch.column(1).cast(pa.string()))
-            yield batch.column(0).to_numpy()[places].astype(np.int64), count_in(wanted, uids)
-        return
-    if subset.endswith(".parquet"):
-        wanted = f"SELECT uid, count(*) AS repeats FROM read_parquet({quoted(subset)}) GROUP BY uid"
-        table = con.sql(f"SELECT row, repeats FROM ({rows}) JOIN ({wanted}) USING (uid)")
-    else:
-        table = where(_with_metadata(con, rows, metadata), subset, _OPTION, _ALLOWED).project("row, 1 AS repeats")
-    for batch in table.to_arrow_reader(ROWS_AT_ONCE):
-        yield batch.column(0).to_numpy().astype(np.int64), batch.column(1).to_numpy()
-
-
-def _with_metadata(con: duckdb.DuckDBPyConnection, rows: str, metadata: str | None) -> duckdb.DuckDBPyRelation:
-    """The label rows, and of `train.data.metadata` the columns that they do not have."""
-    if metadata is None:
-        return con.sql(rows)
-    pattern = quoted(f"{metadata.rstrip('/')}/*.parquet" if Path(metadata).is_dir() else metadata)
-    own = {"uid", "key", "width", "height", "token_ids", "label_ids", "row"}
-    more = [f'"{name}"' for name in con.sql(f"FROM read_parquet({pattern})").columns if name not in own]
-    scores = f"SELECT DISTINCT ON (uid) {', '.join(['uid', *more])} FROM read_parquet({pattern})"
-    return con.sql(f"SELECT * FROM ({rows}) LEFT JOIN ({scores}) USING (uid)")
-
-
 @dataclass(frozen=True)
 class Chosen:
-    """What the user named: values of `--beton`, OUTs of `--labels` for each of them or none, and `--idf`."""
+    """What the user named: values of `--beton`, folders of `--labels` for each of them or none, and `--idf`."""
 
     betons: Sequence[str]
     labels: Sequence[Path] = ()
@@ -226,21 +67,18 @@ class Chosen:
 def open_data(
     chosen: Chosen, settings: Data, world: World, stopping: Callable[[], bool], column: Column = "label_ids"
 ) -> BetonSet | None:
-    """Open the set on every rank; None if somebody asked to stop while label arrays were made.
+    """Open the set on every rank; None if `stopping` became true while label arrays were made.
 
-    Args:
-        chosen: what the user named.
-        settings: `train.data`.
-        world: this process among all.
-        stopping: asked now and then.
-        column: what rows are of.
-
-    Raises:
-        UserError: whatever does not fit.
+    Raises UserError for whatever does not fit.
     """
     mixture = parse_sources(chosen.betons, chosen.labels)
     for source in mixture.sources if column == "token_ids" else ():
-        _check_local(source.labels or source.out)
+        folder = source.labels or source.out
+        if is_remote(folder):
+            raise UserError(
+                f"captions in their order are read from arrays next to the label files, and {folder} is remote",
+                fix="copy it to a local folder without its beton/, and give that as --labels",
+            )
     for source in mixture.sources:
         # Betons hold their own label sets; images that stay in their tars, and captions in their order, have arrays.
         in_arrays = column == "token_ids" or read_manifest(source.out).image_index
@@ -253,17 +91,8 @@ def open_data(
     if settings.verify:
         betons.check_bytes(range(world.rank, len(betons.parts), world.size))
     if settings.subset:
-        betons.restrict(*find_part(betons, settings.subset, settings.metadata))
+        betons.restrict(*subset_samples(betons, settings.subset, settings.metadata))
     return betons
-
-
-def _check_local(labels: Path) -> None:
-    """Refuse label files of an object store as the source of arrays, which are written beside them."""
-    if is_remote(labels):
-        raise UserError(
-            f"captions in their order are mapped from arrays beside the label files, and {labels} is not on this machine",
-            fix="copy it to a local folder without its beton/, and give that as --labels",
-        )
 
 
 def make_loader(betons: BetonSet, settings: Train, first_step: int, last_step: int, world: World) -> Loader:
@@ -290,8 +119,8 @@ def loading_threads(settings: Data) -> int:
 
 
 def data_facts(betons: BetonSet) -> dict[str, Any]:
-    """What a run was trained on, for people and reports: written as data.json beside its configuration."""
-    labels, several = betons.labels, len(betons.opened) > 1
+    """What a run was trained on, for people and reports: written as data.json next to its configuration."""
+    labels = betons.labels
     facts = {
         "beton": str(betons.out),
         "labels": str(betons.labels_out),
@@ -299,42 +128,170 @@ def data_facts(betons: BetonSet) -> dict[str, Any]:
         "samples": betons.samples,
         "vocabulary": betons.vocabulary,
         "label_limit": betons.label_limit,
-        "captions": sum(one.labels.captions for one in betons.opened),
+        "captions": sum(opened.labels.captions for opened in betons.opened),
         "tokenizer": labels.tokenizer.name,
         "tokenizer_fingerprint": labels.tokenizer.fingerprint,
         "idf_formula": labels.idf_formula,
         "label_options": labels.options.get("labels", {}),
     }
-    sources = [
-        {
-            "beton": str(one.source.out),
-            "labels": str(one.labels_out),
-            "group": one.source.group,
-            "betons": len(one.parts),
-        }
-        for one in betons.opened
-    ]
-    return facts | (
-        {"sources": sources, "samples_of_groups": betons.sizes, "shares": list(betons.quotas)} if several else {}
-    )
+    if len(betons.opened) > 1:
+        facts["sources"] = [
+            {
+                "beton": str(opened.source.out),
+                "labels": str(opened.labels_out),
+                "group": opened.source.group,
+                "betons": len(opened.parts),
+            }
+            for opened in betons.opened
+        ]
+        facts |= {"samples_of_groups": betons.sizes, "shares": list(betons.quotas)}
+    return facts
+
+
+def make_rows_once(
+    out: Path, labels: Path, world: World, stopping: Callable[[], bool], column: Column = "label_ids"
+) -> bool:
+    """`make_rows` on the first rank while all others wait; False if any rank is `stopping`.
+
+    The first rank of every other node has a second turn: it finds the arrays on a shared disk, or makes them on its own
+    disk. The ranks meet after every shard, as a collective that waits for the whole work would run into its timeout.
+    """
+    first_of_node = int(os.environ.get("LOCAL_RANK", world.rank)) == 0
+    for turn in (world.is_first, first_of_node and not world.is_first):
+        making = make_rows(out, labels, column) if turn else iter(())
+        while world.any(next(making, None) is not None)[0]:
+            if world.any(stopping())[0]:
+                return False
+    return True
+
+
+def make_rows(out: Path, labels: Path, column: Column = "label_ids") -> Iterator[str]:
+    """Make the missing label arrays for the betons of `out` from the label files of `labels`; yields each shard's name.
+
+    Raises UserError where the two have other rows, or a label file is damaged.
+    """
+    manifest, label_manifest = read_manifest(out), read_manifest(labels)
+    check_same_rows(out, manifest, labels, label_manifest)
+    limit, needed = label_manifest.label_limit, shards_needed(manifest, label_manifest, column)
+    missing = [part for part in needed if open_rows(labels, part, limit, column) is None]
+    reported = time.monotonic()
+    for number, part in enumerate(missing, start=1):
+        write_rows(labels, part, limit, column)
+        if number == len(missing) or time.monotonic() - reported >= _REPORT_EVERY_S:
+            reported = time.monotonic()
+            print(f"label rows of {labels}: {number:,} of {len(missing):,} shards made", flush=True)
+        yield part.name
 
 
 def _check_window(betons: BetonSet, settings: Data) -> None:
     """Refuse a shuffle window whose betons do not fit the cache of remote ones: each would be fetched many times."""
     remote = betons.staging.remote if betons.staging else frozenset()
-    whole = sum(betons.parts[number].bytes for number in remote)
-    if whole <= settings.cache_size:
+    total = sum(betons.parts[number].bytes for number in remote)
+    if total <= settings.cache_size:
         return
-    bytes_each, samples_each = (
-        whole // len(remote),
-        sum(betons.parts[number].samples for number in remote) / len(remote),
-    )
-    touched = min(len(remote), 2 * settings.shuffle_window * (2 + int(settings.shuffle_block / samples_each)))
+    bytes_each = total // len(remote)
+    samples_each = sum(betons.parts[number].samples for number in remote) / len(remote)
+    window, block = settings.shuffle_window, settings.shuffle_block
+    touched = min(len(remote), 2 * window * (2 + int(block / samples_each)))
     if touched * bytes_each > settings.cache_size:
-        window = max(1, settings.cache_size // (6 * bytes_each))
+        needed = f"two windows of {window} blocks of {block} samples touch {touched} remote betons of"
+        smaller = max(1, settings.cache_size // (6 * bytes_each))
+        options = f"--set train.data.shuffle_block={int(samples_each)} --set train.data.shuffle_window={smaller}"
+        size = f"train.data.cache_size is {settings.cache_size / 2**20:,.0f} MiB"
         raise UserError(
-            f"two windows of {settings.shuffle_window} blocks of {settings.shuffle_block} samples lie in {touched} remote betons of "
-            f"{bytes_each / 2**20:,.0f} MiB, train.data.cache_size is {settings.cache_size / 2**20:,.0f} MiB",
+            f"{needed} {bytes_each / 2**20:,.0f} MiB, {size}",
             allowed="windows whose betons fit the cache",
-            fix=f"--set train.data.shuffle_block={int(samples_each)} --set train.data.shuffle_window={window}, or a larger cache",
+            fix=f"{options}, or a larger cache",
         )
+
+
+def subset_samples(betons: BetonSet, subset: str, metadata: str | None) -> tuple[np.ndarray, str]:
+    """The samples of `train.data.subset`: ascending numbers, int64, and a fingerprint of the subset.
+
+    .npy of DataComp | .parquet with `uid` | SQL condition -> DuckDB over labels/*.parquet -> rows -> their samples.
+    A repeated uid repeats its sample; a sample without a uid is in no file of uids. Raises UserError where the subset
+    is none of the three, cannot be read, or selects nothing.
+    """
+    if betons.staging:
+        raise UserError(f"{_OPTION} needs the betons on this machine", fix="copy the output folder to this machine")
+    parts = []
+    for opened in betons.opened:
+        counts = _row_counts(opened, subset, metadata)
+        for number, part in enumerate(betons.parts):
+            first = int(betons.tables.first_samples[number])
+            if part.samples and betons.owner(first) is opened:
+                parts.append(np.repeat(np.arange(first, first + part.samples), counts[_row_indices(betons, number)]))
+    samples = np.concatenate(parts)
+    if not len(samples):
+        raise UserError(f"the subset {subset!r} selects no sample", fix="name another one")
+    is_file = subset.endswith((".npy", ".parquet"))
+    return samples, fingerprint([sha256_file(Path(subset)) if is_file else subset, metadata])
+
+
+def _row_indices(betons: BetonSet, number: int) -> np.ndarray:
+    """Positions of a sample file's label rows among the rows of its output folder: int64 [samples]."""
+    samples, path = betons.parts[number].samples, betons.paths[number]
+    if betons.tables.allocations[number]:
+        return np.fromfile(path, beton.METADATA, samples, offset=beton.METADATA_OFFSET)["index"]
+    return np.fromfile(path, IMAGE_SPAN, samples, offset=int(betons.tables.tables[number]))["index"].astype(np.int64)
+
+
+def _row_counts(opened: OpenedSource, subset: str, metadata: str | None) -> np.ndarray:
+    """How often each label row of an output folder is in the subset: uint16 [rows]."""
+    import duckdb
+
+    out = opened.source.out
+    counts = np.zeros(sum(part.rows for part in opened.manifest.shards), np.uint16)
+    shards = [part for part in opened.manifest.shards if part.rows]
+    files = [str(Layout(out).label_file(part.name)) for part in shards]
+    if is_remote(out) or not files:
+        return counts
+    with duckdb.connect(config={"python_enable_replacements": False}) as con:
+        con.register("firsts", pa.table({"name": files, "first_row": [part.first_index for part in shards]}))
+        try:
+            for rows, repeats in _repeats(con, files, subset, metadata):
+                if (most := repeats.max(initial=0)) > _MOST_REPEATS:
+                    raise UserError(f"the subset {subset} repeats a uid {most} times", allowed=f"{_MOST_REPEATS} times")
+                counts[rows] = repeats
+        except (duckdb.Error, OSError, ValueError) as error:
+            problem = f"{_OPTION} {subset!r} cannot be used: {one_line(error)}"
+            raise UserError(problem, allowed=_SUBSET_FORMS) from None
+    return counts
+
+
+def _repeats(
+    con: duckdb.DuckDBPyConnection, files: list[str], subset: str, metadata: str | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Label rows, int64 [N], and how often each is in the subset, int64 [N], in batches."""
+    names = ", ".join(map(quoted, files))
+    rows = (
+        "SELECT first_row + file_row_number AS row, labels.* EXCLUDE (filename, file_row_number) "
+        f"FROM read_parquet([{names}], filename = true, file_row_number = true) labels JOIN firsts ON filename = name"
+    )
+    if subset.endswith(".npy"):
+        with map_uids(subset, _OPTION) as array:
+            ascending, uids = is_sorted(array), np.concatenate([np.empty(0, UIDS), *in_parts(array)])
+        uids = uids if ascending else uids[np.lexsort((uids["f1"], uids["f0"]))]
+        for batch in con.sql(f"SELECT row, uid FROM ({rows})").to_arrow_reader(ROWS_AT_ONCE):
+            row_uids, positions = parse_uids(batch.column(1).cast(pa.string()))
+            yield batch.column(0).to_numpy()[positions].astype(np.int64), count_in(row_uids, uids)
+        return
+    if subset.endswith(".parquet"):
+        wanted = f"SELECT uid, count(*) AS repeats FROM read_parquet({quoted(subset)}) GROUP BY uid"
+        table = con.sql(f"SELECT row, repeats FROM ({rows}) JOIN ({wanted}) USING (uid)")
+    else:
+        with_metadata = _with_metadata(con, rows, metadata)
+        table = where(with_metadata, subset, _OPTION, _SUBSET_FORMS).project("row, 1 AS repeats")
+    for batch in table.to_arrow_reader(ROWS_AT_ONCE):
+        yield batch.column(0).to_numpy().astype(np.int64), batch.column(1).to_numpy()
+
+
+def _with_metadata(con: duckdb.DuckDBPyConnection, rows: str, metadata: str | None) -> duckdb.DuckDBPyRelation:
+    """The label rows, with those columns of `train.data.metadata` that they do not have."""
+    if metadata is None:
+        return con.sql(rows)
+    pattern = quoted(f"{metadata.rstrip('/')}/*.parquet" if Path(metadata).is_dir() else metadata)
+    own = {"uid", "key", "width", "height", "token_ids", "label_ids", "row"}
+    more = [f'"{name}"' for name in con.sql(f"FROM read_parquet({pattern})").columns if name not in own]
+    scores = f"SELECT DISTINCT ON (uid) {', '.join(['uid', *more])} FROM read_parquet({pattern})"
+    return con.sql(f"SELECT * FROM ({rows}) LEFT JOIN ({scores}) USING (uid)")

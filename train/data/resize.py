@@ -1,10 +1,11 @@
-"""Antialiased bicubic resampling of a crop on the CPU, compiled: PIL's BICUBIC, to the level, its 8 bits between the
-passes included.
+"""Resampling of a crop on the CPU, compiled: PIL's antialiased bicubic, exactly, with 8 bits between the passes.
 
-The pass along rows sums groups of four neighbouring pixels, the pass across rows pairs of neighbouring rows
-(train/data/resize.py). Nothing is allocated: all memory is a part of `work`.
+    resize_crop: RGB bytes, a box -> _along_rows (pixel_sum), _across_rows (column_sum), in Pillow 13's order -> S x S
 
-S image side.
+The pass along rows sums groups of four neighbouring pixels, the pass across rows pairs of neighbouring rows. Both sums
+are written for LLVM's vectors, which loops over bytes and changing offsets do not become by themselves: they multiply
+neighbours in pairs and add the two products, one instruction on x86 (pmaddwd) and a few elsewhere. So the cubic is as
+cheap as a triangle filter. Nothing is allocated: all memory is a part of `work`. S image side.
 """
 
 import math
@@ -18,32 +19,20 @@ from numba.extending import intrinsic
 
 from labels.native import njit
 
-# ---- simd: Weighted sums of 8-bit pixels, written for LLVM's vectors: what loops over bytes and changing offsets do
-# not become by themselves.
-#
-# Both functions multiply neighbours in pairs and add the two products, which is one instruction on x86 (pmaddwd) and a
-# few elsewhere. Weights are int16, fixed point with `WEIGHT_BITS` of fraction: a cubic's stay below 2. Sums are rounded
-# and cut to 0..255.
-
-
-WEIGHT_BITS = 14
-TAPS = 4
-"""Neighbouring pixels that `pixel_sum` takes at once, a group."""
-PAIR = 2
-"""Neighbouring rows that `column_sum` takes at once."""
-COLUMNS = 16
-"""Bytes that `column_sum` writes."""
-OVERREAD = 64
-"""Bytes beyond a row that may be read (they weigh nothing), and that rows to be written need beside their pixels."""
+WEIGHT_BITS = 14  # fraction of the int16 weights: a cubic's stay below 2; sums are rounded and cut to 0..255
+TAPS = 4  # neighbouring pixels that `pixel_sum` takes at once, a group
+PAIR = 2  # neighbouring rows that `column_sum` takes at once
+COLUMNS = 16  # bytes that `column_sum` writes
+OVERREAD = 64  # bytes beyond a row that may be read, with weight 0; rows that are written need as many
+_A = -0.5  # of PIL's cubic
 
 # From 4 RGB pixels in 12 bytes to pairs of neighbours by channel, R0 R1 G0 G1 B0 B1 - - R2 R3 G2 G3 B2 B3 - -, each
 # with a zero (number 16) behind it, which makes 16 bits of 8.
-_PAIRS = tuple(byte for at in (0, 3, 1, 4, 2, 5, 16, 16, 6, 9, 7, 10, 8, 11, 16, 16) for byte in (at, 16))
+_PAIRS = tuple(byte for number in (0, 3, 1, 4, 2, 5, 16, 16, 6, 9, 7, 10, 8, 11, 16, 16) for byte in (number, 16))
+# Indices of the weights of a group's taps among its 16, for red; those of green and blue are 2 and 4 higher.
 WEIGHT_OFFSETS = (0, 1, 8, 9)
-"""Where the weight of each tap of a group stands among its 16, first for red; green and blue follow, 2 and 4 further.
-"""
 
-# void* memcpy(void* to, const void* from, size_t bytes): loops over computed offsets stay loops
+# void* memcpy(void* to, const void* from, size_t bytes): LLVM does not make it from loops over computed offsets
 copy_bytes = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
 
 
@@ -74,9 +63,8 @@ def _multiply_add(builder: Any, pixels: Any, weights: Any) -> Any:
 def _rounded(builder: Any, sums: Any) -> Any:
     """Weighted sums as bytes."""
     length = sums.type.count
-    value = builder.ashr(
-        builder.add(sums, _numbers(*[1 << (WEIGHT_BITS - 1)] * length)), _numbers(*[WEIGHT_BITS] * length)
-    )
+    value = builder.add(sums, _numbers(*[1 << (WEIGHT_BITS - 1)] * length))
+    value = builder.ashr(value, _numbers(*[WEIGHT_BITS] * length))
     for limit, predicate in ((_numbers(*[0] * length), ">"), (_numbers(*[255] * length), "<")):
         value = builder.select(builder.icmp_signed(predicate, value, limit), value, limit)
     return builder.trunc(value, _vector(8, length))
@@ -87,11 +75,10 @@ def _store(builder: Any, value: Any, address: Any) -> None:
 
 
 def _pixel_sum(typing_context, source, other_source, weights, groups, target, other_target) -> Any:
-    """The pixel at the same place of two rows, each from `groups` groups of neighbours in its row.
+    """The pixel of one column in two rows, each from `groups` groups of neighbours in its row.
 
     All but `groups` are addresses: sources of RGB bytes, `weights` of int16 [groups, 16], see WEIGHT_OFFSETS, targets
-        of 4 bytes, the
-    last of which is overwritten with 0.
+    of 4 bytes, the last of which is overwritten with 0.
     """
     address = types.int64
     signature = types.void(address, address, address, types.intp, address, address)
@@ -102,17 +89,14 @@ def _pixel_sum(typing_context, source, other_source, weights, groups, target, ot
         with cgutils.for_range(builder, groups) as loop:
             factors = _load(builder, _step(builder, weights, loop.index, ir.Constant(groups.type, 32)), _vector(16, 16))
             for source, total in zip(sources, sums, strict=True):
-                pixels = _load(
-                    builder, _step(builder, source, loop.index, ir.Constant(groups.type, 3 * TAPS)), _vector(8, 16)
-                )
+                group = _step(builder, source, loop.index, ir.Constant(groups.type, 3 * TAPS))
+                pixels = _load(builder, group, _vector(8, 16))
                 pairs = builder.shuffle_vector(pixels, ir.Constant(pixels.type, [0] * 16), _numbers(*_PAIRS))
                 pairs = builder.bitcast(pairs, _vector(16, 16))
                 builder.store(builder.add(builder.load(total), _multiply_add(builder, pairs, factors)), total)
         first, second = map(builder.load, sums)
-        low, high = (
-            builder.shuffle_vector(first, second, _numbers(*half, *(at + 8 for at in half)))
-            for half in (range(4), range(4, 8))
-        )
+        halves = [_numbers(*range(begin, begin + 4), *range(begin + 8, begin + 12)) for begin in (0, 4)]
+        low, high = (builder.shuffle_vector(first, second, half) for half in halves)
         rounded = _rounded(builder, builder.add(low, high))
         for half, address in ((range(4), target), (range(4, 8), other_target)):
             _store(builder, builder.shuffle_vector(rounded, rounded, _numbers(*half)), address)
@@ -143,11 +127,8 @@ def _column_sum(typing_context, source, pitch, weights, pairs, target) -> Any:
             for sums, order in zip(halves, interleaved, strict=True):
                 pixels = builder.zext(builder.shuffle_vector(*rows, _numbers(*order)), _vector(16, COLUMNS))
                 builder.store(builder.add(builder.load(sums), _multiply_add(builder, pixels, factors)), sums)
-        _store(
-            builder,
-            _rounded(builder, builder.shuffle_vector(*map(builder.load, halves), _numbers(*range(COLUMNS)))),
-            target,
-        )
+        sums = builder.shuffle_vector(*map(builder.load, halves), _numbers(*range(COLUMNS)))
+        _store(builder, _rounded(builder, sums), target)
         return context.get_dummy_value()
 
     return signature, generate
@@ -155,9 +136,6 @@ def _column_sum(typing_context, source, pitch, weights, pairs, target) -> Any:
 
 pixel_sum: Any = intrinsic(_pixel_sum)
 column_sum: Any = intrinsic(_column_sum)
-
-
-_A = -0.5  # of PIL's cubic
 
 
 @njit(inline="always")
@@ -171,7 +149,7 @@ def _cubic(x: float) -> float:
 
 @njit(inline="always")
 def vertical_first(width: float, height: float, size: int) -> bool:
-    """Whether the columns of a crop are resampled before its rows: Pillow's choice, since its version 13."""
+    """Whether the columns of a crop are resampled before its rows: the choice of Pillow from version 13 on."""
     return height - size > max(0.0, 2.0 * (width - size))
 
 
@@ -182,14 +160,13 @@ def _steps(scale: float, taps: int) -> int:
 
 
 @njit(inline="always")
-def _taps(begin: float, scale: float, at: int, extent: int, weights: np.ndarray) -> int:
-    """Fill `weights`, float32 [T], for output pixel `at`; return the first source pixel.
+def _taps(begin: float, scale: float, pixel: int, extent: int, weights: np.ndarray) -> int:
+    """Fill `weights`, float32 [T], for an output pixel; return the first source pixel.
 
-    The crop begins at `begin`, which may lie between two source pixels; the filter is cut at [0, extent), its weights
-    normed to 1.
+    `begin` of the crop may be between two source pixels; the filter is cut at [0, extent), its weights normed to 1.
     """
     widen = max(scale, 1.0)
-    centre = begin + (at + 0.5) * scale
+    centre = begin + (pixel + 0.5) * scale
     first = max(0, math.floor(centre - 2.0 * widen + 0.5))
     last = min(extent, math.floor(centre + 2.0 * widen + 0.5))
     total, narrow = 0.0, 1.0 / widen
@@ -238,33 +215,31 @@ def _along_rows(
         to = size - 1 - x if flip else x
         firsts[to] = 3 * _taps(begin, scale, x, columns, weights)
         for tap in range(TAPS * groups):
-            at = tap // TAPS * 16 + WEIGHT_OFFSETS[tap % TAPS]
-            fixed[to, at] = fixed[to, at + 2] = fixed[to, at + 4] = _fixed(weights[tap])
-    line, other_line, weights_at = address_of(lines[0]), address_of(lines[1]), address_of(fixed)
+            red = tap // TAPS * 16 + WEIGHT_OFFSETS[tap % TAPS]
+            fixed[to, red] = fixed[to, red + 2] = fixed[to, red + 4] = _fixed(weights[tap])
+    line, next_line, weights_at = address_of(lines[0]), address_of(lines[1]), address_of(fixed)
     data, target = address_of(source), address_of(out)
     for y in range(0, rows, 2):
         row = data + y * pitch
-        other = row + pitch if y + 1 < rows else row
-        # With a constant number of groups the sum is unrolled: one and two are nearly all there are.
+        next_row = row + pitch if y + 1 < rows else row
+        # A constant number of groups unrolls the sum: nearly all crops have one or two.
         if groups == 1:
             for x in range(size):
-                pixel_sum(row + firsts[x], other + firsts[x], weights_at + 32 * x, 1, line + 3 * x, other_line + 3 * x)
+                pixel_sum(
+                    row + firsts[x], next_row + firsts[x], weights_at + 32 * x, 1, line + 3 * x, next_line + 3 * x
+                )
         elif groups == 2:
             for x in range(size):
-                pixel_sum(row + firsts[x], other + firsts[x], weights_at + 64 * x, 2, line + 3 * x, other_line + 3 * x)
+                pixel_sum(
+                    row + firsts[x], next_row + firsts[x], weights_at + 64 * x, 2, line + 3 * x, next_line + 3 * x
+                )
         else:
             for x in range(size):
-                pixel_sum(
-                    row + firsts[x],
-                    other + firsts[x],
-                    weights_at + 32 * groups * x,
-                    groups,
-                    line + 3 * x,
-                    other_line + 3 * x,
-                )
+                first, weight_row = firsts[x], weights_at + 32 * groups * x
+                pixel_sum(row + first, next_row + first, weight_row, groups, line + 3 * x, next_line + 3 * x)
         copy_bytes(target + y * out_pitch, line, width)
         if y + 1 < rows:
-            copy_bytes(target + (y + 1) * out_pitch, other_line, width)
+            copy_bytes(target + (y + 1) * out_pitch, next_line, width)
 
 
 @njit(inline="always")
@@ -347,15 +322,9 @@ def resize_crop(
 ) -> None:
     """Resample a box of a picture, as PIL's `resize((S, S), BICUBIC, box)` does.
 
-    Args:
-        source: uint8, the picture's RGB bytes and `margin_bytes` behind them.
-        pitch: bytes from row to row.
-        rows, columns: the picture, in pixels.
-        x, y, width, height: the box, in pixels of the picture; may lie between them.
-        flip: mirror left and right.
-        size: S.
-        out, out_pitch: uint8, written: S rows of 3 S bytes, `out_pitch` bytes apart.
-        work: uint8 [work_bytes], aligned to 4 bytes.
+    source: uint8, the picture's RGB bytes, rows `pitch` bytes apart, and `margin_bytes` behind them. rows, columns: the
+    picture; x, y, width, height: the box, both in pixels, the box also between them. out uint8: S rows of 3 S bytes are
+    written, `out_pitch` bytes apart. work: uint8 [work_bytes], aligned to 4 bytes. flip mirrors left and right.
     """
     between_pitch, between_bytes = _between(rows, columns, width, height, size)
     between, work = work[:between_bytes], work[between_bytes:]
