@@ -348,7 +348,7 @@ def parse_uids(strings: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def count_in(uids: np.ndarray, array: np.ndarray) -> np.ndarray:
-    """How often each of UIDS [N] stands in the sorted UIDS [U]: int64 [N]; touches some of the array's pages only."""
+    """How often each of UIDS [N] is in the sorted UIDS [U]: int64 [N]; reads only the pages that it needs."""
     high, low = array["f0"], array["f1"]
     # In order, so that neighbours share pages of a file that is larger than memory.
     order = np.argsort(uids["f0"])

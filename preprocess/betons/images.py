@@ -116,7 +116,7 @@ def _orientation(data: bytes) -> int:
     try:
         with _open(data) as image:
             return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # unreadable EXIF says nothing about orientation
+    except Exception:  # unreadable EXIF gives no orientation
         return 1
 
 

@@ -124,7 +124,7 @@ def _limit(settings: Build) -> int:
 def row_order(group: Group, settings: Build) -> list[np.ndarray]:
     """Positions int64 of the rows of each of the group's betons, counted through its members' rows.
 
-    A row's place within its window is decided by the seed and its index among all rows alone.
+    A row's position within its window depends only on the seed and its index among all rows.
     """
     orders, first = [], 0
     for window in group.windows:

@@ -107,9 +107,9 @@ def offsets_and_bytes(strings: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
     return offsets, np.frombuffer(text, np.uint8) if text else np.empty(0, np.uint8)
 
 
-def _first_of(texts: pa.StringArray, others: pa.StringArray) -> pa.StringArray:
-    """`texts`, and where they are null `others`; not copied where all of them are."""
-    return others if texts.null_count == len(texts) else pc.coalesce(texts, others)
+def _first_of(texts: pa.StringArray, fallback: pa.StringArray) -> pa.StringArray:
+    """`texts`, and where they are null `fallback`; not copied where all of them are."""
+    return fallback if texts.null_count == len(texts) else pc.coalesce(texts, fallback)
 
 
 def _chosen(batch: pa.RecordBatch, choice: Choice, path: str) -> tuple[pa.StringArray, Invalid]:

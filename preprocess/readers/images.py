@@ -90,10 +90,10 @@ def _of_tar(
     texts = np.where(missing[:, None], -1, members[numbers, wanted.index("txt")]) if len(members) else spans
     differs = ~_same_captions(shard, keys, choices, gather_strings(data, texts))
     absent = (cut.reason, cut.detail) if cut else ("not in the tar", "the side Parquet has it")
-    other = ("caption differs", "the tar's txt is not the side Parquet's caption")
+    different = ("caption differs", "the tar's txt is not the side Parquet's caption")
     faults = {
         int(row): Fault(keys[int(row)].as_py(), reason, detail)
-        for rows, (reason, detail) in ((missing, absent), (differs, other))
+        for rows, (reason, detail) in ((missing, absent), (differs, different))
         for row in np.flatnonzero(rows)
     }
     spans[differs] = -1
@@ -184,8 +184,8 @@ def _image_column(table: Table) -> str | None:
         return next((name for name in _PATH_COLUMNS if name in names), None)
     binary = [name for name in names if names.count(name) == 1 and _holds_bytes(schema.field(name).type)]
     named = [name for name in _BYTES_COLUMNS if name in binary]
-    others = [name for name in binary if name not in _NO_IMAGES]
-    return named[0] if named else others[0] if len(others) == 1 else None
+    unnamed = [name for name in binary if name not in _NO_IMAGES]
+    return named[0] if named else unnamed[0] if len(unnamed) == 1 else None
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

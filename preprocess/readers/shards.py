@@ -80,13 +80,13 @@ def find_shards(sources: list[str]) -> ShardList:
         complete, incomplete = _expand(source)
         files |= {shard.path: shard for shard in complete}
         waiting |= set(incomplete)
-    again = "run the same command again when the download has ended"
+    rerun = "run the same command again when the download has ended"
     note = (
         f"{len(waiting)} of {len(waiting) + len(files)} shards have no {_STATS} yet and are skipped: {_names(waiting)}"
     )
     if not files:
-        raise UserError(note, fix=again)
-    return ShardList(_named(list(files.values())), [f"{note}; {again}"] if waiting else [])
+        raise UserError(note, fix=rerun)
+    return ShardList(_named(list(files.values())), [f"{note}; {rerun}"] if waiting else [])
 
 
 def _names(paths: Iterable[str]) -> str:
@@ -171,7 +171,7 @@ def _siblings(filesystem: AbstractFileSystem, names: Iterable[str]) -> set[str]:
     """All files in the folders of `names`."""
     listed: set[str] = set()
     for folder in {_parent(name) for name in names}:
-        # A server that lists nothing, such as plain HTTP: each file stands alone.
+        # A server that lists nothing, such as plain HTTP: each file is a shard without side Parquet.
         with suppress(OSError, NotImplementedError, ValueError):
             listed |= {str(name) for name in filesystem.ls(folder or filesystem.root_marker, detail=False)}
     return listed

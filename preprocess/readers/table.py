@@ -67,7 +67,7 @@ def read_table_rows(shard: Shard, choices: Sequence[Choice], batch_rows: int = B
     captions = [item.name for choice in usable for item in choice.items]
     sizes = [name for pair in SIZE_COLUMNS for name in pair]
     wanted = [name for name in (*_IDENTITY, *sizes, *captions) if name in names]
-    # Yielded after all rows: Arrow reads ahead, so the batch at hand says nothing about where a damaged line is.
+    # Yielded after all rows: Arrow reads ahead, so the current batch does not show where a damaged line is.
     damaged: list[Fault] = []
     samples = _samples(table, wanted, batch_rows, damaged)
     if table.rows is not None and table.rows <= batch_rows:  # such as a side Parquet: read once, for keys and rows
@@ -134,7 +134,7 @@ def _rows(
 
 
 class TableDamaged(Exception):
-    """The table cannot be read, or no further; `fault` says why, with an empty key."""
+    """The table cannot be read, or no further; `fault` has the reason, and an empty key."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.fault = Fault("", reason, detail)

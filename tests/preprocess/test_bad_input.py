@@ -99,7 +99,7 @@ def test_an_unusual_image_is_converted_and_kept(tmp_path: Path, case: str) -> No
 
 
 @pytest.mark.parametrize("between", [[], healthy(1, 7)], ids=["adjacent", "apart"])
-def test_a_repeated_key_stands_once(tmp_path: Path, between: list[Member]) -> None:
+def test_a_repeated_key_is_used_once(tmp_path: Path, between: list[Member]) -> None:
     write_tar(tmp_path / "data" / "0.tar", [*healthy(1), *between, *healthy(1), *healthy(1, 3)])
     build(tmp_path / "data", tmp_path / "out", *LENIENT)
     assert quarantined(tmp_path / "out") == [("0", "000000000", "labels", "repeated key")]
@@ -125,7 +125,7 @@ def test_a_repeated_key_whose_first_one_is_bad_gives_no_row(tmp_path: Path) -> N
     ],
     ids=["cut", "no end mark", "html", "no bytes", "cut in the first header"],
 )
-def test_a_cut_tar_keeps_what_came_before_and_the_other_shards(
+def test_a_cut_tar_keeps_earlier_samples_and_the_other_shards(
     tmp_path: Path, spoil: Callable[[bytes], bytes], reason: str, kept: bool
 ) -> None:
     write_shards(tmp_path / "data", 3, 6)
@@ -190,7 +190,7 @@ def _compressed(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         (
             lambda folder: str(folder / "missing"),
@@ -207,11 +207,11 @@ def _compressed(folder: Path) -> str:
     ],
     ids=["missing", "empty", "other files", "compressed", "glob of nothing", "protocol"],
 )
-def test_a_source_without_tars_is_an_error(tmp_path: Path, source: Callable[[Path], str], told: list[str]) -> None:
+def test_a_source_without_tars_is_an_error(tmp_path: Path, source: Callable[[Path], str], message: list[str]) -> None:
     data = tmp_path / "data"
     data.mkdir()
     found = refused([source(data)], tmp_path / "out")
-    assert all(part in found for part in told), found
+    assert all(part in found for part in message), found
     assert not (tmp_path / "out").exists(), "nothing is begun"
 
 
@@ -229,7 +229,7 @@ def test_an_out_with_blanks_commas_and_quotes_works(finished: Built, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (lambda out: (out / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda out: (out / "manifest.json").write_text('{"format": 99, "new": 1}'), "is of format 99"),
@@ -237,9 +237,9 @@ def test_an_out_with_blanks_commas_and_quotes_works(finished: Built, tmp_path: P
         (lambda out: (out / "manifest.json").unlink(), "has no manifest.json"),
     ],
 )
-def test_a_bad_manifest_is_an_error(built: Built, spoil: Callable[[Path], object], told: str) -> None:
+def test_a_bad_manifest_is_an_error(built: Built, spoil: Callable[[Path], object], message: str) -> None:
     spoil(built.out)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_manifest(built.out)
     assert "preprocess build-labels" in str(caught.value)
     build(built.data, built.out)

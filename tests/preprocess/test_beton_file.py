@@ -92,7 +92,7 @@ def test_images_are_the_very_bytes_of_the_tar(dataset: Built, number: int) -> No
         assert image["sample_id"] == ids["sample_id"] == position
         assert data[ids["ptr"] : ids["ptr"] + ids["size"]].view("<i4").tolist() == labels[row["index"] - first].tolist()
         pages = {int(at) // int(header["page_size"]) for at in (image["ptr"], ids["ptr"] + ids["size"] - np.uint64(1))}
-        assert len(pages) == 1, "a sample lies on one page"
+        assert len(pages) == 1, "a sample is on one page"
 
 
 def test_the_second_beton_has_several_pages(dataset: Built) -> None:
@@ -161,7 +161,7 @@ def test_a_page_holds_the_largest_sample() -> None:
 
 
 def samples_of(images: list[bytes], labels: np.ndarray) -> Samples:
-    """Samples whose images lie one after another in one file."""
+    """Samples whose images follow each other in one file."""
     size = np.array([len(image) for image in images], np.int64)
     zeros = np.zeros(len(images), np.int64)
     data = np.frombuffer(b"".join(images), np.uint8)
@@ -175,7 +175,7 @@ def samples_of(images: list[bytes], labels: np.ndarray) -> Samples:
     limit=st.sampled_from([1, 75]),
 )
 @settings(max_examples=25, deadline=None)
-def test_every_sample_lies_on_one_page_and_the_hash_is_the_files(
+def test_every_sample_is_on_one_page_and_the_hash_is_the_files(
     sizes: list[int], limit: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("writer") / "b"
@@ -200,7 +200,7 @@ def test_every_sample_lies_on_one_page_and_the_hash_is_the_files(
 def test_a_file_written_past_the_cache_holds_all_bytes(
     refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where its file system has no such writes, and tells so at once or late."""
+    """Also where its file system has no such writes, and reports it at once or late."""
     direct = [0]
 
     def fail(flags: int) -> None:

@@ -73,7 +73,7 @@ def test_a_shard_of_ten_thousand_is_a_beton_and_small_ones_are_put_together() ->
     assert files([10_000], size=1_000_000) == [(1, 3)], "10 GB in betons of 4 GiB"
 
 
-def test_no_beton_spans_what_was_appended() -> None:
+def test_no_beton_spans_two_batches() -> None:
     first, second = shards([5, 5]), shards([5, 5], first=10)
     assert [len(group.members) for group in plan_groups([first, second], Build())] == [2, 2]
     assert [len(group.members) for group in plan_groups([[*first, *second]], Build())] == [4]

@@ -9,7 +9,7 @@ from labels.storage import UserError
 from preprocess.readers.caption_key import Choice, Item, column_choices, join_captions, parse_caption_key
 
 
-def told(*keys: str) -> list[str]:
+def parsed(*keys: str) -> list[str]:
     return [str(choice) for choice in parse_caption_key(keys)]
 
 
@@ -55,15 +55,15 @@ def test_an_item_names_a_place(key: str, items: list[tuple[str, str]]) -> None:
         ([], "is empty"),
     ],
 )
-def test_what_is_not_of_the_grammar_is_refused(keys: list[str], problem: str) -> None:
+def test_a_key_outside_of_the_grammar_is_refused(keys: list[str], problem: str) -> None:
     with pytest.raises(UserError) as error:
         parse_caption_key(keys)
     assert problem in str(error.value) and "allowed: auto, txt or another member suffix" in str(error.value)
 
 
 def test_order_is_kept_and_repeats_are_dropped() -> None:
-    assert told("json:alt", "txt", "json:alt") == ["json:alt", "txt"]
-    assert told("csv:x", "auto")[:2] == ["csv:x", "parquet:caption"]
+    assert parsed("json:alt", "txt", "json:alt") == ["json:alt", "txt"]
+    assert parsed("csv:x", "auto")[:2] == ["csv:x", "parquet:caption"]
 
 
 def test_a_table_sees_only_its_own_items() -> None:
@@ -82,7 +82,7 @@ def test_a_table_sees_only_its_own_items() -> None:
         min_size=1,
     )
 )
-def test_what_a_choice_prints_reads_back(choices: list[list[tuple[str, str]]]) -> None:
+def test_a_printed_choice_reads_back(choices: list[list[tuple[str, str]]]) -> None:
     made = tuple(dict.fromkeys(Choice(tuple(Item(kind, name) for kind, name in choice)) for choice in choices))  # type: ignore[arg-type]
     assert parse_caption_key([str(choice) for choice in made]) == made
 

@@ -1,4 +1,4 @@
-"""`build-labels --no-images`: where the JPEGs lie in the user's own tars, in place of betons."""
+"""`build-labels --no-images`: offsets of the JPEGs in the user's own tars, in place of betons."""
 
 import shutil
 from pathlib import Path
@@ -33,7 +33,7 @@ TURNED[0x0112] = 6
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Three tars of good JPEGs; the last also has what cannot be read where it lies, and a long name that only the slow
+    """Three tars of good JPEGs; the last also has what cannot be read in place, and a long name that only the slow
     walk reads.
     """
     folder = tmp_path_factory.mktemp("places")
@@ -81,7 +81,7 @@ def test_every_span_holds_the_jpeg_of_its_row(dataset: Built) -> None:
         assert (span["index"], span["width"], span["height"], span["pad"]) == (number, 32, 32, 0)
 
 
-def test_what_cannot_be_read_where_it_lies_is_quarantined_with_a_reason(dataset: Built) -> None:
+def test_an_image_that_cannot_be_read_in_place_is_quarantined_with_a_reason(dataset: Built) -> None:
     assert [(key, reason) for _, key, stage, reason in quarantined(dataset.out) if stage == "images"] == [
         ("exif", "not a plain JPEG"),
         ("grey", "not a plain JPEG"),
@@ -99,9 +99,9 @@ def test_the_same_samples_in_the_same_order_as_in_betons(tmp_path: Path, window:
     build(tmp_path / "data", tmp_path / "places", "--no-images", *settings)
     build(tmp_path / "data", tmp_path / "betons", *settings)
     betons, indexed = read_manifest(tmp_path / "betons"), read_manifest(tmp_path / "places")
-    told = {"bytes", "sha256"}
-    assert [part.model_dump(exclude=told) for part in betons.betons] == [
-        part.model_dump(exclude=told) for part in indexed.image_index
+    excluded = {"bytes", "sha256"}
+    assert [part.model_dump(exclude=excluded) for part in betons.betons] == [
+        part.model_dump(exclude=excluded) for part in indexed.image_index
     ]
     for part in betons.betons:
         data = np.fromfile(Layout(tmp_path / "betons").beton_file(part.number), np.uint8)
@@ -176,13 +176,13 @@ def test_an_image_index_can_be_appended(dataset: Built, tmp_path: Path) -> None:
     assert list(read_sources(Layout(out))) == ["0", "1", "2", "3"] and preprocess("verify", out).code == 0
 
 
-def test_what_has_no_offset_is_refused(tmp_path: Path) -> None:
+def test_a_shard_without_offsets_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("path,caption\nimage.jpg,a cat\n")
-    told = refused([tmp_path / "pairs.csv"], tmp_path / "out", "--no-images")
+    message = refused([tmp_path / "pairs.csv"], tmp_path / "out", "--no-images")
     assert (
-        "cannot be read in place" in told
-        and "uncompressed tars on local disks" in told
-        and "leave out --no-images" in told
+        "cannot be read in place" in message
+        and "uncompressed tars on local disks" in message
+        and "leave out --no-images" in message
     )
     write_tar(tmp_path / "data" / "0.tar", healthy(1))
     assert "--no-beton and --no-images are both given" in refused(
@@ -190,7 +190,7 @@ def test_what_has_no_offset_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_of_another_form_is_told(tmp_path: Path) -> None:
+def test_a_file_of_another_form_is_reported(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(3))
     with pytest.raises(UserError, match=r"a\.npy holds float64 \[3\], or is cut"):
         open_image_index(tmp_path / "a.npy")

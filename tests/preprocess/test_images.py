@@ -27,7 +27,7 @@ EXIF_TURNED[0x0112], EXIF_UPRIGHT[0x0112], EXIF_WRONG[0x0112] = 6, 1, 42
 
 
 def prepared(data: bytes) -> tuple[bytes, np.ndarray]:
-    """What goes into the beton, and its pixels; checks that it is a plain JPEG of the size that is told."""
+    """The bytes for the beton, and their pixels; checks that they are a plain JPEG of the returned size."""
     found, width, height = prepare(data, PLAIN)
     header = jpeg_header(found)
     assert header is not None and header.plain and (header.width, header.height) == (width, height)
@@ -144,7 +144,7 @@ def test_converting_is_the_same_every_time() -> None:
         (png_header(0, 5), "not an image", ""),
     ],
 )
-def test_what_cannot_be_used_has_a_reason(data: bytes, reason: str, detail: str) -> None:
+def test_a_bad_image_has_a_reason(data: bytes, reason: str, detail: str) -> None:
     with pytest.raises(BadImage) as caught:
         prepare(data, PLAIN)
     assert caught.value.reason == reason and detail in str(caught.value)

@@ -22,11 +22,11 @@ def report(finished: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_page_stands_alone(report: Path) -> None:
+def test_the_page_needs_no_other_file(report: Path) -> None:
     page = check_page(report.read_text("utf8"))
     assert page.ids >= {"spectrum", "labels", "quarantine", "gallery", "shards", "options"}
     assert page.images == 6
-    for told in (
+    for message in (
         "caption is not UTF-8",
         "000000100",
         "000000101",
@@ -34,7 +34,7 @@ def test_the_page_stands_alone(report: Path) -> None:
         "IDF (nats)",
         "犬と猫",
     ):
-        assert told in page.text, told
+        assert message in page.text, message
     assert "All 3 files of the manifest are there" in page.text
 
 
@@ -52,7 +52,7 @@ def test_numbers_are_those_of_the_label_rows(finished: Built) -> None:
     assert summary.median_size == (32, 32)
 
 
-def test_what_is_missing_or_cut_is_told(built: Built, tmp_path: Path) -> None:
+def test_missing_and_cut_files_are_reported(built: Built, tmp_path: Path) -> None:
     beton = built.out / "beton" / "00000.beton"
     beton.write_bytes(beton.read_bytes()[:-1])
     text = check_page_of(built.out, tmp_path / "x.html")

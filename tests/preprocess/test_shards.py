@@ -43,7 +43,7 @@ def test_datacomp_tars_with_sides_marks_and_gaps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["", "*.tar", "*"])
-def test_a_shard_without_its_mark_is_left_out_and_told(tmp_path: Path, pattern: str) -> None:
+def test_a_shard_without_its_mark_is_skipped_with_a_note(tmp_path: Path, pattern: str) -> None:
     files(
         tmp_path, *(f"{number:08d}.tar" for number in range(5)), *(f"{number:08d}_stats.json" for number in (0, 1, 2))
     )
@@ -51,7 +51,8 @@ def test_a_shard_without_its_mark_is_left_out_and_told(tmp_path: Path, pattern: 
     result = find_shards([f"{tmp_path}/{pattern}"])
     assert [shard.name for shard in result.shards] == ["00000000", "00000001", "00000002"]
     assert result.notes == [
-        "2 of 5 shards have no _stats.json yet and are skipped: 00000003, 00000004; run the same command again when the download has ended"
+        "2 of 5 shards have no _stats.json yet and are skipped: 00000003, 00000004;"
+        " run the same command again when the download has ended"
     ]
     assert [bool(shard.side) for shard in result.shards] == [False, True, False]
 
@@ -69,10 +70,10 @@ def test_marks_count_in_their_own_folder_only(tmp_path: Path) -> None:
 
 def test_none_complete_is_an_error(tmp_path: Path) -> None:
     files(tmp_path, "0.tar", "0_stats.json", "1.tar")
-    told = refused(tmp_path / "1.tar")
+    message = refused(tmp_path / "1.tar")
     assert (
-        "1 of 1 shards have no _stats.json" in told
-        and "fix: run the same command again when the download has ended" in told
+        "1 of 1 shards have no _stats.json" in message
+        and "fix: run the same command again when the download has ended" in message
     )
 
 
@@ -129,11 +130,13 @@ def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_compressed_tables_are_refused(tmp_path: Path, name: str) -> None:
     files(tmp_path, name, "b.csv")
     for source in (tmp_path, tmp_path / name, f"{tmp_path}/*"):
-        told = refused(source)
-        assert "holds compressed tables (1, the first: " in told and "allowed: plain .csv, .tsv or .parquet" in told
+        message = refused(source)
+        assert (
+            "holds compressed tables (1, the first: " in message and "allowed: plain .csv, .tsv or .parquet" in message
+        )
 
 
-def test_what_holds_no_shard_is_refused(tmp_path: Path) -> None:
+def test_a_source_without_shards_is_refused(tmp_path: Path) -> None:
     files(tmp_path, "a.jpg", "b.json")
     assert "holds no .tar, .parquet, .csv or .tsv file (2 other files)" in refused(tmp_path)
     assert "allowed: a folder with .tar files" in refused(tmp_path) and "fix: name the folder" in refused(tmp_path)

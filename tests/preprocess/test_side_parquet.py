@@ -1,4 +1,4 @@
-"""Captions from the Parquet beside a tar, checked against the tar when the betons are written."""
+"""Captions from the Parquet next to a tar, checked against the tar when the betons are written."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_a_whole_tar_has_all_of_them(tmp_path: Path) -> None:
     assert left_out(tmp_path, tar_bytes(members(*KEYS))) == {}
 
 
-def test_what_the_tar_lacks_and_what_differs_is_told(tmp_path: Path) -> None:
+def test_missing_and_different_samples_are_reported(tmp_path: Path) -> None:
     tar = tar_bytes([*members(*KEYS[:3]), *sample(KEYS[3], "another picture"), *members(KEYS[5])])
     assert left_out(tmp_path, tar) == {
         KEYS[3]: ("caption differs", "the tar's txt is not the side Parquet's caption"),
@@ -40,7 +40,7 @@ def test_what_the_tar_lacks_and_what_differs_is_told(tmp_path: Path) -> None:
     }
 
 
-def test_a_cut_tar_is_told_as_one(tmp_path: Path) -> None:
+def test_a_cut_tar_is_reported_as_one(tmp_path: Path) -> None:
     """Not as one that never had the samples: it has to be downloaded again."""
     tar = tar_bytes(members(*KEYS))
     cut = tar.index(KEYS[3].encode() + b".") + 700  # within the first member of the fourth sample

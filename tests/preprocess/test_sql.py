@@ -63,7 +63,7 @@ def test_table(finished: Built) -> None:
         ("SELECT count(*) FROM labels", "22"),
         ("SELECT count(DISTINCT key) FROM labels WHERE len(label_ids) > 0", "22"),
         (
-            "WITH l AS (SELECT unnest(label_ids) AS t FROM labels) SELECT count(*) = (SELECT labels FROM corpus) FROM l",
+            "WITH l AS (SELECT unnest(label_ids) FROM labels) SELECT count(*) = (SELECT labels FROM corpus) FROM l",
             "True",
         ),
         ("FROM corpus SELECT vocabulary;", "49408"),
@@ -104,7 +104,7 @@ def test_reading(finished: Built, query: str, first: str) -> None:
         "/* nothing */",
     ],
 )
-def test_what_does_not_only_read_is_refused(built: Built, query: str) -> None:
+def test_a_query_that_writes_is_refused(built: Built, query: str) -> None:
     before = contents(built.out)
     found = denied(built.out, query.format(out=built.out))
     assert found.startswith("error: the query is not one that only reads: ") and "allowed: one SELECT" in found
@@ -112,7 +112,7 @@ def test_what_does_not_only_read_is_refused(built: Built, query: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("query", "told"),
+    ("query", "message"),
     [
         ("SELECT * FROM read_csv('/etc/passwd')", "Permission Error"),
         ("SELECT * FROM '/etc/passwd'", "/etc/passwd does not exist"),
@@ -126,15 +126,15 @@ def test_what_does_not_only_read_is_refused(built: Built, query: str) -> None:
         ("SELECT CAST(token AS INT) FROM tokens", "Could not convert string"),
     ],
 )
-def test_what_fails_is_told(built: Built, query: str, told: str) -> None:
+def test_a_failing_query_is_reported(built: Built, query: str, message: str) -> None:
     (built.out.parent / "secret").write_text("secret")
     (built.out.parent / f"{built.out.name}-other").mkdir()
     (built.out.parent / f"{built.out.name}-other" / "secret").write_text("secret")
     found = denied(built.out, query.format(out=built.out))
-    assert found.startswith("error: the query failed: ") and told in found and "Traceback" not in found
+    assert found.startswith("error: the query failed: ") and message in found and "Traceback" not in found
 
 
-def test_a_missing_or_broken_out_is_told(built: Built, tmp_path: Path) -> None:
+def test_a_missing_or_broken_folder_is_reported(built: Built, tmp_path: Path) -> None:
     assert "has no idf.duckdb" in denied(tmp_path / "nowhere", "SELECT 1")
     shutil.rmtree(built.out / "labels")
     assert "labels cannot be read" in denied(built.out, "SELECT 1")

@@ -1,4 +1,4 @@
-"""Tables as shards: rows and faults against a plain reference in Python, images, and every way a table can be spoilt."""
+"""Tables as shards: rows and faults against a plain reference in Python, images, and the ways to spoil a table."""
 
 import csv
 import io
@@ -235,7 +235,7 @@ def test_captions_by_the_key_that_is_given(tmp_path: Path) -> None:
     assert faults_of(table, "parquet:tags+parquet:caption")[0].detail == "looked for: parquet:tags+parquet:caption"
 
 
-def test_what_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
+def test_a_cell_that_is_not_utf8_rejects_its_row(tmp_path: Path) -> None:
     table = text_file(tmp_path, b"key,caption,title\nk0,a,b\nk1,caf\xe9,b\nk\xff2,c,d\nk3,,caf\xe9\nk4,,e\n")
     rows, faults = read(table)
     assert [(row["key"], row["caption"]) for row in rows] == [("k0", "a"), ("k\\xff2", "c"), ("k4", "e")]
@@ -272,12 +272,14 @@ def test_a_status_that_is_no_text_is_not_img2datasets(tmp_path: Path) -> None:
 
 
 def test_a_table_without_such_a_caption_is_refused(tmp_path: Path) -> None:
-    told = refused(parquet(tmp_path, {"words": ["a"], "url": ["b"]}))
-    assert "has no column that build.caption_key names (parquet:caption, txt" in told
-    assert "allowed: its columns: 'words', 'url'\n" in told and "--caption-key parquet:COLUMN" in told
+    message = refused(parquet(tmp_path, {"words": ["a"], "url": ["b"]}))
+    assert "has no column that build.caption_key names (parquet:caption, txt" in message
+    assert "allowed: its columns: 'words', 'url'\n" in message and "--caption-key parquet:COLUMN" in message
     assert "a CSV needs a header line" in refused(text_file(tmp_path, "a cat,x.jpg\na dog,y.jpg\n"))
-    told = refused(parquet(tmp_path, {"caption": [1]}))
-    assert "the column 'caption' of build.caption_key holds int64" in told and "allowed: a column of strings" in told
+    message = refused(parquet(tmp_path, {"caption": [1]}))
+    assert (
+        "the column 'caption' of build.caption_key holds int64" in message and "allowed: a column of strings" in message
+    )
     assert "has the column 'caption' twice" in refused(text_file(tmp_path, "caption,caption\na,b\n"))
 
 
@@ -307,7 +309,7 @@ def test_damaged_lines_of_a_csv_cost_themselves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"PK\x03\x04" * 100])
-def test_what_is_no_table_is_one_fault(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_table_is_one_fault(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "t.parquet").write_bytes(content)
     assert read(shard(tmp_path / "t.parquet")) == ([], [("", "not a table")])
     if content != b"PK\x03\x04" * 100:  # to a CSV that is a header
@@ -350,7 +352,7 @@ def test_a_damaged_page_ends_the_table_and_earlier_rows_stay(tmp_path: Path) -> 
         rows, faults = read(shard(table.path), batch_rows=batch_rows)
         assert [row["key"] for row in rows] == columns["key"][:200] and faults == [("", "table cut or damaged")]
     cut = text_file(tmp_path, bytes(data[:-100]), "cut.parquet")
-    assert read(cut) == ([], [("", "not a table")]) and has_images(cut), "told where the captions are read"
+    assert read(cut) == ([], [("", "not a table")]) and has_images(cut), "reported where the captions are read"
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -414,7 +416,7 @@ def test_a_table_without_images(tmp_path: Path) -> None:
     assert has_images(text_file(tmp_path, "title\tfilepath\na\tb\n"))
 
 
-def test_images_beside_a_csv(tmp_path: Path) -> None:
+def test_images_next_to_a_csv(tmp_path: Path) -> None:
     (tmp_path / "im").mkdir()
     for name in ("a", "b é"):
         (tmp_path / "im" / f"{name}.jpg").write_bytes(name.encode() * 100)

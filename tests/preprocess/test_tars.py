@@ -54,7 +54,7 @@ def test_the_key_ends_at_the_first_dot_of_the_basename() -> None:
     }
 
 
-def test_reading_in_part_and_what_is_not_there() -> None:
+def test_reading_in_part_and_a_missing_member() -> None:
     data = tar_bytes(THREE)
     first = next(walk(io.BytesIO(data), len(data)))
     assert isinstance(first, Sample)
@@ -102,7 +102,7 @@ def test_an_empty_tar_has_no_sample() -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"not a tar at all", b"PK\x03\x04" + b"z" * 2000, b"\x1f\x8b" + b"\0" * 2000, tar_bytes(THREE)[:300]]
 )
-def test_what_is_no_tar_is_one_fault(data: bytes) -> None:
+def test_a_file_that_is_no_tar_is_one_fault(data: bytes) -> None:
     assert walked(data) == ({}, [("", "not a tar")])
 
 

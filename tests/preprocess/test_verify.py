@@ -88,7 +88,7 @@ def test_a_file_that_does_not_belong(built: Built) -> None:
     assert preprocess("verify", built.out).code == 0
 
 
-def test_all_faults_are_told(built: Built) -> None:
+def test_all_faults_are_reported(built: Built) -> None:
     flip_bit(built.out / "labels" / "00000000.parquet")
     (built.out / "beton" / "00000.beton").unlink()
     (built.out / "quarantine.parquet").unlink()
@@ -133,7 +133,7 @@ def _other_count(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (_unsorted, "00000000.parquet: a row's label ids are not sorted and unique"),
         (_other_beton, "00000.beton: its indices are not rising rows of shard 00000001"),
@@ -141,10 +141,10 @@ def _other_count(out: Path) -> None:
         (_other_count, "00000000.parquet: 12 rows, in the manifest 11"),
     ],
 )
-def test_parts_that_do_not_fit_each_other(built: Built, spoil: Callable[[Path], None], told: str) -> None:
+def test_parts_that_do_not_fit_each_other(built: Built, spoil: Callable[[Path], None], message: str) -> None:
     spoil(built.out)
     said = preprocess("verify", built.out)
-    assert said.code == 1 and told in said.out
+    assert said.code == 1 and message in said.out
 
 
 def test_labels_without_betons_can_be_verified(tmp_path: Path) -> None:
