@@ -230,7 +230,7 @@ def test_mistakes_are_reported(folder: Path, tmp_path: Path) -> None:
     assert "metrics.jsonl: line 3 is damaged" in refusal(read_runs, run)
     assert "there is no" in refusal(read_results, tmp_path / "gone")
     assert "other.json is not a result" in refusal(read_results, folder / "results" / "other.json")
-    assert "holds no result" in refusal(read_results, run)
+    assert "has no result" in refusal(read_results, run)
     (tmp_path / "cut.json").write_text('{"results": [')
     assert "cut.json is damaged" in refusal(read_results, tmp_path / "cut.json")
 

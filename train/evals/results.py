@@ -8,26 +8,24 @@ from typing import Any
 
 from labels.storage import UserError
 
+_SOURCES = "train probe, fewshot, knn, zeroshot, retrieval, finetune, caption or eval"
+_GIVE_OUT = "give the path of the evaluation's `--out`"
+
 
 @dataclass(frozen=True)
 class Row:
-    """One encoder, evaluated by one variant of a protocol on one data set.
-
-    `metrics`: name -> (mean, deviation over seeds or None), the main one first, in the units of the result file.
-    `weights`, `text_tower`: fingerprints of what was evaluated, None if the result has none.
-    `readout`: layer and pool of the features, in words, or None.
-    """
+    """One encoder, evaluated by one variant of a protocol on one data set."""
 
     data: str
     encoder: str
     variant: str
     protocol: str
-    metrics: dict[str, tuple[float | None, float | None]]
+    metrics: dict[str, tuple[float | None, float | None]]  # name -> mean, deviation over seeds; the main one first
     seeds: int
     file: Path
-    weights: str | None = None
-    text_tower: str | None = None
-    readout: str | None = None
+    weights: str | None = None  # fingerprint of the encoder, None if the result has none
+    text_tower: str | None = None  # likewise
+    readout: str | None = None  # layer and pool of the features, in words
 
     @property
     def main(self) -> str:
@@ -44,28 +42,21 @@ class Row:
 def read_results(paths: Sequence[Path], *, may_be_none: bool = False) -> list[Row]:
     """All rows of `paths`, which are result files or folders with result files.
 
-    `may_be_none`: a folder without a result is no error.
-    Duplicates are kept once: a suite's cells are in its suite.json too, the majority class is in every result.
-
-    Raises:
-        UserError: a named file is not a result, a folder holds none, or a file is damaged.
+    Duplicates are kept once: a suite's cells are in its suite.json too, the majority class is in every result. A named
+    file that is not a result, a damaged file, and unless `may_be_none` a folder without a result, are UserErrors.
     """
     contents: dict[Path, dict[str, Any]] = {}
     for path in paths:
         if not path.exists():
-            raise UserError(
-                f"there is no {path}",
-                allowed="result JSONs, or folders with result JSONs",
-                fix="give the path of the evaluation's `--out`",
-            )
+            allowed = "result JSONs, or folders with result JSONs"
+            raise UserError(f"there is no {path}", allowed=allowed, fix=_GIVE_OUT)
         files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-        results = {
-            file.resolve(): content for file in files if (content := _result(file, named=file == path)) is not None
-        }
+        read = {file.resolve(): _result(file, named=file == path) for file in files}
+        results = {file: content for file, content in read.items() if content is not None}
         if not results and not may_be_none:
             raise UserError(
-                f"{path} holds no result",
-                allowed="JSON files of train probe, fewshot, knn, zeroshot, retrieval, finetune, caption or eval",
+                f"{path} has no result",
+                allowed=f"JSON files of {_SOURCES}",
                 fix="evaluate first (`train probe ... --out results/probe.json`), or omit --results",
             )
         contents |= results
@@ -89,11 +80,7 @@ def _result(file: Path, *, named: bool) -> dict[str, Any] | None:
     if isinstance(rows, list) and all(isinstance(row, dict) and {"encoder", "metrics"} <= row.keys() for row in rows):
         return content
     if named:
-        raise UserError(
-            f"{file} is not a result",
-            allowed="a JSON of train probe, fewshot, knn, zeroshot, retrieval, finetune, caption or eval",
-            fix="give the path of the evaluation's `--out`",
-        )
+        raise UserError(f"{file} is not a result", allowed=f"a JSON of {_SOURCES}", fix=_GIVE_OUT)
     return None
 
 
@@ -110,6 +97,6 @@ def _rows(file: Path, content: dict[str, Any], protocols: dict[str, str]) -> Ite
 
 def readout_of(description: dict[str, Any]) -> str | None:
     """Layer and pool of an encoder's description, in words; None if it has none."""
-    return (
-        f"layer {description['layer']}, pool {description['pool']}" if {"layer", "pool"} <= description.keys() else None
-    )
+    if {"layer", "pool"} <= description.keys():
+        return f"layer {description['layer']}, pool {description['pool']}"
+    return None
