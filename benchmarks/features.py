@@ -54,7 +54,7 @@ FORM = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def write_shards(folder: Path) -> None:
-    """Pictures of smooth shapes with some grain, about as large as photos of that size, in two classes, with captions."""
+    """Smooth shapes with grain, JPEGs about as large as photos of that size, in two classes, with captions."""
     for part, count in IMAGES.items():
         (folder / part).mkdir(parents=True)
         with tarfile.open(folder / part / "00000000.tar", "w") as tar:
@@ -74,7 +74,7 @@ def write_shards(folder: Path) -> None:
 
 
 def loader_side(out: Path, model: Model, threads: int) -> Callable[[], int]:
-    """One long run of the loader, of which each turn takes a part."""
+    """One long run of the loader; each turn takes a part of it."""
     from train.data.dataset import BetonSet
     from train.data.loader import Loader
 
@@ -96,18 +96,18 @@ def loader_side(out: Path, model: Model, threads: int) -> Callable[[], int]:
 
 
 def sides(folder: Path, model: Model) -> dict[str, Callable[[], int]]:
-    """What takes turns, each giving the number of its images."""
+    """The four measurements; each call returns its number of images."""
     threads = len(os.sched_getaffinity(0))
     data: DataSet = load_data(f"shards:{folder / 'shards'}")
     extract: Extractor = on_device(Features(batch_size=BATCH), None)
     encoder: Encoder = finish(EncoderSpec("trunk"), build_trunk(model), ImageForm(model.image_size, *FORM), {})
     net = encoder.net.to(extract.device)
     images = torch.randn(BATCH, 3, model.image_size, model.image_size, device=extract.device)
-    places, count = data.train.encoded, len(data.train)
+    encoded, count = data.train.encoded, len(data.train)
 
     def decoding() -> int:
         batches = (np.arange(start, min(start + BATCH, count)) for start in range(0, count, BATCH))
-        picture = lambda row: decode(places[row].read(), model.image_size)  # noqa: E731
+        picture = lambda row: decode(encoded[row].read(), model.image_size)  # noqa: E731
         return sum(
             len(batch.images) for batch in decoded_batches(batches, model.image_size, picture, threads, extract.device)
         )
@@ -118,8 +118,8 @@ def sides(folder: Path, model: Model) -> dict[str, Callable[[], int]]:
             torch.autocast(extract.device.type, torch.bfloat16, enabled=extract.precision == "bf16"),
         ):
             for _ in range(count // BATCH):
-                found = net(images)
-        float(found.sum())  # waits for the device
+                features = net(images)
+        float(features.sum())  # waits for the device
         return count // BATCH * BATCH
 
     return {
@@ -135,7 +135,7 @@ def compare(folder: Path, name: str, rounds: int) -> None:
     made, rates = sides(folder, TRUNKS[name]), dict[str, list[float]]()
     for turn in range(rounds + 1):
         for side, run in made.items():
-            time.sleep(0.5)  # until what decodes ahead is full, and the cores are idle
+            time.sleep(0.5)  # until the prefetched batches are complete, and the cores are idle
             start = time.perf_counter()
             images = run()
             if turn:
@@ -154,15 +154,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trunks", nargs="*", choices=[*TRUNKS, []], help="default: all")
     parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         write_shards(folder / "shards")
         from preprocess.build import build_labels
 
         build_labels([str(folder / "shards" / "train")], folder / "out", load_pipeline(), betons=True, overwrite=False)
-        for name in asked.trunks or TRUNKS:
-            compare(folder, name, asked.rounds)
+        for name in arguments.trunks or TRUNKS:
+            compare(folder, name, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -13,25 +13,13 @@ LIMIT = 75
 
 
 def build(data: Path, out: Path, *options: str, watched: bool = True) -> tuple[float, float]:
-    """Run `preprocess build-labels` with two workers: seconds, and the peak memory of all its processes together,
-    bytes.
+    """Run `preprocess build-labels` with two workers: seconds, and the peak memory of all its processes in bytes.
 
     Without `watched` the memory is 0: measuring it ten times a second takes a tenth of the workers' time.
     """
     shutil.rmtree(out, ignore_errors=True)
-    command = [
-        sys.executable,
-        "-m",
-        "preprocess",
-        "build-labels",
-        str(data),
-        "--out",
-        str(out),
-        "--workers",
-        "2",
-        "--no-beton",
-        *options,
-    ]
+    words = ["build-labels", str(data), "--out", str(out), "--workers", "2", "--no-beton", *options]
+    command = [sys.executable, "-m", "preprocess", *words]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peak = [0]
@@ -54,18 +42,15 @@ def build(data: Path, out: Path, *options: str, watched: bool = True) -> tuple[f
 
 
 def tree_memory(pid: int) -> int:
-    """Bytes of memory that a process and all below it have to themselves, shared pages by their share."""
+    """Memory of a process and its descendants in bytes (PSS: each counts its share of shared pages)."""
     total, todo = 0, [pid]
     while todo:
-        at = todo.pop()
+        process = Path(f"/proc/{todo.pop()}")
         try:
-            for thread in Path(f"/proc/{at}/task").iterdir():
+            for thread in (process / "task").iterdir():
                 todo += map(int, (thread / "children").read_text().split())
-            line = next(
-                line for line in Path(f"/proc/{at}/smaps_rollup").read_text().splitlines() if line.startswith("Pss:")
-            )
-            total += int(line.split()[1]) * 1024
-        except (OSError, StopIteration):
+            total += int((process / "smaps_rollup").read_text().split("\nPss:")[1].split()[0]) * 1024
+        except (OSError, IndexError):
             continue
     return total
 
@@ -76,7 +61,7 @@ def steps(data: Path, out: Path) -> dict[str, float]:
 
     from labels.settings import Labels
     from labels.storage import Layout
-    from labels.tokenizers import word_table as fastpath
+    from labels.tokenizers import word_table
     from labels.tokenizers.tokenizer import make_tokenizer
     from preprocess.counts import ShardCounts
     from preprocess.readers import read_rows
@@ -103,7 +88,7 @@ def steps(data: Path, out: Path) -> dict[str, float]:
     fast = tokenizer.fast  # type: ignore[attr-defined]
     fast._learn = clocked("clean", fast._learn)
     fast._slow = clocked("clean", fast._slow)
-    fastpath.gather = clocked("label sets", fastpath.gather)
+    word_table._gather = clocked("label sets", word_table._gather)
     ShardCounts.add = clocked("count", ShardCounts.add)
     ShardCounts.write = clocked("count", ShardCounts.write)
     for shard in shards:

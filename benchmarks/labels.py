@@ -2,9 +2,9 @@
 
 Every ratio is from one run; medians of rounds in which the sides take turns.
 
-    python benchmarks/labels.py tables --captions FILE.parquet [--rows 20M]   caption Parquet -> labels, IDF; kernel, steps
-    python benchmarks/labels.py tars --captions FILE.parquet                  img2dataset tars -> labels, IDF; webdataset
-    python benchmarks/labels.py count --captions FILE.parquet [--rows 100M]   peak memory; DuckDB's counts and a bincount
+    python benchmarks/labels.py tables --captions FILE.parquet [--rows 20M]   caption Parquet -> labels, IDF; the steps
+    python benchmarks/labels.py tars --captions FILE.parquet                  img2dataset tars -> labels; webdataset
+    python benchmarks/labels.py count --captions FILE.parquet [--rows 100M]   peak memory; counts by DuckDB and numpy
 
 FILE.parquet has a column `caption`. `--work DIR` stores the inputs made from it, for later runs, and the results.
 `tars` needs `pip install webdataset`. On shared machines only the ratios are comparable.
@@ -92,7 +92,7 @@ def open_clip_part(captions: list[str]) -> None:
 
 
 def kernel_alone(tokenizer: ClipTokenizer, captions: Any) -> None:
-    """Only what is compiled: bytes to ids in rows, without label sets and without joining blocks; no piece is cleaned."""
+    """The compiled part only: bytes to ids in rows, without label sets, joining blocks, or cleaning."""
     from labels.tokenizers.word_table import _blocks, _buffers
 
     rows, counts = np.empty((8192, LIMIT), np.int32), np.empty(8192, np.int64)
@@ -164,9 +164,8 @@ def print_tables(result: dict[str, Any]) -> None:
         per_core = f"{core[name]:14,.0f} a core" if name in core else ""
         print(f"{name:44}{value:14,.0f} captions/s{per_core}")
     kernel = core["kernel alone, one core"]
-    print(
-        f"whole stage / encode_batch_fast on both cores: {whole / fast:.1f}x; / open_clip in two processes: {whole / clip:.1f}x"
-    )
+    print(f"whole stage / encode_batch_fast on both cores: {whole / fast:.1f}x")
+    print(f"whole stage / open_clip in two processes: {whole / clip:.1f}x")
     one = core["open_clip, one process"]
     print(
         f"kernel a core / encode_batch_fast a core: {kernel / fast_core:.1f}x; / open_clip a core: {kernel / one:.1f}x"
@@ -196,7 +195,7 @@ def tars(captions: list[str], rows: int, rounds: int, work: Path) -> dict[str, A
         (work / "making").rename(data)
     every = sorted(map(str, data.glob("*.tar")))
     subprocess.run(["cat", *every], stdout=subprocess.DEVNULL, check=True)
-    paths = every[: max(4, len(every) // 4)]  # it takes long enough
+    paths = every[: max(4, len(every) // 4)]  # webdataset is slow: a quarter is enough
     for number in range(LINKS):
         for path in map(Path, every):
             link = work / f"links-{rows}" / str(number) / path.name

@@ -1,9 +1,8 @@
 """CPU time per image of the loader, compared with stock FFCV (same betons), OpenCLIP + webdataset (same tars) and a
 bare decode.
 
-    python benchmarks/loader.py [--work DIR] [--cases 256/0.9 256/0.08 500/0.9 768/0.9 1024/0.9] [--repeats 5] [--epochs
-    8]
-                                [--json FILE]
+    python benchmarks/loader.py [--work DIR] [--cases 256/0.9 256/0.08 500/0.9 768/0.9 1024/0.9] [--repeats 5]
+                                [--epochs 8] [--json FILE]
 
 A case is a size of photographs (benchmarks/photo_tiles.py; made in DIR on the first call, with apt-get) and the
 smallest share of the area of a random crop. Every system runs in its own process with one decoding thread; they take
@@ -56,7 +55,7 @@ def prepare(work: Path, name: str) -> Path:
 
 
 def ours(folder: Path, scale: float, epochs: int, device: bool) -> Callable[[], int]:
-    """One long run of the loader, of which each turn takes a part, so that its memory is used again as in training."""
+    """One long run of the loader; each turn takes a part of it, so that its memory is used again as in training."""
     from labels.settings import Data
     from train.data.dataset import BetonSet
     from train.data.loader import Loader
@@ -93,7 +92,7 @@ def device(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
 
 
 def stock(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
-    """ffcv's own loader, on the one beton, its samples repeated as if they were more: starting an epoch costs it much."""
+    """ffcv's own loader on the one beton. Its samples are repeated: starting an epoch is expensive in FFCV."""
     from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -156,7 +155,7 @@ def bare(folder: Path, scale: float, epochs: int) -> Callable[[], int]:
     def run() -> int:
         for _ in range(epochs):
             decode(addresses, lengths, sizes, decompressor.handle, pixels)
-        return epochs * len(jpegs)  # whose memory must stay
+        return epochs * len(jpegs)  # `jpegs` holds the memory of `addresses`
 
     return run
 
@@ -199,7 +198,7 @@ def measure(folder: Path, scale: float, repeats: int, epochs: int) -> dict[str, 
     for name in SYSTEMS:
         ends[name], theirs = context.Pipe()
         context.Process(target=serve, args=(name, folder, scale, epochs, theirs), daemon=True).start()
-        ends[name].recv()  # one after the other: it has compiled and run once
+        ends[name].recv()  # wait until it has compiled and run once
     for _ in range(repeats):
         for name, end in ends.items():
             end.send(True)
@@ -219,7 +218,7 @@ def likeness(folder: Path, scale: float, count: int = 128) -> dict[str, float]:
     from train.data.order import random_crop
     from train.data.resize import margin_bytes, resize_crop, work_bytes
 
-    found: dict[str, list[float]] = {"this, host": [], "stock FFCV": []}
+    psnr: dict[str, list[float]] = {"this, host": [], "stock FFCV": []}
     for number, jpeg in enumerate(jpegs_of(folder)[:count]):
         image = Image.open(io.BytesIO(jpeg))
         left, top, width, height = random_crop(*image.size, (scale, 1.0), (3 / 4, 4 / 3), 0, 0, number)
@@ -236,14 +235,12 @@ def likeness(folder: Path, scale: float, count: int = 128) -> dict[str, float]:
             ("this, host", out),
             ("stock FFCV", cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA)),
         ):
-            found[name].append(10 * np.log10(255**2 / max(float(np.mean((result - expected) ** 2)), 1e-6)))
-    return {name: statistics.mean(values) for name, values in found.items()}
+            psnr[name].append(10 * np.log10(255**2 / max(float(np.mean((result - expected) ** 2)), 1e-6)))
+    return {name: statistics.mean(values) for name, values in psnr.items()}
 
 
 def label_cost(folder: Path) -> float:
-    """Microseconds a sample of finding it, its index with it, and copying its label row, which was read with the
-    image's bytes.
-    """
+    """Microseconds per sample to look it up in the tables and copy its label row."""
     from labels.native import njit
     from train.data.dataset import BetonSet
     from train.data.image_index import TABLE_BYTES, copy_labels, find_sample
@@ -271,16 +268,14 @@ def label_cost(folder: Path) -> float:
 
 
 def python_calls(folder: Path) -> dict[int, float]:
-    """Calls of Python functions a batch, in all threads, for batches of 32 and of 256: what grows with it is paid for
-    every sample.
-    """
+    """Calls of Python functions per batch, in all threads, for batches of 32 and 256: growth is Python per sample."""
     import threading
 
     from labels.settings import Data
     from train.data.dataset import BetonSet
     from train.data.loader import Loader
 
-    betons, found = BetonSet(folder / "out"), {}
+    betons, calls_of = BetonSet(folder / "out"), {}
     for batch in (32, 32, 256):
         calls = [0]
 
@@ -295,8 +290,8 @@ def python_calls(folder: Path) -> dict[int, float]:
         steps = sum(1 for _ in loader)
         sys.setprofile(None)
         threading.setprofile(None)
-        found[batch] = calls[0] / steps
-    return found
+        calls_of[batch] = calls[0] / steps
+    return calls_of
 
 
 def main() -> None:
@@ -330,9 +325,8 @@ def main() -> None:
         results[case] = {"microseconds": times, "psnr_db": psnr}
     folder = prepare(arguments.work, arguments.cases[0].split("/")[0])
     results["label_microseconds"], results["python_calls_a_batch"] = label_cost(folder), python_calls(folder)
-    print(
-        f"\nlabels and index: {results['label_microseconds']:.2f} us a sample; Python calls a batch: {results['python_calls_a_batch']}"
-    )
+    print(f"\nlabels and index: {results['label_microseconds']:.2f} us a sample")
+    print(f"Python calls a batch: {results['python_calls_a_batch']}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results))
 

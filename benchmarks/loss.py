@@ -1,7 +1,7 @@
 """Loss and head: time and memory, compared with the dense formulas and with three bare matrix products.
 
-Run: python benchmarks/loss.py [--batch 4096 1024 256] [--loss softmax bce asl soft_margin two_way] [--precision fp32
-    bf16] [--repeats 3]
+Run: python benchmarks/loss.py [--batch 4096 1024 256] [--loss softmax bce asl soft_margin two_way]
+                               [--precision fp32 bf16] [--repeats 3]
 
 One step computes logits, loss and the gradients of features, weight and bias, on the CPU. `dense` is the reference
 formula of each loss, on a B x V target; `products` are the three matrix products that every linear layer with a
@@ -137,18 +137,8 @@ def products(features: torch.Tensor, weight: torch.Tensor, precision: str) -> St
 
 def peak_mib(side: str, name: str, precision: str, batch: int) -> float:
     """High-water mark of one step in a process of its own, MiB."""
-    command = [
-        sys.executable,
-        __file__,
-        "--peak-of",
-        side,
-        "--loss",
-        name,
-        "--precision",
-        precision,
-        "--batch",
-        str(batch),
-    ]
+    options = ["--peak-of", side, "--loss", name, "--precision", precision, "--batch", str(batch)]
+    command = [sys.executable, __file__, *options]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
@@ -156,9 +146,8 @@ def peak_mib(side: str, name: str, precision: str, batch: int) -> float:
 def print_peak(side: str, name: str, precision: str, batch: int) -> None:
     features, weight, bias, label_ids, idf = inputs(batch)
     few = features[:2].detach().requires_grad_()
-    step(
-        side, name, precision, (few, weight, bias, label_ids[:2], idf)
-    )()  # what is loaded once: threads, code, torch._dynamo
+    # Not counted: what is loaded once (threads, code, torch._dynamo).
+    step(side, name, precision, (few, weight, bias, label_ids[:2], idf))()
     weight.grad = bias.grad = None
     status = Path("/proc/self/status")
     before = int(status.read_text().split("VmRSS:")[1].split()[0])
@@ -180,9 +169,7 @@ def main() -> None:
         print_peak(arguments.peak_of, arguments.loss[0], arguments.precision[0], arguments.batch[0])
         return
     if "bf16" in arguments.precision and not fast_on_cpu(torch.bfloat16):
-        print(
-            "this CPU has no bf16 instructions: dense and products take torch's fallback, the fused loss computes in fp32"
-        )
+        print("this CPU has no bf16 instructions: dense and products use torch's fallback, the fused loss uses fp32")
     for batch in arguments.batch:
         for precision in arguments.precision:
             for name in arguments.loss:

@@ -2,10 +2,10 @@
 
     python benchmarks/resample.py [--work DIR] [--count 128] [--picture FILE]
 
-Photographs are tiles of Debian's wallpapers (benchmarks/photo_tiles.py), downloaded into DIR on the first call; crops of
-0.08 to 1.0 of the area. Prints the largest difference in 8-bit levels and the share of values that differ. For the zone
-plate it prints the aliasing: the standard deviation of rings that the output cannot represent, 0 for an ideal filter;
---picture writes the results side by side: PIL, host, device, and OpenCV's INTER_AREA (as in FFCV) and INTER_LINEAR.
+Photographs are tiles of Debian's wallpapers (benchmarks/photo_tiles.py), downloaded into DIR on the first call; crops
+of 0.08 to 1.0 of the area. Prints the largest difference in 8-bit levels and the share of values that differ. For the
+zone plate it prints the aliasing: the standard deviation of rings that the output cannot represent, 0 for an ideal
+filter; --picture writes the results in one row: PIL, host, device, and OpenCV's INTER_AREA (as in FFCV), INTER_LINEAR.
 """
 
 import argparse
@@ -13,9 +13,8 @@ import io
 import sys
 from pathlib import Path
 
-_HERE = str(
-    Path(__file__).resolve().parent
-)  # searched for the first import alone: labels.py would hide the package `labels`
+# This folder is searched for the first import only: labels.py would hide the package `labels`.
+_HERE = str(Path(__file__).resolve().parent)
 sys.path = [_HERE, *(entry for entry in sys.path if str(Path(entry or ".").resolve()) != _HERE)]
 from photo_tiles import KINDS, cut_tiles, fetch_photos
 
@@ -75,13 +74,10 @@ def crops(tiles: list[bytes]) -> list[np.ndarray]:
 def compare(name: str, pictures: list[np.ndarray]) -> None:
     for way, resample in (("host", on_host), ("device", on_device)):
         differences = [np.abs(resample(picture) - by_pil(picture)) for picture in pictures]
-        largest, differing = (
-            max(int(one.max()) for one in differences),
-            np.mean([(one > 0).mean() for one in differences]),
-        )
-        print(
-            f"{name:<12} {way:<7} {len(pictures)} crops: at most {largest} levels from PIL's bicubic, {differing:.4%} of the values differ"
-        )
+        largest = max(int(difference.max()) for difference in differences)
+        differing = np.mean([(difference > 0).mean() for difference in differences])
+        print(f"{name:<12} {way:<7} {len(pictures)} crops: at most {largest} levels from PIL's bicubic, ", end="")
+        print(f"{differing:.4%} of the values differ")
 
 
 def zone_plate(picture: Path | None) -> None:
@@ -94,8 +90,8 @@ def zone_plate(picture: Path | None) -> None:
     ways["INTER_AREA"] = cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(int)
     ways["INTER_LINEAR"] = cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR).astype(int)
     print(
-        "zone plate, left of rings too fine: "
-        + ", ".join(f"{way} {found[far].std():.1f}" for way, found in ways.items())
+        "zone plate, residue of rings that are too fine: "
+        + ", ".join(f"{way} {pixels[far].std():.1f}" for way, pixels in ways.items())
     )
     if picture:
         Image.fromarray(np.concatenate(list(ways.values()), axis=1).astype(np.uint8)).save(picture)

@@ -4,8 +4,8 @@
 
     open     10 million samples in 100 sparse betons (opening does not read pages): seconds and memory, in a new process
     order    1.28 billion samples: seconds until the first batch, and memory, in a new process
-    small    images/s of one beton, of the same samples in 16 betons, and in their tars (`--no-images`), in turns, with a
-             warm page cache; pixels and labels are compared
+    small    images/s of one beton, of the same samples in 16 betons, and in their tars (`--no-images`), in turns,
+             with a warm page cache; pixels and labels are compared
     mixing   batches of 1,024 from a million samples in 100 shards, compared with a true shuffle: shards per batch, most
              samples of one shard, correlation of sample and position, mean distance of two neighbours as a share of the
              set (a third if they are independent)
@@ -20,9 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-_HERE = str(
-    Path(__file__).resolve().parent
-)  # searched for the first import alone: labels.py would hide the package `labels`
+# This folder is searched for the first import only: labels.py would hide the package `labels`.
+_HERE = str(Path(__file__).resolve().parent)
 sys.path = [_HERE, *(entry for entry in sys.path if str(Path(entry or ".").resolve()) != _HERE)]
 from photo_tiles import KINDS, cut_tiles, fetch_photos, write_tars
 
@@ -68,19 +67,8 @@ def prepare(work: Path) -> dict[str, Path]:
     more = {"one": [], "sixteen": ["--set", f"build.beton_samples={IMAGES // 16}"], "tars": ["--no-images"]}
     for name, out in outs.items():
         if not (out / "manifest.json").is_file():
-            command = [
-                sys.executable,
-                "-m",
-                "preprocess",
-                "build-labels",
-                str(shards),
-                "--out",
-                str(out),
-                "--workers",
-                "1",
-                *more[name],
-            ]
-            subprocess.run(command, check=True, capture_output=True)
+            words = ["build-labels", str(shards), "--out", str(out), "--workers", "1", *more[name]]
+            subprocess.run([sys.executable, "-m", "preprocess", *words], check=True, capture_output=True)
     list(make_rows(outs["tars"], outs["tars"]))
     return outs
 
@@ -143,11 +131,12 @@ def compare_mixing() -> None:
     orders["true shuffle"] = np.random.default_rng(0).permutation(samples)
     for name, order in orders.items():
         batches = order[: samples // batch * batch].reshape(-1, batch) // shard
-        counts = np.stack([np.bincount(one, minlength=samples // shard) for one in batches])
+        counts = np.stack([np.bincount(shards, minlength=samples // shard) for shards in batches])
         correlation = np.corrcoef(order, np.arange(samples))[0, 1]
         distance = np.abs(np.diff(order)).mean() / samples
+        mean_shards, mean_most = (counts > 0).sum(1).mean(), counts.max(1).mean()
         print(
-            f"{name:<14} {(counts > 0).sum(1).mean():6.2f} of 100 shards in a batch, {counts.max(1).mean():5.1f} samples of one at most, "
+            f"{name:<14} {mean_shards:6.2f} of 100 shards in a batch, {mean_most:5.1f} samples of one at most, "
             f"correlation {correlation:+.4f}, distance {distance:.4f}"
         )
 
@@ -162,12 +151,8 @@ def main() -> None:
     if "open" in arguments.parts:
         large = large_set(outs["one"], arguments.work / "set" / "large")
         imports = "from pathlib import Path\nfrom train.data.dataset import BetonSet"
-        print(
-            "open    ",
-            in_new_process(
-                imports, f"betons = BetonSet(Path({str(large)!r}))\nassert betons.samples == {BETONS * SAMPLES_EACH}"
-            ),
-        )
+        work = f"betons = BetonSet(Path({str(large)!r}))\nassert betons.samples == {BETONS * SAMPLES_EACH}"
+        print("open    ", in_new_process(imports, work))
     if "order" in arguments.parts:
         work = "Order([1_280_000_000], (1,), 64, 1024, 0).batch(1_000, 16_384, 3, 8)"
         print("order   ", in_new_process("from train.data.order import Order", work))

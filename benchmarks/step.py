@@ -1,14 +1,12 @@
-"""Overhead of the trainer: the loop against bare steps, and its CPU work outside the model against the paper's
-pipeline.
+"""Overhead of the trainer: the loop against bare steps, and its CPU work outside the model against the paper's pipeline.
 
-Run: python benchmarks/step.py loop     samples/s with preloaded batches, against forward, backward and optimizer step only
+Run: python benchmarks/step.py loop     samples/s with preloaded batches, against forward, backward and optimizer step
      python benchmarks/step.py cpu      CPU microseconds per sample, with images of 256 pixels and batches of 128
 
 `loop`: both sides use the same ViT (4 layers, width 192, patch 8 at 64 pixels), a head of 49,408 classes, batch 64,
-    fp32.
+fp32.
 `cpu`: the loop with loader and normalisation around a model with one parameter, so that nearly all time is outside
-    model
-and optimizer; the paper's pipeline is rebuilt from public libraries (webdataset, PIL, torchvision's RandomResizedCrop,
+model and optimizer; the paper's pipeline is rebuilt from public libraries (webdataset, PIL, torchvision's RandomResizedCrop,
 open_clip's tokenizer, default collation; without its dense targets). Both read the same 1,024 JPEGs of 256 x 256
 pixels, made in code, from the page cache, on one thread. CPU time is that of the process. The sides take turns;
 medians.
@@ -65,7 +63,8 @@ def looped(
 
 
 def compare_loop(rounds: int, steps: int) -> None:
-    trunk = "{trunk: vit_tiny_patch16_224, trunk_args: {patch_size: 8, depth: 4, embed_dim: 192, num_heads: 3}, image_size: 64}"
+    arguments = "{patch_size: 8, depth: 4, embed_dim: 192, num_heads: 3}"
+    trunk = f"{{trunk: vit_tiny_patch16_224, trunk_args: {arguments}, image_size: 64}}"
     keys = [f"train.model={trunk}", "train.batch_size=64", "train.samples=1M", "train.log.every_seconds=10"]
     settings = load_pipeline(None, [*keys, "train.runtime.precision=fp32"]).train
     train_state = make_train_state(settings, torch.ones(49_408), ALONE)
@@ -121,7 +120,7 @@ def write_tar(folder: Path) -> Path:
 
 
 class OneNumber(torch.nn.Module):
-    """A model that costs nothing: the loop's, the loader's and the input's work is what is left."""
+    """A model that costs nothing: the work of loop, loader and input remains."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,9 +190,8 @@ def compare_cpu(rounds: int) -> None:
         (folder / "shards").mkdir()
         tar = write_tar(folder / "shards")
         sides = {"this trainer": (our_side(tar, folder), EPOCHS), PAPERS: (papers_side(tar), 1)}
-        print(
-            f"{IMAGES} JPEGs of {SIDE} x {SIDE} pixels, {os.path.getsize(tar) / IMAGES / 1024:.1f} KiB a sample in the tar"
-        )
+        kib = os.path.getsize(tar) / IMAGES / 1024
+        print(f"{IMAGES} JPEGs of {SIDE} x {SIDE} pixels, {kib:.1f} KiB a sample in the tar")
         times: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(rounds + 1):
             for name, (side, epochs) in sides.items():

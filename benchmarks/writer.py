@@ -3,13 +3,13 @@
     python benchmarks/writer.py --tars FOLDER [--samples 100000] [--stock-samples 10000] [--repeats 3] [--workers 2]
                                 [--decode-check header]
 
-FOLDER contains tars of photographs (e.g. from benchmarks/photo_tiles.py); their samples are repeated under new keys up to
---samples, 10,000 per tar as in DataComp. The sides take turns, each after a `sync`, with a warm page cache; medians.
+FOLDER contains tars of photographs (e.g. from benchmarks/photo_tiles.py); their samples are repeated under new keys up
+to --samples, 10,000 per tar as in DataComp. The sides take turns, each after a `sync`, with a warm page cache; medians.
 
-    ours       the whole command `preprocess build-labels` with labels already built: reads the tars, checks the header and
+    ours       the whole command `preprocess build-labels` with labels already built: reads the tars, checks header and
                end marker of every JPEG (`--decode-check header`, the default; `full` decodes each), hashes, and fsyncs
     nothing    the same command again with nothing left to do: the time that is not writing
-    ffcv       ffcv.DatasetWriter with RGBImageField(write_mode="jpg"), which decodes and encodes; its own worker processes
+    ffcv       ffcv.DatasetWriter with RGBImageField(write_mode="jpg"), which decodes and encodes in worker processes
     cp         `cp` of the tars into a new folder, without sync
     cp+sync    `cp` until the bytes are on the disk, like ours
 """
@@ -74,24 +74,12 @@ class TarImages:
 
 
 def command(tars: Path, out: Path, workers: int, *more: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "preprocess",
-        "build-labels",
-        str(tars),
-        "--out",
-        str(out),
-        "--workers",
-        str(workers),
-        *more,
-    ]
+    words = ["build-labels", str(tars), "--out", str(out), "--workers", str(workers), *more]
+    return [sys.executable, "-m", "preprocess", *words]
 
 
 def ours(tars: Path, out: Path, workers: int, check: str) -> None:
-    """To its exit, which its idle server of workers outlives for a moment: no pipe is kept that would wait for that
-    too.
-    """
+    """The command up to its exit. Without pipes: they would also wait for its worker server, which exits later."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run(command(tars, out, workers, "--decode-check", check), check=True, **quiet)  # type: ignore[call-overload]
 
@@ -106,7 +94,7 @@ def stock(tar: Path, target: Path, count: int, workers: int) -> None:
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Wall seconds, nothing of earlier turns waiting to be written."""
+    """Wall seconds, after everything from earlier turns is on the disk."""
     subprocess.run(["sync"], check=True)
     begun = time.perf_counter()
     run()
@@ -146,22 +134,16 @@ def main() -> None:
                 seconds[side].append(timed(lambda script=script: subprocess.run(script, shell=True, check=True)))
                 shutil.rmtree(copy)
         tar_bytes = sum(path.stat().st_size for path in tars.iterdir())
-    counts = {
-        "ours": arguments.samples,
-        "nothing": arguments.samples,
-        "ffcv": arguments.stock_samples,
-        "cp": arguments.samples,
-        "cp+sync": arguments.samples,
-    }
+    counts = dict.fromkeys(seconds, arguments.samples) | {"ffcv": arguments.stock_samples}
     print(
-        f"{arguments.samples:,} samples, tars {tar_bytes / 1e9:.2f} GB, betons {size / 1e9:.2f} GB, {workers} workers, check: {check}"
+        f"{arguments.samples:,} samples, tars {tar_bytes / 1e9:.2f} GB, betons {size / 1e9:.2f} GB, {workers} workers, "
+        f"check: {check}"
     )
     rates = {side: counts[side] / statistics.median(values) for side, values in seconds.items()}
     for side, rate in rates.items():
         spread = f"{min(seconds[side]):.2f} to {max(seconds[side]):.2f} s"
-        print(
-            f"  {side:8} {rate:10,.0f} images/s  ({spread} for {counts[side]:,});  ours is {rates['ours'] / rate:6.2f} times that"
-        )
+        ratio = rates["ours"] / rate
+        print(f"  {side:8} {rate:10,.0f} images/s  ({spread} for {counts[side]:,});  ours is {ratio:6.2f} times that")
 
 
 if __name__ == "__main__":

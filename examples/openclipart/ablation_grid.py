@@ -1,6 +1,7 @@
 """The file of an ablation: its cells, the seeds of each, and the command lines that make one of them.
 
-ablations.yaml -> Grid -> units (cell, seed) -> train run | clip, lit, probe, fewshot, zeroshot -> WORK/cells/<cell>-seed<n>.json
+ablations.yaml -> Grid -> units (cell, seed) -> train run | clip, lit, probe, fewshot, zeroshot
+-> WORK/cells/<cell>-seed<n>.json
 """
 
 import json

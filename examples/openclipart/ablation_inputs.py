@@ -1,6 +1,7 @@
 """Inputs that all cells of an ablation share: settings, tokenizers, label sets, and shrunk drawings with their classes.
 
-DATA/{train,test}/**/*.tar -> WORK/settings.yaml  untrained/config.yaml  tokenizers/<set>.json  labels/<set>/ (the first one with betons)
+DATA/{train,test}/**/*.tar -> WORK/settings.yaml  untrained/config.yaml  tokenizers/<set>.json
+                              labels/<set>/ (the first one with betons)
                               evaluation/{train,test}.parquet (image: PNG bytes, class: text)
 """
 

@@ -35,7 +35,8 @@ def write_tables(grid: Grid, planner: Planner, units: Sequence[Unit]) -> None:
     text = "\n\n".join(table_lines(table, values) for table in grid.tables)
     majority = next((value for metrics in values.values() for value in metrics.get("majority", {}).values()), math.nan)
     done = sum(len(metrics["probe"]) for metrics in values.values())
-    head = f"Top-1, percent, on held-out drawings; mean and standard deviation over seeds. Majority class: {majority:.1%}. "
+    head = "Top-1, percent, on held-out drawings; mean and standard deviation over seeds. "
+    head += f"Majority class: {majority:.1%}. "
     text = f"{head}Finished: {done} of {len(units)} trainings.\n\n{text}\n"
     write_whole(planner.work / "tables.md", lambda partial: partial.write_text(text, encoding="utf8"))
     cells = {name: {metric: _seeds(seeds) for metric, seeds in found.items()} for name, found in values.items()}

@@ -1,6 +1,7 @@
 """Runs units in persistent processes, so that libraries are imported once; each unit writes a result JSON at its end.
 
-units -> lanes (a process each, one thread of torch) -> run_unit: the commands of `train`, in that process -> WORK/cells/<cell>-seed<n>.json
+units -> lanes (a process each, one thread of torch) -> run_unit: the commands of `train`, in that process
+-> WORK/cells/<cell>-seed<n>.json
 """
 
 import json
