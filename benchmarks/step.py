@@ -1,4 +1,4 @@
-"""Overhead of the trainer: the loop against bare steps, and its CPU work outside the model against the paper's pipeline.
+"""Overhead of the trainer: the loop against bare steps, and CPU work outside the model against the paper's pipeline.
 
 Run: python benchmarks/step.py loop     samples/s with preloaded batches, against forward, backward and optimizer step
      python benchmarks/step.py cpu      CPU microseconds per sample, with images of 256 pixels and batches of 128
@@ -6,10 +6,10 @@ Run: python benchmarks/step.py loop     samples/s with preloaded batches, agains
 `loop`: both sides use the same ViT (4 layers, width 192, patch 8 at 64 pixels), a head of 49,408 classes, batch 64,
 fp32.
 `cpu`: the loop with loader and normalisation around a model with one parameter, so that nearly all time is outside
-model and optimizer; the paper's pipeline is rebuilt from public libraries (webdataset, PIL, torchvision's RandomResizedCrop,
-open_clip's tokenizer, default collation; without its dense targets). Both read the same 1,024 JPEGs of 256 x 256
-pixels, made in code, from the page cache, on one thread. CPU time is that of the process. The sides take turns;
-medians.
+model and optimizer; the paper's pipeline is rebuilt from public libraries (webdataset, PIL, torchvision's
+RandomResizedCrop, open_clip's tokenizer, default collation; without its dense targets). Both read the same 1,024 JPEGs
+of 256 x 256 pixels, made in code, from the page cache, on one thread. CPU time is that of the process. The sides take
+turns; medians.
 """
 
 import argparse

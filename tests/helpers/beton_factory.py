@@ -1,4 +1,4 @@
-"""Small finished OUT folders, made by the real label stage from tars written in code."""
+"""Small finished label datasets, made by the real label stage from tars written in code."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def photo(seed: int, width: int, height: int, quality: int = 92) -> bytes:
 
 
 def write_shards(folder: Path, counts: list[int]) -> Path:
-    """One tar a count; image sizes and captions vary with the sample's number."""
+    """A tar for each count; image sizes and captions vary with the sample's number."""
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
     for shard, count in enumerate(counts):
@@ -46,9 +46,7 @@ def write_shards(folder: Path, counts: list[int]) -> Path:
 
 
 def build_out(folder: Path, counts: list[int], *overrides: str) -> Path:
-    """A finished OUT with this many samples in each of its betons: a batch each, since small shards of one batch share a
-    beton.
-    """
+    """A finished label dataset whose betons have `counts` samples: a batch each, since one batch is one beton."""
     shards = find_shards([str(write_shards(folder / "shards", counts))]).shards
     out = folder / "out"
     build = make_build(Layout(out), load_pipeline(overrides=["build.workers=1", *overrides]), None)

@@ -26,7 +26,7 @@ def coloured_pairs(folder: Path, train: int = 24, test: int = 9) -> Path:
 
 
 def language_model_folder(folder: Path, texts: list[str], *, positions: int = 64) -> Path:
-    """A Llama of one layer, its weights random and large enough that a prefix matters, and a BPE learnt from `texts`."""
+    """A Llama of one layer, with random weights so large that a prefix matters, and a BPE learnt from `texts`."""
     from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = GPT2Tokenizer().train_new_from_iterator(texts, 300, show_progress=False)

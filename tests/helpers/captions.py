@@ -1,4 +1,4 @@
-"""What several tests share: captions."""
+"""Captions that are hard to tokenize: entities, broken encodings, all scripts, special tokens, very long words."""
 
 NASTY = [
     "",
@@ -6,7 +6,8 @@ NASTY = [
     "a photo of a cat",
     "It's the dogs' day; they'll say we've won, I'd guess. I'M SURE YOU'RE HERE",
     "âœ” No problems â€” schÃ¶n, l’humanitÃ©, Ã©tÃ©",
-    "Tom &amp;amp; Jerry &amp;lt;b&amp;gt; &quot;x&quot; &#39;y&#39; &#x1F600; &nbsp;&copy; &amp;amp;amp; &notanentity; &lt",
+    "Tom &amp;amp; Jerry &amp;lt;b&amp;gt; &quot;x&quot; &#39;y&#39; &#x1F600; "
+    "&nbsp;&copy; &amp;amp;amp; &notanentity; &lt",
     "<b>Tom &amp;amp; Jerry</b> &amp;lt;i&amp;gt; &amp;amp;amp;",
     "&#xD800; &#0; &#x110000; &#65533;",
     "“curly” ‘quotes’ „low“ «guillemets» ′prime″ ʼnʼ",

@@ -1,6 +1,6 @@
-"""The commands in the documentation: found in its fenced blocks and inline code, and put before the real command lines.
+"""The commands in the documentation: found in its fenced blocks and inline code, and parsed by the real command lines.
 
-```bash        every command is parsed as its program would parse it, and not run: it needs a cluster, terabytes, or minutes
+```bash        every command is parsed by its program, but not run: it needs a cluster, terabytes, or minutes
 ```bash run    is also run, in this process, in the folder that the pages' tests share
 ```yaml NAME   a configuration or a suite; NAME is a file that later commands read
 ```python run  is run there, too
@@ -91,19 +91,19 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def own_command(words: list[str]) -> tuple[str, list[str]] | None:
-    """The group and the arguments where a command is one of this project's, behind variables, srun and torchrun or not."""
-    for place, word in enumerate(words):
+    """Group and arguments of a command of this project, with or without variables, srun and torchrun before it."""
+    for index, word in enumerate(words):
         if word in GROUPS:
-            before = [other for other in words[:place] if "=" not in other and not other.startswith("-")]
+            before = [word for word in words[:index] if "=" not in word and not word.startswith("-")]
             if not before or (
                 before[0] in ("srun", "torchrun", "python") and set(before[1:]) <= {"torchrun", "python"}
             ):
-                return word, words[place + 1 :]
+                return word, words[index + 1 :]
     return None
 
 
 def parse(group: str, words: list[str]) -> click.Context:
-    """As the program parses it, configuration included, up to where it would begin to work.
+    """Parse the arguments and the configuration like the program, without running it.
 
     Raises:
         click.UsageError, UserError: what the user would read.
@@ -173,20 +173,20 @@ def check_inline(words: list[str], page: Path) -> None:
     }
     for script in page.parent.glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text("utf8")))
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         if word.startswith("--"):
             assert word.partition("=")[0] in known, f"{' '.join(words)}: no option {word}"
-        if word == "--set" and words[place + 1 :] and not words[place + 1].startswith("section."):
-            load_pipeline(None, [words[place + 1]])
+        if word == "--set" and words[index + 1 :] and not words[index + 1].startswith("section."):
+            load_pipeline(None, [words[index + 1]])
 
 
 def api_row(name: str) -> str:
     """A line of docs/api.md, from the code: the name, its parameters, the first sentence of its docstring."""
     module, _, attribute = name.rpartition(".")
-    found = getattr(importlib.import_module(module), attribute)
-    summary = (inspect.getdoc(found) or "").partition("\n\n")[0].replace("\n", " ")
-    called = ", ".join(parameter for parameter in inspect.signature(found).parameters if parameter != "self")
-    return f"| `{name}` | {called or '-'} | {summary.replace('|', '&#124;')} |"
+    value = getattr(importlib.import_module(module), attribute)
+    summary = (inspect.getdoc(value) or "").partition("\n\n")[0].replace("\n", " ")
+    parameters = ", ".join(parameter for parameter in inspect.signature(value).parameters if parameter != "self")
+    return f"| `{name}` | {parameters or '-'} | {summary.replace('|', '&#124;')} |"
 
 
 if __name__ == "__main__":  # rewrite the table of docs/api.md from the code

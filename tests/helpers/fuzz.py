@@ -1,5 +1,4 @@
-"""A fuzz run over the tar walker and the label path: mutated tars and captions; a count of what became of their
-samples.
+"""A fuzz run over the tar walker and the label path: mutated tars and captions; counts of labelled and rejected ones.
 
     python tests/helpers/fuzz.py --inputs 100000 [--seed 0]
 
@@ -75,7 +74,7 @@ def caption(draw: random.Random) -> bytes:
 
 
 def about(draw: random.Random) -> bytes:
-    """A sample's json, as it should be or not."""
+    """A sample's json, valid or not."""
     value: dict[str, Any] = {
         "uid": f"{draw.randrange(1 << 30):032x}",
         "width": draw.choice([32, 0, -1, 1 << 40, None, "32", 3.5]),
@@ -159,7 +158,7 @@ def within_seconds() -> Any:
 
 
 def check(data: bytes, folder: Path, whole_job: bool) -> Counter[str]:
-    """One input: what became of its samples, by reason; AssertionError if the ways differ or a sample is lost."""
+    """Numbers of labelled and rejected samples of one input; AssertionError if the readers differ or one is lost."""
     path = folder / "fuzz.tar"
     path.write_bytes(data)
     shard = Shard("fuzz", str(path), len(data), "")
@@ -188,7 +187,7 @@ def check(data: bytes, folder: Path, whole_job: bool) -> Counter[str]:
 
 
 def fuzz(inputs: int, seed: int, folder: Path) -> Counter[str]:
-    """So many inputs; what became of all their samples. On a failure, the input is left as fuzz-failed.tar and named."""
+    """Check `inputs` inputs: numbers of labelled and rejected samples. A failing input is kept as fuzz-failed.tar."""
     total: Counter[str] = Counter()
     for number in range(inputs):
         draw = random.Random(f"{seed}-{number}")
@@ -215,9 +214,8 @@ def main() -> None:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         total = fuzz(arguments.inputs, arguments.seed, Path(folder))
-    print(
-        f"{arguments.inputs:,} inputs, {total.total():,} samples in {time.monotonic() - start:,.0f} s: no crash, no hang, none lost"
-    )
+    seconds = time.monotonic() - start
+    print(f"{arguments.inputs:,} inputs, {total.total():,} samples in {seconds:,.0f} s: no crash, no hang, none lost")
     for reason, count in total.most_common():
         print(f"{count:9,}  {reason}")
 

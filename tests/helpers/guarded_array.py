@@ -1,4 +1,4 @@
-"""Arrays between memory pages that may not be touched: what reads or writes one byte beside them ends the process."""
+"""Arrays next to protected memory pages: reading or writing one byte outside of them ends the process."""
 
 import ctypes
 import mmap
@@ -9,7 +9,7 @@ _NO_ACCESS = 0  # PROT_NONE
 
 
 def guarded(values: np.ndarray, *, at_end: bool) -> np.ndarray:
-    """A copy of `values`, right before such a page, or right behind one."""
+    """A copy of `values` directly before (`at_end`) or directly after a protected page."""
     page = mmap.PAGESIZE
     size = -(-max(1, values.nbytes) // page) * page
     memory = np.frombuffer(mmap.mmap(-1, size + 2 * page), np.uint8)

@@ -1,4 +1,4 @@
-"""What several tests share: image cases."""
+"""Images that a build rejects or has to prepare: turned by EXIF, cut, oversized, or of another format."""
 
 import struct
 import zlib
@@ -11,10 +11,11 @@ RGB = Image.fromarray(pixels(1, 40, 24))
 
 
 EXIF_TURNED, EXIF_UPRIGHT, EXIF_WRONG = Image.Exif(), Image.Exif(), Image.Exif()
+EXIF_TURNED[0x0112], EXIF_UPRIGHT[0x0112], EXIF_WRONG[0x0112] = 6, 1, 42
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+    """A PNG whose header claims a size and whose data are too short for it."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -1,10 +1,11 @@
-"""What several tests share: image folders."""
+"""Labelled images for evaluators: folders of classes, tars, and images in shades of one colour."""
 
 import io
 import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 
@@ -38,3 +39,15 @@ def sample(key: str, label, image: bytes | None = None) -> list[tuple[str, bytes
         (f"{key}.json", json.dumps({"class": label}).encode()),
         (f"{key}.txt", b"x"),
     ]
+
+
+def colours(folder: Path, labels: tuple[str, ...]) -> None:
+    """A data set of plain images in shades of their class's colour: 5 of each class to train on, 3 to test."""
+    random = np.random.default_rng(len(labels))
+    for part, count in (("train", 5), ("test", 3)):
+        write_folders(folder / part, dict.fromkeys(labels, count))
+        for file in sorted((folder / part).rglob("*.png")):
+            shade = random.integers(0, 120, 3) + 120 * np.array(
+                [file.parent.name == colour for colour in ("red", "green", "blue")]
+            )
+            file.write_bytes(encoded(tuple(int(value) for value in shade)))

@@ -1,6 +1,4 @@
-"""An OUT whose images stay in their tars, made from an OUT with betons over the same tars: the same samples in the same
-order.
-"""
+"""A label dataset whose images stay in their tars, made from one with betons: the same samples in the same order."""
 
 import json
 import shutil

@@ -1,13 +1,10 @@
-"""The softmax loss through its kernels, beside the dense float64 form; run with TRITON_INTERPRET=1, which Triton reads
-at import.
-"""
+"""The softmax loss by its kernels against the dense float64 loss; run with TRITON_INTERPRET=1, read at import."""
 
 import torch
 
-from dense_losses import dense_loss
 from labels.manifest import PAD_ID
 from labels.settings import Loss
-from loss_cases import assert_near, fused_and_dense, some_case, some_labels
+from loss_cases import assert_near, dense_loss, fused_and_dense, some_case, some_labels
 from train.losses.head import positives
 from train.losses.kinds import softmax
 from train.losses.kinds.softmax import softmax_rows

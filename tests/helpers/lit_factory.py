@@ -1,4 +1,4 @@
-"""What tests of two towers share: small runs of all three methods on one OUT, and a data set of classes."""
+"""What tests of two towers share: small runs of all three methods on one label dataset, and a data set of classes."""
 
 from pathlib import Path
 from typing import Any

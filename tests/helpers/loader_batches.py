@@ -1,4 +1,4 @@
-"""What several tests share: loader batches."""
+"""The batches of one epoch of the loader, and the order in which it has to give the rows."""
 
 import numpy as np
 import torch

@@ -57,7 +57,7 @@ def batches(world: World, spoil: dict[int, float] | None = None) -> list[Made]:
 def train_here(
     run: Path, train: Train, world: World, spoil: dict[int, float] | None = None
 ) -> tuple[TrainState, Tensors]:
-    """Train on `batches`; the metrics stand in `run`."""
+    """Train on `batches`; the metrics are in `run`."""
     run.mkdir(parents=True, exist_ok=True)
     train_state = make_train_state(train, torch.linspace(0.5, 3.0, VOCABULARY), world)
     metrics = Metrics(run, world, train, steps=STEPS, first_step=0, skipped=(0, 0), speed=Speed(1, 1e3), trackers=[])

@@ -1,6 +1,4 @@
-"""What every page has to be: well-formed, readable without a network, with a text for every image; and what Chromium
-says of it.
-"""
+"""Checks of every HTML page: well-formed, readable without a network, alt texts for images; and Chromium's messages."""
 
 import re
 import shutil
@@ -15,7 +13,7 @@ _VOID = {"meta", "link", "img", "br", "input", "wbr"}
 
 @dataclass
 class Page:
-    """`text`: all that is shown; `images`: how many; `ids`: of its elements."""
+    """`text`: all visible text; `images`: their number; `ids`: of its elements; `links`: to ids."""
 
     text: str = ""
     images: int = 0
@@ -73,9 +71,10 @@ def check_page(markup: str) -> Page:
 
 
 def shown_in_chromium(page: Path, folder: Path) -> str:
-    """What Chromium says while it draws the page as on a phone."""
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-    command = [str(CHROMIUM), *flags.split(), "--disable-sync", f"--user-data-dir={folder}", "--enable-logging=stderr"]
+    """Chromium's messages while it draws the page as on a phone."""
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    flags += "--disable-background-networking --disable-component-update"
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={folder}", "--enable-logging=stderr"]
     picture = folder.with_suffix(".png")
     command += [f"--screenshot={picture}", "--window-size=360,800", page.as_uri()]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

@@ -1,4 +1,4 @@
-"""Tiny webdataset shards made in code, the command run in this process, and OUT as comparable values."""
+"""Tiny webdataset shards made in code, the command run in this process, and a label dataset as comparable values."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def jpeg(seed: int = 0, width: int = 32, height: int = 32) -> bytes:
 def sample(
     key: str, text: str | bytes | None = "a cat", image: bytes | None = None, /, **metadata: Any
 ) -> list[Member]:
-    """The members of one sample; `text` None leaves the txt out, no metadata the json."""
+    """The members of one sample; no txt if `text` is None, no json without metadata."""
     members = [(f"{key}.jpg", jpeg() if image is None else image)]
     if text is not None:
         members.append((f"{key}.txt", text.encode() if isinstance(text, str) else text))
@@ -71,7 +71,7 @@ def sample(
 
 
 def healthy(count: int, first: int = 0, side: int = 32) -> list[Member]:
-    """So many good samples in img2dataset's form, all different."""
+    """`count` good samples in img2dataset's form, all different."""
     return [
         member
         for number in range(first, first + count)
@@ -114,7 +114,7 @@ def write_shards(folder: Path, shards: int, samples: int) -> Path:
 
 @dataclass(frozen=True)
 class Said:
-    """What a command left behind."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -153,7 +153,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def quarantined(out: Path) -> list[tuple[str, str, str, str]]:
-    """Shard, key, stage and reason of every sample left out."""
+    """Shard, key, stage and reason of every rejected sample."""
     return [
         (row["shard"], row["key"], row["stage"], row["reason"])
         for row in pq.read_table(out / "quarantine.parquet").to_pylist()
@@ -161,7 +161,7 @@ def quarantined(out: Path) -> list[tuple[str, str, str, str]]:
 
 
 def contents(out: Path) -> dict[str, Any]:
-    """Every file of OUT: its bytes, of idf.duckdb the rows of its tables."""
+    """Every file of a label dataset: its bytes, or for idf.duckdb the rows of its tables."""
     files: dict[str, Any] = {
         str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()
     }
@@ -178,7 +178,7 @@ def flip_bit(path: Path, share: float = 0.5) -> None:
 
 
 def leave_pid_and_sleep(folder: str) -> None:
-    """A task for a worker process: say who it is, then outlast any test."""
+    """A task for a worker process: write its process id, then sleep longer than any test."""
     Path(folder, str(os.getpid())).touch()
     time.sleep(600)
 

@@ -1,6 +1,4 @@
-"""FFCV's own Loader, in a process of its own: when its compiled functions are collected, numba's books on all others
-may break.
-"""
+"""FFCV's own Loader, in a process of its own: when its compiled functions are freed, numba may break for all others."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -13,7 +11,7 @@ import numpy as np
 
 @contextmanager
 def stock_process() -> Iterator[ProcessPoolExecutor]:
-    """Where `read_beton` is to run."""
+    """A pool of one process for `read_beton`."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool
 

@@ -1,4 +1,4 @@
-"""What the trainer's tests share: a small OUT with a small vocabulary, a configuration for it, and how to read a run."""
+"""A small label dataset with a small vocabulary, a configuration for the trainer, and functions that read a run."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,10 @@ CONFIG = """
 train:
   samples: 1920
   batch_size: 16
-  model: {trunk: vit_tiny_patch16_224, trunk_args: {patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}, image_size: 16}
+  model:
+    trunk: vit_tiny_patch16_224
+    trunk_args: {patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}
+    image_size: 16
   data: {threads: 2, flip: true, crop_scale: [0.5, 1.0]}
   optimizer: {lr: 4e-3, warmup_samples: 96, weight_decay: 0.1}
   runtime: {device: cpu, precision: fp32, threads: 1}
@@ -25,7 +28,7 @@ SAMPLES, STEPS = 100, 120
 
 
 def small_out(folder: Path) -> Path:
-    """OUT of 100 samples in three betons, with a vocabulary of 15 words."""
+    """A label dataset of 100 samples in three betons, with a vocabulary of 15 words."""
     words = {word: number for number, word in enumerate(["[UNK]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]

@@ -1,41 +1,34 @@
-"""The command `train` in processes of its own that start fast: forked from a server that has imported torch and timm
-once.
-
-torch._dynamo too, which the first optimiser imports: two seconds of every process otherwise. `_PATIENCE_S` is for
-    machines that do other
-work beside the tests.
-"""
+"""`train` in processes that start fast: forked from a server that has imported torch, timm and torch._dynamo once."""
 
 import contextlib
 import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 _server = multiprocessing.get_context("forkserver")
-_PATIENCE_S = 600
+_PATIENCE_S = 600  # machines may be busy
 _server.set_forkserver_preload(["train.trainer", "train.cli", "torch._dynamo"])
 
 
-def start(*arguments: object, said: Path, ranks: tuple[int, int, int] | None = None) -> ForkServerProcess:
-    """Begin `train ARGUMENTS`; what it prints goes to the file `said`. `ranks`: rank, how many, port, as torchrun would
-    say.
-    """
-    process = _server.Process(target=_command, args=([str(argument) for argument in arguments], said, ranks))
+def start(*arguments: object, output: Path, ranks: tuple[int, int, int] | None = None) -> ForkServerProcess:
+    """Start `train ARGUMENTS`, which prints into the file `output`. `ranks`: rank, world size and port."""
+    process = _server.Process(target=_command, args=([str(argument) for argument in arguments], output, ranks))
     process.start()
     return process
 
 
-def train(*arguments: object, said: Path, ranks: int = 1) -> tuple[int | None, str]:
-    """Run `train ARGUMENTS` to its end, as this many ranks: the first one's exit code, and what it said."""
+def train(*arguments: object, output: Path, ranks: int = 1) -> tuple[int | None, str]:
+    """Run `train ARGUMENTS` to its end, as this many ranks: exit code and output of the first one."""
     port = free_port()
-    files = [said.with_name(f"{said.name}-{rank}") for rank in range(ranks)]
+    files = [output.with_name(f"{output.name}-{rank}") for rank in range(ranks)]
     processes = [
-        start(*arguments, said=file, ranks=(rank, ranks, port) if ranks > 1 else None)
+        start(*arguments, output=file, ranks=(rank, ranks, port) if ranks > 1 else None)
         for rank, file in enumerate(files)
     ]
     for process in processes:
@@ -64,14 +57,26 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _command(arguments: list[str], said: Path, ranks: tuple[int, int, int] | None) -> None:
+def steps_done(run: Path) -> int:
+    """The number of losses that a run in another process has written; the last line may be incomplete."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b'"loss"') if path.is_file() else 0
+
+
+def wait_until(process: ForkServerProcess, run: Path, step: int) -> None:
+    while process.is_alive() and steps_done(run) < step:
+        time.sleep(0.002)
+    assert process.is_alive(), f"the run ended before step {step}"
+
+
+def _command(arguments: list[str], output: Path, ranks: tuple[int, int, int] | None) -> None:
     from train.cli import main
 
     if ranks:
-        _tell_ranks(*ranks)
+        _set_rank(*ranks)
     sys.argv = ["train", *arguments]
     with (
-        open(said, "a", buffering=1, encoding="utf8") as file,
+        open(output, "a", buffering=1, encoding="utf8") as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
@@ -82,11 +87,11 @@ def _as_rank(function: Callable[..., Any], arguments: tuple[object, ...], rank: 
     import torch
 
     torch.set_num_threads(1)
-    _tell_ranks(rank, ranks, port)
+    _set_rank(rank, ranks, port)
     function(rank, *arguments)
 
 
-def _tell_ranks(rank: int, ranks: int, port: int) -> None:
+def _set_rank(rank: int, ranks: int, port: int) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

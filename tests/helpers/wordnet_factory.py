@@ -1,4 +1,4 @@
-"""What several tests share: wordnet factory."""
+"""A tiny WordNet of nouns in the format of its database files."""
 
 from pathlib import Path
 
@@ -10,10 +10,6 @@ SYNSETS = {
     2200: "jersey",
     2300: "goose",
     2400: "man",
-}
-
-
-SYNSETS |= {
     2500: "work_force men",
     2600: "box",
     2700: "lady",
@@ -33,10 +29,6 @@ SENSES = {
     "goose": [2300],
     "man": [2400],
     "men": [2500],
-}
-
-
-SENSES |= {
     "box": [2600],
     "lady": [2700],
     "knife": [2800],
@@ -44,10 +36,9 @@ SENSES |= {
     "tee": [3000],
     "true_cat": [1740],
     "glass": [3100],
+    "glasses": [3200],
+    "work_force": [2500],
 }
-
-
-SENSES |= {"glasses": [3200], "work_force": [2500]}
 
 
 LICENCE = "  1 This software and database is provided under a licence\n"
@@ -56,12 +47,12 @@ LICENCE = "  1 This software and database is provided under a licence\n"
 def write_wordnet(folder: Path, exceptions: str = "geese goose\nmen man\nglasses glass\n") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     data = [
-        f"{offset:08d} 05 n {len(words.split()):02x} {' '.join(f'{word} 0' for word in words.split())} 000 | a gloss; n 05"
-        for offset, words in SYNSETS.items()
+        f"{offset:08d} 05 n {len(words):02x} {' '.join(f'{word} 0' for word in words)} 000 | a gloss; n 05"
+        for offset, words in ((offset, text.split()) for offset, text in SYNSETS.items())
     ]
     index = [
-        f"{lemma} n {len(at)} 2 @ ~ {len(at)} 1 {' '.join(f'{offset:08d}' for offset in at)}  "
-        for lemma, at in sorted(SENSES.items())
+        f"{lemma} n {len(offsets)} 2 @ ~ {len(offsets)} 1 {' '.join(f'{offset:08d}' for offset in offsets)}  "
+        for lemma, offsets in sorted(SENSES.items())
     ]
     (folder / "data.noun").write_text(LICENCE + "\n".join(data) + "\n")
     (folder / "index.noun").write_text(LICENCE + "\n".join(index) + "\n")

@@ -23,7 +23,6 @@ from shard_factory import encode, jpeg, pixels
 
 PLAIN = Build(max_pixels=10**6)
 RAMP = np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (24, 1))
-EXIF_TURNED[0x0112], EXIF_UPRIGHT[0x0112], EXIF_WRONG[0x0112] = 6, 1, 42
 
 
 def prepared(data: bytes) -> tuple[bytes, np.ndarray]:

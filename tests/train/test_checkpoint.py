@@ -37,7 +37,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(out: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose last checkpoint is then taken away, so that there is something left to train."""
     folder = tmp_path_factory.mktemp("finished")
-    code, said = train("run", "--beton", out, "--out", folder / "run", "--config", config, said=folder / "said")
+    code, said = train("run", "--beton", out, "--out", folder / "run", "--config", config, output=folder / "said")
     assert code == 0, said
     shutil.rmtree(checkpoint_folders(folder / "run")[-1])
     return folder / "run"
@@ -159,7 +159,7 @@ def test_minutes_make_checkpoints_too(out: Path, config: Path, tmp_path: Path) -
         "--set",
         "train.samples=160",
         *often,
-        said=tmp_path / "s",
+        output=tmp_path / "s",
     )
     assert code == 0, said
     assert [int(folder.name.removeprefix("samples-")) for folder in checkpoint_folders(tmp_path / "run")] == list(

@@ -34,8 +34,7 @@ from train.optim import by_decay
 from train.text_tower import Contrastive, Specials, build_text_tower, framed, is_pair, specials_of
 from train.trainer import train_run
 from trainer_factory import assert_same_run, lines, losses, small_config, small_out
-from trainer_process import assert_ranks_succeed, train
-from waiting import wait_until
+from trainer_process import assert_ranks_succeed, train, wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOWER = TextTower(embed_dim=8, width=16, heads=2, layers=1, context=8)
@@ -62,7 +61,7 @@ def command(out: Path, run: Path, config: Path) -> list[object]:
 def reference(out: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("reference")
-    code, said = train(*command(out, folder / "run", config), said=folder / "said")
+    code, said = train(*command(out, folder / "run", config), output=folder / "said")
     assert code == 0, said
     assert "+ text tower 0.0M parameters" in said
     return folder / "run"
@@ -233,13 +232,13 @@ def test_killed_at_random_moments_the_losses_are_the_same_floats(
 
     run, dice = tmp_path / "run", random.Random(0)
     for life in range(3):
-        process = start(*command(out, run, config), said=tmp_path / "said")
+        process = start(*command(out, run, config), output=tmp_path / "said")
         wait_until(process, run, 1 + (STEPS - 20) * life // 3)
         time.sleep(dice.uniform(0, 0.02))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
-    code, said = train(*command(out, run, config), said=tmp_path / "last")
+    code, said = train(*command(out, run, config), output=tmp_path / "last")
     assert code == 0 and "resumed at step" in said, said
     assert_same_run(reference, run)
 

@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 from timm.layers.drop import DropPath
 from torch import nn
 
-from hf_factory import VIT, write_hf
 from image_folders import encoded, write_folders
 from labels.settings import Features, Optimizer, Runtime
 from labels.storage import UserError
-from run_factory import write_run
+from run_factory import VIT, write_hf, write_run
 from train.cli import cli
 from train.distributed import World
 from train.encoders.encoder import EncoderSpec, ImageForm
@@ -373,7 +372,7 @@ def test_two_ranks_are_one(folder: Path, tmp_path: Path) -> None:
             "--out",
             out,
             *options,
-            said=tmp_path / "said",
+            output=tmp_path / "said",
             ranks=ranks,
         )
         assert code == 0, said

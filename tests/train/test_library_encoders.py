@@ -12,8 +12,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from hf_factory import VIT, write_hf
 from labels.storage import UserError
+from run_factory import VIT, write_hf
 from train.encoders.encoder import EncoderSpec
 from train.encoders.load import load_encoder
 

@@ -7,10 +7,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dense_losses import dense_loss
 from labels.manifest import PAD_ID
 from labels.settings import LOSSES, Loss, names_in
-from loss_cases import B, V, assert_near, fused_and_dense, gradients, some_case
+from loss_cases import B, V, assert_near, dense_loss, fused_and_dense, gradients, some_case
 from train.losses import head as head_module
 from train.losses.head import HeadLoss, chunks
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from timm import create_model
 
-from coloured_sets import colours
+from image_folders import colours
 from labels.storage import UserError
 from run_factory import MODEL, write_run
 from train.cli import cli

@@ -14,7 +14,7 @@ from timm import create_model
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
-from coloured_sets import colours
+from image_folders import colours
 from run_factory import write_run
 from train.cli import cli
 

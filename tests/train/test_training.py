@@ -19,8 +19,7 @@ from train.data.order import Order
 from train.loop import STOPPED_EXIT_CODE
 from train.trainer import train_run
 from trainer_factory import SAMPLES, STEPS, assert_same_run, lines, losses, small_config, small_out
-from trainer_process import free_port, start, train
-from waiting import wait_until
+from trainer_process import free_port, start, train, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(out: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("reference")
-    code, said = train(*command(out, folder / "run", config), said=folder / "said")
+    code, said = train(*command(out, folder / "run", config), output=folder / "said")
     assert code == 0, said
     return folder / "run"
 
@@ -81,7 +80,7 @@ def test_killed_at_twenty_random_moments_the_losses_are_the_same_floats(
 ) -> None:
     run, dice = tmp_path / "run", random.Random(0)
     for life in range(20):
-        process = start(*command(out, run, config), said=tmp_path / "said")
+        process = start(*command(out, run, config), output=tmp_path / "said")
         # Every life is let on a little further than the last one, so that the kills fall into steps, log lines and
         # checkpoints all along.
         wait_until(process, run, 1 + (STEPS - 10) * life // 20)
@@ -89,7 +88,7 @@ def test_killed_at_twenty_random_moments_the_losses_are_the_same_floats(
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
-    code, said = train(*command(out, run, config), said=tmp_path / "last")
+    code, said = train(*command(out, run, config), output=tmp_path / "last")
     assert code == 0, said
     assert "resumed at step" in said
     assert_same_run(reference, run)
@@ -105,7 +104,7 @@ def test_asked_to_stop_it_saves_and_leaves_with_its_own_code(
         [signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM]
     ):
         said = tmp_path / f"said-{life}"
-        process = start(*rare, said=said)
+        process = start(*rare, output=said)
         wait_until(process, run, 1 + 18 * life)
         os.kill(process.pid or 0, number)
         process.join(60)
@@ -115,7 +114,7 @@ def test_asked_to_stop_it_saves_and_leaves_with_its_own_code(
         assert seen < stopped_at < 1920
         assert f"resumed at step {seen // 16}\n" in said.read_text() or life == 0
         seen = stopped_at
-    assert train(*rare, said=tmp_path / "last")[0] == 0
+    assert train(*rare, output=tmp_path / "last")[0] == 0
     assert_same_run(reference, run)
 
 
@@ -134,7 +133,7 @@ def test_one_rank_then_two_then_one_see_every_sample_once_an_epoch(
         arguments = command(out, run, config, "train.checkpoint.every_samples=160", *overrides)
         parts = [(rank, ranks, port) if ranks > 1 else None for rank in range(ranks)]
         processes = [
-            start(*arguments, said=tmp_path / f"said-{life}-{rank}", ranks=part) for rank, part in enumerate(parts)
+            start(*arguments, output=tmp_path / f"said-{life}-{rank}", ranks=part) for rank, part in enumerate(parts)
         ]
         if step < STEPS:
             wait_until(processes[0], run, step)
@@ -190,12 +189,12 @@ def test_a_finished_run_says_so_and_beton_alone_takes_the_configuration(
 ) -> None:
     (tmp_path / "pipeline.yaml").write_text(config.read_text() + f"paths: {{out: {out}, run: {reference}}}\n")
     monkeypatch.chdir(tmp_path)
-    code, said = train("run", "--beton", "--config", tmp_path / "pipeline.yaml", said=tmp_path / "said")
+    code, said = train("run", "--beton", "--config", tmp_path / "pipeline.yaml", output=tmp_path / "said")
     assert code == 0 and "is finished: 1,920 samples seen" in said
-    code, said = train("run", "--beton", tmp_path, said=tmp_path / "wrong")
+    code, said = train("run", "--beton", tmp_path, output=tmp_path / "wrong")
     assert code == 2
     assert said.startswith(f"error: {tmp_path} has no manifest.json") and "Traceback" not in said
-    code, said = train("run", said=tmp_path / "none")
+    code, said = train("run", output=tmp_path / "none")
     assert code == 2 and "was given no betons" in said and "or --synthetic" in said
 
 
@@ -263,7 +262,7 @@ def test_cuda_that_is_not_there(out: Path, config: Path, tmp_path: Path, monkeyp
 
 def test_synthetic_runs_need_no_data_and_leave_no_checkpoint(config: Path, tmp_path: Path) -> None:
     arguments = ["run", "--synthetic", "--out", tmp_path / "run", "--config", config, "--set", "train.samples=160"]
-    code, said = train(*arguments, said=tmp_path / "said")
+    code, said = train(*arguments, output=tmp_path / "said")
     assert code == 0, said
     assert "random images, 49,408 classes" in said and "data wait 0." in said
     found = losses(tmp_path / "run" / "synthetic")
