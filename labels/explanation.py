@@ -1,7 +1,9 @@
-"""One sample from caption to target, as text, HTML, SVG and PNG: rich renders all four from one description.
+"""One sample from caption to target, as text, HTML, SVG and PNG.
 
-output folder, key or uid -> Explanation -> describe() -> rich's console or export; the thumbnail replaces the picture of the terminal
-Stage 1 adds the caption as it was written (`preprocess explain`), stage 2 a model's predictions (`train explain`).
+    `explain_row`: output folder, key or uid -> Explanation -> `describe` -> `show`: the terminal, `to_html`, `to_svg`, `to_png`
+
+`preprocess explain` adds the caption as it was written, `train explain` a model's predictions. rich renders all four
+formats from the description of `describe`; files have the thumbnail instead of the terminal's block characters.
 """
 
 import base64
@@ -10,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from rich.bar import Bar
@@ -44,48 +47,38 @@ _PAGE_COLOURS = {"#1f5fa8": "var(--accent)", _MUTED: "var(--muted)", "#8a5a00": 
 _CELL_WIDTH, _LINE_HEIGHT, _MARGIN = 12, 26, 24  # of the PNG, in pixels
 _FONTS = ("DejaVuSansMono.ttf", "NotoSansMono-Regular.ttf", "LiberationMono-Regular.ttf", "Menlo.ttc", "consola.ttf")
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+_PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # captions are no markup of rich
 
 
 @dataclass(frozen=True)
 class Guess:
-    """One token that a model predicts; `hit`: it is a label of the caption."""
+    """One token that a model predicts."""
 
     label: Label
     probability: float
-    hit: bool
+    hit: bool  # whether it is a label of the caption
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """`tokens`: names in the caption's order; `labels`: largest weight first; `captions`: of the dataset; `guesses`:
-    likeliest first.
-    """
-
     sample: Sample
-    image: bytes | None
+    image: bytes | None  # JPEG
     caption: str
-    caption_from: str
+    caption_from: str  # where the caption was read
     cleaned: str | None
-    tokens: list[str]
-    labels: list[Label]
-    captions: int
-    formula: str
+    tokens: list[str]  # names in the caption's order
+    labels: list[Label]  # largest weight first
+    captions: int  # of the dataset
+    formula: str  # of the IDF
     tokenizer: str
     notes: tuple[str, ...] = ()
     checkpoint: str = ""
-    guesses: tuple[Guess, ...] = ()
+    guesses: tuple[Guess, ...] = ()  # likeliest first
 
 
 def explain_row(out: Path, name: str, shard: str | None = None) -> Explanation:
-    """What the output folder alone says about one sample; its caption is decoded from the tokens.
-
-    Args:
-        out: a finished output folder.
-        name: the sample's key or uid.
-        shard: the shard to search, if several have the key.
-
-    Raises:
-        UserError: there is no such sample.
+    """The explanation of the sample with the key or uid `name`, from the label dataset alone: the caption is decoded
+    from the tokens. UserError: there is no such sample, or several without `shard`.
     """
     manifest, layout = read_manifest(out), Layout(out)
     sample = find_sample(out, manifest, name, shard)
@@ -119,10 +112,8 @@ def with_guesses(
     explanation: Explanation, out: Path, checkpoint: str, predicted: Sequence[tuple[int, float]]
 ) -> Explanation:
     """The explanation with a model's likeliest tokens, given as (token id, probability)."""
-    vocabulary, weights = (
-        Vocabulary(Layout(out), read_manifest(out)),
-        {label.token_id: label.weight for label in explanation.labels},
-    )
+    vocabulary = Vocabulary(Layout(out), read_manifest(out))
+    weights = {label.token_id: label.weight for label in explanation.labels}
     guesses = [
         Guess(vocabulary.label(token, weights.get(token, 0.0)), probability, token in weights)
         for token, probability in predicted
@@ -132,7 +123,7 @@ def with_guesses(
 
 def show(explanation: Explanation, *, html: Path | None, svg: Path | None, png: Path | None) -> None:
     """Print the explanation, and write the files that are not None."""
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = Console(**_PLAIN)
     small = thumbnail(explanation.image, _THUMBNAIL_SIDE) if explanation.image and console.is_terminal else None
     console.print(describe(explanation, _blocks(small, min(_PICTURE_COLUMNS, console.width)) if small else ""))
     for file, render in ((html, to_html), (svg, to_svg), (png, to_png)):
@@ -153,7 +144,7 @@ def visible(text: str) -> str:
 
 
 def describe(explanation: Explanation, image: RenderableType = "") -> Group:
-    """The one description. `image`: drawn above the text."""
+    """The text, with `image` above it."""
     sample = explanation.sample
     size = f", {sample.width} x {sample.height} pixels" if sample.width and sample.height else ""
     uid = f", uid {sample.uid}" if sample.uid else ""
@@ -168,25 +159,17 @@ def describe(explanation: Explanation, image: RenderableType = "") -> Group:
     parts += [facts, Text()]
     if explanation.labels:
         corpus = f"{explanation.tokenizer}, IDF {explanation.formula} over {explanation.captions:,} captions"
-        rows = [
-            (label.name, label, f"{label.idf:.3f}", f"{label.weight:.4f}", label.weight) for label in explanation.labels
-        ]
+        labels = explanation.labels
+        rows = [(label.name, label, f"{label.idf:.3f}", f"{label.weight:.4f}", label.weight) for label in labels]
         parts.append(_table(f"labels: {corpus}; t_c is the target of the loss", ("IDF", "t_c"), rows))
     else:
         parts.append(_text("labels: none, the loss of this sample is 0"))
     if explanation.guesses:
-        guesses = explanation.guesses
-        title = f"likeliest tokens by {explanation.checkpoint}; * marks the {sum(guess.hit for guess in guesses)} labels of this caption"
-        rows = [
-            (
-                ("* " if guess.hit else "  ") + guess.label.name,
-                guess.label,
-                f"{guess.probability:.4f}",
-                f"{guess.label.weight:.4f}" if guess.hit else "-",
-                guess.probability,
-            )
-            for guess in guesses
-        ]
+        hits, rows = sum(guess.hit for guess in explanation.guesses), []
+        for guess in explanation.guesses:
+            mark, weight = ("* ", f"{guess.label.weight:.4f}") if guess.hit else ("  ", "-")
+            rows.append((mark + guess.label.name, guess.label, f"{guess.probability:.4f}", weight, guess.probability))
+        title = f"likeliest tokens by {explanation.checkpoint}; * marks the {hits} labels of this caption"
         parts += [Text(), _table(title, ("prob.", "t_c"), rows)]
     return Group(*parts, *(_text(f"note: {note}", "yellow") for note in explanation.notes))
 
@@ -226,18 +209,8 @@ def _blocks(data: bytes, columns: int) -> RenderableType:
 
 
 def _recorded(explanation: Explanation, columns: int, image: RenderableType = "") -> Console:
-    console = Console(
-        record=True,
-        file=io.StringIO(),
-        width=columns,
-        force_terminal=True,
-        color_system="truecolor",
-        legacy_windows=False,
-        no_color=False,
-        markup=False,
-        emoji=False,
-        highlight=False,
-    )
+    terminal: dict[str, Any] = {"force_terminal": True, "color_system": "truecolor", "no_color": False}
+    console = Console(record=True, file=io.StringIO(), width=columns, legacy_windows=False, **terminal, **_PLAIN)
     console.print(describe(explanation, image))
     return console
 
@@ -245,22 +218,18 @@ def _recorded(explanation: Explanation, columns: int, image: RenderableType = ""
 def to_html(explanation: Explanation) -> str:
     """A page that fetches nothing: the thumbnail, and the description at the widths of a screen and of a phone."""
     data = thumbnail(explanation.image, _THUMBNAIL_SIDE) if explanation.image else None
-    parts = [
-        picture(data, alt=visible(explanation.caption) or "no caption", large=True)
-        if data
-        else paragraph("No image.", muted=True)
-    ]
+    alt = visible(explanation.caption) or "no caption"
+    parts = [picture(data, alt=alt, large=True) if data else paragraph("No image.", muted=True)]
     for kind, columns in (("wide", _COLUMNS), ("narrow", _NARROW_COLUMNS)):
         code = _recorded(explanation, columns).export_html(theme=_THEME, inline_styles=True, code_format="{code}")
-        # text holds no quotation mark here: rich has escaped them
-        code = re.sub(
-            'style="[^"]*"',
-            lambda match: re.sub("#[0-9a-f]{6}", lambda hue: _PAGE_COLOURS.get(hue[0], hue[0]), match[0]),
-            code,
-        )
+        code = re.sub('style="[^"]*"', _with_page_colours, code)  # rich has escaped the quotation marks of texts
         parts.append(tag("pre", Html(code), class_=kind, tabindex="0"))
     key = visible(explanation.sample.key)
     return page(f"Sample {key}", "", [Section("sample", "From caption to target", join(parts))])
+
+
+def _with_page_colours(style: re.Match[str]) -> str:
+    return re.sub("#[0-9a-f]{6}", lambda colour: _PAGE_COLOURS.get(colour[0], colour[0]), style[0])
 
 
 def to_svg(explanation: Explanation) -> str:
@@ -272,22 +241,17 @@ def to_svg(explanation: Explanation) -> str:
         with Image.open(io.BytesIO(data)) as image:
             size = f'width="{image.width}" height="{image.height}"'
         element = f'<image x="0" y="2" {size} href="data:image/jpeg;base64,{base64.b64encode(data).decode()}"/>'
-        svg = svg.replace(
-            '-clip-terminal)">', f'-clip-terminal)">{element}', 1
-        )  # no text holds a quotation mark: rich escapes it
+        svg = svg.replace('-clip-terminal)">', f'-clip-terminal)">{element}', 1)
     return svg
 
 
 def to_png(explanation: Explanation) -> bytes:
     """The description and the thumbnail, 1200 pixels wide."""
     data, lines = _picture_for(explanation, _LINE_HEIGHT)
-    console = Console(
-        file=io.StringIO(), width=_COLUMNS, force_terminal=True, markup=False, emoji=False, highlight=False
-    )
+    console = Console(file=io.StringIO(), width=_COLUMNS, force_terminal=True, **_PLAIN)
     text_lines = console.render_lines(describe(explanation, lines), pad=False)
-    image = Image.new(
-        "RGB", (_COLUMNS * _CELL_WIDTH + 2 * _MARGIN, len(text_lines) * _LINE_HEIGHT + 2 * _MARGIN), _WHITE
-    )
+    width, height = _COLUMNS * _CELL_WIDTH, len(text_lines) * _LINE_HEIGHT
+    image = Image.new("RGB", (width + 2 * _MARGIN, height + 2 * _MARGIN), _WHITE)
     if data:
         with Image.open(io.BytesIO(data)) as small:
             image.paste(small, (_MARGIN, _MARGIN))

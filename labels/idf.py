@@ -1,4 +1,4 @@
-"""Inverse document frequency: the formulas, and reading the table that stage 1 wrote.
+"""Inverse document frequency (IDF): formulas, the table idf.parquet, and the target weights of one caption.
 
 N captions, V vocabulary entries, df(c) = number of captions that contain token c, natural logarithm.
 """
@@ -14,39 +14,20 @@ from labels.storage import UserError, local_copy
 
 
 def idf_weights(document_frequency: np.ndarray, captions: int, formula: Formula) -> np.ndarray:
-    """IDF of every token.
-
-    - `smooth`: log((N + 1) / (df + 1)), the reference code's form (x-cls/superclass, ClsLoss), here exact and offline.
-    - `paper`: log(N / (df + 1)), clamped at 0 where df = N (SuperClass, section 3.2).
-    - `none`: 1 for every token.
-
-    Args:
-        document_frequency: int64 [V].
-        captions: N.
-        formula: one of the three.
-
-    Returns:
-        float64 [V], not negative.
-    """
+    """document_frequency int64 [V] -> IDF of every token, float64 [V], not negative."""
     df = document_frequency.astype(np.float64)
-    if formula == "smooth":
+    if formula == "smooth":  # of the reference code (x-cls/superclass, ClsLoss), but exact and offline
         return np.log((captions + 1.0) / (df + 1.0))
-    if formula == "paper":
+    if formula == "paper":  # SuperClass, section 3.2; clamped at 0 where df = N
         return np.maximum(np.log(max(captions, 1) / (df + 1.0)), 0.0)
     if formula == "none":
         return np.ones_like(df)
-    raise UserError(
-        f"unknown IDF formula {formula!r}", allowed="smooth, paper, none", fix="set labels.idf to one of them"
-    )
+    raise UserError(f"unknown IDF formula {formula!r}", allowed="smooth, paper, none", fix="set labels.idf")
 
 
 def read_idf(path: Path) -> np.ndarray:
-    """The `idf` column of idf.parquet as float32 [V]; row number = token id.
-
-    Raises:
-        UserError: the file is missing, unreadable, or not such a table.
-    """
-    fix = "run `preprocess build-labels` for this OUT again"
+    """The `idf` column of idf.parquet as float32 [V]; row number = token id. UserError: there is no such table."""
+    fix = "run `preprocess build-labels` for this output folder again"
     if not path.is_file():
         raise UserError(f"no IDF table at {path}", fix=fix)
     try:
@@ -63,13 +44,9 @@ def read_idf(path: Path) -> np.ndarray:
 
 
 def target_weights(idf: np.ndarray) -> np.ndarray:
-    """What the loss aims at for one caption: t_c = w_c / sum of w over its labels (SuperClass, section 3.2).
+    """The loss's target for one caption with L labels: t_c = w_c / sum of w (SuperClass, section 3.2), float64 [L].
 
-    Args:
-        idf: w_c of the caption's labels, float [L].
-
-    Returns:
-        float64 [L], which sums to 1, or to 0 where no label has weight.
+    It sums to 1, or to 0 if no label has weight.
     """
     total = idf.sum(dtype=np.float64)
     return idf / total if total > 0 else np.zeros(len(idf))

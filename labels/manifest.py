@@ -1,6 +1,9 @@
-"""manifest.json: what was built, from what, with which options. Written last, so its presence means: OUT is whole.
+"""The files that stage 1 writes: Arrow schemas, manifest.json, and the image index of `build-labels --no-images`.
 
-It holds no times and no paths of the machine: the same input and options give the same bytes.
+manifest.json says what was built, from what, with which options; it is written last, so its presence means that the
+label dataset is complete. No file holds a time, a worker number or (but for the image index) a path of the machine, so
+the same input gives the same bytes. The one exception is idf.duckdb: DuckDB writes random identifiers into its files;
+`verify` compares its content with idf.parquet.
 """
 
 import json
@@ -14,57 +17,39 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from labels.storage import Layout, UserError, write_json
 
-# ---- schema: Explicit Arrow schemas of every table that stage 1 writes; versioned, never inferred.
-
-
 FORMAT_VERSION = 1
 PAD_ID = -1
-"""Fills the end of a padded label row; no token has it."""
+"""Fills the end of a padded label row; no token has this id."""
 
 _VERSION = {b"superclass.format": str(FORMAT_VERSION).encode()}
 
-LABELS = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("uid", pa.string()),
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("token_ids", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
-        pa.field("label_ids", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
-    ],
-    metadata=_VERSION,
-)
-"""One row a sample. `token_ids`: in the caption's order, without specials, at most the context limit.
-`label_ids`: sorted, unique. `width`, `height`: pixels, null where neither metadata nor image header told them."""
+_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
 
-COUNTS = pa.schema(
-    [pa.field("token_id", pa.int32(), nullable=False), pa.field("document_frequency", pa.int64(), nullable=False)],
-    metadata=_VERSION,
-)
-"""One shard's document frequencies: one row a token that occurs, ascending."""
 
-TOKENS = pa.schema(
-    [
-        pa.field("token_id", pa.int32(), nullable=False),
-        pa.field("token", pa.string(), nullable=False),
-        pa.field("document_frequency", pa.int64(), nullable=False),
-        pa.field("idf", pa.float64(), nullable=False),
-    ],
-    metadata=_VERSION,
-)
-"""One row a vocabulary entry, seen or not, so that row number = token_id = column of the head."""
+def _schema(nullable: tuple[str, ...] = (), **columns: pa.DataType) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, name in nullable) for name, kind in columns.items()], metadata=_VERSION)
 
-QUARANTINE = pa.schema(
-    [
-        pa.field("shard", pa.string(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("detail", pa.string(), nullable=False),
-    ],
-    metadata=_VERSION,
+
+LABELS = _schema(
+    key=pa.string(),
+    uid=pa.string(),
+    width=pa.int32(),
+    height=pa.int32(),
+    token_ids=_IDS,
+    label_ids=_IDS,
+    nullable=("uid", "width", "height"),
 )
-"""One row a sample left out. `stage` is `labels` (no label row) or `images` (label row, but in no beton)."""
+"""One row per sample. `token_ids`: in the caption's order, without specials, at most the context limit.
+`label_ids`: sorted, unique. `width`, `height`: pixels, null if neither metadata nor image header has them."""
+
+COUNTS = _schema(token_id=pa.int32(), document_frequency=pa.int64())
+"""One shard's document frequencies: one row per token that occurs, ascending."""
+
+TOKENS = _schema(token_id=pa.int32(), token=pa.string(), document_frequency=pa.int64(), idf=pa.float64())
+"""One row per vocabulary entry, seen or not: row number = token_id = column of the head."""
+
+QUARANTINE = _schema(shard=pa.string(), key=pa.string(), stage=pa.string(), reason=pa.string(), detail=pa.string())
+"""One row per rejected sample. `stage` is `labels` (no label row) or `images` (label row, but in no beton)."""
 
 
 class _Part(BaseModel):
@@ -72,53 +57,40 @@ class _Part(BaseModel):
 
 
 class TokenizerPart(_Part):
-    """`fingerprint` covers vocabulary, merges and cleaning; `excluded` are ids that are never labels.
-
-    `path`: `fast`, if captions went through the table of known words, or `plain`; the ids are the same. `vocabulary`
-        counts all
-    classes, word pairs too.
-    """
-
     name: str
-    fingerprint: str
-    path: str
-    vocabulary: int
-    excluded: list[int]
+    fingerprint: str  # of vocabulary, merges and cleaning
+    path: str  # `fast` (table of known words) or `plain`; the ids are the same
+    vocabulary: int  # number of all classes, word pairs too
+    excluded: list[int]  # ids that are never labels
 
 
 class ShardPart(_Part):
-    """`first_index`: position of the shard's first row among all rows; `quarantined`: reason -> samples.
-
-    `keys_sha256`: SHA-256 over the rows' keys in order, each followed by a newline. Equal in two OUTs: the same rows.
-    """
-
     name: str
     source: str
     source_bytes: int
+    # A row's position is its identity: first_index + number within the shard, among all rows of the dataset.
     first_index: int
     rows: int
     labels_sha256: str
+    # Over the rows' keys in order, each followed by a newline. Equal in two label datasets: the same rows, so that
+    # `train run --labels` may combine the labels of one with the betons of the other.
     keys_sha256: str
-    quarantined: dict[str, int]
+    quarantined: dict[str, int]  # reason -> samples
 
 
 class BetonPart(_Part):
-    """One file of samples: OUT/beton/<number>.beton, or OUT/places/<number>.npy where images stay in their tars.
-
-    `shards`: names of the shards whose rows stand in it, in order; `samples`: how many rows have an image; `quarantined`: reason ->
-    rows of this file whose image does not serve.
-    """
+    """One file of samples: a beton, or one file of the image index."""
 
     number: int
-    shards: list[str]
-    samples: int
+    shards: list[str]  # whose rows are in the file, in order
+    samples: int  # rows with an image
     bytes: int
     sha256: str
-    quarantined: dict[str, int]
+    quarantined: dict[str, int]  # reason -> rows of this file with an unusable image
 
 
 class Manifest(_Part):
-    """The whole file. `fingerprint` names the label rows: betons and labels with the same one belong together.
+    """The whole file. Betons and labels with the same `fingerprint` belong together.
 
     Either `betons` are listed, or the files of the `image_index` (`--no-images`), or neither (`--no-beton`).
     """
@@ -139,93 +111,70 @@ class Manifest(_Part):
 
     @property
     def samples(self) -> int:
-        """Number of samples in all betons, or in the image index."""
         return sum(part.samples for part in [*self.betons, *self.image_index])
 
 
 class _Format(BaseModel):
-    """The format number alone: another version may have other parts."""
-
-    format: int
+    format: int  # read alone first: another version may have other parts
 
 
 def write_manifest(layout: Layout, manifest: Manifest) -> None:
-    """Put the manifest in place in one step."""
     write_json(layout.manifest, manifest.model_dump(by_alias=True))
 
 
 def read_manifest(out: Path) -> Manifest:
-    """The manifest of a finished OUT.
-
-    Raises:
-        UserError: OUT is missing, unfinished, of another format version, or its manifest is damaged.
-    """
+    """The manifest of a finished label dataset. UserError: it is missing, unfinished, damaged or of another format."""
     layout = Layout(out)
     fix = f"run `preprocess build-labels DATA --out {out}`"
     if not out.is_dir():
-        raise UserError(
-            f"{out} does not exist or is not a folder", allowed="the OUT of a finished build-labels", fix=fix
-        )
+        allowed = "the output folder of a finished build-labels"
+        raise UserError(f"{out} does not exist or is not a folder", allowed=allowed, fix=fix)
     if not layout.manifest.is_file():
-        raise UserError(f"{out} has no manifest.json: the build is unfinished or this is no OUT folder", fix=fix)
+        raise UserError(f"{out} has no manifest.json: the build is unfinished or this is no output folder", fix=fix)
     text = layout.manifest.read_bytes()
     try:
-        found = _Format.model_validate_json(text).format
-        if found != FORMAT_VERSION:
-            raise UserError(f"{layout.manifest} is of format {found}", allowed=f"format {FORMAT_VERSION}", fix=fix)
+        version = _Format.model_validate_json(text).format
+        if version != FORMAT_VERSION:
+            raise UserError(f"{layout.manifest} is of format {version}", allowed=f"format {FORMAT_VERSION}", fix=fix)
         return Manifest.model_validate_json(text)
     except ValidationError as error:
-        raise UserError(
-            f"{layout.manifest} is damaged: {error.error_count()} faults, the first: {error.errors()[0]['msg']}",
-            fix=fix,
-        ) from None
+        problem = f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}"
+        raise UserError(f"{layout.manifest} is damaged: {problem}", fix=fix) from None
 
 
-# ---- The image index: offsets of images that stay in the user's own uncompressed tars (`build-labels --no-images`).
+# The image index: where images are that stay in the user's uncompressed tars (`build-labels --no-images`).
 #
-# OUT/places/<nnnnn>.npy       IMAGE_SPAN [samples], instead of OUT/beton/<nnnnn>.beton: the same samples in the same order
-# OUT/places/sources.json      shard name -> path and bytes of its tar; edit the paths when the tars move
-
-
+#     places/<nnnnn>.npy     IMAGE_SPAN [samples], instead of beton/<nnnnn>.beton: the same samples in the same order
+#     places/sources.json    shard name -> path and bytes of its tar; edit the paths when the tars move
 IMAGE_SPAN = np.dtype(
     [
-        ("shard", "<u4"),
-        ("bytes", "<u4"),
-        ("offset", "<u8"),
-        ("index", "<u8"),
+        ("shard", "<u4"),  # number of the sample's shard among the manifest's `shards`
+        ("bytes", "<u4"),  # length of its JPEG
+        ("offset", "<u8"),  # of the JPEG in that shard's tar
+        ("index", "<u8"),  # position of its row among all label rows
         ("width", "<u2"),
         ("height", "<u2"),
-        ("pad", "<u4"),
+        ("pad", "<u4"),  # 0
     ]
 )
-"""One sample: number of its shard among the manifest's `shards`; length and offset of its JPEG in that shard's tar, in
-bytes; position of its row among all label rows; pixels; zero."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tar: its absolute path, and its length in bytes when it was read."""
-
-    path: str
-    bytes: int
+    path: str  # of a tar, absolute
+    bytes: int  # its length when it was read
 
 
 def write_sources(layout: Layout, sources: dict[str, Source]) -> None:
-    """Write sources.json: shard name -> its tar."""
     write_json(layout.image_sources, {name: asdict(source) for name, source in sources.items()})
 
 
 def read_sources(layout: Layout) -> dict[str, Source]:
-    """Shard name -> its tar.
-
-    Raises:
-        UserError: sources.json is missing or damaged.
-    """
+    """Shard name -> its tar. UserError: sources.json is missing or damaged."""
     path = layout.image_sources
     try:
         return {
-            name: Source(str(value["path"]), int(value["bytes"]))
-            for name, value in json.loads(path.read_bytes()).items()
+            name: Source(str(tar["path"]), int(tar["bytes"])) for name, tar in json.loads(path.read_bytes()).items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
@@ -236,22 +185,14 @@ def read_sources(layout: Layout) -> dict[str, Source]:
 
 
 def open_image_index(path: Path) -> np.ndarray:
-    """One file of the image index, mapped read-only: IMAGE_SPAN [samples].
-
-    Raises:
-        UserError: it is missing, cut, or of another form.
-    """
+    """One file of the image index, mapped read-only: IMAGE_SPAN [samples]. UserError: it is missing or damaged."""
+    fix = "run `preprocess verify OUT`, then its build-labels command"
     try:
         spans = np.load(path, mmap_mode="r", allow_pickle=False)
-        whole = spans.dtype == IMAGE_SPAN and spans.ndim == 1 and spans.offset + spans.nbytes == path.stat().st_size
+        complete = spans.dtype == IMAGE_SPAN and spans.ndim == 1 and spans.offset + spans.nbytes == path.stat().st_size
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}", fix="run `preprocess verify OUT`, then its build-labels command"
-        ) from None
-    if not whole:
-        raise UserError(
-            f"{path} holds {spans.dtype} {list(spans.shape)}, or is cut",
-            allowed=f"image spans: {IMAGE_SPAN}",
-            fix="run `preprocess verify OUT`, then its build-labels command",
-        )
+        raise UserError(f"{path} cannot be read: {error}", fix=fix) from None
+    if not complete:
+        problem = f"{path} holds {spans.dtype} {list(spans.shape)}, or is truncated"
+        raise UserError(problem, allowed=f"image spans: {IMAGE_SPAN}", fix=fix)
     return spans

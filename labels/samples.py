@@ -1,13 +1,14 @@
-"""Single samples of an output folder: found by key or uid, or spread over the dataset; their label rows, images and
-weights.
+"""Single samples of a label dataset: found by key or uid, or spread over the dataset.
 
-key or uid -> labels/*.parquet -> Sample -> beton, or image index and tar -> JPEG bytes
+key or uid -> `find_sample`: labels/*.parquet -> Sample -> `read_image`: beton, or image index and tar -> JPEG bytes
+Sample.label_ids -> `Vocabulary`: idf.parquet -> Label: name, document frequency, IDF, target weight
 """
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.dataset as ds
@@ -18,26 +19,24 @@ from labels import beton
 from labels.idf import target_weights
 from labels.manifest import BetonPart, Manifest, ShardPart, Source, open_image_index, read_sources
 from labels.storage import Layout, UserError, is_remote, local_copy
-from labels.tokenizers.text import name_of, text_of
+from labels.tokenizers.tokenizer import name_of, text_of
 
 _NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One label row. `row`: number within its shard; `index`: within the dataset; `repeats`: further rows of the same
-    sample.
-    """
+    """One label row."""
 
     shard: ShardPart
-    row: int
+    row: int  # number within its shard; `index`: within the dataset
     key: str
     uid: str | None
     width: int | None
     height: int | None
     token_ids: list[int]
     label_ids: list[int]
-    repeats: int = 0
+    repeats: int = 0  # further rows of the same sample
 
     @property
     def index(self) -> int:
@@ -45,48 +44,36 @@ class Sample:
 
 
 def find_sample(out: Path, manifest: Manifest, name: str, shard: str | None = None) -> Sample:
-    """The sample with this key or uid.
+    """The sample with the key or uid `name`, in any shard or in the given one.
 
-    Args:
-        out: a finished output folder.
-        manifest: its manifest.
-        name: key or uid.
-        shard: search only this shard.
-
-    Raises:
-        UserError: there is no such sample (the message says if it was quarantined), or several shards have one.
+    UserError: there is none (the message says if it was quarantined), or several shards have one.
     """
     parts = {part.name: part for part in manifest.shards if shard in (None, part.name)}
     if not parts:
-        names = [part.name for part in manifest.shards]
-        raise UserError(f"{out} has no shard {shard!r}", allowed=_first_names(names), fix="correct --shard")
+        allowed = _first_names([part.name for part in manifest.shards])
+        raise UserError(f"{out} has no shard {shard!r}", allowed=allowed, fix="correct --shard")
     layout = Layout(out)
     try:
         shards = _shards_with(layout, list(parts), name)
         if len(shards) == 1:
             with local_copy(layout.label_file(shards[0])) as file:
-                table = pq.read_table(file, columns=["key", "uid"])
-            rows = [
-                row
-                for row, names in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True))
-                if name in names
-            ]
+                table = pq.read_table(file, columns=["key", "uid"]).to_pylist()
+            rows = [row for row, names in enumerate(table) if name in names.values()]
             return read_samples(layout, parts[shards[0]], rows[:1], repeats=len(rows) - 1)[0]
     except (OSError, ValueError) as error:
         raise UserError(f"{layout.labels} cannot be read: {error}", fix=f"run `preprocess verify {out}`") from None
     if not shards:
         example = f'preprocess sql {out} "SELECT key, uid FROM labels LIMIT 5"'
         raise UserError(_why_missing(layout, name, out), fix=f"list samples: {example}")
-    raise UserError(
-        f"{name!r} is in {len(shards)} shards", allowed=_first_names(shards), fix="add --shard NAME, or give a uid"
-    )
+    fix = "add --shard NAME, or give a uid"
+    raise UserError(f"{name!r} is in {len(shards)} shards", allowed=_first_names(shards), fix=fix)
 
 
 def _shards_with(layout: Layout, shards: list[str], name: str) -> list[str]:
     """The shards that have this key or uid, sorted; the label files are read in parallel."""
-    files = [layout.label_file(shard) for shard in shards]
-    if is_remote(layout.out):
-        dataset = ds.dataset([file.path for file in files], format="parquet", filesystem=layout.out.fs)  # type: ignore[attr-defined]  # a UPath
+    files: list[Any] = [layout.label_file(shard) for shard in shards]
+    if is_remote(layout.out):  # UPaths
+        dataset = ds.dataset([file.path for file in files], format="parquet", filesystem=files[0].fs)
     else:
         dataset = ds.dataset([str(file) for file in files], format="parquet")
     matches = (ds.field("key") == name) | (ds.field("uid") == name)
@@ -97,11 +84,8 @@ def _shards_with(layout: Layout, shards: list[str], name: str) -> list[str]:
 def read_samples(layout: Layout, shard: ShardPart, rows: Sequence[int], repeats: int = 0) -> list[Sample]:
     """The label rows of one shard with these numbers, ascending."""
     with local_copy(layout.label_file(shard.name)) as file:
-        table = pq.read_table(file).take(list(rows))
-    return [
-        Sample(shard=shard, row=row, repeats=repeats, **values)
-        for row, values in zip(rows, table.to_pylist(), strict=True)
-    ]
+        table = pq.read_table(file).take(list(rows)).to_pylist()
+    return [Sample(shard, row, repeats=repeats, **values) for row, values in zip(rows, table, strict=True)]
 
 
 def spread_samples(layout: Layout, manifest: Manifest, count: int) -> list[Sample]:
@@ -118,7 +102,7 @@ def spread_samples(layout: Layout, manifest: Manifest, count: int) -> list[Sampl
 
 
 def read_image(layout: Layout, manifest: Manifest, sample: Sample) -> bytes | None:
-    """The sample's JPEG bytes from its beton, or from its tar if the dataset has image indices; None if neither has it."""
+    """The sample's JPEG bytes from its beton, or from its tar by the image index; None if neither has it."""
     for part in manifest.betons:
         if sample.shard.name in part.shards:
             with local_copy(layout.beton_file(part.number)) as file:
@@ -131,35 +115,32 @@ def read_image(layout: Layout, manifest: Manifest, sample: Sample) -> bytes | No
                 spans = open_image_index(file)
                 spans = spans[spans["index"] == sample.index]
             if len(spans):
-                return _from_tar(
-                    read_sources(layout)[sample.shard.name], int(spans[0]["offset"]), int(spans[0]["bytes"])
-                )
+                return _from_tar(read_sources(layout)[sample.shard.name], spans[0])
     return None
 
 
-def _from_tar(source: Source, offset: int, size: int) -> bytes | None:
-    """A member's bytes; None if the tar is missing or has another length."""
+def _from_tar(source: Source, span: np.void) -> bytes | None:
+    """The bytes of an IMAGE_SPAN; None if the tar is missing or has another length."""
     tar = Path(source.path)
     if not tar.is_file() or tar.stat().st_size != source.bytes:
         return None
     with tar.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
+        file.seek(int(span["offset"]))
+        return file.read(int(span["bytes"]))
 
 
 def _from_beton(file: Path, part: BetonPart, index: int) -> bytes | None:
     data = np.memmap(file, np.uint8, mode="r")
     header = data[: beton.HEADER.itemsize].view(beton.HEADER)[0]
-    metadata = data[beton.METADATA_OFFSET : beton.METADATA_OFFSET + part.samples * beton.METADATA.itemsize].view(
-        beton.METADATA
-    )
+    table_bytes = part.samples * beton.METADATA.itemsize
+    metadata = data[beton.METADATA_OFFSET :][:table_bytes].view(beton.METADATA)
     positions = np.flatnonzero(metadata["index"] == index)
     if not len(positions):
         return None
     # the allocation table has two rows for each sample: image, labels
-    row_at = int(header["alloc_table_ptr"]) + 2 * int(positions[0]) * beton.ALLOCATION.itemsize
-    row = data[row_at : row_at + beton.ALLOCATION.itemsize].view(beton.ALLOCATION)[0]
-    return bytes(data[int(row["ptr"]) : int(row["ptr"] + row["size"])])
+    offset = int(header["alloc_table_ptr"]) + 2 * int(positions[0]) * beton.ALLOCATION.itemsize
+    image = data[offset:][: beton.ALLOCATION.itemsize].view(beton.ALLOCATION)[0]
+    return bytes(data[int(image["ptr"]) :][: int(image["size"])])
 
 
 def thumbnail(data: bytes, side: int) -> bytes | None:
@@ -184,11 +165,8 @@ def quarantined(layout: Layout, key: str, shard: str | None = None) -> list[tupl
 
 
 def _why_missing(layout: Layout, name: str, out: Path) -> str:
-    rejected = [
-        f"{reason} ({detail}), in shard {shard}"
-        for shard, stage, reason, detail in quarantined(layout, name)
-        if stage == "labels"
-    ]
+    rows = [row for row in quarantined(layout, name) if row[1] == "labels"]
+    rejected = [f"{reason} ({detail}), in shard {shard}" for shard, _, reason, detail in rows]
     why = f": it was rejected, {'; '.join(rejected[:_NAMES_SHOWN])}" if rejected else " as key or uid"
     return f"{out} has no label row {name!r}{why}"
 
@@ -200,15 +178,13 @@ def _first_names(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Label:
-    """One label of a caption. `weight`: t_c, its share of the loss's target; `idf`: w_c; `document_frequency`: in
-    captions.
-    """
+    """One label of a caption."""
 
     token_id: int
     name: str
-    document_frequency: int
-    idf: float
-    weight: float
+    document_frequency: int  # captions
+    idf: float  # w_c
+    weight: float  # t_c, its share of the loss's target
 
 
 class Vocabulary:
@@ -226,7 +202,6 @@ class Vocabulary:
         return name_of(self._tokens[token_id].as_py(), self._tokenizer)
 
     def text(self, token_ids: list[int]) -> str:
-        """The text of a row of token ids."""
         return text_of([self._tokens[token_id].as_py() for token_id in token_ids], self._tokenizer)
 
     def labels(self, label_ids: list[int]) -> list[Label]:

@@ -1,7 +1,8 @@
-"""Files that are either whole or not there: a path and what writes it in, a finished file or a plain reason out.
+"""Atomic writes, remote files, the paths of an output folder, and UserError, the error that users read.
 
-On a disk: written under a temporary name beside it, fsynced, renamed. In an object store (a UPath): written to a local
-temporary file and uploaded in one put, as objects appear whole. A full disk or lost rights become a UserError.
+atomic_write(path): `<name>.partial` next to it -> fsync -> rename; in an object store (a UPath) a local temporary
+file -> one put. A full disk or missing rights become a UserError (`disk_errors`).
+out_path("s3://bucket/out") -> UPath; Layout(out): every path below the output folder
 """
 
 import errno
@@ -15,30 +16,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-# ---- errors: The one error a user is meant to read: what is wrong, what is allowed, and how to fix it.
-
 
 class UserError(Exception):
-    """A mistake in the input, the configuration or the machine, told so that it can be fixed.
-
-    Args:
-        problem: names the thing and the value that is wrong.
-        allowed: what would have been right, if that can be said in a line.
-        fix: the command or the change that puts it right.
+    """A mistake in the input, the configuration or the machine: what is wrong with which value, what is allowed, and
+    the command or change that fixes it.
     """
 
     def __init__(self, problem: str, *, allowed: str | None = None, fix: str | None = None) -> None:
         self.problem, self.allowed, self.fix = problem, allowed, fix
-        lines = [problem]
-        if allowed:
-            lines.append(f"  allowed: {allowed}")
-        if fix:
-            lines.append(f"  fix: {fix}")
-        super().__init__("\n".join(lines))
+        more = [f"\n  {name}: {text}" for name, text in (("allowed", allowed), ("fix", fix)) if text]
+        super().__init__(problem + "".join(more))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Keep the three parts when the error crosses a process border."""
@@ -59,23 +49,18 @@ _FIXES = {
     errno.EPERM: "give this user the right to write there (`lsattr` shows files that are locked), then {again}",
     errno.EROFS: "mount it writable, then {again}",
 }
-_TOLD_IN_WORDS = ("duckdb", "_duckdb")  # modules whose errors tell the system's reason in their text alone
-_SHORT = re.compile(
-    r"\d+ requested and \d+ written|failed to offload data block"
-)  # NumPy's, and DuckDB's of its spill folder
+_REASON_IN_TEXT = ("duckdb", "_duckdb")  # modules whose errors give the system's reason only in their text
+# NumPy's, and DuckDB's about its spill folder
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|failed to offload data block")
 _partial_tag: ContextVar[str] = ContextVar("partial_tag", default="")
 
 
 @contextmanager
 def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a local temporary path; on success the file there takes the place of `path` in one step, else it is
-    removed.
+    """Yield a local temporary path; on success it replaces `path` in one step, on an error it is removed.
 
-    A process killed inside the block leaves only `<name>.partial`, which nothing reads and the next try overwrites.
-    Without `durable` a power cut soon afterwards may leave a file that is cut: for what is soon made again, and checked.
-
-    Raises:
-        UserError: the disk is full or may not be written, for errors of Python, pyarrow and DuckDB inside the block.
+    A process killed inside the block leaves only `<name>.partial`, which nothing reads and the next attempt overwrites.
+    Without `durable` a power cut may leave a truncated file: only for caches that are checked when they are read.
     """
     with disk_errors(path):
         if is_remote(path):
@@ -94,7 +79,7 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
                     os.fsync(file.fileno())
             os.replace(partial, path)
         except BaseException:
-            with suppress(OSError):  # the first error is the one to tell
+            with suppress(OSError):  # report the first error
                 partial.unlink(missing_ok=True)
             raise
         if durable:
@@ -103,14 +88,7 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`; on success it takes the place of `path`, which is removed if it was there, else
-    it is removed.
-
-    A process killed inside the block leaves only `<name>.partial`, which nothing reads and the next try removes.
-
-    Raises:
-        UserError: the disk is full or may not be written.
-    """
+    """`atomic_write` for a folder: yield a new folder next to `path`, which replaces `path` on success."""
     partial, old = (path.with_name(f"{path.name}{ending}{TEMPORARY_SUFFIX}") for ending in ("", ".old"))
     with disk_errors(path):
         if old.exists() and not path.exists():  # killed between the two renames
@@ -136,21 +114,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder `path` and those above it, where they are not there.
-
-    Raises:
-        UserError: a file or a link that leads nowhere stands in their place, or no folder can be made there.
-    """
+    """Make the folder `path` and its missing parents. UserError: a file or a broken link has one of these names."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
-        taken = next(
-            (above for above in (path, *path.parents) if not above.is_dir() and (above.exists() or above.is_symlink())),
-            None,
-        )
         why = f"the file system makes none there ({error.strerror})"
-        if taken is not None:
-            why = f"{taken} is {'a link that leads nowhere' if taken.is_symlink() and not taken.exists() else 'a file'}"
+        for above in (path, *path.parents):
+            if not above.is_dir() and (above.exists() or above.is_symlink()):
+                why = f"{above} is {'a file' if above.exists() else 'a link that leads nowhere'}"
+                break
         raise UserError(
             f"no folder {path} can be made: {why}", allowed="a folder, there or not yet", fix="name another one"
         ) from error
@@ -158,9 +130,9 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def own_partials() -> Iterator[None]:
-    """Give temporary files names that no other process has, where two may write the same file at the same time.
+    """Temporary files get names of this process alone, so that two processes may write the same file at once.
 
-    What a killed process leaves is then not overwritten by the next try, but removed by `remove_partials`.
+    The files of a killed process are then not overwritten by the next attempt; `remove_partials` removes them.
     """
     token = _partial_tag.set("." + secrets.token_hex(6))
     try:
@@ -170,7 +142,7 @@ def own_partials() -> Iterator[None]:
 
 
 def remove_partials(*folders: Path) -> None:
-    """Remove the temporary files that killed processes left in `folders`; only under the lock of their OUT."""
+    """Remove the temporary files of killed processes; call it only under the lock of the output folder."""
     for folder in folders:
         if is_remote(folder) or not folder.is_dir():
             continue
@@ -182,10 +154,9 @@ def remove_partials(*folders: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "no space left" and its like, raised while `path` is written, into a UserError that names path, reason and
-    fix.
+    """Turn errors such as "no space left", raised while `path` is written, into a UserError.
 
-    An error that names a file elsewhere (an input that may not be read) passes as it is.
+    An error that names a file in another folder, such as an unreadable input, passes unchanged.
     """
     try:
         yield
@@ -199,14 +170,14 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _disk_fault(error: Exception) -> int | None:
-    """The number of the system's reason, if `error` is a disk's fault that a user can fix."""
+    """The errno, if `error` is a fault of the disk that a user can fix."""
     if isinstance(error, OSError) and error.errno in _FIXES:
         return error.errno
-    if isinstance(error, PermissionError):  # as object stores tell it
+    if isinstance(error, PermissionError):  # object stores raise it without errno
         return errno.EACCES
-    if isinstance(error, OSError) or type(error).__module__ in _TOLD_IN_WORDS:
-        told = (number for number in _FIXES if os.strerror(number) in str(error))
-        return next(told, errno.ENOSPC if _SHORT.search(str(error)) else None)
+    if isinstance(error, OSError) or type(error).__module__ in _REASON_IN_TEXT:
+        reasons = (number for number in _FIXES if os.strerror(number) in str(error))
+        return next(reasons, errno.ENOSPC if _SHORT_WRITE.search(str(error)) else None)
     return None
 
 
@@ -224,13 +195,13 @@ def _space(path: Path) -> str:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether `path` is a UPath of an object store: it has a path's methods, but no place on this machine's disks."""
+    """Whether `path` is a UPath of an object store: it has the methods of Path, but is not one."""
     return not isinstance(path, Path)
 
 
 @contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
-    """`path` itself, or for an object a download of it that lasts as long as the block."""
+    """`path` itself, or a download of a remote object, removed after the block."""
     if not is_remote(path):
         yield path
         return
@@ -251,7 +222,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary path)` and put the result in place of `path` in one step."""
+    """Call `write(temporary path)` and replace `path` with the result in one step."""
     with atomic_write(path) as partial:
         write(partial)
 
@@ -274,26 +245,19 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# ---- layout: Where everything lies below OUT, the folder or object-store prefix that stage 1 writes and stage 2 reads.
-
-
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-_COLLAPSED = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # what a Path makes of a URL
-_NO_CACHE = ("s3", "s3a", "gs", "gcs")  # file systems that remember listings: other processes write there too
+_COLLAPSED = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # Path turns // into /
+_NO_CACHE = ("s3", "s3a", "gs", "gcs")  # file systems that cache listings, which other processes change
 
 
 def out_path(text: str) -> Path:
-    """OUT as the user names it: a path, or for a URL such as s3://bucket/out a UPath, which has a Path's methods.
-
-    Raises:
-        UserError: no file system is known for the URL, or its package is not installed.
-    """
-    found = _URL.match(text)
-    if found is None:
+    """The output folder that the user names: a Path, or a UPath for a URL such as s3://bucket/out."""
+    url = _URL.match(text)
+    if url is None:
         return Path(text)
-    protocol = found.group(1).lower()
+    protocol = url.group(1).lower()
     if protocol in ("file", "local"):
-        return Path(text[found.end() :])
+        return Path(text[url.end() :])
     from upath import UPath  # LAZY: stage 2 and local builds do without fsspec
 
     try:
@@ -301,97 +265,36 @@ def out_path(text: str) -> Path:
         path = UPath(text.rstrip("/"), **options)
         path.fs  # noqa: B018  (makes the file system now)
     except (ValueError, ImportError) as error:
-        raise UserError(
-            f"{text} cannot be opened: {error}", allowed="a local folder, or a URL that fsspec knows"
-        ) from None
+        allowed = "a local folder, or a URL that fsspec knows"
+        raise UserError(f"{text} cannot be opened: {error}", allowed=allowed) from None
     return cast(Path, path)
 
 
 def local_out(text: str | Path) -> Path:
-    """OUT for what needs it on this machine's disks: training maps betons into memory.
-
-    Raises:
-        UserError: it is a URL; the fix is the command that copies it here.
-    """
-    found = _URL.match(str(text)) or _COLLAPSED.match(str(text))
-    protocol = found.group(1).lower() if found else "file"
-    if found is None or protocol in ("file", "local") or (isinstance(text, Path) and text.exists()):
+    """The output folder for training, which reads local files only. UserError: it is a URL; the fix copies it."""
+    scheme = _URL.match(str(text)) or _COLLAPSED.match(str(text))
+    protocol = scheme.group(1).lower() if scheme else "file"
+    if scheme is None or protocol in ("file", "local") or (isinstance(text, Path) and text.exists()):
         return out_path(str(text))
-    url = f"{protocol}://{str(text)[found.end() :].strip('/')}"
-    here = url.rpartition("/")[2]
-    copy = f"aws s3 sync {url} {here}" if protocol == "s3" else f"copy {url} to a local folder {here}"
-    raise UserError(f"{url} is not on this machine", allowed="a local folder", fix=f"{copy}; then give {here}")
+    url = f"{protocol}://{str(text)[scheme.end() :].strip('/')}"
+    folder = url.rpartition("/")[2]
+    copy = f"aws s3 sync {url} {folder}" if protocol == "s3" else f"copy {url} to a local folder {folder}"
+    raise UserError(f"{url} is not on this machine", allowed="a local folder", fix=f"{copy}; then give {folder}")
 
 
-@dataclass(frozen=True)
 class Layout:
-    """Paths below one OUT; `shard` is a shard's name, `number` a beton's ordinal."""
+    """Paths below one output folder; `shard`: a shard's name; `number`: of a beton or of an image index file."""
 
-    out: Path
-
-    @property
-    def manifest(self) -> Path:
-        return self.out / "manifest.json"
-
-    @property
-    def idf_parquet(self) -> Path:
-        return self.out / "idf.parquet"
-
-    @property
-    def idf_duckdb(self) -> Path:
-        return self.out / "idf.duckdb"
-
-    @property
-    def quarantine(self) -> Path:
-        return self.out / "quarantine.parquet"
-
-    @property
-    def config(self) -> Path:
-        return self.out / "config.yaml"
-
-    @property
-    def lock(self) -> Path:
-        return self.out / ".lock"
-
-    @property
-    def labels(self) -> Path:
-        return self.out / "labels"
-
-    @property
-    def counts(self) -> Path:
-        return self.out / "counts"
-
-    @property
-    def subset(self) -> Path:
-        return self.out / "subset.npy"
-
-    @property
-    def pairs(self) -> Path:
-        return self.out / "pairs.parquet"
-
-    @property
-    def betons(self) -> Path:
-        return self.out / "beton"
-
-    @property
-    def image_index(self) -> Path:
-        """Offset tables of images that stay in their tars; the folder keeps an older name."""
-        return self.out / "places"
-
-    @property
-    def image_sources(self) -> Path:
-        """Paths of the tars that the image index points into; see labels/manifest.py."""
-        return self.image_index / "sources.json"
-
-    @property
-    def markers(self) -> Path:
-        """Completion markers, one JSON a finished unit of work: what makes a rerun skip it."""
-        return self.out / "done"
-
-    @property
-    def record(self) -> Path:
-        """The shards that OUT was made from; see preprocess/stage.py."""
-        return self.markers / "inputs.json"
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.labels, self.counts, self.betons = out / "labels", out / "counts", out / "beton"
+        self.idf_parquet, self.idf_duckdb = out / "idf.parquet", out / "idf.duckdb"
+        self.quarantine, self.pairs, self.subset = out / "quarantine.parquet", out / "pairs.parquet", out / "subset.npy"
+        self.manifest, self.config, self.lock = out / "manifest.json", out / "config.yaml", out / ".lock"
+        self.image_index = out / "places"  # offset tables of images that stay in their tars; an older name on disk
+        self.image_sources = self.image_index / "sources.json"  # paths of these tars
+        self.markers = out / "done"  # completion markers, one JSON per unit of work: a rerun skips what they cover
+        self.record = self.markers / "inputs.json"  # the shards that the dataset was made from
 
     def label_file(self, shard: str) -> Path:
         return self.labels / f"{shard}.parquet"

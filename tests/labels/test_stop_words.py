@@ -12,8 +12,7 @@ from labels.arrays import unique_sorted
 from labels.settings import Labels
 from labels.tokenizers.kinds import clip
 from labels.tokenizers.kinds.clip import ClipTokenizer, clip_clean
-from labels.tokenizers.text import is_stop_word, remove_stop_words, stop_words
-from labels.tokenizers.tokenizer import make_tokenizer
+from labels.tokenizers.tokenizer import is_stop_word, make_tokenizer, remove_stop_words, stop_words
 
 FAST = ClipTokenizer(without_stop_words=True)
 SLOW = ClipTokenizer(without_stop_words=True)

@@ -20,8 +20,7 @@ from labels.arrays import unique_sorted
 from labels.settings import Labels
 from labels.storage import UserError
 from labels.tokenizers.kinds.subword import _MARKING, _WORDS, SubwordTokenizer
-from labels.tokenizers.text import remove_stop_words
-from labels.tokenizers.tokenizer import find_source, load_engine, make_tokenizer
+from labels.tokenizers.tokenizer import find_source, load_engine, make_tokenizer, remove_stop_words
 
 NO_LIMIT = 10**6
 MARK = "\u2581"
@@ -574,7 +573,7 @@ def test_refusals_say_what_is_allowed(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "words.txt").write_text("cat\ndog\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     told = {
-        "no-such-model": "'no-such-model' is no file here, and its tokenizer.json could not be fetched from the hub: no route",
+        "no-such-model": "'no-such-model' is no file, and its tokenizer.json could not be fetched from the hub: no route",
         "no/such/file": "there is no file 'no/such/file'",
         "missing.json": "there is no file 'missing.json'",
         str(tmp_path / "empty"): "holds neither tokenizer.json nor vocab.txt",

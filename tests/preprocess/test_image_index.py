@@ -192,10 +192,10 @@ def test_a_shard_without_offsets_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_of_another_form_is_reported(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(3))
-    with pytest.raises(UserError, match=r"a\.npy holds float64 \[3\], or is cut"):
+    with pytest.raises(UserError, match=r"a\.npy holds float64 \[3\], or is truncated"):
         open_image_index(tmp_path / "a.npy")
     np.save(tmp_path / "b.npy", np.zeros(3, IMAGE_SPAN))
     with open(tmp_path / "b.npy", "ab") as file:
         file.write(b"more")
-    with pytest.raises(UserError, match="or is cut"):
+    with pytest.raises(UserError, match="or is truncated"):
         open_image_index(tmp_path / "b.npy")

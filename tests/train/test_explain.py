@@ -23,7 +23,7 @@ from labels.explanation import _blocks, describe, to_html, to_png, to_svg
 from labels.idf import read_idf, target_weights
 from labels.manifest import read_manifest
 from labels.storage import UserError, write_json
-from labels.tokenizers.text import name_of, text_of
+from labels.tokenizers.tokenizer import name_of, text_of
 from page_checks import CHROMIUM, check_page, shown_in_chromium
 from preprocess.inspect.explain import explain
 from shard_factory import Built, build, healthy, preprocess, rows, sample, write_tar

@@ -26,8 +26,7 @@ import numpy as np
 from labels.settings import Labels
 from labels.storage import UserError, fingerprint, write_json
 from labels.tokenizers.kinds.clip import clean_piece, clip_clean
-from labels.tokenizers.text import remove_stop_words, stop_words
-from labels.tokenizers.tokenizer import find_file, read_json
+from labels.tokenizers.tokenizer import find_file, read_json, remove_stop_words, stop_words
 from labels.tokenizers.word_table import FastPieces
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ import numpy as np
 
 from labels.settings import Labels
 from labels.storage import fingerprint
-from labels.tokenizers.text import is_stop_word, stop_words
+from labels.tokenizers.tokenizer import is_stop_word, stop_words
 from labels.tokenizers.word_table import FastPath, Slow
 
 if TYPE_CHECKING:

@@ -36,8 +36,7 @@ from labels.arrays import unique_sorted
 from labels.settings import Labels
 from labels.storage import fingerprint
 from labels.tokenizers.kernels.pieces import JOINED, RUNS, STRICT
-from labels.tokenizers.text import remove_from_piece, remove_stop_words, stop_words
-from labels.tokenizers.tokenizer import find_source, load_engine
+from labels.tokenizers.tokenizer import find_source, load_engine, remove_from_piece, remove_stop_words, stop_words
 from labels.tokenizers.word_table import FastPieces, refuse_nulls, string_arrays
 
 if TYPE_CHECKING:
