@@ -1,4 +1,8 @@
-"""One configuration: built-in defaults < pipeline.yaml < `--set section.key=value` and flags; strict throughout."""
+"""Loading the configuration: defaults < pipeline.yaml < `--recipe` < `--set section.key=value` and flags -> Pipeline.
+
+Sections and defaults are in labels/settings.py. An evaluator's section is defined in the evaluator's own file, which
+reads it with `own_section`. Every fault becomes a line of a UserError: key, value, what is allowed.
+"""
 
 import copy
 import difflib
@@ -42,15 +46,10 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_
 
 
 def load_pipeline(file: Path | None = None, overrides: Iterable[str] = (), recipe: str | None = None) -> Pipeline:
-    """Resolve the configuration.
+    """The configuration of `file` (None: ./pipeline.yaml if it exists, else the defaults) with recipe and overrides.
 
-    Args:
-        file: a YAML file; None takes ./pipeline.yaml if it is there, else the built-in defaults.
-        overrides: `section.key=value` strings, values in YAML, applied in order.
-        recipe: name of an entry of `recipes`, laid over the section `train` before the overrides.
-
-    Raises:
-        UserError: naming the key, the value and what is allowed.
+    `overrides`: `section.key=value`, values in YAML, applied in order; `recipe`: an entry of `recipes`, merged into the
+    section `train` before the overrides.
     """
     if file is None and DEFAULT_FILE.is_file():
         file = DEFAULT_FILE
@@ -66,11 +65,7 @@ def load_pipeline(file: Path | None = None, overrides: Iterable[str] = (), recip
 
 
 def own_section(pipeline: Pipeline, name: str, section: type[_Own]) -> _Own:
-    """The section of an evaluator, whose keys are defined in the evaluator's own file.
-
-    Raises:
-        UserError: as load_pipeline.
-    """
+    """The section of an evaluator, validated by the class in the evaluator's file."""
     try:
         return section.model_validate(pipeline.evaluators.get(name, {}))
     except ValidationError as error:
@@ -78,17 +73,12 @@ def own_section(pipeline: Pipeline, name: str, section: type[_Own]) -> _Own:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """A file of sections with keys; a key given twice is an error, `1e-3` is a number.
-
-    Raises:
-        UserError: missing, not readable as YAML, or no mapping.
-    """
+    """The sections of a file. UserError: it is missing, no YAML, no mapping, or has a key twice."""
     try:
         values = yaml.load(file.read_text(encoding="utf8"), _Loader)
     except FileNotFoundError:
-        raise UserError(
-            f"no configuration file at {file}", fix="give --config an existing file, or leave it out"
-        ) from None
+        fix = "give --config an existing file, or omit it"
+        raise UserError(f"no configuration file at {file}", fix=fix) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file} is not readable as YAML: {error}") from None
     if values is None:
@@ -101,23 +91,17 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def _recipe(values: dict[str, Any], name: str) -> dict[str, Any]:
     recipes = values.get("recipes") or RECIPES
     if not isinstance(recipes, dict) or not isinstance(recipes.get(name), dict):
-        raise UserError(
-            f"no recipe named {name!r}",
-            allowed=", ".join(recipes),
-            fix="give --recipe one of these, or write it into pipeline.yaml",
-        )
-    return copy.deepcopy(recipes[name])  # overrides are laid into it, and RECIPES has to stay as it is
+        fix = "give --recipe one of these, or write it into pipeline.yaml"
+        raise UserError(f"no recipe named {name!r}", allowed=", ".join(recipes), fix=fix)
+    return copy.deepcopy(recipes[name])  # overrides change it, and RECIPES must not change
 
 
 def _merged(below: Any, above: dict[str, Any]) -> Any:
-    """`above` laid over `below`, section by section; what is no section is left for pydantic to refuse."""
+    """`below` with the values of `above`, section by section; pydantic rejects what is no section."""
     if not isinstance(below, dict):
         return below
-    both = {
-        key: _merged(below[key], value) if isinstance(below.get(key), dict) and isinstance(value, dict) else value
-        for key, value in above.items()
-    }
-    return below | both
+    nested = (key for key, value in above.items() if isinstance(below.get(key), dict) and isinstance(value, dict))
+    return below | above | {key: _merged(below[key], above[key]) for key in nested}
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -129,21 +113,21 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override!r}: the value is not YAML: {error}") from None
-    at = values
+    section = values
     for depth, name in enumerate(names[:-1]):
-        if at.get(name) is None:
-            at[name] = {}
-        at = at[name]
-        if not isinstance(at, dict):
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
             raise UserError(f"--set {override!r}: {'.'.join(names[: depth + 1])} is a value, not a section")
-    at[names[-1]] = value
+    section[names[-1]] = value
 
 
-def _explain(error: ValidationError, source: str, model: type[Section], at: tuple[str, ...] = ()) -> str:
-    """Every fault on a line of its own: key, value, what is allowed. `at`: where the model stands in the configuration."""
+def _explain(error: ValidationError, source: str, model: type[Section], path: tuple[str, ...] = ()) -> str:
+    """One line per fault: key, value, what is allowed. `path`: of the model in the configuration."""
     lines = [f"the configuration {source}is not valid:"]
     for fault in error.errors(include_url=False):
-        key = ".".join(map(str, (*at, *fault["loc"]))).removeprefix("evaluators.") or "(whole file)"
+        key = ".".join(map(str, (*path, *fault["loc"]))).removeprefix("evaluators.") or "(whole file)"
         if fault["type"] == "extra_forbidden":
             names = _keys_at(model, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), names, n=1)
@@ -163,10 +147,7 @@ def _keys_at(model: Any, location: tuple[int | str, ...]) -> list[str]:
     return [name for name in names if name != "evaluators"] + names_in(EVALUATORS) if model is Pipeline else names
 
 
-def dump_yaml(path: Path, settings: BaseModel, leave_out: dict[str, Any] | None = None) -> None:
-    """Write the resolved configuration beside a result, in one step; the file can be given back with --config.
-
-    `leave_out`: sections and keys that had no part in the result, as pydantic's `exclude` takes them.
-    """
-    text = yaml.safe_dump(settings.model_dump(exclude=leave_out), sort_keys=False)
+def dump_yaml(path: Path, settings: BaseModel, exclude: dict[str, Any] | None = None) -> None:
+    """Write the resolved configuration, which --config reads again; `exclude`: as pydantic's, what had no effect."""
+    text = yaml.safe_dump(settings.model_dump(exclude=exclude), sort_keys=False)
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf8"))

@@ -1,6 +1,6 @@
 """One sample from caption to target, as text, HTML, SVG and PNG.
 
-    `explain_row`: output folder, key or uid -> Explanation -> `describe` -> `show`: the terminal, `to_html`, `to_svg`, `to_png`
+    output folder, key or uid -> `explain_row` -> Explanation -> `show`: terminal, `to_html`, `to_svg`, `to_png`
 
 `preprocess explain` adds the caption as it was written, `train explain` a model's predictions. rich renders all four
 formats from the description of `describe`; files have the thumbnail instead of the terminal's block characters.

@@ -1,8 +1,10 @@
-"""Self-contained HTML pages with charts, for the reports of both stages: a page fetches nothing and runs no script.
+"""Self-contained HTML pages with charts, for the reports of both stages.
 
-Pages are light or dark as the reader's system is, readable from 320 pixels of width on, and usable by keyboard alone.
-Charts are inline SVG, drawn twice: for a wide page and for a phone. page.css shows one of the two, so that text keeps
-its size. Every axis names its quantity and unit; a logarithmic axis says so.
+    `tag`, `table`, `tiles`, `line_chart`, `bar_chart` -> Html (escaped markup) -> Section -> `page`: one HTML file
+
+A page fetches nothing and runs no script (its Content-Security-Policy enforces it), is light or dark as the reader's
+system, readable from 320 pixels of width on, and usable by keyboard alone. Charts are inline SVG, drawn twice: for a
+wide page and for a phone; page.css shows one of the two, so that text keeps its size.
 """
 
 import base64
@@ -15,7 +17,6 @@ from typing import Any, Literal
 
 from labels import __version__
 
-# A browser loads only what is inside the page: it refuses every request.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 WIDE, NARROW = 720, 340  # widths of a chart's two drawings, in pixels
@@ -25,54 +26,45 @@ _CHARACTER = 6.6  # approximate width of a digit, in pixels
 
 
 class Html(str):
-    """Markup. A plain `str` is text: every function here escapes it."""
+    """Markup; every function of this module escapes a plain `str`."""
 
 
 def html(value: Any) -> Html:
-    """Markup as it is, everything else as text."""
+    """Markup unchanged, everything else escaped."""
     return value if isinstance(value, Html) else Html(escape(str(value)))
 
 
 def join(parts: Iterable[Any]) -> Html:
-    """The parts one after another."""
     return Html("\n".join(html(part) for part in parts))
 
 
 def tag(name: str, content: Any = "", **attributes: Any) -> Html:
     """One element; `class_` becomes `class`, `data_x` becomes `data-x`."""
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items()
-    )
+    names = {key: key.rstrip("_").replace("_", "-") for key in attributes}
+    written = "".join(f' {names[key]}="{escape(str(value))}"' for key, value in attributes.items())
     return Html(f"<{name}{written}>{html(content)}</{name}>")
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page with its own heading, linked from the top of the page."""
-
-    name: str
+    name: str  # of its anchor
     title: str
     content: Html
 
 
 def page(title: str, lead: Any, sections: Sequence[Section]) -> str:
-    """The whole HTML file.
-
-    Args:
-        title: the heading, also the browser's title.
-        lead: text or markup below the heading.
-        sections: in order; two or more of them get a list of links.
-    """
+    """The HTML file: heading, `lead` (text or markup), links to two or more sections, and the sections."""
     style = resources.files("labels").joinpath("page.css").read_text("utf8")
     links = join(tag("li", tag("a", section.title, href=f"#{section.name}")) for section in sections)
-    body = join(
-        tag("section", join([tag("h2", section.title), section.content]), id=section.name) for section in sections
-    )
+    contents = ((section.name, join([tag("h2", section.title), section.content])) for section in sections)
+    body = join(tag("section", content, id=name) for name, content in contents)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
-        f'<link rel="icon" href="data:,">\n<style>\n{style}</style>\n</head>\n<body>\n<a class="skip" href="#content">To the content</a>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f'<link rel="icon" href="data:,">\n<style>\n{style}</style>\n</head>\n'
+        '<body>\n<a class="skip" href="#content">To the content</a>\n'
         f"<header>\n<h1>{escape(title)}</h1>\n{html(lead)}\n"
         + (f'<nav aria-label="Sections">\n<ul>\n{links}\n</ul>\n</nav>\n' if len(sections) > 1 else "")
         + f'</header>\n<main id="content">\n{body}\n</main>\n'
@@ -81,27 +73,22 @@ def page(title: str, lead: Any, sections: Sequence[Section]) -> str:
 
 
 def paragraph(*content: Any, muted: bool = False) -> Html:
-    """One paragraph."""
     return tag("p", join(content), **({"class_": "muted"} if muted else {}))
 
 
 def tiles(facts: Iterable[tuple[str, Any, Any]]) -> Html:
     """The main numbers in boxes: name, value, and a note or an empty string."""
-    cells = (
-        tag("div", join([tag("dt", name), tag("dd", join([value, tag("small", note)] if note else [value]))]))
-        for name, value, note in facts
-    )
+    cells = []
+    for name, value, note in facts:
+        content = join([value, tag("small", note)] if note else [value])
+        cells.append(tag("div", join([tag("dt", name), tag("dd", content)])))
     return tag("dl", join(cells), class_="tiles")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str = "", label: str = "") -> Html:
-    """A table that scrolls sideways on a narrow screen.
+    """A table that scrolls sideways on a narrow screen; `rows`: cells, text or markup.
 
-    Args:
-        columns: headings; a leading `#` marks a column of numbers, which is aligned right.
-        rows: cells, text or markup.
-        caption: what the table shows.
-        label: the table's name for screen readers; default: the caption.
+    A leading `#` in `columns` marks a column of numbers, aligned right; `label`: for screen readers, else the caption.
     """
     numeric = [column.startswith("#") for column in columns]
 
@@ -114,15 +101,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str
     head = tag("thead", tag("tr", cells("th", [column.removeprefix("#") for column in columns], scope="col")))
     body = tag("tbody", join(tag("tr", cells("td", row)) for row in rows))
     whole = tag("table", join([*([tag("caption", caption)] if caption else []), head, body]))
+    label = label or caption or ", ".join(columns).replace("#", "")
     # tabindex: a region that scrolls must be reachable by keyboard
-    return tag(
-        "div",
-        whole,
-        class_="scroll",
-        tabindex="0",
-        role="region",
-        aria_label=label or caption or ", ".join(columns).replace("#", ""),
-    )
+    return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=label)
 
 
 def key_name(name: str) -> Html:
@@ -131,12 +112,11 @@ def key_name(name: str) -> Html:
 
 
 def details(summary: Any, content: Any) -> Html:
-    """Content that is hidden until the reader opens it."""
     return tag("details", join([tag("summary", summary), content]))
 
 
 def picture(data: bytes, *, alt: str, kind: str = "jpeg", large: bool = False) -> Html:
-    """An image as a data URI; `data`: the bytes of its file."""
+    """An image file as a data URI."""
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     image = Html(f'<img src="{source}" alt="{escape(alt)}">')
     return tag("div", image, class_="picture large" if large else "picture")
@@ -149,31 +129,28 @@ def weights(rows: Iterable[tuple[Any, float, str]]) -> Html:
     lines = []
     for name, value, text in rows:
         bar = tag("span", "", style=f"width:{100 * value / full:.1f}%")
-        lines.append(
-            tag("li", join([tag("span", name), tag("span", text, class_="value"), tag("span", bar, class_="track")]))
-        )
+        parts = [tag("span", name), tag("span", text, class_="value"), tag("span", bar, class_="track")]
+        lines.append(tag("li", join(parts)))
     return tag("ul", join(lines), class_="weights")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """`label`: quantity and unit; `low`, `high`: the range shown, None: that of the data; `log`: base 10."""
-
-    label: str
-    log: bool = False
-    low: float | None = None
+    label: str  # quantity and unit
+    log: bool = False  # base 10
+    low: float | None = None  # of the range shown; None: of the data
     high: float | None = None
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `kind`: `faint` for raw values behind their mean; `hue`: number of its colour in page.css."""
+    """One curve."""
 
     xs: Sequence[float]
     ys: Sequence[float]
-    kind: Literal["", "faint"] = ""
-    name: str = ""
-    hue: int = 0
+    kind: Literal["", "faint"] = ""  # faint: raw values behind their mean
+    name: str = ""  # in the legend
+    hue: int = 0  # number of its colour in page.css
 
 
 @dataclass(frozen=True)
@@ -195,22 +172,17 @@ class _Scale:
     ticks: list[float] = field(default_factory=list)
 
     def __call__(self, value: float) -> float:
-        """Pixels."""
-        low, high, at = (math.log10(v) if self.axis.log else v for v in (self.low, self.high, value))
-        return self.start + (self.end - self.start) * (at - low) / (high - low)
+        """The position in pixels."""
+        low, high, value = (math.log10(v) if self.axis.log else v for v in (self.low, self.high, value))
+        return self.start + (self.end - self.start) * (value - low) / (high - low)
 
 
 def line_chart(
     title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Sequence[Mark] = (), note: str = ""
 ) -> Html:
-    """Curves over an axis.
+    """Curves over an axis; named ones get a legend. `note`: in the caption, after the title.
 
-    Args:
-        title: for the caption, and for screen readers.
-        x, y: the axes.
-        series: the named ones get a legend.
-        marks: named points; the narrow drawing shows every second one.
-        note: a further sentence in the caption.
+    The narrow drawing shows every second one of the `marks`, named points.
     """
 
     def draw(width: int, height: int) -> Html:
@@ -221,7 +193,7 @@ def line_chart(
             points = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in zip(line.xs, line.ys, strict=True))
             parts.append(Html(f'<polyline class="{_style(line)}" points="{points}"/>'))
         shown = marks if width == WIDE else marks[::2]
-        parts += [_mark(mark, across, up, above=place % 2 == 0) for place, mark in enumerate(shown)]
+        parts += [_mark(mark, across, up, above=number % 2 == 0) for number, mark in enumerate(shown)]
         return join(parts)
 
     return _figure(title, note, draw, _legend(series))
@@ -236,18 +208,15 @@ def bar_chart(
     bad: Sequence[float] | None = None,
     note: str = "",
 ) -> Html:
-    """Bars from edge to edge, N + 1 edges for N heights.
-
-    `bad`: the part of each height, at its top, that is drawn in red.
-    """
+    """N bars between N + 1 edges; `bad`: the upper part of each height that is drawn in red."""
 
     def draw(width: int, height: int) -> Html:
         across, up = _scales(width, height, x, y, edges, [0.0, *heights])
         gap = 1.0 if (across.end - across.start) / len(heights) > 3 else 0.0
         parts = [_frame(across, up, width, height)]
-        for place, value in enumerate(heights):
-            left, right = across(edges[place]), across(edges[place + 1])
-            wrong = bad[place] if bad else 0.0
+        for bar, value in enumerate(heights):
+            left, right = across(edges[bar]), across(edges[bar + 1])
+            wrong = bad[bar] if bad else 0.0
             for part_low, part_high, kind in ((0.0, value - wrong, "bar"), (value - wrong, value, "bar bad")):
                 if part_high > part_low:
                     top = up(part_high)
@@ -283,9 +252,8 @@ def _figure(title: str, note: str, draw: Callable[[int, int], Html], above: Sequ
     drawings = [*above]
     for kind, width, height in (("wide", WIDE, 320), ("narrow", NARROW, 260)):
         inner = join([tag("title", title), draw(width, height)])
-        drawings.append(
-            tag("div", tag("svg", inner, viewBox=f"0 0 {width} {height}", role="img", aria_label=title), class_=kind)
-        )
+        svg = tag("svg", inner, viewBox=f"0 0 {width} {height}", role="img", aria_label=title)
+        drawings.append(tag("div", svg, class_=kind))
     caption = tag("figcaption", f"{title}. {note}" if note else f"{title}.")
     return tag("figure", join([*drawings, caption]), class_="chart")
 
@@ -313,7 +281,7 @@ def linear_ticks(low: float, high: float, count: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(place * step, 12) for place in range(first, last + 1)]
+    return [round(number * step, 12) for number in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -329,16 +297,14 @@ def _frame(across: _Scale, up: _Scale, width: int, height: int) -> Html:
         parts.append(_text(_LEFT - 6, up(value) + 4, short_number(value), "end"))
     parts.append(_line(_LEFT, height - _BOTTOM, width - _RIGHT, height - _BOTTOM, "axis"))
     for value in across.ticks:
-        at, half = across(value), len(short_number(value)) * _CHARACTER / 2
-        parts.append(_line(at, height - _BOTTOM, at, height - _BOTTOM + 4, "axis"))
-        parts.append(_text(min(max(at, half), width - half), height - _BOTTOM + 17, short_number(value), "middle"))
+        left, half = across(value), len(short_number(value)) * _CHARACTER / 2
+        parts.append(_line(left, height - _BOTTOM, left, height - _BOTTOM + 4, "axis"))
+        parts.append(_text(min(max(left, half), width - half), height - _BOTTOM + 17, short_number(value), "middle"))
     names = [f"{axis.label}{', log scale' if axis.log else ''}" for axis in (across.axis, up.axis)]
     parts.append(_text((_LEFT + width - _RIGHT) / 2, height - 6, names[0], "middle"))
     middle = (_TOP + height - _BOTTOM) / 2
-    parts.append(
-        Html(f'<text transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">{html(names[1])}</text>')
-    )
-    return join(parts)
+    turned = f'transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle"'
+    return join([*parts, Html(f"<text {turned}>{html(names[1])}</text>")])
 
 
 def _mark(mark: Mark, across: _Scale, up: _Scale, *, above: bool) -> Html:

@@ -1,10 +1,10 @@
-"""What compiled code of both stages needs: numba's cache, libturbojpeg's decoder, SplitMix64.
+"""For the compiled code of both stages: numba's cache, libturbojpeg's decoder, SplitMix64.
 
-numba keeps the machine code of a function with `cache=True` until the function's *own* file changes, and knows nothing
-of the files whose functions and constants are compiled into it. `njit` of this module is numba's, with a cache locator
-for our packages that knows them:
+numba caches the machine code of a function with `cache=True` until the function's *own* file changes, but ignores the
+files whose functions and constants are compiled into it. `njit` of this module is numba's, with a cache locator for our
+packages that stamps all of them:
 
-    decode.py: @njit(cache=True)  ->  decode.py and the files that it imports, and those that they import  ->  stamp  ->  __pycache__
+    decode.py: @njit(cache=True) -> decode.py and all files that it imports, directly or not -> stamp -> __pycache__
 """
 
 import ctypes
@@ -41,7 +41,7 @@ class SourceLocator(_CacheLocator):
 
     @classmethod
     def from_function(cls, py_func: Callable[..., Any], py_file: str) -> "SourceLocator | None":
-        """None for a function of another library, or without a source file: numba's own locators are asked next."""
+        """None for a function of another library, or without a source file: numba tries its own locators next."""
         file = Path(py_file).resolve()
         ours = file.is_relative_to(_ROOT) and file.relative_to(_ROOT).parts[0] in _PACKAGES and file.is_file()
         return cls(py_func, str(file)) if ours else None
@@ -73,9 +73,7 @@ def source_stamp(file: Path) -> str:
 
 @cache
 def _read_source(file: Path) -> tuple[str, frozenset[Path]]:
-    """A file's SHA-256, and the files of our packages that it imports at its top level: a scan, as parsing takes 3 ms a
-    file.
-    """
+    """A file's SHA-256, and the files of our packages that it imports at its top level (parsing takes 3 ms each)."""
     source = file.read_bytes()
     modules = set()
     for module, names in _IMPORT.findall(source.decode()):
@@ -89,7 +87,7 @@ def _read_source(file: Path) -> tuple[str, frozenset[Path]]:
 
 @cache
 def _cache_folder(folder: str) -> str:
-    """The first folder that can be written, for the functions of the files in `folder`."""
+    """The first writable cache folder for the functions of the files in `folder`."""
     for path in _cache_folders(folder):
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -114,10 +112,10 @@ def _cache_folders(folder: str) -> Iterator[Path]:
     try:
         temporary = Path(tempfile.gettempdir(), f"superclass-numba-{os.getuid()}")
         temporary.mkdir(mode=0o700, exist_ok=True)
-        found = temporary.lstat()  # compiled code is run: nobody else may have put it there
+        status = temporary.lstat()  # compiled code is run: no other user may have written it
     except OSError:
         return
-    if found.st_uid == os.getuid() and found.st_mode & 0o170077 == 0o040000:
+    if status.st_uid == os.getuid() and status.st_mode & 0o170077 == 0o040000:
         yield temporary / unique
 
 
@@ -127,7 +125,7 @@ if getattr(_config, "CACHE_LOCATOR_CLASSES", ""):
     _config.CACHE_LOCATOR_CLASSES = f"{__name__}.{SourceLocator.__name__},{_config.CACHE_LOCATOR_CLASSES}"
 
 njit = numba.njit  # noqa: TID251
-"""numba's decorator. To import it from this module registers SourceLocator before the first function is compiled."""
+"""numba's decorator; imported from this module, which registers SourceLocator first."""
 
 
 def splitmix64(value: Any) -> Any:
@@ -156,11 +154,7 @@ tj_error = types.ExternalFunction("tjGetErrorCode", types.int32(types.uintp))
 
 @cache
 def load_turbojpeg() -> ctypes.CDLL:
-    """Open libturbojpeg and make its symbols known to compiled code; must precede the first decode.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Open libturbojpeg and make its symbols known to compiled code; to be called before the first decode."""
     for name in (*TURBOJPEG, find_library("turbojpeg")):
         try:
             library = ctypes.CDLL(name or "")
@@ -171,13 +165,12 @@ def load_turbojpeg() -> ctypes.CDLL:
         library.tjDestroy.argtypes = library.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
         library.tjGetErrorStr2.restype = ctypes.c_char_p
         return library
-    raise UserError(
-        "libturbojpeg is not installed", allowed=" or ".join(TURBOJPEG), fix="apt-get install libturbojpeg0"
-    )
+    fix = "apt-get install libturbojpeg0"
+    raise UserError("libturbojpeg is not installed", allowed=" or ".join(TURBOJPEG), fix=fix)
 
 
 class Decompressor:
-    """One TurboJPEG handle; used by one thread at a time, freed with the object."""
+    """One TurboJPEG handle, for one thread at a time, freed with the object."""
 
     def __init__(self) -> None:
         self.library = load_turbojpeg()

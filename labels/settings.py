@@ -1,12 +1,15 @@
-"""Every key of pipeline.yaml: its type, its default, and the contradictions that are refused.
+"""Every key of pipeline.yaml: its type, its default, and the contradictions that are rejected.
 
-The comments beside the keys stand in pipeline.yaml; a test holds its values equal to the defaults here.
+pipeline.yaml has the comments of the keys; a test keeps its values equal to these defaults. A loss, tokenizer family or
+evaluator is one file in a folder `kinds/`: no list names it, `names_in` lists the folder without an import, since
+`labels` is below these packages and `--help` must not wait for torch.
 """
 
 import ast
 import math
 import pkgutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,16 +18,6 @@ from pydantic_core import PydanticCustomError
 
 from labels import Formula
 
-# ---- choices: Names that commands, configuration and code choose from; nothing here takes time to import.
-
-
-# ---- kinds: Kinds of a thing that are the files of one folder: losses, evaluators, families of tokenizers. A new file
-# is a new kind.
-#
-# Their names are known without an import: `labels` is below the packages that they are in, and `--help` must not wait
-# for torch.
-
-
 LOSSES = "train.losses.kinds"
 EVALUATORS = "train.evals.kinds"
 TOKENIZERS = "labels.tokenizers.kinds"
@@ -32,14 +25,12 @@ _ROOT = Path(__file__).parent.parent
 
 
 def names_in(package: str) -> list[str]:
-    """The kinds of a package, in alphabetical order: its modules but for those that begin with `_`. None of them is
-    imported.
-    """
+    """The kinds of a package in alphabetical order: its modules, without those that begin with `_`."""
     return sorted(name for _, name, _ in pkgutil.iter_modules(_folders(package)) if not name.startswith("_"))
 
 
 def summary(package: str, name: str) -> str:
-    """The first paragraph of a kind's docstring, without an import, which may take a second."""
+    """The first paragraph of a kind's docstring, without importing it."""
     finder = next(finder for finder, found, _ in pkgutil.iter_modules(_folders(package)) if found == name)
     source = finder.find_spec(name, None).loader.get_source(name)  # type: ignore
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
@@ -50,11 +41,7 @@ def _folders(package: str) -> list[str]:
     return list(imported.__path__) if imported else [str(_ROOT / package.replace(".", "/"))]
 
 
-# ---- recipes: The built-in `recipes` of pipeline.yaml, where their commands and published results stand as comments.
-#
-# A recipe is what differs from the section `train`: defaults < pipeline.yaml < `--recipe NAME` < `--set`.
-
-
+# The built-in `recipes`: differences from the section `train`. pipeline.yaml has their commands and published results.
 _SHORT: dict[str, Any] = {  # of both schedules with a global batch of 16,384
     "batch_size": 16_384,
     "model": {"trunk": "vit_b16"},
@@ -78,42 +65,44 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
-
-
-def parse_count(value: Any) -> Any:
-    """`512M` -> 512000000; numbers pass through, anything else is left for pydantic to refuse.
-
-    Units: k or K (thousand), M (million), B (billion); decimal fractions such as `1.28B` must give whole numbers.
-    """
-    if isinstance(value, str) and value[-1:] in _UNITS:
-        try:
-            count = float(value[:-1]) * _UNITS[value[-1]]
-        except ValueError:
-            return value
-        return round(count) if math.isfinite(count) and abs(count - round(count)) < 1e-3 else value
-    return value
-
-
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
+def parse_count(value: Any) -> Any:
+    """`512M` -> 512000000, `1.28B` -> 1280000000; pydantic rejects what is no whole number."""
+    count = _with_unit(value, _UNITS, 1)
+    return value if count is None or abs(count - round(count)) >= 1e-3 else round(count)
+
+
 def parse_size(value: Any) -> Any:
-    """`1.5GiB` -> bytes; whole numbers pass through, anything else is left for pydantic to refuse."""
-    if isinstance(value, str) and value[-3:] in _SIZES:
-        try:
-            size = float(value[:-3]) * _SIZES[value[-3:]]
-        except ValueError:
-            return value
-        return round(size) if math.isfinite(size) else value
-    return value
+    """`1.5GiB` -> bytes; other values are returned for pydantic to check."""
+    size = _with_unit(value, _SIZES, 3)
+    return value if size is None else round(size)
+
+
+def _with_unit(value: Any, units: Mapping[str, float], length: int) -> float | None:
+    """A string with a unit of `length` characters as a number; None for any other value."""
+    if not isinstance(value, str) or value[-length:] not in units:
+        return None
+    try:
+        number = float(value[:-length]) * units[value[-length:]]
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+PositiveCount = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+PositiveChannels = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+Jitter = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=4, max_length=4)]
+Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -151,8 +140,8 @@ class Labels(Section):
     stop_words: Literal["keep", "remove"] = "keep"
     wordnet: Annotated[str, Field(min_length=1)] = "auto"
     ngrams: Literal[1, 2] = 1
-    ngram_classes: Annotated[int, BeforeValidator(parse_count), Field(gt=0)] = 16_384
-    ngram_min_count: Annotated[int, BeforeValidator(parse_count), Field(gt=0)] = 100
+    ngram_classes: PositiveCount = 16_384
+    ngram_min_count: PositiveCount = 100
 
 
 class ShorterSide(Section):
@@ -163,7 +152,7 @@ class Build(Section):
     caption_key: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = ["auto"]
     subset: str | None = None
     metadata: str | None = None
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: NotNegative = 0
     engine: Literal["local", "ray"] = "local"
     max_bad_fraction: Fraction = 0.1
     duckdb_memory: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?[KMGT]i?B$")] = "1GiB"
@@ -172,10 +161,10 @@ class Build(Section):
     jpeg_subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = "4:2:0"
     max_pixels: Count = 100_000_000
     decode_check: Literal["none", "header", "full"] = "header"
-    beton_samples: Annotated[int, BeforeValidator(parse_count), Field(gt=0)] = 10_000
-    beton_size: Annotated[float, Field(gt=0)] = 4.0
+    beton_samples: PositiveCount = 10_000
+    beton_size: PositiveFloat = 4.0
     shuffle_window: Positive = 1
-    shuffle_seed: Annotated[int, Field(ge=0)] = 0
+    shuffle_seed: NotNegative = 0
 
 
 class Model(Section):
@@ -187,7 +176,7 @@ class Model(Section):
 
 
 class Data(Section):
-    threads: Annotated[int, Field(ge=0), MAY_CHANGE] = 0
+    threads: Annotated[NotNegative, MAY_CHANGE] = 0
     prefetch: Annotated[Size, MAY_CHANGE] = 2**30
     shuffle_block: Positive = 64
     shuffle_window: Positive = 1024
@@ -200,20 +189,11 @@ class Data(Section):
     crop_ratio: Range = [0.75, 1.3333333333]
     flip: bool = False
     resample: Literal["auto", "device", "host"] = "auto"
-    color_jitter: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=4, max_length=4)] = [
-        0.32,
-        0.32,
-        0.32,
-        0.08,
-    ]
+    color_jitter: Jitter = [0.32, 0.32, 0.32, 0.08]
     color_jitter_probability: Fraction = 0.0
     grey_probability: Fraction = 0.0
     mean: Channels = [0.48145466, 0.4578275, 0.40821073]
-    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = [
-        0.26862954,
-        0.26130258,
-        0.27577711,
-    ]
+    std: PositiveChannels = [0.26862954, 0.26130258, 0.27577711]
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
@@ -229,9 +209,8 @@ class Data(Section):
 
 def _known_loss(name: str) -> str:
     if name not in (names := names_in(LOSSES)):
-        raise PydanticCustomError(
-            "loss", "Input should be {names}", {"names": ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"}
-        )
+        allowed = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
+        raise PydanticCustomError("loss", "Input should be {names}", {"names": allowed})
     return name
 
 
@@ -247,19 +226,18 @@ class Loss(Section):
     @model_validator(mode="after")
     def _powers(self) -> Self:
         if 0 < self.gamma_negative < 1:
-            raise ValueError(
-                f"gamma_negative is {self.gamma_negative}; allowed: 0, or 1 and more (below 1 the slope has no bound)"
-            )
+            allowed = "0, or 1 and more (below 1 the slope has no bound)"
+            raise ValueError(f"gamma_negative is {self.gamma_negative}; allowed: {allowed}")
         return self
 
 
 class Optimizer(Section):
-    lr: Annotated[float, Field(gt=0)] = 5e-4
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.98]
-    eps: Annotated[float, Field(gt=0)] = 1e-6
+    lr: PositiveFloat = 5e-4
+    betas: Betas = [0.9, 0.98]
+    eps: PositiveFloat = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
     warmup_samples: Count = 512_000
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    clip_norm: PositiveFloat | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
@@ -268,21 +246,21 @@ class Runtime(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     accumulation: Annotated[Positive, MAY_CHANGE] = 1
     parallel: Annotated[Literal["ddp", "fsdp"], MAY_CHANGE] = "ddp"
-    threads: Annotated[int, Field(ge=0), MACHINE] = 0
-    seed: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[NotNegative, MACHINE] = 0
+    seed: NotNegative = 0
     max_skipped_steps: Annotated[Positive, MAY_CHANGE] = 20
-    peak_tflops: Annotated[Annotated[float, Field(gt=0)] | None, MACHINE] = None
+    peak_tflops: Annotated[PositiveFloat | None, MACHINE] = None
 
 
 class Checkpoint(Section):
-    every_samples: Annotated[int, BeforeValidator(parse_count), Field(gt=0)] = 1_000_000
-    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    every_samples: PositiveCount = 1_000_000
+    every_minutes: PositiveFloat | None = None
     keep: Positive = 2
-    keep_every: Annotated[int, Field(ge=0)] = 0
+    keep_every: NotNegative = 0
 
 
 class Log(Section):
-    every_seconds: Annotated[float, Field(gt=0)] = 10.0
+    every_seconds: PositiveFloat = 10.0
     tensorboard: bool = True
     wandb: Annotated[str, Field(min_length=1)] | None = None
 
@@ -303,14 +281,11 @@ class Train(Section):
         if self.samples < self.batch_size:
             raise ValueError(f"samples is {self.samples}, less than one batch of batch_size {self.batch_size}")
         if self.optimizer.warmup_samples >= self.samples:
-            raise ValueError(
-                f"optimizer.warmup_samples is {self.optimizer.warmup_samples}, the whole run only {self.samples} samples; "
-                "allowed: less than train.samples"
-            )
+            given = f"optimizer.warmup_samples is {self.optimizer.warmup_samples}"
+            raise ValueError(f"{given}, the whole run only {self.samples} samples; allowed: less than train.samples")
         if self.batch_size % self.runtime.accumulation:
-            raise ValueError(
-                f"batch_size is {self.batch_size}, runtime.accumulation {self.runtime.accumulation}; allowed: a divisor of batch_size"
-            )
+            given = f"batch_size is {self.batch_size}, runtime.accumulation {self.runtime.accumulation}"
+            raise ValueError(f"{given}; allowed: a divisor of batch_size")
         return self
 
 
@@ -330,11 +305,11 @@ class TextTower(Section):
 
 class Features(Section):
     batch_size: Positive = 256
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: NotNegative = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
 
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Seeds = Annotated[list[NotNegative], Field(min_length=1)]
 
 
 def within_budget(section: Any, samples: int, batch_size: int, optimizer: Any) -> Any:
@@ -347,17 +322,17 @@ def within_budget(section: Any, samples: int, batch_size: int, optimizer: Any) -
 
 
 class AdapterOptimizer(Section):
-    lr: Annotated[float, Field(gt=0)] = 2e-5
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    eps: Annotated[float, Field(gt=0)] = 1e-6
+    lr: PositiveFloat = 2e-5
+    betas: Betas = [0.9, 0.999]
+    eps: PositiveFloat = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_samples: Count = 200_000
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    clip_norm: PositiveFloat | None = None
 
 
 class LlavaOptimizer(AdapterOptimizer):
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    lr: PositiveFloat = 1e-3
+    eps: PositiveFloat = 1e-8
     warmup_samples: Count = 16_740
 
 
@@ -375,7 +350,7 @@ class Llava(Section):
 
 
 class Pipeline(Section):
-    """The whole file. `evaluators`: the sections of the evaluators, by name, as they were given."""
+    """The whole file. `evaluators`: the unchecked sections of the evaluators, by name."""
 
     paths: Paths = Paths()
     labels: Labels = Labels()
@@ -390,9 +365,7 @@ class Pipeline(Section):
     @model_validator(mode="before")
     @classmethod
     def _evaluators_sections(cls, values: Any) -> Any:
-        """`probe: {...}` becomes `evaluators: {probe: {...}}`: its keys are known to the evaluator's file
-        (`labels.config.own_section`).
-        """
+        """`probe: {...}` becomes `evaluators: {probe: {...}}`, which the evaluator checks (`config.own_section`)."""
         names = names_in(EVALUATORS)
         if not isinstance(values, dict) or not isinstance(values.get("evaluators", {}), dict):
             return values

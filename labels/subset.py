@@ -5,9 +5,9 @@
     SQL condition        -> `where`: one expression that is true or false, on a table of DuckDB
     -> `sort_uids`, which spills what does not fit -> `count_in`: how often each sample's uid is in the array
 
-Stage 1 (`build-labels --subset`) writes the sorted uids once, by `resolve_subset`, to subset.npy; every worker maps it.
-A repeated uid repeats its sample; a sample without a uid is in no subset of uids. N uids of a batch, U of the array.
-duckdb and fsspec are imported where they are used: a training node without a subset needs neither.
+`build-labels --subset` writes the sorted uids once, by `resolve_subset`, to subset.npy, which every worker maps. A
+repeated uid repeats its sample; a sample without a uid is in no subset of uids. duckdb and fsspec are imported where
+they are used: a training node without a subset needs neither. Shapes: N uids of a batch, U of the array.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,21 +49,14 @@ _HEX[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 _HEX[np.frombuffer(b"ABCDEF", np.uint8)] = np.arange(10, 16)
 
 
-# ---- Stage 1: from the option to subset.npy
-
-
 def resolve_subset(
     text: str, metadata: str | None, sources: Sequence[str], target: Path, memory: str, spill: Path
 ) -> str:
-    """Write the uids that `text` names to `target`, sorted, as .npy of dtype UIDS, atomically and in bounded memory.
+    """Write the uids that `text` names to `target`, sorted, as .npy of dtype UIDS; return a fingerprint, 16 hex digits.
 
-    Args:
-        text: .npy or .parquet (path or URL), or an SQL condition on the metadata.
-        metadata: folder, glob or file of .parquet; None: `metadata/` in or next to the folders of `sources`.
-        memory: DuckDB's limit, e.g. `1GiB`; `spill` is a folder for what does not fit.
-
-    Returns:
-        A fingerprint of the array: 16 hex digits, equal for equal sets of uids.
+    `text`: .npy or .parquet (path or URL), or an SQL condition on the metadata; `metadata`: folder, glob or file of its
+    .parquet, None: `metadata/` in or next to the folders of `sources`; `memory`: DuckDB's limit, e.g. `1GiB`; `spill`:
+    a folder for what does not fit.
     """
     with (
         _enough_memory(memory),
@@ -141,7 +134,7 @@ def _write(path: Path, parts: Iterator[np.ndarray]) -> int:
 
 
 def _parquet_files(source: str, option: str, allowed: str) -> list[tuple[AbstractFileSystem, str]]:
-    """The .parquet files of a folder (also deeper), glob or file or URL, as filesystem and path for DuckDB."""
+    """The .parquet files of a folder (also deeper), a glob or a file, local or URL: filesystem and path for DuckDB."""
     from fsspec.core import url_to_fs
 
     try:
@@ -204,12 +197,8 @@ def _open_metadata(
     if odd := next(filter(_PATTERN.search, names), None):
         problem = f"the path {odd} holds one of * ? [, which DuckDB takes for a pattern"
         raise UserError(problem, fix="give the folder a name without it")
-    config = {
-        "memory_limit": memory,
-        "temp_directory": str(spill),
-        "preserve_insertion_order": False,
-        "python_enable_replacements": False,
-    }
+    config: dict[str, Any] = {"memory_limit": memory, "temp_directory": str(spill)}
+    config |= {"preserve_insertion_order": False, "python_enable_replacements": False}
     with duckdb.connect(config=config) as con:
         remote = {type(filesystem): filesystem for filesystem, name in files if "://" in name}
         for filesystem in remote.values():
@@ -241,9 +230,6 @@ def _enough_memory(memory: str) -> Iterator[None]:
             raise
         problem = f"build.duckdb_memory = {memory} is too little for the subset: {one_line(error)}"
         raise UserError(problem, fix="raise it, e.g. to 1GiB") from None
-
-
-# ---- Both stages: arrays of uids and conditions
 
 
 @contextmanager
@@ -326,7 +312,7 @@ def where(
 
 
 def parse_uids(strings: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
-    """UIDS [N] of those strings that are 32 hex digits, and their rows, int64 [N]; others and nulls are skipped."""
+    """UIDS [N] of the strings that are 32 hex digits, and their rows, int64 [N]; nulls and others are skipped."""
     _, offset_bytes, data = strings.buffers()
     if not len(strings):
         return np.empty(0, UIDS), np.empty(0, np.int64)
@@ -350,8 +336,7 @@ def parse_uids(strings: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
 def count_in(uids: np.ndarray, array: np.ndarray) -> np.ndarray:
     """How often each of UIDS [N] is in the sorted UIDS [U]: int64 [N]; reads only the pages that it needs."""
     high, low = array["f0"], array["f1"]
-    # In order, so that neighbours share pages of a file that is larger than memory.
-    order = np.argsort(uids["f0"])
+    order = np.argsort(uids["f0"])  # neighbours share pages of a file that is larger than memory
     wanted = uids[order]
     begin = np.searchsorted(high, wanted["f0"], "left")
     end = np.searchsorted(high, wanted["f0"], "right")
@@ -362,7 +347,7 @@ def count_in(uids: np.ndarray, array: np.ndarray) -> np.ndarray:
 
 
 def _bound(values: np.ndarray, begin: np.ndarray, end: np.ndarray, wanted: np.ndarray, before: np.ufunc) -> np.ndarray:
-    """For each i, by bisection, the first position in begin[i]:end[i] of the sorted `values` not `before` wanted[i]."""
+    """For each i the first position in begin[i]:end[i] of sorted `values` that is not `before` wanted[i]; bisection."""
     begin, end = begin.copy(), end.copy()
     while (open_rows := np.flatnonzero(begin < end)).size:
         middle = (begin[open_rows] + end[open_rows]) // 2

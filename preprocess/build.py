@@ -422,7 +422,7 @@ def _finalize(
     folder = image_folder(layout, copy=copy)
     _write_quarantine(layout, parts, [folder.markers / f"{marker.name}.json" for marker in written])
     deciding = {"paths": True, "train": True, "evaluators": True, "build": {"workers", "engine"}}
-    dump_yaml(layout.config, settings, leave_out=deciding)
+    dump_yaml(layout.config, settings, exclude=deciding)
     if inputs.images == "places":
         # A path that was edited since an earlier batch stays.
         known = read_sources(layout) if len(inputs.batches) > 1 and layout.image_sources.is_file() else {}

@@ -120,7 +120,7 @@ def train_run(
         # -- what the run is: costs, configuration, data
         costs = method.costs(settings, betons)
         if world.is_first:
-            dump_yaml(run / "config.yaml", pipeline, leave_out={"recipes": True})
+            dump_yaml(run / "config.yaml", pipeline, exclude={"recipes": True})
             write_json(run / "data.json", data_facts(betons) | method.facts)
             trainer.log_start(train_state.model, costs, _data_line(betons, trainer.budget.steps * settings.batch_size))
 

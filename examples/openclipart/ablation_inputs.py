@@ -36,7 +36,7 @@ def write_settings(grid: Grid, work: Path) -> None:
     """
     text = yaml.safe_dump(grid.settings, sort_keys=False)
     write_whole(work / "settings.yaml", lambda partial: partial.write_text(text, encoding="utf8"))
-    dump_yaml(work / "untrained" / "config.yaml", load_pipeline(work / "settings.yaml"), leave_out={"recipes": True})
+    dump_yaml(work / "untrained" / "config.yaml", load_pipeline(work / "settings.yaml"), exclude={"recipes": True})
 
 
 def make_labels(grid: Grid, name: str, data: Path, work: Path) -> None:

@@ -1,7 +1,7 @@
 """The interface of a tokenizer, how `labels.tokenizer` chooses one, stop words, and tokens as readable text.
 
     section `labels` -> `make_tokenizer`: the first family of labels/tokenizers/kinds that accepts it -> `Tokenizer`
-    labels.tokenizer: name | file | folder | hub name -> `find_file`, `find_source` -> `load_engine`: the tokenizers library
+    labels.tokenizer: name | file | folder | hub name -> `find_source` -> `load_engine`: the tokenizers library
     tokens -> `text_of`, `name_of`: text without a vocabulary's marks of word borders and byte characters
 
 A tokenizer's ids are always those of the reference (open_clip for `clip`, the tokenizers library for all others); tests
@@ -73,7 +73,7 @@ class Tokenizer(Protocol):
 
     def encode(self, captions: Captions, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """The first two of `encode_rows`."""
-        ...
+        return self.encode_rows(captions, limit)[:2]
 
 
 def make_tokenizer(settings: Labels) -> Tokenizer:
@@ -208,8 +208,8 @@ def _word() -> regex.Pattern[str]:
 
 @cache
 def stop_words() -> frozenset[str]:
-    """The 179 English stop words of NLTK's public stopwords corpus (nltk_data, after Porter and others): a list of common
-    words without a licence of its own, in lower case with straight apostrophes.
+    """The 179 English stop words of NLTK's public stopwords corpus (nltk_data, after Porter and others), a list without
+    a licence of its own, in lower case with straight apostrophes.
     """
     return frozenset(resources.files("labels.tokenizers").joinpath("vocab/stop_words_en.txt").read_text("utf8").split())
 

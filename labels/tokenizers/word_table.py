@@ -1,13 +1,11 @@
-"""Captions to ids by a table of known words: what all compiled paths share, and the one for any tokenizer but CLIP's.
+"""Captions to ids by a table of known words: `FastPath`, of all tokenizers, and `FastPieces`, of all but CLIP's.
 
-    captions -> blocks -> encode (compiled) -> missing pieces -> learn: the tokenizer itself, once a piece -> into the table -> encode again
-                              | slow captions -> the tokenizer's own slow path --v
-                              +----------------------------------------------> gather -> ids, offsets, label_ids, label_offsets
+    captions -> blocks -> _encode (compiled) -> missing pieces -> _learn: the tokenizer, once per piece -> _encode again
+                             | slow captions -> the tokenizer's slow path --v
+                             +-------------------------------------------> gather -> ids, offsets and label sets
 
-The table stays in the process: captions repeat their words, so that hardly any piece is new after the first shard. It
-    is bounded, and
-starts over when it is full, which changes no id. The kernels are imported at the first caption: numba takes longer than
-    all else.
+The table stays in the process: hardly any piece is new after the first shard. It is bounded, and cleared when it is
+full, which changes no id. The kernels are imported at the first caption, since numba takes long to import.
 
 Shapes: N captions, T token ids, T' label ids, R rows of a block, L ids a caption at most, M missing pieces.
 """
@@ -25,8 +23,7 @@ import pyarrow as pa
 if TYPE_CHECKING:
     from labels.tokenizers.kernels.table import Words
 
-# An id stands for a byte or more of the caption, save where cleaning or normalising makes it longer; by at most this
-# factor.
+# An id stands for one byte of the caption or more, unless cleaning makes the text longer: at most by this factor.
 MAX_GROWTH = 8
 
 _FIRST_SLOTS = 1 << 16
@@ -37,27 +34,20 @@ _MAX_MISSING = 1 << 16
 Captions = pa.StringArray | pa.LargeStringArray | pa.ChunkedArray | Sequence[str]
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Slow = Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
-# Pieces to the ids of each, or None for one whose captions have to be taken as a whole.
+# Pieces -> the ids of each, None if its captions have to be encoded as a whole.
 Learn = Callable[[list[str]], list[list[int] | None]]
 
 
 class FastPath(ABC):
     """Captions to ids by a table of known words, the same ids as the slow path. For one thread at a time.
 
-    Attributes:
-        slow_captions: how many captions took the slow path so far.
-        learnt_pieces: how many pieces Python had to look at so far.
+    `slow`: captions and limit -> ids and offsets, for captions that must be encoded as a whole; `max_words`: the bound
+    of the table, which always has room for the `fixed_words` of `_start_table`.
     """
 
     def __init__(self, slow: Slow, max_words: int, fixed_words: int = 0) -> None:
-        """
-        Args:
-            slow: captions and limit to ids and offsets, for captions that must be taken as a whole.
-            max_words: the bound of the table; when it is reached, the table starts over.
-            fixed_words: this many words always have room in it (those of `_start_table`).
-        """
-        self.slow_captions = 0
-        self.learnt_pieces = 0
+        self.slow_captions = 0  # number of captions that took the slow path
+        self.learnt_pieces = 0  # number of pieces that Python encoded
         self._slow = slow
         self._max_slots = max(4, 2 << (max(max_words, 2 * fixed_words, 1) - 1).bit_length())
         self._words = _empty_table(min(_FIRST_SLOTS, self._max_slots))
@@ -68,41 +58,27 @@ class FastPath(ABC):
     def _encode(
         self, text: np.ndarray, offsets: np.ndarray, pending: np.ndarray, rows: np.ndarray, counts: np.ndarray
     ) -> int:
-        """Fill rows int32 [R, L] and counts int64 [R] of the `pending` captions; the number of pieces put into
-        self._missing.
-        """
+        """Fill rows int32 [R, L], counts int64 [R] of the `pending` captions; the number of pieces in self._missing."""
 
     @abstractmethod
     def _learn(self, text: np.ndarray, missing: np.ndarray) -> None:
         """Add the missing pieces, int64 [M, 2], to the table."""
 
     def _start_table(self) -> None:
-        """Put into an empty table what must always be in it."""
+        """Add the words that are always in the table."""
         return
 
     def encode_rows(self, captions: Captions, limit: int) -> Rows:
-        """Token ids and label sets of N captions.
-
-        Args:
-            captions: N strings without nulls.
-            limit: at most this many ids a caption.
-
-        Returns:
-            ids int32 [T], offsets int64 [N + 1], label_ids int32 [T'] (of each caption distinct, ascending),
-            label_offsets int64 [N + 1].
-
-        Raises:
-            ValueError: a caption is null.
-        """
+        """Token ids and label sets of N captions: see `labels.tokenizers.tokenizer.Tokenizer.encode_rows`."""
         try:
             arrays = string_arrays(captions)
         except UnicodeEncodeError:
-            # Lone surrogates have no UTF-8; the slow path replaces them, so they take it, with the others of the call.
+            # Lone surrogates are no UTF-8; the slow path, which replaces them, takes all captions of the call.
             return self._all_slow([str(caption) for caption in captions], limit)
         parts = [self._block(block, limit) for array in arrays for block in _blocks(array, limit)]
         if len(parts) == 1:
             return parts[0]
-        return *_join([part[:2] for part in parts]), *_join([part[2:] for part in parts])
+        return *join_rows([part[:2] for part in parts]), *join_rows([part[2:] for part in parts])
 
     def _block(self, captions: pa.Array, limit: int) -> Rows:
         from labels.tokenizers.kernels.table import WAITING
@@ -121,7 +97,7 @@ class FastPath(ABC):
             self._encode(text, offsets, np.flatnonzero(counts == WAITING), rows, counts)
         slow = np.flatnonzero(counts < 0)
         if len(slow):
-            # Also those with a piece that is still missing, having found no room in the table.
+            # Also captions with a piece that found no room in the table.
             ids, ends = self._slow(captions.take(pa.array(slow)).to_pylist(), limit)
             longest = int(np.diff(ends).max())
             if longest > width:
@@ -135,12 +111,10 @@ class FastPath(ABC):
     def _all_slow(self, captions: list[str], limit: int) -> Rows:
         ids, offsets = self._slow(captions, limit)
         self.slow_captions += len(captions)
-        rows = [np.unique(ids[start:end]) for start, end in pairwise(offsets)]
-        label_offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
-        return ids, offsets, np.concatenate([np.empty(0, np.int32), *rows]), label_offsets
+        return ids, offsets, *flat_rows([np.unique(ids[start:end]).tolist() for start, end in pairwise(offsets)])
 
     def _make_room(self) -> None:
-        """Once a word found no room: a larger table with the same words, or, at the bound, an empty one."""
+        """If a word found no room: a larger table with the same words, or at the bound an empty one."""
         from labels.tokenizers.kernels.table import rehash
 
         words = self._words
@@ -161,19 +135,14 @@ class FastPath(ABC):
 
 
 class FastPieces(FastPath):
-    """Captions to ids by a table of pieces between spaces, the same ids as the slow path."""
+    """Captions to ids by a table of pieces between spaces, the same ids as the slow path.
+
+    A piece holds no space, except the first character of a JOINED one; `flags`: of `kernels.pieces`.
+    """
 
     def __init__(self, learn: Learn, slow: Slow, max_words: int, flags: int) -> None:
-        """
-        Args:
-            learn: pieces to their ids; a piece holds no space, save the first character of a JOINED one.
-            slow: captions and limit to ids and offsets.
-            max_words: the bound of the table; when it is reached, the table starts over.
-            flags: of `kernels.pieces`.
-        """
         super().__init__(slow, max_words)
-        self._learn_pieces = learn
-        self._flags = flags
+        self._learn_pieces, self._flags = learn, flags
 
     def _encode(
         self, text: np.ndarray, offsets: np.ndarray, pending: np.ndarray, rows: np.ndarray, counts: np.ndarray
@@ -188,12 +157,10 @@ class FastPieces(FastPath):
 
         data = text.data
         pieces = list({bytes(data[begin:end]) for begin, end in missing.tolist()})
-        found = self._learn_pieces([piece.decode("utf8") for piece in pieces])
-        # The rows have no room for more ids than MAX_GROWTH a byte.
-        safe = [
-            ids is not None and len(ids) <= MAX_GROWTH * len(piece) for piece, ids in zip(pieces, found, strict=True)
-        ]
-        kept = [ids if ids and good else [] for ids, good in zip(found, safe, strict=True)]
+        rows = self._learn_pieces([piece.decode("utf8") for piece in pieces])
+        room = [MAX_GROWTH * len(piece) for piece in pieces]  # that the rows have for the ids of a piece
+        safe = [ids is not None and len(ids) <= most for ids, most in zip(rows, room, strict=True)]
+        kept = [ids if ids and good else [] for ids, good in zip(rows, safe, strict=True)]
         add_known(
             self._words,
             np.frombuffer(b"".join(pieces), dtype=np.uint8),
@@ -216,7 +183,7 @@ def string_arrays(captions: Captions) -> list[pa.Array]:
 def refuse_nulls(array: pa.Array) -> None:
     """ValueError if one of the captions is null."""
     if array.null_count:
-        raise ValueError(f"{array.null_count} of {len(array)} captions are null; leave them out before tokenizing")
+        raise ValueError(f"{array.null_count} of {len(array)} captions are null; remove them before tokenizing")
 
 
 def _empty_table(slots: int) -> Words:
@@ -252,7 +219,7 @@ def _width(offsets: np.ndarray, limit: int) -> int:
 
 
 def _blocks(array: pa.Array, limit: int) -> list[pa.Array]:
-    """Slices of an array of strings, of a bounded number of captions and ids."""
+    """Slices of an array of strings with a bounded number of captions and ids."""
     refuse_nulls(array)
     if not (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
         array = array.cast(pa.large_string())
@@ -270,7 +237,14 @@ def _gather(rows: np.ndarray, counts: np.ndarray) -> Rows:
     return ids, offsets, label_ids[: label_offsets[-1]], label_offsets
 
 
-def _join(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and offsets of parts one after another."""
-    counts = np.concatenate([np.diff(offsets) for _, offsets in parts])
-    return np.concatenate([ids for ids, _ in parts]), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+def flat_rows(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """N rows of ids -> ids int32 [T], offsets int64 [N + 1]."""
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+    return np.fromiter((token for row in rows for token in row), np.int32, count=int(offsets[-1])), offsets
+
+
+def join_rows(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and offsets of several `flat_rows` -> of all rows."""
+    counts = np.concatenate([np.empty(0, np.int64), *(np.diff(offsets) for _, offsets in parts)])
+    ids = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in parts)])
+    return ids, np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])

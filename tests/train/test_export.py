@@ -60,7 +60,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Callab
             run = tmp_path_factory.mktemp(kind) / "run"
             folder = run / "checkpoints" / "samples-000000000640"
             folder.mkdir(parents=True)
-            dump_yaml(run / "config.yaml", Pipeline(train=Train(model=TRUNKS[kind])), leave_out={"recipes": True})
+            dump_yaml(run / "config.yaml", Pipeline(train=Train(model=TRUNKS[kind])), exclude={"recipes": True})
             data = {
                 "beton": "/secret/place",
                 "labels": "/secret/place",

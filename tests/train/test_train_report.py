@@ -30,7 +30,7 @@ def write_run(run: Path, *overrides: str, loss: float = 9.0, stop_words: str = "
         *overrides,
     ]
     run.mkdir(parents=True)
-    dump_yaml(run / "config.yaml", load_pipeline(None, keys), leave_out={"recipes": True})
+    dump_yaml(run / "config.yaml", load_pipeline(None, keys), exclude={"recipes": True})
     write_json(
         run / "data.json",
         {
@@ -238,7 +238,7 @@ def test_mistakes_are_reported(folder: Path, tmp_path: Path) -> None:
 def test_defaults_are_no_difference(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    dump_yaml(run / "config.yaml", Pipeline(), leave_out={"recipes": True})
+    dump_yaml(run / "config.yaml", Pipeline(), exclude={"recipes": True})
     (run / "metrics.jsonl").write_text("")
     text = check_page(report(tmp_path, str(run))).text
     assert (

@@ -1,13 +1,13 @@
-"""Rows of ids to flat arrays and label sets, compiled."""
+"""Compiled: rows of ids int32 [R, L] -> flat ids, and each row's distinct ids in ascending order (its label set)."""
 
 from collections.abc import Callable
 
 import numpy as np
 
 from labels.native import njit
-from labels.tokenizers.kernels.table import Scalar, compiled, equal_16, inlined, less_16, ones
+from labels.tokenizers.kernels.table import Array, Scalar, compiled, equal_16, inlined, less_16, ones
 
-# Up to this many ids of a caption are put into order by counting the smaller ones.
+# Up to this many ids of a caption are sorted by counting the smaller ones.
 _RANKED = 128
 _WORD = 64
 _ONE = np.uint64(1)
@@ -15,8 +15,8 @@ _ZERO = np.uint64(0)
 
 
 @njit(nogil=True)
-def _sorted_distinct(row: np.ndarray, out: np.ndarray, at: int) -> Scalar:
-    """Write the distinct ids of `row` to out from `at` on, ascending; where they end."""
+def _sorted_distinct(row: Array, out: Array, at: int) -> Scalar:
+    """Write the distinct ids of `row`, ascending, to out[at:]; return their end."""
     stop = at
     for token in np.sort(row):
         if stop == at or out[stop - 1] != token:
@@ -26,17 +26,15 @@ def _sorted_distinct(row: np.ndarray, out: np.ndarray, at: int) -> Scalar:
 
 
 def _in_lanes(compare_16: Callable[..., Scalar]) -> Callable[..., Scalar]:
-    """A comparison of sixteen ids with one, as that of 16, 32 or 64."""
+    """A comparison of 16 ids with one, extended to 16, 32 or 64."""
 
     @inlined
-    def compare(ids: np.ndarray, at: Scalar, lanes: int, token: Scalar) -> Scalar:
-        """A bit for each of ids[at : at + lanes] for which it holds, the first lowest. `lanes`: a number that the
-        compiler knows.
-        """
-        found = compare_16(ids, at, token)
+    def compare(ids: Array, at: Scalar, lanes: int, token: Scalar) -> Scalar:
+        """One bit for each of ids[at : at + lanes], the first lowest; `lanes` is a constant of the compiler."""
+        bits = compare_16(ids, at, token)
         for lane in range(16, lanes, 16):
-            found |= compare_16(ids, at + lane, token) << np.uint64(lane)
-        return found
+            bits |= compare_16(ids, at + lane, token) << np.uint64(lane)
+        return bits
 
     return compare
 
@@ -45,11 +43,10 @@ _equal, _less = _in_lanes(equal_16), _in_lanes(less_16)
 
 
 @inlined
-def _few_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, lanes: int, out: np.ndarray, at: Scalar) -> Scalar:
-    """Write the distinct ids of ids[begin : begin + count], ascending, to out from `at` on; where they end.
+def _few_distinct(ids: Array, begin: Scalar, count: Scalar, lanes: int, out: Array, at: Scalar) -> Scalar:
+    """Write the distinct ids of ids[begin : begin + count], ascending, to out[at:]; return their end.
 
-    An id's place is the number of smaller ones, of each only its first; no branch depends on the ids. `lanes`: as many
-    as `count` or more, all of which are read.
+    An id's rank is the number of distinct smaller ones; no branch depends on the ids. `lanes` >= count ids are read.
     """
     firsts = ~_ZERO >> np.uint64(_WORD - count)
     for i in range(count):
@@ -62,7 +59,7 @@ def _few_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, lanes: int, out
 
 
 @compiled
-def _many_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, out: np.ndarray, at: Scalar) -> Scalar:
+def _many_distinct(ids: Array, begin: Scalar, count: Scalar, out: Array, at: Scalar) -> Scalar:
     """`_few_distinct` for 65 to 128 ids; 128 are read."""
     low, high = ~_ZERO, ~_ZERO >> np.uint64(2 * _WORD - count)
     for i in range(count):
@@ -83,7 +80,7 @@ def _many_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, out: np.ndarra
 
 
 @compiled
-def _ranked_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, out: np.ndarray, at: Scalar) -> Scalar:
+def _ranked_distinct(ids: Array, begin: Scalar, count: Scalar, out: Array, at: Scalar) -> Scalar:
     """`_few_distinct` for 0 to _RANKED ids; up to ids[begin + _RANKED] is read."""
     if count == 0:
         return at
@@ -97,21 +94,9 @@ def _ranked_distinct(ids: np.ndarray, begin: Scalar, count: Scalar, out: np.ndar
 
 
 @njit(nogil=True, cache=True)
-def gather(
-    rows: np.ndarray,
-    counts: np.ndarray,
-    ids: np.ndarray,
-    offsets: np.ndarray,
-    label_ids: np.ndarray,
-    label_offsets: np.ndarray,
-) -> None:
-    """Close the gaps between rows int32 [R, L] of counts int64 [R] ids each, and make the label sets.
-
-    Args:
-        ids: int32 [T], filled.
-        offsets: int64 [R + 1], filled from offsets[0] = 0 on.
-        label_ids: int32 [T], filled from its beginning.
-        label_offsets: int64 [R + 1], filled from label_offsets[0] = 0 on.
+def gather(rows: Array, counts: Array, ids: Array, offsets: Array, label_ids: Array, label_offsets: Array) -> None:
+    """Concatenate the first counts int64 [R] ids of rows int32 [R, L] in ids int32 [T], and their label sets in
+    label_ids int32 [T]; fill offsets and label_offsets, int64 [R + 1], behind their first 0.
     """
     flat, width = rows.reshape(-1), rows.shape[1]
     at, stop = 0, 0

@@ -1,4 +1,4 @@
-"""The compiled part of the fast path of all tokenizers but CLIP's: whole pieces between spaces, looked up in the table.
+"""Compiled fast path of all tokenizers but CLIP's: whole pieces between spaces, looked up in the table.
 
 Shapes: B bytes of text, R captions (rows) of a block, L ids a caption at most, P pieces.
 """
@@ -12,6 +12,7 @@ from labels.tokenizers.kernels.table import (
     QUEUED_WORDS,
     SLOW,
     WAITING,
+    Array,
     Scalar,
     Words,
     append,
@@ -25,11 +26,11 @@ from labels.tokenizers.kernels.table import (
 )
 
 # Flags of a block. JOINED: a piece is looked up with the space before it, if there is one. STRICT: a caption with a
-# space at its beginning, its end or next to another is slow. RUNS: it is not, but the spaces too many are a piece: all
-# at the end of a caption, all but the last one elsewhere. MARKUP: a caption with both `&` and `<`, or longer than ftfy
-# takes at once, is slow.
+# space at its beginning, its end or next to another is slow. RUNS: it is not, but surplus spaces are a piece: all at
+# the end of a caption, all but the last one elsewhere. MARKUP: a caption with both `&` and `<`, or longer than ftfy
+# processes at once, is slow.
 JOINED, STRICT, RUNS, MARKUP = 1, 2, 4, 8
-# A longer piece makes its caption slow: it hardly ever comes twice.
+# A longer piece makes its caption slow: it hardly ever repeats.
 MAX_PIECE_BYTES = 256
 
 _MAX_CLEANED_BYTES = 1_000_000
@@ -37,7 +38,7 @@ _SPACE, _NONE = np.uint64(0x20), np.uint64(0)
 
 
 @compiled
-def _marked_up(text: np.ndarray, begin: Scalar, end: Scalar) -> Scalar:
+def _marked_up(text: Array, begin: Scalar, end: Scalar) -> Scalar:
     entity, tag = False, False
     for i in range(begin, end):
         entity |= text[i] == 0x26
@@ -47,13 +48,9 @@ def _marked_up(text: np.ndarray, begin: Scalar, end: Scalar) -> Scalar:
 
 @compiled
 def _queue_pieces(
-    slots: np.ndarray, text: np.ndarray, begin: Scalar, at: Scalar, end: Scalar, flags: Scalar, queue: np.ndarray
+    slots: Array, text: Array, begin: Scalar, at: Scalar, end: Scalar, flags: Scalar, queue: Array
 ) -> tuple[Scalar, Scalar]:
-    """Queue the pieces of the caption text[begin:end] from `at` on, as far as there is room.
-
-    Returns:
-        where it stopped, or SLOW; and how many are queued.
-    """
+    """Queue the pieces of the caption text[begin:end] from `at` on; -> where the queue was full, or SLOW; its size."""
     size = 0
     while at < end and size < QUEUED_WORDS:
         after = at
@@ -89,17 +86,17 @@ def _queue_pieces(
 @compiled
 def _encode_caption(
     words: Words,
-    text: np.ndarray,
+    text: Array,
     begin: Scalar,
     end: Scalar,
     flags: Scalar,
-    queue: np.ndarray,
-    rows: np.ndarray,
+    queue: Array,
+    rows: Array,
     row: Scalar,
-    missing: np.ndarray,
+    missing: Array,
     missed: Scalar,
 ) -> tuple[Scalar, Scalar]:
-    """One caption: the number of ids, WAITING or SLOW; and the new number of missing pieces."""
+    """One caption; -> the number of ids, WAITING or SLOW; the new number of missing pieces."""
     count, at, before = 0, begin, missed
     while at < end:
         at, size = _queue_pieces(words.slots, text, begin, at, end, flags, queue)
@@ -115,18 +112,9 @@ def _encode_caption(
 
 @njit(nogil=True, cache=True)
 def encode_pieces(
-    words: Words,
-    text: np.ndarray,
-    offsets: np.ndarray,
-    pending: np.ndarray,
-    flags: int,
-    out: np.ndarray,
-    counts: np.ndarray,
-    missing: np.ndarray,
+    words: Words, text: Array, offsets: Array, pending: Array, flags: int, out: Array, counts: Array, missing: Array
 ) -> int:
-    """Encode the captions `pending` of a block into out int32 [R, L] and counts int64 [R]; the number of missing
-    pieces.
-    """
+    """Encode the captions `pending` of a block into out int32 [R, L], counts int64 [R]; -> number of missing pieces."""
     missed, queue = 0, new_queue(1)
     for row in pending:
         begin, end = offsets[row], offsets[row + 1]
@@ -138,10 +126,8 @@ def encode_pieces(
 
 
 @njit(nogil=True, cache=True)
-def add_known(
-    words: Words, text: np.ndarray, ends: np.ndarray, ids: np.ndarray, id_ends: np.ndarray, unsafe: np.ndarray
-) -> None:
-    """Add P pieces: text uint8 [B] and ends int64 [P]; ids int64 and id_ends int64 [P]; unsafe int64 [P], 0 or UNSAFE."""
+def add_known(words: Words, text: Array, ends: Array, ids: Array, id_ends: Array, unsafe: Array) -> None:
+    """Add P pieces: text uint8 [B], ends int64 [P]; ids int64, id_ends int64 [P]; unsafe int64 [P], 0 or UNSAFE."""
     begin, first_id = 0, 0
     for piece in range(len(ends)):
         end, last_id = ends[piece], id_ends[piece]

@@ -1,8 +1,7 @@
-"""The table of known words that all compiled paths look up, and what its kernels are made of: loads, bit counts, the
-queue of look-ups.
+"""The table of known words of all compiled paths, the queue of look-ups, and their intrinsics.
 
-    a word's bytes -> `keys`: two columns of 64 bits -> `home`: its first slot -> `enqueue`: fetched from memory, not yet read
-    -> `resolve_known`: the exact word, found by its own bytes -> its ids into the row; a word that is not there is reported
+    a word's bytes -> `keys`: two columns of 64 bits -> `home`: its first slot -> `enqueue`: prefetch of that slot
+    -> `resolve_known`: compare the bytes -> append the word's ids to the row, or report the word as missing
 
 The table is open addressing over the words' own bytes, so that a look-up is exact and makes no object. The words of
 several captions are queued before the first is resolved, so that the cache misses overlap.
@@ -22,29 +21,26 @@ from labels.native import njit
 
 # A NumPy or Python number: they are the same to the compiler, but not to a type checker.
 Scalar = Any
+Array = np.ndarray
 
-# numba counts an atomic reference up and down for every array that a function is given, inlined or not: four fifths of
-# the time of a look-up that is a handful of instructions. These functions only borrow what their callers hold; they
-# make and return no arrays. The option is underscored, but numba's own way (numba/core/options.py) since the first of
-# its runtime.
+# numba updates an atomic reference count for every array argument, inlined or not: 80% of the time of a look-up.
+# These functions make and return no arrays, so they do without (numba/core/options.py has this underscored option since
+# numba has a runtime).
 _BORROWING: dict[str, Any] = {"nogil": True, "_nrt": False}
 compiled = njit(**_BORROWING)
 inlined = njit(forceinline=True, **_BORROWING)
 
-# In place of a number of ids: captions that wait for unknown pieces; captions, and pieces, that belong to the slow
-# path.
+# Instead of a number of ids: captions that wait for unknown pieces; captions, and pieces, for the slow path.
 WAITING, SLOW = -1, -2
 UNSAFE = 0xFFFF
 
 _C0, _C1, _C2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0xFF51AFD7ED558CCD)
 _BYTE, _HALF, _U16, _SHIFT = np.uint64(8), np.uint64(32), np.uint64(16), np.uint64(29)
 _LOW16, _LOW32, _ZERO = np.uint64(0xFFFF), np.uint64(0xFFFFFFFF), np.uint64(0)
-# Of a queued word: how its case is folded, or that it is a whole piece, which Python has to learn.
+# Kind of a queued word: how its case is folded, or a whole piece, which Python encodes if it is missing.
 KEEP, FOLD, PIECE = np.uint8(0), np.uint8(0x20), np.uint8(1)
-# Words of one caption that are queued at once.
-QUEUED_WORDS = 32
-# Numbers of a queued word: first and second column of its slot, begin, end, kind, home.
-_FIELDS = 6
+QUEUED_WORDS = 32  # of one caption at once
+_FIELDS = 6  # of a queued word: first and second column of its slot, begin, end, kind, home
 
 _ONES, _HIGH = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 _CASE = np.uint64(0x2020202020202020)
@@ -55,12 +51,12 @@ _EIGHT, _FULL, _THREE = np.uint64(8), np.uint64(64), np.uint64(3)
 
 @intrinsic
 def load(typingctx: Any, text: Any, at: Any) -> Any:
-    """text[at : at + 8] as one number, the first byte lowest; the caller has looked that they are there."""
+    """text[at : at + 8] as one number, the first byte lowest; without a check of bounds."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        place = cgutils.pointer_add(builder, array.data, arguments[1])
-        number = builder.load(builder.bitcast(place, ir.IntType(64).as_pointer()))
+        address = cgutils.pointer_add(builder, array.data, arguments[1])
+        number = builder.load(builder.bitcast(address, ir.IntType(64).as_pointer()))
         number.align = 1
         return number
 
@@ -69,17 +65,15 @@ def load(typingctx: Any, text: Any, at: Any) -> Any:
 
 @intrinsic
 def prefetch(typingctx: Any, array: Any, at: Any) -> Any:
-    """Have the cache line of array[at] fetched from memory while other work goes on; the caller has looked that it is
-    there.
-    """
+    """Prefetch the cache line of array[at]; without a check of bounds."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        place = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
         word = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [place.type, word, word, word])
+        kind = ir.FunctionType(ir.VoidType(), [address.type, word, word, word])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [place, ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)])
+        builder.call(function, [address, ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)])
         return context.get_dummy_value()
 
     return types.void(array, types.int64), emit
@@ -110,20 +104,18 @@ def _comparing(relation: str) -> Any:
 
     @intrinsic
     def compare(typingctx: Any, numbers: Any, at: Any, number: Any) -> Any:
-        """A bit for each of int32 numbers[at : at + 16] that is equal to (less than) one, the first lowest; all 16 are
-        read.
-        """
+        """One bit for each of int32 numbers[at : at + 16] that is equal to (less than) `number`, the first lowest."""
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             array = context.make_array(signature.args[0])(context, builder, arguments[0])
-            place = builder.gep(array.data, [arguments[1]])
-            loaded = builder.load(builder.bitcast(place, vector.as_pointer()))
+            address = builder.gep(array.data, [arguments[1]])
+            loaded = builder.load(builder.bitcast(address, vector.as_pointer()))
             loaded.align = 4
             nothing = ir.Constant(vector, ir.Undefined)
             first = builder.insert_element(nothing, arguments[2], ir.Constant(ir.IntType(32), 0))
             same = builder.shuffle_vector(first, nothing, ir.Constant(vector, [0] * 16))
-            found = builder.bitcast(builder.icmp_signed(relation, loaded, same), ir.IntType(16))
-            return builder.zext(found, ir.IntType(64))
+            bits = builder.bitcast(builder.icmp_signed(relation, loaded, same), ir.IntType(16))
+            return builder.zext(bits, ir.IntType(64))
 
         return types.uint64(numbers, types.int64, types.int32), emit
 
@@ -140,12 +132,9 @@ def lowest_bytes(value: Scalar, count: Scalar) -> Scalar:
 
 
 @inlined
-def leading_letters(text: np.ndarray, at: Scalar) -> tuple[Scalar, Scalar]:
-    """How many of the eight bytes from `at` on, up to the first that is none, are ASCII letters; and these in lower
-    case as one number.
-
-    Any byte from 0x80 on is no letter; what its carry does above it is behind the first that is none.
-    """
+def leading_letters(text: Array, at: Scalar) -> tuple[Scalar, Scalar]:
+    """The number of ASCII letters at the beginning of text[at : at + 8], and these in lower case as one number."""
+    # A byte from 0x80 on is no letter; its carry only changes bytes behind it.
     folded = load(text, np.int64(at)) | _CASE  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
     letters = (folded + _FROM_A) & ~(folded + _BEYOND_Z) & _HIGH
     bits = _trailing_zeros(letters ^ _HIGH) & ~(_EIGHT - np.uint64(1))
@@ -154,35 +143,29 @@ def leading_letters(text: np.ndarray, at: Scalar) -> tuple[Scalar, Scalar]:
 
 
 class Words(NamedTuple):
-    """Open-addressing table of words and pieces with their ids.
+    """Open-addressing table of words and pieces with their ids."""
 
-    Attributes:
-        slots: uint64 [4 S], S a power of two, in fours: bytes 0-7; bytes 8-15 (of more than 16: hash of all from 8 on);
-            length, number of ids (16 bits each) and place in `letters` (32 bits); up to two ids, or where they begin in
-            `ids`. Length 0 is an empty slot.
-        letters: uint8, the bytes of words of more than 16, so that two words with one hash differ.
-        ids: int32, the ids of words of more than two.
-        fill: int64 [4]: words, bytes of `letters`, items of `ids` in use; and 1 if a word found no room.
-    """
-
-    slots: np.ndarray
-    letters: np.ndarray
-    ids: np.ndarray
-    fill: np.ndarray
+    # uint64 [4 S], S a power of two. Columns of a slot: bytes 0-7; bytes 8-15 (of longer words: hash of all from 8 on);
+    # length, number of ids (16 bits each) and offset in `letters` (32 bits); up to two ids, or their offset in `ids`.
+    # Length 0 is an empty slot.
+    slots: Array
+    letters: Array  # uint8, the bytes of words of more than 16, so that words with equal hashes differ
+    ids: Array  # int32, the ids of words with more than two
+    fill: Array  # int64 [4]: words, bytes of `letters`, items of `ids` in use; and 1 if a word found no room
 
 
 @inlined
-def append(first: Scalar, second: Scalar, place: int, byte: Scalar) -> tuple[Scalar, Scalar]:
-    """The first two columns of a slot, with the byte at `place` of the word taken in."""
-    if place < 8:
-        return first | (np.uint64(byte) << (_BYTE * np.uint64(place))), second
-    if place < 16:
-        return first, second | (np.uint64(byte) << (_BYTE * np.uint64(place - 8)))
+def append(first: Scalar, second: Scalar, position: int, byte: Scalar) -> tuple[Scalar, Scalar]:
+    """The first two columns of a slot, with the byte at `position` of the word added."""
+    if position < 8:
+        return first | (np.uint64(byte) << (_BYTE * np.uint64(position))), second
+    if position < 16:
+        return first, second | (np.uint64(byte) << (_BYTE * np.uint64(position - 8)))
     return first, (second ^ (second >> _SHIFT) ^ np.uint64(byte)) * _C0
 
 
 @inlined
-def keys(text: np.ndarray, begin: Scalar, end: Scalar, fold: Scalar) -> tuple[Scalar, Scalar]:
+def keys(text: Array, begin: Scalar, end: Scalar, fold: Scalar) -> tuple[Scalar, Scalar]:
     """The first two columns of a slot, for text[begin:end]."""
     first, second = _ZERO, _ZERO
     for i in range(begin, end):
@@ -199,30 +182,23 @@ def _home(first: Scalar, second: Scalar, length: Scalar) -> Scalar:
 
 @inlined
 def find(
-    slots: np.ndarray,
-    letters: np.ndarray,
-    text: np.ndarray,
-    begin: Scalar,
-    end: Scalar,
-    fold: Scalar,
-    first: Scalar,
-    second: Scalar,
+    slots: Array, letters: Array, text: Array, begin: Scalar, end: Scalar, fold: Scalar, first: Scalar, second: Scalar
 ) -> int:
-    """Where the slot of text[begin:end] begins in `slots`, or -1 - the beginning of the free slot where it would be."""
+    """The offset of the slot of text[begin:end] in `slots`; if missing, -1 - the offset of the free slot for it."""
     return find_from(slots, letters, text, begin, end, fold, first, second, home(slots, end - begin, first, second))
 
 
 @inlined
-def home(slots: np.ndarray, length: Scalar, first: Scalar, second: Scalar) -> Scalar:
-    """Where a word's slot would begin if no other had come before."""
+def home(slots: Array, length: Scalar, first: Scalar, second: Scalar) -> Scalar:
+    """The offset of the slot where the search for a word begins."""
     return _home(first, second, np.uint64(length)) & (len(slots) - 1)
 
 
 @inlined
 def find_from(
-    slots: np.ndarray,
-    letters: np.ndarray,
-    text: np.ndarray,
+    slots: Array,
+    letters: Array,
+    text: Array,
     begin: Scalar,
     end: Scalar,
     fold: Scalar,
@@ -230,7 +206,7 @@ def find_from(
     second: Scalar,
     slot: Scalar,
 ) -> int:
-    """The same from the word's `home` on."""
+    """`find` from the word's `home` on."""
     mask = len(slots) - 1
     length = np.uint64(end - begin)
     while True:
@@ -244,9 +220,9 @@ def find_from(
 
 
 @compiled
-def _same(letters: np.ndarray, place: Scalar, text: np.ndarray, begin: Scalar, end: Scalar, fold: Scalar) -> Scalar:
+def _same(letters: Array, offset: Scalar, text: Array, begin: Scalar, end: Scalar, fold: Scalar) -> Scalar:
     for i in range(end - begin):  # noqa: SIM110 - numba compiles no generator
-        if letters[place + i] != (text[begin + i] | fold):
+        if letters[offset + i] != (text[begin + i] | fold):
             return False
     return True
 
@@ -254,26 +230,23 @@ def _same(letters: np.ndarray, place: Scalar, text: np.ndarray, begin: Scalar, e
 @compiled
 def insert(
     words: Words,
-    text: np.ndarray,
+    text: Array,
     begin: Scalar,
     end: Scalar,
     fold: Scalar,
     slot: Scalar,
     first: Scalar,
     second: Scalar,
-    ids: np.ndarray,
+    ids: Array,
     count: int,
 ) -> None:
-    """Put text[begin:end] with ids[:count] into the free `slot`, if there is room; else say so in `fill`."""
+    """Put text[begin:end] with ids[:count] into the free `slot`; if there is no room, set fill[3]."""
     length = end - begin
     letters = length if length > 16 else 0
     listed = count if 2 < count < UNSAFE else 0
     fill = words.fill
-    if (
-        (fill[0] + 1) * 8 > len(words.slots)
-        or fill[1] + letters > len(words.letters)
-        or fill[2] + listed > len(words.ids)
-    ):
+    crowded = (fill[0] + 1) * 8 > len(words.slots)
+    if crowded or fill[1] + letters > len(words.letters) or fill[2] + listed > len(words.ids):
         fill[3] = 1
         return
     for i in range(letters):
@@ -296,13 +269,13 @@ def insert(
 
 
 @inlined
-def copy_ids(slots: np.ndarray, listed: np.ndarray, slot: Scalar, rows: np.ndarray, row: int, count: int) -> Scalar:
-    """Append a known word's ids to rows[row], as far as there is room; the new number of ids, or SLOW."""
+def copy_ids(slots: Array, listed: Array, slot: Scalar, rows: Array, row: int, count: int) -> Scalar:
+    """Append a known word's ids to rows[row], as far as there is room; -> the new number of ids, or SLOW."""
     number = np.int64((slots[slot + 2] >> _U16) & _LOW16)
     payload = slots[slot + 3]
     limit = rows.shape[1]
     if number <= 2 and count + 2 <= limit:
-        # Both are written, whether or not the second counts: that is cheaper than to ask.
+        # Both are written, valid or not: cheaper than a branch.
         rows[row, count] = np.int32(payload & _LOW32)
         rows[row, count + 1] = np.int32(payload >> _HALF)
         return count + number
@@ -317,7 +290,7 @@ def copy_ids(slots: np.ndarray, listed: np.ndarray, slot: Scalar, rows: np.ndarr
 
 
 @njit(nogil=True, cache=True)
-def rehash(old: np.ndarray, new: np.ndarray) -> None:
+def rehash(old: Array, new: Array) -> None:
     """Copy all slots of `old`, uint64 [4 S], into the empty slots of `new`, uint64 [4 S']."""
     mask = len(new) - 1
     for source in range(0, len(old), 4):
@@ -330,66 +303,53 @@ def rehash(old: np.ndarray, new: np.ndarray) -> None:
 
 
 @njit(nogil=True)
-def new_queue(captions: int) -> np.ndarray:
-    """Room for QUEUED_WORDS of each of some captions: uint64 [_FIELDS Q]."""
+def new_queue(captions: int) -> Array:
+    """Room for QUEUED_WORDS of each caption: uint64 [_FIELDS Q]."""
     return np.empty(captions * QUEUED_WORDS * _FIELDS, np.uint64)
 
 
 @inlined
 def enqueue(
-    slots: np.ndarray,
-    queue: np.ndarray,
-    size: Scalar,
-    begin: Scalar,
-    end: Scalar,
-    kind: Scalar,
-    first: Scalar,
-    second: Scalar,
+    slots: Array, queue: Array, size: Scalar, begin: Scalar, end: Scalar, kind: Scalar, first: Scalar, second: Scalar
 ) -> Scalar:
-    """Queue text[begin:end] behind `size` words, for which there has to be room; the new size."""
+    """Append text[begin:end] to a queue of `size` words, which must have room; -> the new size."""
     slot = home(slots, end - begin, first, second)
     prefetch(slots, slot)  # pyright: ignore[reportCallIssue] - numba gives the first argument itself
-    place = size * _FIELDS
-    queue[place] = first
-    queue[place + 1] = second
-    queue[place + 2] = np.uint64(begin)
-    queue[place + 3] = np.uint64(end)
-    queue[place + 4] = np.uint64(kind)
-    queue[place + 5] = np.uint64(slot)
+    base = size * _FIELDS
+    queue[base], queue[base + 1] = first, second
+    queue[base + 2], queue[base + 3] = np.uint64(begin), np.uint64(end)
+    queue[base + 4], queue[base + 5] = np.uint64(kind), np.uint64(slot)
     return size + 1
 
 
 @inlined
-def queued(queue: np.ndarray, item: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar, Scalar, Scalar]:
+def queued(queue: Array, item: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar, Scalar, Scalar]:
     """Begin, end, kind, first and second column, and home of a queued word."""
-    place = item * _FIELDS
-    begin, end, kind = np.int64(queue[place + 2]), np.int64(queue[place + 3]), np.uint8(queue[place + 4])
-    return begin, end, kind, queue[place], queue[place + 1], np.int64(queue[place + 5])
+    base = item * _FIELDS
+    begin, end, kind = np.int64(queue[base + 2]), np.int64(queue[base + 3]), np.uint8(queue[base + 4])
+    return begin, end, kind, queue[base], queue[base + 1], np.int64(queue[base + 5])
 
 
 @inlined
 def resolve_known(
-    slots: np.ndarray,
-    letters: np.ndarray,
-    listed: np.ndarray,
-    text: np.ndarray,
-    queue: np.ndarray,
+    slots: Array,
+    letters: Array,
+    listed: Array,
+    text: Array,
+    queue: Array,
     item: Scalar,
     last: Scalar,
-    rows: np.ndarray,
+    rows: Array,
     row: Scalar,
     count: Scalar,
-    missing: np.ndarray,
+    missing: Array,
     missed: Scalar,
 ) -> tuple[Scalar, Scalar, Scalar]:
-    """Append the ids of queue[item:last], words of one caption, to rows[row], up to the first word that is not in the
-    table.
+    """Append the ids of queue[item:last], words of one caption, to rows[row], up to the first unknown word.
 
-    Pieces that are not in it are appended to missing int64 [M, 2] (begin, end). All of them are looked at, even past
-    the limit, since one unsafe piece may change how the whole caption is read.
-
-    Returns:
-        where it stopped (`last`, or an unknown word); the new number of ids, or SLOW; the new number of missing pieces.
+    Unknown pieces are appended to missing int64 [M, 2] (begin, end). All pieces are looked up, even past the limit:
+    one unsafe piece makes the whole caption slow. -> The item where it stopped (`last`, or an unknown word); the new
+    number of ids, or SLOW; the new number of missing pieces.
     """
     while item < last:
         begin, end, kind, first, second, slot = queued(queue, item)

@@ -1,9 +1,9 @@
-"""CLIP's fast path, compiled: UTF-8 bytes of captions to token ids, without a Python object for a caption.
+"""CLIP's compiled fast path: UTF-8 bytes of captions to token ids, without a Python object per caption.
 
-    bytes -> plain ASCII?  -> words by CLIP's pattern, case folded -> table of known words -> ids
-                    |                                 a new word -> byte-pair merges, once -> into the table
-                    no     -> pieces between white space: plain ones as above, the others whole from the table;
-                              a missing piece is reported, for `kinds.clip.FastWords` to clean, split into words and add
+    plain ASCII -> words by CLIP's pattern, case folded -> table of known words -> ids
+                                     a new word -> byte-pair merges, once -> into the table
+    other text  -> pieces between white space: plain ones as above, the others whole from the table;
+                   a missing piece is reported, and `kinds.clip.FastWords` cleans, splits and adds it
 
 Shapes: B bytes of text, R captions (rows) of a block, L ids a caption at most.
 """
@@ -21,6 +21,7 @@ from labels.tokenizers.kernels.table import (
     SLOW,
     UNSAFE,
     WAITING,
+    Array,
     Scalar,
     Words,
     append,
@@ -38,15 +39,13 @@ from labels.tokenizers.kernels.table import (
     resolve_known,
 )
 
-# ftfy cuts text into segments of a million characters, wherever that is.
+# ftfy splits longer text into segments of a million characters, at any character.
 _MAX_CAPTION_BYTES = 1_000_000
 _CASE, _A, _LETTERS = np.uint32(0x20), np.uint32(ord("a")), np.uint32(26)
-# A longer word is left to the slow path: merging takes quadratic time, and such words hardly ever come twice.
+# A longer word or piece makes its caption slow: merging takes quadratic time, and it hardly ever repeats.
 MAX_WORD_BYTES = 128
-# A longer piece makes its caption slow: it hardly ever comes twice.
 _MAX_PIECE_BYTES = 1024
-# Captions that are queued together.
-_GROUP = 8
+_GROUP = 8  # captions that are queued together
 _MIX, _HALF, _SHIFT, _ZERO = np.uint64(0x9E3779B97F4A7C15), np.uint64(32), np.uint64(29), np.uint64(0)
 
 
@@ -62,12 +61,12 @@ def is_digit(byte: Scalar) -> Scalar:
 
 @inlined
 def is_space(byte: Scalar) -> Scalar:
-    """White space that ftfy keeps; other control characters it deletes."""
+    """White space that ftfy keeps; it deletes other control characters."""
     return byte == 0x20 or byte == 0x0A or byte == 0x0D or byte == 0x09 or byte == 0x0C
 
 
 @compiled
-def contraction(text: np.ndarray, begin: Scalar, end: Scalar) -> int:
+def contraction(text: Array, begin: Scalar, end: Scalar) -> int:
     """Length of 's 't 're 've 'm 'll 'd at `begin`, in any case; 0 if there is none."""
     if text[begin] != 0x27 or begin + 1 == end:
         return 0
@@ -84,8 +83,8 @@ def contraction(text: np.ndarray, begin: Scalar, end: Scalar) -> int:
 
 
 @inlined
-def scan_letters(text: np.ndarray, begin: Scalar, end: Scalar) -> tuple[Scalar, Scalar, Scalar]:
-    """Where the ASCII letters from `begin` on end, and the first two columns of a slot for them."""
+def scan_letters(text: Array, begin: Scalar, end: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+    """The end of the ASCII letters from `begin` on, and the first two columns of a slot for them."""
     if begin + 16 > len(text):
         return _scan_each(text, begin, begin, end, _ZERO, _ZERO)
     count, first = leading_letters(text, begin)
@@ -105,9 +104,9 @@ def scan_letters(text: np.ndarray, begin: Scalar, end: Scalar) -> tuple[Scalar, 
 
 @compiled
 def _scan_each(
-    text: np.ndarray, begin: Scalar, at: Scalar, end: Scalar, first: Scalar, second: Scalar
+    text: Array, begin: Scalar, at: Scalar, end: Scalar, first: Scalar, second: Scalar
 ) -> tuple[Scalar, Scalar, Scalar]:
-    """The same byte by byte from `at` on: at the end of the text or the caption, and in long words."""
+    """`scan_letters` byte by byte from `at` on: at the end of the text or the caption, and in long words."""
     while at < end:
         byte = np.uint32(text[at]) | _CASE
         if np.uint32(byte - _A) >= _LETTERS:
@@ -118,8 +117,8 @@ def _scan_each(
 
 
 @inlined
-def next_word(text: np.ndarray, at: Scalar, end: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-    """Where the word that begins at `at` ends, the bit to fold its case with, and its keys."""
+def next_word(text: Array, at: Scalar, end: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """The end of the word that begins at `at`, the bit to fold its case with, and its keys."""
     stop, first, second = scan_letters(text, at, end)
     if stop > at:
         return stop, FOLD, first, second
@@ -128,7 +127,7 @@ def next_word(text: np.ndarray, at: Scalar, end: Scalar) -> tuple[Scalar, Scalar
         return stop, KEEP, first, second
     short = contraction(text, at, end)
     if short:
-        # Bit 0x20 of an apostrophe is set, so folding leaves it as it is.
+        # An apostrophe has bit 0x20, so folding keeps it.
         first, second = keys(text, at, at + short, FOLD)
         return at + short, FOLD, first, second
     while stop < end and text[stop] > 0x20 and not is_letter(text[stop]) and not is_digit(text[stop]):
@@ -138,8 +137,8 @@ def next_word(text: np.ndarray, at: Scalar, end: Scalar) -> tuple[Scalar, Scalar
 
 
 @inlined
-def survey(text: np.ndarray, begin: Scalar, end: Scalar) -> int:
-    """0: plain ASCII; 1: to be taken piece by piece; SLOW: control characters, or entities next to a `<`."""
+def survey(text: Array, begin: Scalar, end: Scalar) -> int:
+    """0: plain ASCII; 1: to be encoded piece by piece; SLOW: control characters, or both `&` and `<`."""
     control, beyond, entity, tag = False, False, False, False
     for i in range(begin, end):
         byte = text[i]
@@ -148,34 +147,25 @@ def survey(text: np.ndarray, begin: Scalar, end: Scalar) -> int:
         beyond |= byte >= 0x80
         entity |= byte == 0x26
         tag |= byte == 0x3C
-    # With a `<` in sight ftfy takes the text for HTML and leaves its entities alone.
+    # ftfy takes text with a `<` for HTML, and then skips its entities.
     if control or (entity and tag) or end - begin > _MAX_CAPTION_BYTES:
         return SLOW
     return 1 if beyond or entity else 0
 
 
 class Merges(NamedTuple):
-    """Byte-pair merges.
+    """Byte-pair merges."""
 
-    Attributes:
-        inner: int32 [256], id of a byte inside a word.
-        last: int32 [256], id of a byte at the end of a word.
-        single: int32 [256], id of a byte that is a whole word; -1 for a word that is dropped.
-        pairs: uint64, open-addressing keys (left id + 1) << 32 | right id; 0 is an empty slot.
-        ranks: int64, one for each of `pairs`: rank << 32 | id of the merged symbol.
-        scratch: int64 [2, MAX_WORD_BYTES], symbols of a word and what each makes with the next.
-    """
-
-    inner: np.ndarray
-    last: np.ndarray
-    single: np.ndarray
-    pairs: np.ndarray
-    ranks: np.ndarray
-    scratch: np.ndarray
+    inner: Array  # int32 [256], id of a byte inside a word
+    last: Array  # int32 [256], id of a byte at the end of a word
+    single: Array  # int32 [256], id of a byte that is a whole word; -1 for a word that is dropped
+    pairs: Array  # uint64, open-addressing keys (left id + 1) << 32 | right id; 0 is an empty slot
+    ranks: Array  # int64, one for each of `pairs`: rank << 32 | id of the merged symbol
+    scratch: Array  # int64 [2, MAX_WORD_BYTES], symbols of a word, and the `_rank` of each with the next
 
 
 @njit(nogil=True, cache=True)
-def add_pairs(merges: Merges, left: np.ndarray, right: np.ndarray, values: np.ndarray) -> None:
+def add_pairs(merges: Merges, left: Array, right: Array, values: Array) -> None:
     """Fill the table of merges from int64 [M] arrays: left id, right id, rank << 32 | merged id."""
     mask = len(merges.pairs) - 1
     for position in range(len(left)):
@@ -201,8 +191,8 @@ def _rank(merges: Merges, left: int, right: int) -> Scalar:
 
 
 @compiled
-def merge(merges: Merges, text: np.ndarray, begin: Scalar, end: Scalar, fold: Scalar) -> Scalar:
-    """Byte-pair encoding of text[begin:end] into merges.scratch[0]; the number of ids."""
+def merge(merges: Merges, text: Array, begin: Scalar, end: Scalar, fold: Scalar) -> Scalar:
+    """Byte-pair encoding of text[begin:end] into merges.scratch[0]; -> the number of ids."""
     count = end - begin
     symbols, ranks = merges.scratch[0], merges.scratch[1]
     for i in range(count):
@@ -232,11 +222,9 @@ def merge(merges: Merges, text: np.ndarray, begin: Scalar, end: Scalar, fold: Sc
 
 @inlined
 def _queue_plain(
-    slots: np.ndarray, text: np.ndarray, at: Scalar, end: Scalar, queue: np.ndarray, size: Scalar, room: Scalar
+    slots: Array, text: Array, at: Scalar, end: Scalar, queue: Array, size: Scalar, room: Scalar
 ) -> tuple[Scalar, Scalar]:
-    """Queue the words of plain ASCII (printable and white space); where it stopped (`end`, or there was no room), and
-    the new size.
-    """
+    """Queue the words of plain ASCII; -> where it stopped (`end`, or the queue is full); the new size."""
     while at < end and size < room:
         if text[at] <= 0x20:
             at += 1
@@ -249,11 +237,9 @@ def _queue_plain(
 
 @compiled
 def _queue_mixed(
-    slots: np.ndarray, text: np.ndarray, at: Scalar, end: Scalar, queue: np.ndarray, size: Scalar, room: Scalar
+    slots: Array, text: Array, at: Scalar, end: Scalar, queue: Array, size: Scalar, room: Scalar
 ) -> tuple[Scalar, Scalar]:
-    """The same for a caption beyond plain ASCII: of each piece that is, the whole; SLOW instead of a place if one is
-    too long.
-    """
+    """`_queue_plain` for other text, whose odd pieces are queued whole; SLOW instead of a position: one is too long."""
     while at < end and size < room:
         odd = at
         while odd < end and text[odd] < 0x80 and text[odd] != 0x26:
@@ -263,7 +249,7 @@ def _queue_mixed(
             while start > at and not is_space(text[start - 1]):
                 start -= 1
         if start > at:
-            # All plain pieces up to the odd one together: most of such a caption is plain.
+            # All plain pieces before the odd one together: most of such a caption is plain.
             at, size = _queue_plain(slots, text, at, start, queue, size, room)
             continue
         stop = odd
@@ -283,19 +269,17 @@ def _queue_mixed(
 def _resolve(
     words: Words,
     merges: Merges,
-    text: np.ndarray,
-    queue: np.ndarray,
+    text: Array,
+    queue: Array,
     item: Scalar,
     last: Scalar,
-    rows: np.ndarray,
+    rows: Array,
     row: Scalar,
     count: Scalar,
-    missing: np.ndarray,
+    missing: Array,
     missed: Scalar,
 ) -> tuple[Scalar, Scalar]:
-    """Append the ids of queue[item:last] to rows[row], learning unknown words; the number of ids, or SLOW, and of
-    missing pieces.
-    """
+    """Append the ids of queue[item:last] to rows[row] and unknown words to the table; -> ids, or SLOW; `missed`."""
     slots, letters, listed, limit = words.slots, words.letters, words.ids, rows.shape[1]
     while True:
         item, count, missed = resolve_known(
@@ -322,35 +306,23 @@ def _resolve(
 def _encode_block(
     words: Words,
     merges: Merges,
-    text: np.ndarray,
-    offsets: np.ndarray,
-    pending: np.ndarray,
-    out: np.ndarray,
-    counts: np.ndarray,
-    missing: np.ndarray,
-    queue: np.ndarray,
-    group: np.ndarray,
+    text: Array,
+    offsets: Array,
+    pending: Array,
+    out: Array,
+    counts: Array,
+    missing: Array,
+    queue: Array,
+    group: Array,
 ) -> Scalar:
-    """Encode some captions of a block.
+    """Encode the captions `pending` of a block: text uint8 [B], offsets int64 [R + 1]; extend the table `words`.
 
-    Args:
-        words: table, extended on the way.
-        merges: byte-pair merges.
-        text: uint8 [B].
-        offsets: int64 [R + 1], the captions of the block in `text`.
-        pending: int64, which of them to encode.
-        out: int32 [R, L], where the ids of a caption go.
-        counts: int64 [R], the number of ids of a caption, WAITING or SLOW.
-        missing: int64 [M, 2], room for the begin and end of pieces that are not in the table.
-        queue: of _GROUP + 1 captions.
-        group: int64 [3, _GROUP], scratch.
-
-    Returns:
-        the number of missing pieces.
+    Fills out int32 [R, L] with ids, counts int64 [R] with their numbers, WAITING or SLOW, and missing int64 [M, 2] with
+    begin and end of unknown pieces; -> their number. `queue`: of _GROUP + 1 captions; `group`: int64 [3, _GROUP].
     """
     slots, missed = words.slots, 0
-    # Of each caption of a group: whether it is plain, how far it is queued, where its words end in the queue.
-    kinds, places, ends = group[0], group[1], group[2]
+    # Of each caption of a group: its `survey`, the position where queueing stopped, the end of its words in the queue.
+    kinds, stops, ends = group[0], group[1], group[2]
     for start in range(0, len(pending), _GROUP):
         captions, size = min(_GROUP, len(pending) - start), 0
         for number in range(captions):
@@ -358,18 +330,18 @@ def _encode_block(
             at, end = offsets[row], offsets[row + 1]
             kinds[number] = survey(text, at, end)
             if kinds[number] == 0:
-                places[number], size = _queue_plain(slots, text, at, end, queue, size, size + QUEUED_WORDS)
+                stops[number], size = _queue_plain(slots, text, at, end, queue, size, size + QUEUED_WORDS)
             elif kinds[number] == 1:
-                places[number], size = _queue_mixed(slots, text, at, end, queue, size, size + QUEUED_WORDS)
+                stops[number], size = _queue_mixed(slots, text, at, end, queue, size, size + QUEUED_WORDS)
             ends[number] = size
         item = 0
         for number in range(captions):
             row = pending[start + number]
-            at, end, before, count = places[number], offsets[row + 1], missed, 0
+            at, end, before, count = stops[number], offsets[row + 1], missed, 0
             if kinds[number] != SLOW:
                 count, missed = _resolve(words, merges, text, queue, item, ends[number], out, row, 0, missing, missed)
             item = ends[number]
-            # What the queue had no room for: long captions.
+            # The rest of long captions.
             while (
                 kinds[number] != SLOW
                 and at != SLOW
@@ -393,22 +365,17 @@ def _encode_block(
 def _add_pieces(
     words: Words,
     merges: Merges,
-    text: np.ndarray,
-    pieces: np.ndarray,
-    first_word: np.ndarray,
-    word_ends: np.ndarray,
-    safe: np.ndarray,
-    ids: np.ndarray,
+    text: Array,
+    pieces: Array,
+    first_word: Array,
+    word_ends: Array,
+    safe: Array,
+    ids: Array,
 ) -> None:
-    """Add pieces with the ids of the words they clean to.
+    """Add pieces with the ids of their words after cleaning.
 
-    Args:
-        text: uint8 [B]: for each piece its own bytes, then those of its words.
-        pieces: int64 [P, 2], begin and end of the pieces in `text`.
-        first_word: int64 [P + 1], the words of a piece within `word_ends`.
-        word_ends: int64 [W], the end of each word in `text`; it begins where the one before, or the piece, ends.
-        safe: bool [P]; captions with an unsafe piece belong to the slow path.
-        ids: int64 [UNSAFE], scratch.
+    text uint8 [B]: of each piece its bytes, pieces int64 [P, 2], then its words: numbers from first_word int64 [P + 1],
+    ends in word_ends int64 [W]. safe bool [P]: captions with an unsafe piece are slow. ids: int64 [UNSAFE], scratch.
     """
     for piece in range(len(pieces)):
         begin, end = pieces[piece, 0], pieces[piece, 1]
@@ -432,29 +399,16 @@ def _add_pieces(
 
 @njit(nogil=True, cache=True)
 def encode_block(
-    words: Words,
-    merges: Merges,
-    text: np.ndarray,
-    offsets: np.ndarray,
-    pending: np.ndarray,
-    out: np.ndarray,
-    counts: np.ndarray,
-    missing: np.ndarray,
+    words: Words, merges: Merges, text: Array, offsets: Array, pending: Array, out: Array, counts: Array, missing: Array
 ) -> int:
-    """`_encode_block` with room for its queue; that and the next are the entry points, which may make arrays."""
+    """`_encode_block` with a queue; this and the next function are the entry points, which may make arrays."""
     queue, group = new_queue(_GROUP + 1), np.empty((3, _GROUP), np.int64)
     return _encode_block(words, merges, text, offsets, pending, out, counts, missing, queue, group)
 
 
 @njit(nogil=True, cache=True)
 def add_pieces(
-    words: Words,
-    merges: Merges,
-    text: np.ndarray,
-    pieces: np.ndarray,
-    first_word: np.ndarray,
-    word_ends: np.ndarray,
-    safe: np.ndarray,
+    words: Words, merges: Merges, text: Array, pieces: Array, first_word: Array, word_ends: Array, safe: Array
 ) -> None:
     """`_add_pieces` with room for the ids of a piece."""
     _add_pieces(words, merges, text, pieces, first_word, word_ends, safe, np.empty(UNSAFE, np.int64))

@@ -1,14 +1,12 @@
 """CatLIP's labels (arXiv 2404.15653): the WordNet synsets of a caption's nouns that are frequent in the corpus.
 
-    caption -> clip_clean (lower case) -> words -> lemma -> synset `lemma.n.01` -> its place in the vocabulary file
-               pieces between spaces, each once, by a table of known pieces
-    WordNet: index.noun (lemma -> offsets of its senses), data.noun (offset -> words of the synset), noun.exc (irregular plurals)
-    -> word -> lemma, as NLTK's lemmatizer does it -> its first sense, if that is named `lemma.n.01`
+    caption -> clip_clean (lower case) -> words -> lemma -> synset `lemma.n.01` -> its row in the vocabulary file
+    WordNet: index.noun (lemma -> offsets of its senses), data.noun (offset -> words of the synset), noun.exc (plurals)
+    -> word -> lemma, as NLTK's lemmatizer -> its first sense, if that is named `lemma.n.01`
 
 A synset is named by its first word; so the first sense of a lemma is `lemma.n.01` exactly if the lemma is its first
-word. The paper does not say how words are cut, and its code was not available: a word is a run of letters and digits.
-The vocabulary file is JSON: type `catlip`, wordnet (SHA-256 of the three noun files), min_count (captions), synsets
-(ascending).
+word. The paper does not define words, and its code was not available: a word is a run of letters and digits. The
+vocabulary file is JSON: type `catlip`, wordnet (SHA-256 of the three noun files), min_count (captions), synsets.
 """
 
 from __future__ import annotations
@@ -26,8 +24,8 @@ import numpy as np
 from labels.settings import Labels
 from labels.storage import UserError, fingerprint, write_json
 from labels.tokenizers.kinds.clip import clean_piece, clip_clean
-from labels.tokenizers.tokenizer import find_file, read_json, remove_stop_words, stop_words
-from labels.tokenizers.word_table import FastPieces
+from labels.tokenizers.tokenizer import Tokenizer, find_file, read_json, remove_stop_words, stop_words
+from labels.tokenizers.word_table import FastPieces, flat_rows
 
 if TYPE_CHECKING:
     import regex
@@ -35,25 +33,19 @@ if TYPE_CHECKING:
     from labels.tokenizers.word_table import Captions, Rows
 
 _TYPE = "catlip"
-# Cleaning treats ASCII control characters otherwise than the space that parts pieces.
+# Cleaning treats ASCII control characters differently from the space between pieces.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MAX_KNOWN_PIECES = 1_000_000
 _FILES = ("index.noun", "data.noun", "noun.exc")
-_FIX = "apt-get install wordnet-base, or `python -m nltk.downloader wordnet` and unzip it; or set labels.wordnet to the folder"
-# A longer word is no noun: its endings would be taken off one by one, in quadratic time.
+_FIX = (
+    "apt-get install wordnet-base, or `python -m nltk.downloader wordnet` and unzip it; "
+    "or set labels.wordnet to the folder"
+)
+# A longer word is no noun: its endings would be removed one by one, in quadratic time.
 _MAX_LETTERS = 100
 # Morphy's rules for nouns, in its order.
-_ENDINGS = (
-    ("s", ""),
-    ("ses", "s"),
-    ("ves", "f"),
-    ("xes", "x"),
-    ("zes", "z"),
-    ("ches", "ch"),
-    ("shes", "sh"),
-    ("men", "man"),
-    ("ies", "y"),
-)
+_ENDINGS = [("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh")]
+_ENDINGS += [("men", "man"), ("ies", "y")]
 
 
 @cache
@@ -73,23 +65,15 @@ def make(settings: Labels) -> CatlipTokenizer | None:
 
 
 def read_vocabulary(file: Path) -> dict[str, Any] | None:
-    """The vocabulary in a file; None if it is no CatLIP vocabulary.
-
-    Raises:
-        UserError: it says that it is one, but holds something else.
-    """
+    """The vocabulary in a file; None if it is no CatLIP vocabulary. UserError: it is a damaged one."""
     value = read_json(file) if file.suffix != ".txt" else None
     if value is None or value.get("type") != _TYPE:
         return None
     synsets = value.get("synsets")
-    sound = (
-        isinstance(synsets, list) and all(isinstance(name, str) for name in synsets) and synsets == sorted(set(synsets))
-    )
-    if not sound or not synsets or not isinstance(value.get("wordnet"), str):
-        raise UserError(
-            f"labels.tokenizer: {file} is a damaged CatLIP vocabulary",
-            fix="make it again with train-tokenizer --kind catlip",
-        )
+    valid = isinstance(synsets, list) and all(isinstance(name, str) for name in synsets)
+    if not valid or not synsets or synsets != sorted(set(synsets)) or not isinstance(value.get("wordnet"), str):
+        fix = "make it again with train-tokenizer --kind catlip"
+        raise UserError(f"labels.tokenizer: {file} is a damaged CatLIP vocabulary", fix=fix)
     return value
 
 
@@ -98,10 +82,8 @@ def write_vocabulary(path: Path, nouns: Nouns, synsets: list[str], min_count: in
     write_json(path, {"type": _TYPE, "wordnet": nouns.sha256, "min_count": min_count, "synsets": sorted(synsets)})
 
 
-class CatlipTokenizer:
-    """Captions to synset ids. Attributes: see `labels.tokenizers.tokenizer.Tokenizer`; `nouns`, the WordNet that is
-    used.
-    """
+class CatlipTokenizer(Tokenizer):
+    """Captions to synset ids of a `read_vocabulary`. UserError: `wordnet` (`labels.wordnet`) is another WordNet."""
 
     name = _TYPE
     path: Literal["fast", "plain"] = "fast"
@@ -114,16 +96,6 @@ class CatlipTokenizer:
         without_stop_words: bool = False,
         max_known: int = _MAX_KNOWN_PIECES,
     ) -> None:
-        """
-        Args:
-            vocabulary: as `read_vocabulary` gives it.
-            wordnet: `labels.wordnet`.
-            without_stop_words: NLTK's stop words have no labels.
-            max_known: bound of the table of known pieces.
-
-        Raises:
-            UserError: WordNet is not there, or another one than the vocabulary was made with.
-        """
         import ftfy
         import regex
 
@@ -132,7 +104,7 @@ class CatlipTokenizer:
             raise UserError(
                 f"labels.tokenizer: the CatLIP vocabulary was made with WordNet {vocabulary['wordnet'][:12]}, "
                 f"labels.wordnet is {self.nouns.sha256[:12]}",
-                fix="set labels.wordnet to that WordNet, or make the vocabulary again with train-tokenizer --kind catlip",
+                fix="set labels.wordnet to that WordNet, or make the vocabulary again: train-tokenizer --kind catlip",
             )
         self.tokens: list[str] = vocabulary["synsets"]
         self.excluded = np.empty(0, dtype=np.int32)
@@ -147,48 +119,39 @@ class CatlipTokenizer:
 
     @classmethod
     def of_all_nouns(cls, wordnet: str) -> CatlipTokenizer:
-        """Every synset that WordNet offers for a label, for counting."""
+        """The tokenizer of all synsets that can be labels, for counting."""
         nouns = load_nouns(wordnet)
         return cls({"wordnet": nouns.sha256, "synsets": nouns.synsets}, wordnet)
 
     @property
     def whole_words(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bool [V] each: every synset is a word."""
-        return np.ones(len(self.tokens), np.bool_), np.ones(len(self.tokens), np.bool_)
+        every = np.ones(len(self.tokens), np.bool_)
+        return every, every
 
     @cached_property
     def fast(self) -> FastPieces:
-        """The compiled path; loaded at the first call."""
+        """The compiled path, made at the first call."""
         from labels.tokenizers.kernels.pieces import MARKUP
 
         return FastPieces(self._learn, self.encode_slowly, self._max_known, MARKUP)
 
     def clean(self, caption: str) -> str:
-        """See `labels.tokenizers.tokenizer.Tokenizer.clean`."""
         text = clip_clean(caption)
         return remove_stop_words(text) if self._without_stop_words else text
 
     def encode_rows(self, captions: Captions, limit: int) -> Rows:
-        """Synset ids in the words' order, and label sets, see `labels.tokenizers.tokenizer.Tokenizer.encode_rows`."""
         return self.fast.encode_rows(captions, limit)
 
-    def encode(self, captions: Captions, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first two of `encode_rows`."""
-        return self.encode_rows(captions, limit)[:2]
-
     def encode_slowly(self, captions: list[str], limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same as `encode`, cleaning whole captions: ids int32 [T], offsets int64 [N + 1]."""
-        rows = [self._word_ids(clip_clean(caption))[:limit] for caption in captions]
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
-        return np.fromiter((token for row in rows for token in row), np.int32, count=int(offsets[-1])), offsets
+        """`encode` by cleaning whole captions: ids int32 [T], offsets int64 [N + 1]."""
+        return flat_rows([self._word_ids(clip_clean(caption))[:limit] for caption in captions])
 
     def _learn(self, pieces: list[str]) -> list[list[int] | None]:
-        """The ids of pieces, None for those that have to be cleaned with their caption."""
+        """The ids of pieces, None for those that must be cleaned with their caption."""
         cleaned = [None if _CONTROL.search(piece) else clean_piece(piece) for piece in pieces]
         return [None if text is None else self._word_ids(text) for text in cleaned]
 
     def _word_ids(self, text: str) -> list[int]:
-        """The ids of cleaned text."""
         if self._without_stop_words:
             text = remove_stop_words(text)
         names = map(self.nouns.synset, _word().findall(text))
@@ -196,22 +159,14 @@ class CatlipTokenizer:
 
 
 class Nouns:
-    """The nouns of one WordNet.
+    """The nouns of the WordNet in `folder`. UserError: the files are not WordNet 3's.
 
-    Attributes:
-        sha256: of the three files together.
-        synsets: names `lemma.n.01` of all synsets that a word can have for a label, ascending.
+    `sha256`: of the three files; `synsets`: names `lemma.n.01` of all synsets that can be labels, ascending.
     """
 
     def __init__(self, folder: Path) -> None:
-        """
-        Raises:
-            UserError: the files in `folder` are not WordNet 3's.
-        """
-        index, data, exceptions = (_read(folder / name) for name in _FILES)
-        self.sha256 = hashlib.sha256(
-            b"".join(hashlib.sha256(part).digest() for part in (index, data, exceptions))
-        ).hexdigest()
+        index, data, exceptions = files = [_read(folder / name) for name in _FILES]
+        self.sha256 = hashlib.sha256(b"".join(hashlib.sha256(file).digest() for file in files)).hexdigest()
         try:
             first_words = dict(map(_first_word, _lines(data)))
             self._named = {lemma: first_words[offset] == lemma for lemma, offset in map(_first_sense, _lines(index))}
@@ -233,11 +188,11 @@ class Nouns:
         if word in self._exceptions:
             return self._known([word, *self._exceptions[word]])
         forms = _without_endings([word])
-        found = self._known([word, *forms])
-        while forms and not found:
+        known = self._known([word, *forms])
+        while forms and not known:
             forms = _without_endings(forms)
-            found = self._known(forms)
-        return found
+            known = self._known(forms)
+        return known
 
     def _known(self, forms: Iterable[str]) -> list[str]:
         return [form for form in forms if form in self._named]
@@ -245,11 +200,7 @@ class Nouns:
 
 @cache
 def load_nouns(setting: str) -> Nouns:
-    """The nouns of `labels.wordnet`: a folder, or `auto` for the usual places.
-
-    Raises:
-        UserError: WordNet is not there.
-    """
+    """The nouns of `labels.wordnet`: a folder, or `auto` for the usual folders."""
     folders = _usual_folders() if setting == "auto" else [Path(setting).expanduser()]
     for folder in folders:
         if all((folder / name).is_file() for name in _FILES):
@@ -259,12 +210,8 @@ def load_nouns(setting: str) -> Nouns:
 
 
 def _usual_folders() -> list[Path]:
-    roots = [
-        *os.environ.get("NLTK_DATA", "").split(os.pathsep),
-        "~/nltk_data",
-        "/usr/share/nltk_data",
-        "/usr/local/share/nltk_data",
-    ]
+    roots = os.environ.get("NLTK_DATA", "").split(os.pathsep)
+    roots += ["~/nltk_data", "/usr/share/nltk_data", "/usr/local/share/nltk_data"]
     return [Path("/usr/share/wordnet"), *(Path(root).expanduser() / "corpora" / "wordnet" for root in roots if root)]
 
 
@@ -281,19 +228,15 @@ def _lines(data: bytes) -> list[str]:
 
 
 def _first_sense(line: str) -> tuple[str, str]:
-    """A line of index.noun to its lemma and the offset of its first sense.
-
-    lemma pos synset_cnt p_cnt [pointer symbol]*p_cnt sense_cnt tagsense_cnt synset_offset*synset_cnt
-    """
+    """A line of index.noun -> its lemma and the offset of its first sense."""
+    # lemma pos synset_cnt p_cnt [pointer symbol]*p_cnt sense_cnt tagsense_cnt synset_offset*synset_cnt
     fields = line.split()
     return fields[0], fields[6 + int(fields[3])]
 
 
 def _first_word(line: str) -> tuple[str, str]:
-    """A line of data.noun to its offset and the first word of the synset: offset lex_filenum ss_type w_cnt word lex_id
-    ...
-    """
-    offset, _, _, _, word, _ = line.split(" ", 5)
+    """A line of data.noun -> its offset and the first word of the synset."""
+    offset, _, _, _, word, _ = line.split(" ", 5)  # offset lex_filenum ss_type w_cnt word lex_id ...
     return offset, word.lower()
 
 

@@ -1,14 +1,12 @@
 """OpenAI CLIP's byte-pair encoding: 49,408 entries, from the vocabulary file that ships with this package.
 
     caption -> clip_clean -> words by CLIP's pattern -> table of known words -> ids
-                                    a word not in the table -> byte-pair merges, once -> into the table
-
-The words of a caption are encoded one by one, so a table of whole words changes no id. There are two ways, with the
-    same ids: `FastWords`,
-compiled, and `ClipTokenizer.encode_slowly`, which is the reference, and which takes the few captions that can only be
-cleaned as a whole.
-
+                             a new word -> byte-pair merges, once -> into the table
     FastWords: captions -> encode_block -> missing pieces -> clean_piece, split, add_pieces -> encode_block again
+
+CLIP's BPE encodes the words of a caption one by one, so a table of known words changes no id. Two paths have the same
+ids: `FastWords`, compiled, and `ClipTokenizer.encode_slowly`, the reference, which also takes the few captions that can
+only be cleaned as a whole. Cleaning and splitting follow open_clip with the same ftfy and regex.
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ import numpy as np
 
 from labels.settings import Labels
 from labels.storage import fingerprint
-from labels.tokenizers.tokenizer import is_stop_word, stop_words
-from labels.tokenizers.word_table import FastPath, Slow
+from labels.tokenizers.tokenizer import Tokenizer, is_stop_word, stop_words
+from labels.tokenizers.word_table import FastPath, Slow, flat_rows
 
 if TYPE_CHECKING:
     import regex
@@ -42,16 +40,15 @@ _MAX_KNOWN_WORDS = 1_000_000
 
 @cache
 def word_pattern() -> regex.Pattern[str]:
-    """The pattern of open_clip/tokenizer.py without its special tokens: a caption that spells one stays ordinary text."""
+    """The pattern of open_clip/tokenizer.py without its special tokens: captions that spell one are ordinary text."""
     import regex
 
     return regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 def clip_clean(text: str) -> str:
-    """CLIP's own cleaning, to the letter (open_clip/tokenizer.py: basic_clean, whitespace_clean, lower).
-
-    Fixes mojibake, unescapes HTML entities twice, collapses white space, lowers the case.
+    """CLIP's cleaning (open_clip/tokenizer.py: basic_clean, whitespace_clean, lower): fix mojibake, unescape HTML
+    entities twice, collapse white space, lower the case.
     """
     import ftfy
 
@@ -61,50 +58,33 @@ def clip_clean(text: str) -> str:
 
 @cache
 def _character_map() -> dict[int, str]:
-    """ftfy's steps on single characters as one: code point to what it becomes, where that is something else."""
+    """ftfy's steps on single characters in one table: code point -> replacement, if it changes."""
     from ftfy.chardata import CONTROL_CHARS, DOUBLE_QUOTE_RE, LIGATURES, SINGLE_QUOTE_RE, WIDTH_MAP
     from ftfy.fixes import fix_latin_ligatures, fix_line_breaks, remove_control_chars, uncurl_quotes
 
-    quotes = [
-        code for code in range(0x2BC, 0x2020) if SINGLE_QUOTE_RE.match(chr(code)) or DOUBLE_QUOTE_RE.match(chr(code))
-    ]
+    patterns = (SINGLE_QUOTE_RE, DOUBLE_QUOTE_RE)
+    quotes = [code for code in range(0x2BC, 0x2020) if any(pattern.match(chr(code)) for pattern in patterns)]
     changed = {*LIGATURES, *WIDTH_MAP, *CONTROL_CHARS, *quotes, 0x0D, 0x2028, 0x2029}
-    steps = (
-        fix_latin_ligatures,
-        lambda text: text.translate(WIDTH_MAP),
-        uncurl_quotes,
-        fix_line_breaks,
-        remove_control_chars,
-    )
     result = {}
     for code in changed:
-        text = chr(code)
-        for step in steps:
-            text = step(text)
-        result[code] = text
+        text = uncurl_quotes(fix_latin_ligatures(chr(code)).translate(WIDTH_MAP))
+        result[code] = remove_control_chars(fix_line_breaks(text))
     return result
 
 
 def clean_piece(piece: str) -> str | None:
-    """What `clip_clean` makes of a piece in any caption that does not hold both `&` and `<`; None where its rest may
-    matter.
+    """`clip_clean` of a piece without ASCII white space, ASCII control characters and lone surrogates, in any caption
+    that does not hold both `&` and `<`; None if the rest of the caption may change the result.
 
-    `clip_clean` of a caption is that of its pieces, joined by spaces, since every step works on a character, or on
-    neighbours that no white space parts, save one: ftfy fixes the whole caption's encoding as soon as `is_bad` finds
-    mojibake anywhere. So a piece for which no neighbours can make `is_bad` true is cleaned here, alone and once; the
-    rest is cleaned with its caption.
-
-    Why the steps are local, white space being tab, line feed, form feed, carriage return and space: - is_bad: a
-    pattern; white space in it stands only next to the non-ASCII characters it is about, never between two of
-      them, so a match has them all from one piece. `a ` before and ` a` behind allow all that any other neighbours
-      allow.
-    - entities: their names hold no white space. A caption with both `&` and `<` is not cleaned piecewise (ftfy looks at
-    both). - ligatures, width, quotes, line breaks, control characters: one character at a time. Surrogates cannot be in
-    UTF-8. - normalisation: a space neither composes nor is reordered. Lower case: a final sigma is decided by the
-    letters next to it. tests/test_fast_ids.py holds every one of these sentences against ftfy, over all code points.
-
-    Args:
-        piece: one or more characters, none of them ASCII white space or an ASCII control character, no lone surrogates.
+    `clip_clean` of a caption is that of its pieces joined by spaces, since every step but one works on a character or
+    on neighbours without white space between them. The exception: ftfy fixes the whole caption's encoding as soon as
+    `is_bad` finds mojibake anywhere. So a piece that no neighbours can make bad is cleaned alone, once.
+    tests/labels/test_fast_ids.py checks the following against ftfy over all code points:
+    - is_bad is a pattern with white space only next to the non-ASCII characters it is about, never between two of them:
+      all of a match are in one piece. `a ` before and ` a` behind allow all that other neighbours allow.
+    - names of entities hold no white space; ftfy skips entities only if the caption has a `<`.
+    - ligatures, width, quotes, line breaks, control characters: single characters. NFC: a space neither composes nor is
+      reordered. Lower case: the letters next to a final sigma decide on it.
     """
     from ftfy.badness import is_bad
     from ftfy.fixes import unescape_html
@@ -114,45 +94,33 @@ def clean_piece(piece: str) -> str | None:
         before = text
         if "&" in text:
             text = unescape_html(text)
-        # An escape sequence could only come out of an entity.
-        if "\x1b" in text or is_bad(f"a {text} a"):
+        if "\x1b" in text or is_bad(f"a {text} a"):  # an escape can only come from an entity
             return None
         text = unicodedata.normalize("NFC", text.translate(_character_map()))
-        # A fullwidth ampersand: nobody has looked for a `<` in the caption.
-        if "&" in text and "&" not in piece:
+        if "&" in text and "&" not in piece:  # from a fullwidth ampersand: the caption was not searched for a `<`
             return None
     if "&" in text:
         text = html.unescape(html.unescape(text))
     return " ".join(text.split()).lower()
 
 
-class ClipTokenizer:
-    """Captions to CLIP token ids, without specials.
-
-    Attributes:
-        name: `clip`.
-        tokens: the vocabulary as strings, position = id.
-        excluded: ids of the special tokens, which are never labels.
-        fingerprint: of vocabulary, pattern, cleaning and stop words; equal fingerprints give equal ids.
-        path: `fast`, the compiled way.
-    """
+class ClipTokenizer(Tokenizer):
+    """Captions to CLIP token ids without special tokens."""
 
     name = "clip"
     path: Literal["fast", "plain"] = "fast"
 
     def __init__(self, *, without_stop_words: bool = False) -> None:
-        """`without_stop_words`: the words of `text.stop_words` have no ids."""
         import ftfy
         import regex
         from tokenizers import Tokenizer as BpeEngine
         from tokenizers import models, pre_tokenizers
 
-        merges = _read_merges()
-        alphabet = _byte_alphabet()
+        merges, alphabet = _read_merges(), _byte_alphabet()
         self.tokens: list[str] = [
             *alphabet,
             *(symbol + "</w>" for symbol in alphabet),
-            *("".join(pair) for pair in merges),
+            *map("".join, merges),
             *_SPECIALS,
         ]
         self.excluded = np.array([len(self.tokens) - 2, len(self.tokens) - 1], dtype=np.int32)
@@ -170,27 +138,21 @@ class ClipTokenizer:
         self._engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._known: dict[str, tuple[int, ...]] = {}
 
-    def encode(self, captions: Captions, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `labels.tokenizers.tokenizer.Tokenizer.encode`."""
-        return self.encode_rows(captions, limit)[:2]
-
     def encode_rows(self, captions: Captions, limit: int) -> Rows:
-        """See `labels.tokenizers.tokenizer.Tokenizer.encode_rows`; the special tokens are in neither."""
         return self.fast.encode_rows(captions, limit)
 
     def clean(self, caption: str) -> str:
-        """See `labels.tokenizers.tokenizer.Tokenizer.clean`."""
         text = clip_clean(caption)
         return " ".join(self._split(text)) if self._dropped else text
 
     @property
     def whole_words(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bool [V] each: tokens that begin a word (none is marked so), and tokens that end one."""
+        # no token is marked as the beginning of a word
         return np.zeros(len(self.tokens), np.bool_), np.array([token.endswith("</w>") for token in self.tokens])
 
     @cached_property
     def fast(self) -> FastWords:
-        """The compiled path; loaded at the first call, since its compiler takes longer to import than all else here."""
+        """The compiled path, made at the first call: numba takes long to import."""
         symbols = {byte: symbol for symbol, byte in zip(_byte_alphabet(), _bytes_in_order(), strict=True)}
         ids = self._vocabulary
         table = byte_pairs(
@@ -203,50 +165,38 @@ class ClipTokenizer:
         return FastWords(table, self._split, self.encode_slowly, _MAX_KNOWN_WORDS, longer)
 
     def encode_slowly(self, captions: list[str], limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same as `encode`, with ftfy and the pattern over whole captions."""
+        """`encode` with ftfy and the pattern over whole captions."""
         words = [self._split(clip_clean(caption)) for caption in captions]
         self._learn({word for line in words for word in line})
         known = self._known
-        rows = [[token for word in line for token in known[word]][:limit] for line in words]
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
-        ids = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(offsets[-1]))
-        return ids, offsets
+        return flat_rows([[token for word in line for token in known[word]][:limit] for line in words])
 
     def _split(self, text: str) -> list[str]:
-        """The words of cleaned text that count."""
+        """The words of cleaned text, without removed stop words."""
         words = word_pattern().findall(text)
         return [word for word in words if not is_stop_word(word)] if self._dropped else words
 
     def _learn(self, words: set[str]) -> None:
-        """Make sure that every one of `words` is in the table."""
         if len(self._known) + len(words) > _MAX_KNOWN_WORDS:
-            # Bounded memory on any input; the table only saves time, so starting over changes nothing.
-            self._known = {}
-        batch = sorted(
-            word for word in words if word not in self._known
-        )  # `words - keys` would walk all the known ones
+            self._known = {}  # bounded memory; an empty table costs time, but changes no id
+        batch = sorted(word for word in words if word not in self._known)  # `words - keys` would visit all known ones
         for word, encoding in zip(batch, self._engine.encode_batch(batch, add_special_tokens=False), strict=True):
             self._known[word] = tuple(encoding.ids)
 
 
 class FastWords(FastPath):
-    """Captions to ids by a table of CLIP's words, the same ids as the slow path."""
+    """Captions to ids by a table of CLIP's words, the same ids as the slow path.
+
+    `split`: cleaned text -> its words; `dropped`: words without ids of two or more ASCII characters (those of one are
+    for `byte_pairs`); `slow`, `max_words`: see `FastPath`.
+    """
 
     def __init__(
         self, merges: Merges, split: Callable[[str], list[str]], slow: Slow, max_words: int, dropped: Iterable[str] = ()
     ) -> None:
-        """
-        Args:
-            merges: the byte-pair merges, see `byte_pairs`.
-            split: a cleaned text to the words that count.
-            slow: captions and limit to ids and offsets, for captions whose cleaning depends on all of them.
-            max_words: the bound of the table; when it is reached, the table starts over.
-            dropped: words of two ASCII characters or more that have no ids; those of one are for `byte_pairs`.
-        """
         self._dropped = sorted(dropped)
         super().__init__(slow, max_words, len(self._dropped))
-        self._merges = merges
-        self._split = split
+        self._merges, self._split = merges, split
         self._start_table()
 
     def _start_table(self) -> None:
@@ -260,20 +210,19 @@ class FastWords(FastPath):
         return encode_block(self._words, self._merges, text, offsets, pending, rows, counts, self._missing)
 
     def _learn(self, text: np.ndarray, missing: np.ndarray) -> None:
-        data = text.data
-        found = []
+        data, cleaned_pieces = text.data, []
         for raw in {bytes(data[begin:end]) for begin, end in missing.tolist()}:
             cleaned = clean_piece(raw.decode("utf8"))
-            found.append((raw, cleaned is not None, self._split(cleaned or "")))
-        self._add(found)
+            cleaned_pieces.append((raw, cleaned is not None, self._split(cleaned or "")))
+        self._add(cleaned_pieces)
 
-    def _add(self, found: list[tuple[bytes, bool, list[str]]]) -> None:
-        """Add pieces to the table: their bytes, whether they may be taken alone, and the words they clean to."""
+    def _add(self, cleaned_pieces: list[tuple[bytes, bool, list[str]]]) -> None:
+        """Add pieces to the table: their bytes, whether they may be cleaned alone, and their words after cleaning."""
         from labels.tokenizers.kernels.words import add_pieces
 
         buffer = bytearray()
         pieces, first_word, word_ends = [], [0], []
-        for raw, _, words in found:
+        for raw, _, words in cleaned_pieces:
             pieces.append((len(buffer), len(buffer) + len(raw)))
             buffer += raw
             for word in words:
@@ -287,20 +236,15 @@ class FastWords(FastPath):
             np.array(pieces, dtype=np.int64).reshape(-1, 2),
             np.array(first_word, dtype=np.int64),
             np.array(word_ends, dtype=np.int64),
-            np.array([safe for _, safe, _ in found], dtype=np.bool_),
+            np.array([safe for _, safe, _ in cleaned_pieces], dtype=np.bool_),
         )
 
 
 def byte_pairs(
     inner: list[int], last: list[int], merges: list[tuple[int, int, int]], dropped: Iterable[int] = ()
 ) -> Merges:
-    """Byte-pair merges for the kernel.
-
-    Args:
-        inner: 256 ids, of each byte inside a word.
-        last: 256 ids, of each byte at the end of a word.
-        merges: left id, right id, id of both together; the first is merged first.
-        dropped: bytes that have no id where they are a word by themselves.
+    """Byte-pair merges for the kernel: ids of the 256 bytes inside a word and at its end; left, right and merged id of
+    each merge, by rank; bytes that have no id as a word of their own.
     """
     from labels.tokenizers.kernels.words import MAX_WORD_BYTES, Merges, add_pairs
 
@@ -322,11 +266,9 @@ def byte_pairs(
 
 def make(settings: Labels) -> ClipTokenizer | None:
     """See labels/tokenizers/kinds/__init__.py."""
-    return (
-        ClipTokenizer(without_stop_words=settings.stop_words == "remove")
-        if settings.tokenizer == ClipTokenizer.name
-        else None
-    )
+    if settings.tokenizer != ClipTokenizer.name:
+        return None
+    return ClipTokenizer(without_stop_words=settings.stop_words == "remove")
 
 
 def _read_merges() -> list[tuple[str, str]]:
@@ -337,7 +279,7 @@ def _read_merges() -> list[tuple[str, str]]:
 
 
 def _bytes_in_order() -> list[int]:
-    """The bytes in the order of CLIP's vocabulary: those with a printable Latin-1 character, then the others."""
+    """The bytes in the order of CLIP's vocabulary: those that are printable in Latin-1, then the others."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return printable + [byte for byte in range(256) if byte not in printable]
 
@@ -345,4 +287,4 @@ def _bytes_in_order() -> list[int]:
 @cache
 def _byte_alphabet() -> tuple[str, ...]:
     """One printable character for every byte, in the order of CLIP's vocabulary (GPT-2's bytes_to_unicode)."""
-    return tuple(chr(byte) if place < 188 else chr(256 + place - 188) for place, byte in enumerate(_bytes_in_order()))
+    return tuple(chr(byte) if row < 188 else chr(256 + row - 188) for row, byte in enumerate(_bytes_in_order()))

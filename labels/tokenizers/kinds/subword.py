@@ -1,23 +1,21 @@
-"""Any tokenizer of the `tokenizers` library: WordPiece, unigram, byte-pair and word-level; its very ids, faster where
-that is proven.
+"""Any tokenizer of the `tokenizers` library (WordPiece, unigram, BPE, word-level): the same ids, in most cases faster.
 
-    caption -> stop words removed, if asked for -> pieces -> table of known pieces -> ids      (path `fast`)
-                                            |  a new piece -> the library, once -> into the table
-                                            +> the library, whole captions                     (path `plain`)
+    caption -> without stop words -> pieces -> table of known pieces -> ids                 (path `fast`)
+                                   |   a new piece -> the library, once -> into the table
+                                   +-> the library, whole captions                          (path `plain`)
 
-`piece_rule` says whether a tokenizer gives a caption the ids of its pieces between single spaces, one after another. A
-tokenizer normalises the caption, cuts it into words, and encodes each word alone. Its ids are those of the pieces if -
-the normaliser works on characters, or on neighbours that no space parts; `Rule.allows` sees it do so for every piece,
-and - the cutting parts the text at every space, whatever stands next to it. Three kinds do, and nothing else is
-trusted:
-  DROPPING  white space is removed first, then each word is taken alone (BERT, Whitespace, CLIP's pattern): any piece, any space.
-  MARKING   a word begins with the space before it (ByteLevel, GPT's patterns, Metaspace): no white space but spaces. Those too
-            many in a row are a piece of their own, unless the normaliser is after them. If the first word is given a
-            space too, all pieces are alike; else a piece is JOINED to the space before it.
-  WHOLE     no cutting, but a BPE none of whose tokens has a space mark behind another character, so that no merge crosses
+`piece_rule` decides whether a caption's ids are those of its pieces between single spaces, one after another. A
+tokenizer normalizes a caption, splits it into words, and encodes each word alone. The ids are those of the pieces if
+- the normalizer works on characters, or on neighbours without a space between them: `Rule.allows` checks each piece;
+- the text is split at every space, whatever is next to it. Three kinds do, and every other tokenizer takes `plain`:
+  DROPPING  removes white space, then encodes words alone (BERT, Whitespace, CLIP's pattern): any piece, any space.
+  MARKING   begins a word with the space before it (ByteLevel, GPT's patterns, Metaspace): no white space but spaces.
+            More than one in a row are a piece of their own, unless the normalizer changes them. A piece is JOINED to
+            the space before it, unless the first word is given a space too.
+  WHOLE     does not split, but no token of its BPE has a space mark behind another character, so that no merge crosses
             one (LLaMA): single spaces, no other white space.
-White space is what Python takes for it, which is more than the `tokenizers` library does. tests/test_tokenizers.py
-holds all this against the library over all of Unicode.
+White space is that of Python, a superset of the library's. tests/labels/test_tokenizers.py checks all this against the
+library over all of Unicode.
 """
 
 from __future__ import annotations
@@ -36,8 +34,15 @@ from labels.arrays import unique_sorted
 from labels.settings import Labels
 from labels.storage import fingerprint
 from labels.tokenizers.kernels.pieces import JOINED, RUNS, STRICT
-from labels.tokenizers.tokenizer import find_source, load_engine, remove_from_piece, remove_stop_words, stop_words
-from labels.tokenizers.word_table import FastPieces, refuse_nulls, string_arrays
+from labels.tokenizers.tokenizer import (
+    Tokenizer,
+    find_source,
+    load_engine,
+    remove_from_piece,
+    remove_stop_words,
+    stop_words,
+)
+from labels.tokenizers.word_table import FastPieces, flat_rows, join_rows, refuse_nulls, string_arrays
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Engine
@@ -49,8 +54,7 @@ _AT_ONCE = 4096
 _MARK, _BYTE_SPACE = "\u2581", "\u0120"
 _CUTTING = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
 _BY_CHARACTER = ("BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Precompiled")
-# CLIP's words, with and without its special tokens, in its own tokenizer.json: matches hold no white space, the rest is
-# removed.
+# CLIP's words in its tokenizer.json, with and without special tokens: matches hold no white space, the rest is removed.
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _WORDS = (_CLIP_WORDS, r"<\|startoftext\|>|<\|endoftext\|>|" + _CLIP_WORDS)
 # The patterns of GPT-2, of cl100k and LLaMA 3, and of Qwen 2: a space is only ever the first character of a match.
@@ -62,19 +66,10 @@ _MARKING = (
 )
 
 
-class SubwordTokenizer:
-    """Captions to the ids of a tokenizer of the `tokenizers` library, without special tokens and the unknown token.
-
-    Attributes: see `labels.tokenizers.tokenizer.Tokenizer`.
-    """
+class SubwordTokenizer(Tokenizer):
+    """Captions to the ids of an engine of `load_engine`, without special tokens and the unknown token."""
 
     def __init__(self, engine: Engine, *, without_stop_words: bool = False, max_known: int = _MAX_KNOWN_PIECES) -> None:
-        """
-        Args:
-            engine: as `tokenizer.load_engine` gives it.
-            without_stop_words: remove NLTK's stop words from the text first.
-            max_known: bound of the table of known pieces.
-        """
         import regex
         import tokenizers
 
@@ -85,63 +80,51 @@ class SubwordTokenizer:
         model = self._parts["model"]
         self.name: str = model["type"].lower()
         vocabulary = engine.get_vocab(with_added_tokens=True)
-        # Ids that no token has keep their place, so that position = id.
+        # Unused ids are named too, so that position = id.
         self.tokens: list[str] = [f"[no token {number}]" for number in range(max(vocabulary.values()) + 1)]
         for token, number in vocabulary.items():
             self.tokens[number] = token
         self.excluded = self._find_excluded(vocabulary)
-        # What comes after the ids are known has no part in them.
-        content = {
-            key: value
-            for key, value in self._parts.items()
-            if key not in ("truncation", "padding", "post_processor", "decoder")
-        }
+        unused = ("truncation", "padding", "post_processor", "decoder")  # they do not change the ids
+        content = {key: value for key, value in self._parts.items() if key not in unused}
         removed = {"stop_words": sorted(stop_words()), "regex": regex.__version__} if without_stop_words else {}
         self.fingerprint = fingerprint({"tokenizer": content, "library": tokenizers.__version__, **removed})
         rule = piece_rule(engine)
-        # Which piece is the first, and so has no space before it, is not known before the stop words are gone.
+        # Only after the removal of stop words it is known which piece is the first, and so has no space before it.
         self._rule = None if rule and rule.flags & JOINED and without_stop_words else rule
         self.path: Literal["fast", "plain"] = "fast" if self._rule else "plain"
 
     def clean(self, caption: str) -> str:
-        """See `labels.tokenizers.tokenizer.Tokenizer.clean`."""
         text = _without_surrogates(caption)
         text = remove_stop_words(text) if self._without_stop_words else text
         normalizer = self._engine.normalizer
         return normalizer.normalize_str(text) if normalizer else text
 
     def encode_rows(self, captions: Captions, limit: int) -> Rows:
-        """Token ids and label sets, see `labels.tokenizers.tokenizer.Tokenizer.encode_rows`."""
         if self.fast is not None:
             return self.fast.encode_rows(captions, limit)
-        ids, offsets = self._joined([self.encode_slowly(part, limit) for part in _in_parts(captions)])
+        ids, offsets = join_rows([self.encode_slowly(part, limit) for part in _in_parts(captions)])
         return ids, offsets, *unique_sorted(ids, offsets, self.excluded)
 
-    def encode(self, captions: Captions, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first two of `encode_rows`."""
-        return self.encode_rows(captions, limit)[:2]
-
     def encode_slowly(self, captions: list[str], limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same as `encode`, by the library alone: ids int32 [T], offsets int64 [N + 1]."""
+        """`encode` by the library alone: ids int32 [T], offsets int64 [N + 1]."""
         texts = [_without_surrogates(caption) for caption in captions]
         if self._without_stop_words:
             texts = [remove_stop_words(text) for text in texts]
-        rows = [row[:limit] for row in self._encode_batch(texts)]
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
-        return np.fromiter((token for row in rows for token in row), np.int32, count=int(offsets[-1])), offsets
+        return flat_rows([row[:limit] for row in self._encode_batch(texts)])
 
     @cached_property
     def fast(self) -> FastPieces | None:
-        """The compiled path, if it gives the same ids; loaded at the first call."""
+        """The compiled path, if it gives the same ids; made at the first call."""
         if self._rule is None:
             return None
-        # Stop words leave with all spaces too many.
+        # The removal of stop words also removes repeated spaces.
         flags = 0 if self._without_stop_words else self._rule.flags
         return FastPieces(self._learn, self.encode_slowly, self._max_known, flags)
 
     @property
     def whole_words(self) -> tuple[np.ndarray, np.ndarray]:
-        """starts_word, ends_word, bool [V] each; where ids do not tell words apart, every token is one."""
+        """starts_word, ends_word, bool [V] each; every token is a word if the vocabulary marks no borders."""
         model, inside = self._parts["model"], self._parts["model"].get("continuing_subword_prefix")
         starts, ends = np.zeros(len(self.tokens), np.bool_), np.zeros(len(self.tokens), np.bool_)
         text = json.dumps([self._parts["pre_tokenizer"], self._parts["normalizer"]])
@@ -158,13 +141,10 @@ class SubwordTokenizer:
         return starts, ends
 
     def _learn(self, pieces: list[str]) -> list[list[int] | None]:
-        """The ids of pieces, None for those that may not be taken alone."""
-        rule = self._rule
-        if rule is None:
-            raise ValueError("this tokenizer takes no pieces")
+        """The ids of pieces, None for those that may not be encoded alone."""
+        assert self._rule is not None
         texts = [remove_from_piece(piece) for piece in pieces] if self._without_stop_words else pieces
-        # A piece of which nothing stays leaves no space behind either.
-        safe = [not text or rule.allows(text) for text in texts]
+        safe = [not text or self._rule.allows(text) for text in texts]  # an empty piece leaves no space either
         rows = iter(self._encode_batch([text for text, good in zip(texts, safe, strict=True) if good]))
         return [next(rows) if good else None for good in safe]
 
@@ -182,23 +162,11 @@ class SubwordTokenizer:
             ids.add(model["unk_id"])
         return np.array(sorted(ids), dtype=np.int32)
 
-    @staticmethod
-    def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-        counts = np.concatenate([np.empty(0, np.int64), *(np.diff(offsets) for _, offsets in parts)])
-        return np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in parts)]), np.concatenate(
-            [[0], np.cumsum(counts)]
-        ).astype(np.int64)
-
 
 def make(settings: Labels) -> SubwordTokenizer:
-    """See labels/tokenizers/kinds/__init__.py; takes any name.
-
-    Raises:
-        UserError: there is no such tokenizer.
-    """
-    return SubwordTokenizer(
-        load_engine(find_source(settings.tokenizer)), without_stop_words=settings.stop_words == "remove"
-    )
+    """See labels/tokenizers/kinds/__init__.py; accepts any name, or raises a UserError."""
+    engine = load_engine(find_source(settings.tokenizer))
+    return SubwordTokenizer(engine, without_stop_words=settings.stop_words == "remove")
 
 
 def _in_parts(captions: Captions) -> Iterator[list[str]]:
@@ -216,28 +184,21 @@ def _in_parts(captions: Captions) -> Iterator[list[str]]:
 
 
 def _without_surrogates(text: str) -> str:
-    """Halves of surrogate pairs, which no UTF-8 can hold, as U+FFFD."""
+    """Text with U+FFFD for lone surrogates, which are no UTF-8."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a tokenizer may be taken piece by piece.
+    """How a tokenizer may encode piece by piece."""
 
-    Attributes:
-        flags: of `kernels.pieces`.
-        normalize: the tokenizer's normaliser.
-        added: texts of which none may stand in a piece, since the tokenizer cuts them out first.
-        marks: how many space marks the normal form of a piece may have; None if they mean nothing to this tokenizer.
-    """
-
-    flags: int
+    flags: int  # of `kernels.pieces`
     normalize: Callable[[str], str]
-    added: tuple[str, ...]
-    marks: int | None
+    added: tuple[str, ...]  # texts that no piece may hold, since the tokenizer splits them off first
+    marks: int | None  # space marks that a normalized piece may have at most; None: the tokenizer has no marks
 
     def allows(self, piece: str) -> bool:
-        """Whether a caption's ids are those of this piece and of the rest, whatever the rest is."""
+        """Whether the ids of any caption with this piece are those of the piece and of the rest."""
         normal = self.normalize(piece)
         if piece.isspace() and piece.strip(" ") == "" and self.flags & RUNS:
             return self.normalize(f"a{piece} a{piece}") == f"a{piece} a{piece}"
@@ -260,7 +221,7 @@ class Rule:
 
 
 def piece_rule(engine: Engine) -> Rule | None:
-    """The rule for a tokenizer, None if nothing is known that would allow pieces to be taken alone."""
+    """The rule for a tokenizer; None if it is not known to allow pieces to be encoded alone."""
     parts = json.loads(engine.to_str())
     normalizers = _flat(parts["normalizer"], "normalizers")
     pre_tokenizers = _flat(parts["pre_tokenizer"], "pretokenizers")
@@ -274,11 +235,8 @@ def piece_rule(engine: Engine) -> Rule | None:
         marks = 0 if pre_tokenizers[-1]["type"] == "Metaspace" else None
     if flags is None or not (whole or all(_is_local(step, flags) for step in normalizers)):
         return None
-    spaced = any(
-        step["type"] == "Strip" or (step["type"] == "Replace" and "Regex" in step["pattern"]) for step in normalizers
-    )
-    if flags & RUNS and spaced:
-        flags &= ~RUNS
+    if any(step["type"] == "Strip" or "Regex" in step.get("pattern", ()) for step in normalizers):
+        flags &= ~RUNS  # these steps change spaces
     normalizer = engine.normalizer
     normalize = normalizer.normalize_str if normalizer is not None else str
     added = _added_texts(engine, normalize)
@@ -293,7 +251,7 @@ def _flat(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
 
 
 def _dropping(steps: Sequence[dict[str, Any]]) -> int | None:
-    """Flags if the first step removes white space, and no later one looks at where a word stands in its caption."""
+    """Flags if the first step removes white space, and no later one depends on a word's position in the caption."""
     if not steps:
         return None
     first = steps[0]
@@ -314,21 +272,16 @@ def _marking(steps: Sequence[dict[str, Any]], model: dict[str, Any]) -> int | No
             return None
         return STRICT | (RUNS if last["split"] else 0) | (0 if last["prepend_scheme"] == "always" else JOINED)
     if len(steps) == 2 and steps[0]["type"] == "Split" and last["type"] == "ByteLevel":
-        known = (
-            steps[0]["pattern"].get("Regex") in _MARKING
-            and steps[0]["behavior"] == "Isolated"
-            and not steps[0]["invert"]
-        )
+        split = steps[0]
+        known = split["pattern"].get("Regex") in _MARKING and split["behavior"] == "Isolated" and not split["invert"]
         return STRICT | RUNS | JOINED if known and not last["use_regex"] and not last["add_prefix_space"] else None
     return None
 
 
 def _llama_normalizer(steps: Sequence[dict[str, Any]]) -> bool:
-    """A mark before the text, and one in place of every space."""
-    return list(steps) == [
-        {"type": "Prepend", "prepend": _MARK},
-        {"type": "Replace", "pattern": {"String": " "}, "content": _MARK},
-    ]
+    """A mark before the text, and one instead of every space."""
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _MARK}
+    return list(steps) == [{"type": "Prepend", "prepend": _MARK}, replace]
 
 
 def _no_token_crosses(model: dict[str, Any]) -> bool:
@@ -337,24 +290,21 @@ def _no_token_crosses(model: dict[str, Any]) -> bool:
 
 
 def _is_local(step: dict[str, Any], flags: int) -> bool:
-    """Whether a step of the normaliser keeps single spaces and looks at nothing beyond them."""
-    if step["type"] == "Strip":
-        # The left end of a joined piece is the space that it must keep.
+    """Whether a step of the normalizer keeps single spaces and never looks across them."""
+    if step["type"] == "Strip":  # a JOINED piece must keep the space at its left end
         return not (step["strip_left"] and flags & JOINED)
     if step["type"] == "Replace":
         literal, pattern = step["pattern"].get("String"), step["pattern"].get("Regex")
         if literal is not None:
             return bool(literal) and not any(character.isspace() for character in literal)
-        return (pattern == " {2,}" and (step["content"] == " " or bool(flags & STRICT))) or (
-            pattern == r"\s+" and step["content"] == " "
-        )
+        to_space = step["content"] == " "
+        return (pattern == " {2,}" and (to_space or bool(flags & STRICT))) or (pattern == r"\s+" and to_space)
     return step["type"] in _BY_CHARACTER
 
 
 def _added_texts(engine: Engine, normalize: Callable[[str], str]) -> tuple[str, ...] | None:
-    """What the tokenizer cuts out of a caption before all else; None if one of them may reach over a space.
-
-    Special tokens are not among them: `encode_special_tokens` makes them ordinary text.
+    """Texts that the tokenizer splits off first, without special tokens (`encode_special_tokens` makes these ordinary
+    text); None if one may hold a space.
     """
     texts = set[str]()
     for token in engine.get_added_tokens_decoder().values():
