@@ -1,6 +1,6 @@
 """The contract between the two stages: what `preprocess` writes and `train` reads.
 
-Light by design: numpy, pyarrow, duckdb, pydantic and yaml, no torch. This file imports nothing large: `--help` needs its names.
+Light by design: numpy, pyarrow, duckdb, pydantic and yaml, no torch. This file imports nothing: `--help` needs its names.
 """
 
 from typing import Literal
@@ -11,4 +11,4 @@ Formula = Literal["smooth", "paper", "none"]
 """IDF formulas, see labels/idf.py."""
 
 TokenizerKind = Literal["bpe", "wordpiece", "unigram", "wordlevel", "catlip"]
-"""What `preprocess train-tokenizer` can train."""
+"""Of `preprocess train-tokenizer --kind`."""
