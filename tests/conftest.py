@@ -1,4 +1,4 @@
-"""What several test files share: one finished OUT, and a copy of it to spoil."""
+"""Fixtures of several test files: a finished label dataset, and a copy of it that a test may damage."""
 
 import shutil
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 @pytest.fixture
 def built(finished: Built, tmp_path: Path) -> Built:
-    """A copy of `finished` of one's own: the same data folder, another OUT."""
+    """A private copy of `finished`: the same data folder, another label dataset."""
     shutil.copytree(finished.out, tmp_path / "out")
     return Built(finished.data, tmp_path / "out")
 

@@ -178,7 +178,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(tree: Path, *words: str, told: int = 0) -> str:
-    """What a command says; its exit code is `told`."""
+    """Output of a command, which must exit with the code `told`."""
     environment = {**os.environ, "PYTHONPATH": f"{tree}:{ROOT}", "COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, *words], cwd=tree, env=environment, capture_output=True, text=True, timeout=600, check=False

@@ -337,7 +337,7 @@ def test_second_run_is_done_already(tree: Path, tmp_path: Path, capsys: pytest.C
     assert "done already" in capsys.readouterr().out
 
 
-def test_other_options_or_lost_shards_are_made_anew(
+def test_other_options_or_lost_shards_are_made_again(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -405,7 +405,7 @@ def test_packages_are_downloaded_once_after_one_update(tmp_path: Path, monkeypat
     assert (tools / "calls").read_text().splitlines() == calls
 
 
-def test_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_names_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tool(tmp_path, "apt-get", "echo 'no such package' >&2; exit 100")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(clipart_packages.PackageError, match=r"no such package[\s\S]*apt-get update"):

@@ -54,7 +54,7 @@ def batches(world: World, spoil: dict[int, float] | None = None) -> list[Made]:
     return made
 
 
-def train_here(
+def train_in_this_process(
     run: Path, train: Train, world: World, spoil: dict[int, float] | None = None
 ) -> tuple[TrainState, Tensors]:
     """Train on `batches`; the metrics are in `run`."""

@@ -86,7 +86,7 @@ def test_an_evaluator_names_the_mistakes_in_its_own_section(tmp_path: Path) -> N
 
 
 def test_sections_of_evaluators_are_laid_over_each_other(tmp_path: Path) -> None:
-    """`evaluators.NAME` is the older place of them, and that of the configurations beside results."""
+    """`evaluators.NAME` is their older name, still used in the configurations saved next to results."""
     pipeline = load_pipeline(
         written(tmp_path, "evaluators: {knn: {k: [3], temperature: 0.5}}\nprobe:\n"), ["knn.k=[7]"]
     )
@@ -235,7 +235,7 @@ def test_a_dumped_configuration_can_be_given_back(tmp_path: Path) -> None:
     assert load_pipeline(tmp_path / "new" / "config.yaml") == settings
 
 
-def test_the_command_tells_a_mistake_with_exit_code_2(tmp_path: Path) -> None:
+def test_the_command_reports_a_mistake_with_exit_code_2(tmp_path: Path) -> None:
     ran = preprocess("build-labels", tmp_path, "--out", tmp_path / "out", "--set", "build.wokers=2")
     assert ran.code == 2
     assert (

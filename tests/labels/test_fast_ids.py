@@ -88,7 +88,7 @@ def test_all_pairs_of_ascii() -> None:
 
 
 def test_mojibake_characters_in_pairs_between_ascii() -> None:
-    """The characters that ftfy's detector is about, each beside each, within a caption that has neighbours for them."""
+    """All pairs of the characters that ftfy's detector looks at, within a caption."""
     chars = sorted(
         {char for char in POINTS[:0x10000] if not char.isascii() and not char.isalnum() and char in BADNESS_RE.pattern}
         | set("ÂÃØàâéœŒВЂβ")
@@ -213,7 +213,7 @@ def test_any_ascii(captions: list[str]) -> None:
     assert_same(captions)
 
 
-def test_entities_beside_a_tag_are_read_otherwise_than_alone() -> None:
+def test_entities_next_to_a_tag_are_read_differently() -> None:
     """ftfy leaves the entities of what looks like HTML, on that line and all after it, and knows some that html does
     not.
     """

@@ -1,4 +1,4 @@
-"""Label sets of rows of ids: the compiled way beside np.unique."""
+"""Label sets of rows of ids: the compiled function equals np.unique."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_every_length(width: int, vocabulary: int) -> None:
     lists=st.lists(st.lists(st.integers(0, 9) | st.integers(0, (1 << 31) - 1), max_size=140), max_size=12),
     beside=st.integers(-9, 9),
 )
-def test_what_lies_behind_a_row_does_not_count(lists: list[list[int]], beside: int) -> None:
+def test_values_after_the_end_of_a_row_do_not_count(lists: list[list[int]], beside: int) -> None:
     width = max(map(len, lists), default=0)
     rows = np.full((len(lists), width), beside, np.int32)
     for row, ids in zip(rows, lists, strict=True):

@@ -544,7 +544,7 @@ def test_a_vocabulary_file_is_berts(tmp_path: Path) -> None:
     assert cased.encode(["Cat cat"], 75)[0].tolist() == [7, 5] and cased.fingerprint != tokenizer.fingerprint
 
 
-def test_ids_that_no_token_has_keep_their_place() -> None:
+def test_ids_without_a_token_keep_their_position() -> None:
     model = models.WordLevel({"[UNK]": 0, "cat": 3}, "[UNK]")
     tokenizer = tokenizer_of(_engine(model, None, P.Whitespace()))
     assert tokenizer.tokens == ["[UNK]", "[no token 1]", "[no token 2]", "cat"] and tokenizer.encode(["cat"], 5)[
@@ -562,7 +562,7 @@ def test_dropout_is_switched_off(tmp_path: Path) -> None:
     )
 
 
-def test_refusals_say_what_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_what_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(name: str) -> Engine:
         raise OSError("no route to host")
 

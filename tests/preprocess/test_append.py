@@ -30,7 +30,7 @@ def refused(out: Path, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Two shards of six samples and an OUT of both; two more wait in `more`, whose second has bad samples."""
+    """Two shards of six samples and their label dataset; two more shards in `more`, the second with bad samples."""
     folder = tmp_path_factory.mktemp("append")
     for number in range(2):
         write_tar(folder / "data" / f"{number:08d}.tar", healthy(6, first=6 * number))
@@ -71,7 +71,7 @@ def test_it_is_as_if_all_had_been_built_at_once(dataset: Built, out: Path, tmp_p
     assert preprocess("verify", out).code == 0
 
 
-def test_again_does_nothing_and_a_damaged_file_is_made_anew(dataset: Built, out: Path) -> None:
+def test_a_second_run_does_nothing_and_a_damaged_file_is_written_again(dataset: Built, out: Path) -> None:
     append(out, dataset.data.parent / "more")
     before = contents(out)
     append(out, dataset.data.parent / "more", dataset.data)
@@ -86,7 +86,7 @@ def test_again_does_nothing_and_a_damaged_file_is_made_anew(dataset: Built, out:
 
 
 def test_stopped_at_every_single_rename(dataset: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either the old OUT stands whole, or there is no manifest; the same command then finishes."""
+    """Either the old label dataset is complete, or there is no manifest; the same command then finishes."""
     more = dataset.data.parent / "more"
     shutil.copytree(dataset.out, tmp_path / "whole")
     append(tmp_path / "whole", more)

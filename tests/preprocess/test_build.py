@@ -36,8 +36,8 @@ def inodes(out: Path) -> dict[str, int]:
     return {str(path.relative_to(out)): path.stat().st_ino for path in out.rglob("*") if path.is_file()}
 
 
-def written_anew(out: Path, before: dict[str, int]) -> list[str]:
-    """Names below OUT of the files that were written since `before = inodes(out)`."""
+def written_since(out: Path, before: dict[str, int]) -> list[str]:
+    """Names of the files in the label dataset that were written since `before = inodes(out)`."""
     return sorted(name for name, inode in inodes(out).items() if before.get(name) != inode)
 
 
@@ -72,7 +72,7 @@ def test_schemas_are_explicit(finished: Built) -> None:
     assert pq.read_schema(finished.out / "quarantine.parquet").equals(QUARANTINE, check_metadata=True)
 
 
-def test_the_manifest_and_the_configuration_tell_what_was_built(finished: Built) -> None:
+def test_the_manifest_and_the_configuration_describe_the_build(finished: Built) -> None:
     manifest = read_manifest(finished.out)
     assert [(shard.name, shard.first_index, shard.rows) for shard in manifest.shards] == [
         ("00000000", 0, 12),
@@ -93,7 +93,7 @@ def test_the_manifest_and_the_configuration_tell_what_was_built(finished: Built)
     assert str(finished.data) not in (finished.out / "manifest.json").read_text(), "nothing of the machine"
 
 
-def test_the_summary_names_what_was_left_out(finished: Built, tmp_path: Path) -> None:
+def test_the_summary_names_what_was_rejected(finished: Built, tmp_path: Path) -> None:
     said = preprocess("build-labels", finished.data, "--out", tmp_path / "out")
     assert "22 label rows from 2 shards, vocabulary 49,408" in said.out and "21 samples in 1 betons" in said.out
     assert "quarantined: 2 (1 x caption is not UTF-8, 1 x not an image)" in said.out
@@ -114,7 +114,7 @@ def test_a_rerun_does_nothing_and_changes_nothing(built: Built) -> None:
     before, files = contents(built.out), inodes(built.out)
     build(built.data, built.out)
     assert contents(built.out) == before
-    assert written_anew(built.out, files) == ["config.yaml", "manifest.json", "quarantine.parquet"]
+    assert written_since(built.out, files) == ["config.yaml", "manifest.json", "quarantine.parquet"]
 
 
 def test_labels_first_and_betons_later_is_the_same(finished: Built, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_labels_first_and_betons_later_is_the_same(finished: Built, tmp_path: Pa
 
 
 @pytest.mark.parametrize("changed", ["captions", "images"])
-def test_a_changed_tar_is_made_anew(tmp_path: Path, changed: str) -> None:
+def test_a_changed_tar_is_built_again(tmp_path: Path, changed: str) -> None:
     data, each = write_shards(tmp_path / "data", 2, 4), ("--set", "build.beton_samples=4")
     build(data, tmp_path / "out", *each)
     old = inodes(tmp_path / "out")
@@ -145,7 +145,7 @@ def test_a_changed_tar_is_made_anew(tmp_path: Path, changed: str) -> None:
     build(data, tmp_path / "out", *each)
     build(data, tmp_path / "fresh", *each)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
-    again = written_anew(tmp_path / "out", old)
+    again = written_since(tmp_path / "out", old)
     assert "beton/00001.beton" in again and "beton/00000.beton" not in again and "labels/00000000.parquet" not in again
 
 
@@ -276,7 +276,7 @@ def test_an_old_marker_does_not_vouch_for_a_newer_file(tmp_path: Path, monkeypat
     assert contents(tmp_path / "out") == before
 
 
-def test_a_second_writer_is_told_who_writes(built: Built) -> None:
+def test_a_second_writer_is_refused_with_the_first_ones_process(built: Built) -> None:
     with only_writer(built.out / ".lock"):
         found = refused(built.data, built.out)
     assert f"(host {socket.gethostname()}, process {os.getpid()})" in found and "another process is writing" in found
@@ -327,7 +327,7 @@ def test_urls(finished: Built, tmp_path: Path) -> None:
     assert len(rows(tmp_path / "memory")) == 13
 
 
-def test_out_and_data_named_relative_to_here(finished: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_of_data_and_output(finished: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(finished.data, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     build(Path("data"), Path("some/out"))

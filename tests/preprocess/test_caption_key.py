@@ -34,7 +34,7 @@ def test_the_default_serves_tars_and_tables() -> None:
         (" txt + parquet:text ", [("member", "txt"), ("parquet", "text")]),
     ],
 )
-def test_an_item_names_a_place(key: str, items: list[tuple[str, str]]) -> None:
+def test_an_item_names_a_field(key: str, items: list[tuple[str, str]]) -> None:
     (choice,) = parse_caption_key([key])
     assert [(item.kind, item.name) for item in choice.items] == items
 

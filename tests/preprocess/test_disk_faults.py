@@ -1,4 +1,4 @@
-"""A full disk, a limit on file sizes, lost rights: the file, the reason and the fix are told, nothing half-made stays."""
+"""A full disk, a limit on file sizes, lost rights: the error has file, reason and fix; no partial file stays."""
 
 import errno
 import os
@@ -95,7 +95,7 @@ def size_limit() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_full_disk_is_told_whoever_writes(small_disk: Path, write: Callable[[Path], None]) -> None:
+def test_a_full_disk_is_reported_by_every_writer(small_disk: Path, write: Callable[[Path], None]) -> None:
     (small_disk / "kept").write_text("kept")
     with (
         pytest.raises(UserError, match=r"made cannot be written: No space left on device \(\d+ MiB free\)") as caught,
@@ -107,7 +107,7 @@ def test_a_full_disk_is_told_whoever_writes(small_disk: Path, write: Callable[[P
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_limit_on_file_sizes_is_told_whoever_writes(
+def test_a_limit_on_file_sizes_is_reported_by_every_writer(
     tmp_path: Path, size_limit: None, write: Callable[[Path], None]
 ) -> None:
     with (
@@ -128,7 +128,7 @@ def test_duckdb_that_spills_to_a_full_disk(small_disk: Path) -> None:
         con.execute("SELECT count(*) FROM (SELECT DISTINCT hash(range) FROM range(3_000_000))").fetchall()
 
 
-def test_a_build_on_a_full_disk_goes_on_where_there_is_space(tmp_path: Path, small_disk: Path) -> None:
+def test_a_build_on_a_full_disk_resumes_when_there_is_space(tmp_path: Path, small_disk: Path) -> None:
     """Betons are written over holes: the disk fills up while pages are filled, which must be an error and no SIGBUS."""
     data = write_shards(tmp_path / "data", 2, 4)
     write_tar(
@@ -214,7 +214,7 @@ def test_an_input_that_may_not_be_read_is_no_fault_of_the_output(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_first_error_is_told_where_cleaning_up_fails_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_error_is_reported_if_cleaning_up_fails_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "later")
 
@@ -251,7 +251,7 @@ def test_what_killed_processes_left_is_removed(built: Built) -> None:
     remove_leftovers(Layout(built.out))
 
 
-def test_a_folder_that_cannot_be_made_is_told_by_what_stands_there(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_names_the_file_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "that is not there")
     for name, why in (

@@ -121,7 +121,7 @@ def test_the_table_is_closed_once_it_was_read(tmp_path: Path) -> None:
         assert os.listdir("/proc/self/fd") == before
 
 
-def test_the_duckdb_file_tells_the_corpus(tmp_path: Path) -> None:
+def test_the_duckdb_file_describes_the_corpus(tmp_path: Path) -> None:
     write_tar(
         tmp_path / "a.tar", [*sample("0", "a cat"), *sample("1", "a cat cat"), *sample("2", b"\xff"), *sample("3", " ")]
     )
@@ -136,7 +136,7 @@ def test_the_duckdb_file_tells_the_corpus(tmp_path: Path) -> None:
     assert tokens.to_pylist() == pq.read_table(tmp_path / "out" / "idf.parquet").to_pylist()
 
 
-def test_markers_that_do_not_tell_their_tokens_are_made_up_for(tmp_path: Path) -> None:
+def test_markers_without_numbers_of_tokens_are_completed(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*sample("0", "a cat"), *sample("1", "a cat cat")])
     out = tmp_path / "out"
     build(tmp_path, out, "--no-beton")
@@ -151,7 +151,7 @@ def test_markers_that_do_not_tell_their_tokens_are_made_up_for(tmp_path: Path) -
         assert con.execute("SELECT tokens FROM corpus").fetchall() == [(5,)]
 
 
-def test_too_little_memory_is_told(tmp_path: Path) -> None:
+def test_too_little_memory_is_an_error(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", sample("0"))
     found = refused(tmp_path, tmp_path / "out", "--set", "build.duckdb_memory=1KB")
     assert "build.duckdb_memory = 1KB is too little" in found and "raise it" in found

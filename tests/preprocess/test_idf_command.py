@@ -1,4 +1,4 @@
-"""`preprocess idf`: sums over shards and OUTs against a naive count, and everything that must not be summed."""
+"""`preprocess idf`: sums over shards and label datasets equal a naive count; what must not be summed is refused."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def make_out(
     fingerprint: str = "f1",
     **options: Any,
 ) -> Path:
-    """A finished OUT without betons, as the label stage leaves it: labels, counts, IDF table, manifest."""
+    """A finished label dataset without betons: labels, counts, IDF table, manifest."""
     layout, names, parts = Layout(out), tokens or TOKENS_OF_ALL, []
     for name, rows in shards.items():
         empty = [None] * len(rows)
@@ -174,7 +174,9 @@ def counts_of(rows: list[tuple[int, int]]) -> Callable[[Path], object]:
         (counts_of([(0, 1), (2, 40)]), "hold a token 40 times, in 4 captions"),
     ],
 )
-def test_damaged_counts_are_told(outs: list[Path], tmp_path: Path, spoil: Callable[[Path], object], told: str) -> None:
+def test_damaged_counts_are_an_error(
+    outs: list[Path], tmp_path: Path, spoil: Callable[[Path], object], told: str
+) -> None:
     spoil(Layout(outs[0]).count_file("00001"))
     with pytest.raises(UserError, match=told) as caught:
         sum_idf(outs[:1], tmp_path / "sum.parquet")

@@ -30,7 +30,7 @@ class Command:
     """`preprocess build-labels` in a process group of its own.
 
     With several workers as a user starts it. With one worker it is forked from a server that has imported everything,
-    since loading takes longer than what is to be disturbed; there is only one process then, so nothing is left out.
+    since loading takes longer than what is to be interrupted; with one worker there is only this process.
     """
 
     def __init__(self, data: Path, out: Path, workers: int) -> None:
@@ -148,7 +148,7 @@ def test_all_results_come_once() -> None:
 
 
 def test_workers_end_when_the_run_alone_is_killed(tmp_path: Path) -> None:
-    """As the out-of-memory killer does it: no orphan may write beside the next run."""
+    """As the out-of-memory killer does it: no orphan may write while the next run writes."""
     script = tmp_path / "script.py"
     script.write_text(
         "from shard_factory import leave_pid_and_sleep\n"

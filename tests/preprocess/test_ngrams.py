@@ -132,7 +132,7 @@ def test_a_corpus_by_hand(tmp_path: Path) -> None:
     assert table["score"].to_pylist() == pytest.approx([row[3] for row in expected])
 
 
-def test_pairs_of_all_captions_and_pairs_of_chance_are_left_out(tmp_path: Path) -> None:
+def test_pairs_of_all_captions_and_pairs_of_chance_are_skipped(tmp_path: Path) -> None:
     assert len(chosen(tmp_path, [[[1, 2]] * 5], ALL, ALL)) == 0
     assert len(chosen(tmp_path, [[[1, 2], [1, 3], [4, 2], [5]]], ALL, ALL, least=1)) == 2
 
@@ -234,7 +234,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, spoil: Callable[[Path], object], 
         ),
     ],
 )
-def test_a_bad_label_file_is_told_without_a_traceback(
+def test_a_bad_label_file_is_an_error_without_a_traceback(
     tmp_path: Path, spoil: Callable[[Path], object], told: str
 ) -> None:
     good, bad = write_labels(tmp_path / "a.parquet", [[1, 2]]), write_labels(tmp_path / "b.parquet", [[1, 2]])
@@ -248,7 +248,7 @@ def test_a_bad_label_file_is_told_without_a_traceback(
     )
 
 
-def test_too_little_memory_is_told(tmp_path: Path) -> None:
+def test_too_little_memory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="duckdb_memory = 1KB is too little"):
         choose_pairs(
             [write_labels(tmp_path / "a.parquet", [[1, 2]])], flags(ALL), flags(ALL), 5, 1, "1KB", tmp_path / "spill"

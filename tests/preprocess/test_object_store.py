@@ -1,6 +1,4 @@
-"""Shards read from, and OUT written to, an S3 server on this machine: the same content as on disk, and the same
-promises.
-"""
+"""Shards read from S3, and label datasets written to it (a server on this machine): the same content as on disk."""
 
 import json
 import os
@@ -86,7 +84,7 @@ def test_shards_in_and_out_out(server: Any, bucket: str, finished: Built, tmp_pa
     assert (said.code, said.out) == (0, f"{bucket}/out: whole and unchanged\n")
 
 
-def test_a_rerun_skips_and_an_interrupted_build_goes_on(
+def test_a_rerun_skips_and_an_interrupted_build_resumes(
     server: Any, bucket: str, finished: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filesystem: Any = out_path(bucket).fs  # type: ignore[attr-defined]  # a UPath
@@ -110,7 +108,7 @@ def test_a_rerun_skips_and_an_interrupted_build_goes_on(
     assert {name: server.info(name)["LastModified"] for name in server.find(f"{bucket}/labels")} == before
 
 
-def test_damage_is_found_and_mended(server: Any, bucket: str, finished: Built) -> None:
+def test_damage_is_found_and_fixed(server: Any, bucket: str, finished: Built) -> None:
     build(finished.data, bucket)
     for name in ("labels/00000000.parquet", "beton/00000.beton", "idf.duckdb"):
         data = bytearray(server.cat_file(f"{bucket}/{name}"))
@@ -228,7 +226,7 @@ def test_objects_appear_whole(server: Any, bucket: str) -> None:
     assert not copy.exists()
 
 
-def test_faults_of_a_store_are_told(server: Any, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_of_a_store_are_reported(server: Any, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = out_path(bucket) / "made.json"
 
     def denied(*_: object, **__: object) -> None:
@@ -282,7 +280,7 @@ def test_training_is_refused_with_the_command_that_copies(tmp_path: Path) -> Non
 
 
 def test_what_is_read_back_is_what_was_written(server: Any, bucket: str, finished: Built) -> None:
-    """The Parquet of an s3 OUT is plain Parquet to any reader."""
+    """Any reader reads the Parquet files of a label dataset in S3."""
     build(finished.data, bucket, "--no-beton")
     with server.open(f"{bucket}/labels/00000000.parquet") as file:
         assert pq.read_table(file).equals(pq.read_table(finished.out / "labels" / "00000000.parquet"))

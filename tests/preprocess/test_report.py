@@ -1,6 +1,4 @@
-"""`preprocess report`: a page that holds all it shows, with the numbers of OUT; tried in Chromium where it is
-installed.
-"""
+"""`preprocess report`: a self-contained page with the numbers of the label dataset; shown in Chromium if installed."""
 
 from pathlib import Path
 

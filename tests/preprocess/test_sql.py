@@ -1,4 +1,4 @@
-"""`preprocess sql`: three formats, read-only, nothing outside OUT; and the plain DuckDB shell."""
+"""`preprocess sql`: three formats, read-only, nothing outside the label dataset; and the plain DuckDB shell."""
 
 import csv
 import io

@@ -23,7 +23,7 @@ FILES = [
 ]
 
 
-def assert_found_and_mended(built: Built, name: str, before: dict[str, object]) -> str:
+def assert_found_and_fixed(built: Built, name: str, before: dict[str, object]) -> str:
     said = preprocess("verify", built.out)
     assert said.code == 1 and "fix: run the build-labels command of this folder again" in said.out
     faults = said.out.splitlines()[:-1]
@@ -44,7 +44,7 @@ def test_a_whole_out_passes(finished: Built) -> None:
 def test_one_flipped_bit(built: Built, name: str, share: float) -> None:
     before = contents(built.out)
     flip_bit(built.out / name, share)
-    assert_found_and_mended(built, name, before)
+    assert_found_and_fixed(built, name, before)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -52,14 +52,14 @@ def test_a_cut_file(built: Built, name: str) -> None:
     before = contents(built.out)
     data = (built.out / name).read_bytes()
     (built.out / name).write_bytes(data[: len(data) // 2])
-    assert_found_and_mended(built, name, before)
+    assert_found_and_fixed(built, name, before)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file(built: Built, name: str) -> None:
     before = contents(built.out)
     (built.out / name).unlink()
-    assert "missing" in assert_found_and_mended(built, name, before)
+    assert "missing" in assert_found_and_fixed(built, name, before)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_changed_tables_in_the_duckdb_file(built: Built, change: str) -> None:
     before = contents(built.out)
     with duckdb.connect(str(built.out / "idf.duckdb")) as con:
         con.execute(change)
-    assert_found_and_mended(built, "idf.duckdb", before)
+    assert_found_and_fixed(built, "idf.duckdb", before)
 
 
 def test_a_file_that_does_not_belong(built: Built) -> None:

@@ -1,5 +1,5 @@
-"""Training beside frozen parts: stopped and gone on with it is the same run bit by bit; checkpoints hold what is
-trained alone.
+"""Training next to frozen parts: a stopped and resumed run is the same bit for bit; checkpoints hold only what is
+trained.
 """
 
 import json
@@ -67,7 +67,7 @@ def losses(run: Path) -> list[float]:
     ]
 
 
-def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
+def test_stopped_and_resumed(tmp_path: Path) -> None:
     ended, whole = go(tmp_path / "whole")
     assert (
         ended
@@ -91,7 +91,7 @@ def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
     ]
 
 
-def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_another_run_is_not_resumed(tmp_path: Path) -> None:
     go(tmp_path)
     with pytest.raises(
         UserError, match="begun with other data, weights or settings: fingerprint one, now two"

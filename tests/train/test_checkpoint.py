@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from labels.config import load_pipeline
 from labels.storage import UserError
-from loop_factory import VOCABULARY, settings, train_here
+from loop_factory import VOCABULARY, settings, train_in_this_process
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
 from train.distributed import World
 from train.model import build_trunk
@@ -58,7 +58,7 @@ def refused(out: Path, run: Path, config: Path, *overrides: str) -> str:
 
 def test_all_of_a_learner_comes_back(tmp_path: Path) -> None:
     chosen = settings("runtime.precision=fp16", "optimizer.ema_decay=0.9")
-    train_state, tensors = train_here(tmp_path, chosen, ALONE)
+    train_state, tensors = train_in_this_process(tmp_path, chosen, ALONE)
     assert train_state.scale is not None
     with CheckpointWriter(tmp_path, keep=1, keep_every=0) as writer:
         writer.save(tensors, STATE.model_copy(update={"loss_scale": train_state.scale.state()}))
@@ -89,7 +89,7 @@ def test_trunk_keys_are_timms_own(finished: Path) -> None:
 
 
 def test_a_snapshot_does_not_change_with_the_weights(tmp_path: Path) -> None:
-    train_state, tensors = train_here(tmp_path, settings(), ALONE)
+    train_state, tensors = train_in_this_process(tmp_path, settings(), ALONE)
     before = tensors["trunk"]["cls_token"].clone()
     with torch.no_grad():
         train_state.model.trunk.cls_token.add_(1.0)  # type: ignore[union-attr, operator]
@@ -125,7 +125,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path: Path, monkey
     assert checkpoint_folders(tmp_path) == []
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
     import train.checkpoint
@@ -203,7 +203,7 @@ def test_malicious_files_run_no_code(
     assert not list(tmp_path.rglob(MARK)) and losses(spoilt)[-1][0] == 120
 
 
-def test_a_foreign_or_damaged_state_is_told(out: Path, config: Path, spoilt: Path) -> None:
+def test_a_foreign_or_damaged_state_is_an_error(out: Path, config: Path, spoilt: Path) -> None:
     file = checkpoint_folders(spoilt)[-1] / "state.json"
     state = json.loads(file.read_text())
 
@@ -226,7 +226,7 @@ def test_a_foreign_or_damaged_state_is_told(out: Path, config: Path, spoilt: Pat
     assert train_run(out, spoilt, load_pipeline(config)), "as it says: the one before it"
 
 
-def test_weights_of_another_model_are_told(out: Path, config: Path, spoilt: Path) -> None:
+def test_weights_of_another_model_are_an_error(out: Path, config: Path, spoilt: Path) -> None:
     folder = checkpoint_folders(spoilt)[-1]
     whole = (folder / "trunk.safetensors").read_bytes()
     trunk = load_file(folder / "trunk.safetensors")

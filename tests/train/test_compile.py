@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loop_factory import settings, train_here
+from loop_factory import settings, train_in_this_process
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint
 from train.distributed import World
 from train.trainer import make_train_state
@@ -25,9 +25,9 @@ def test_a_compiled_trunk_trains_as_an_uncompiled_one(tmp_path: Path, monkeypatc
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     compiled = settings("model.compile=true", "model.trunk_args={patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}")
     eager = compiled.model_copy(update={"model": compiled.model.model_copy(update={"compile": False})})
-    train_state, tensors = train_here(tmp_path / "compiled", compiled, ALONE)
+    train_state, tensors = train_in_this_process(tmp_path / "compiled", compiled, ALONE)
     assert train_state.model.trunk._compiled_call_impl is not None  # type: ignore[union-attr]
-    _, others = train_here(tmp_path / "eager", eager, ALONE)
+    _, others = train_in_this_process(tmp_path / "eager", eager, ALONE)
     for (step, loss, lr), (other_step, other, other_lr) in zip(
         losses(tmp_path / "compiled"), losses(tmp_path / "eager"), strict=True
     ):

@@ -55,7 +55,7 @@ def test_shards_hold_the_class_in_the_json(tmp_path: Path, held_out: Path, below
     assert [place.read() for place in train.encoded] == [images[0], images[2], images[1]]
 
 
-def test_fingerprint_is_of_the_content_not_the_place(tmp_path: Path, held_out: Path) -> None:
+def test_fingerprint_is_of_the_content_not_the_path(tmp_path: Path, held_out: Path) -> None:
     prints = []
     for name, counts in (("a", {"cat": 2, "dog": 1}), ("b", {"cat": 2, "dog": 1}), ("c", {"cat": 1, "dog": 2})):
         prints.append(load_pair(write_folders(tmp_path / name, counts), held_out).train.fingerprint)

@@ -138,7 +138,7 @@ def test_runs_of_clip_and_lit(method: str, tmp_path: Path) -> None:
     )
 
 
-def test_one_trunks_results_with_another_text_tower_are_not_its_own(tmp_path: Path) -> None:
+def test_results_with_another_text_tower_are_not_on_the_card(tmp_path: Path) -> None:
     chosen, pipeline = Chosen([str(small_out(tmp_path))]), load_pipeline(small_config(tmp_path), SHORT)
     assert train_clip(chosen, tmp_path / "clip", pipeline)
     spec = EncoderSpec(f"run:{tmp_path / 'clip'}")

@@ -40,7 +40,7 @@ def test_pixel_features_are_the_pixels_in_order(data: DataSet, batch_size: int, 
     assert load_encoder("pixels:").images.side == 32
 
 
-def test_a_stream_gives_the_rows_that_are_asked_for(data: DataSet) -> None:
+def test_a_stream_gives_the_requested_rows(data: DataSet) -> None:
     encoder, rows = load_encoder("pixels:1"), np.array([4, 0, 4, 2, 1])
     seen = []
 

@@ -284,7 +284,7 @@ def weights(cache: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_stopped_one_goes_on_to_the_same_weights(folder: Path, data: DataSet, tmp_path: Path, monkeypatch) -> None:
+def test_a_stopped_run_resumes_to_the_same_weights(folder: Path, data: DataSet, tmp_path: Path, monkeypatch) -> None:
     encoder = load_encoder(f"run:{folder}/run")
     whole = FineTune().scores(encoder, data, QUICK, extractor(tmp_path / "whole"), [0])
     real = finetune.train_model
@@ -384,7 +384,7 @@ def test_two_ranks_are_one(folder: Path, tmp_path: Path) -> None:
     assert len(losses[0]) == 2 * (2 * 18 // 8) and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_another_encoders_state_is_not_gone_on_with(folder: Path, data: DataSet, tmp_path: Path) -> None:
+def test_another_encoders_state_is_not_resumed(folder: Path, data: DataSet, tmp_path: Path) -> None:
     """Whatever decides the result decides the folder."""
     for settings in (QUICK, QUICK.model_copy(update={"layer_decay": 0.9})):
         FineTune().scores(

@@ -72,7 +72,7 @@ def test_batch_norm_of_a_frozen_trunk_keeps_its_statistics(runs: Runs, tmp_path:
     assert all(torch.equal(found[name], tensor) for name, tensor in load_file(tmp_path / "net.safetensors").items())
 
 
-def test_a_lit_run_goes_on_as_if_it_had_not_stopped(runs: Runs, tmp_path: Path) -> None:
+def test_a_lit_run_resumes_as_if_it_had_not_stopped(runs: Runs, tmp_path: Path) -> None:
     spec, pipeline = EncoderSpec(f"run:{runs.folder / 'run'}"), runs.pipeline
     import train.loop
 
@@ -150,7 +150,7 @@ def test_classes_are_embedded_as_open_clip_does(data: DataSet, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["clip", "lit"])
-def test_runs_are_asked_with_their_own_tokens(runs: Runs, data: DataSet, kind: str) -> None:
+def test_runs_are_evaluated_with_their_own_tokens(runs: Runs, data: DataSet, kind: str) -> None:
     spec = f"run:{runs.folder / kind}"
     encoder = load_encoder(spec)
     assert encoder.text
@@ -184,7 +184,7 @@ def test_a_run_without_text_tower_is_reported(
 
 
 def test_names_that_the_tokenizer_does_not_know_are_reported(runs: Runs, data: DataSet, tmp_path: Path) -> None:
-    """Else both would be one and the same text to the tower, and the figure chance without a word."""
+    """Otherwise both would be the same text to the tower, and the accuracy would silently be chance."""
     (tmp_path / "names.txt").write_text("red bird\nxylophone\nzeppelin\n")
     pipeline = Pipeline(evaluators={"zeroshot": Zeroshot(classnames=str(tmp_path / "names.txt")).model_dump()})
     text = refused(

@@ -325,7 +325,7 @@ def test_the_next_batch_is_decoded_while_the_loop_has_one(out: Path, monkeypatch
 
 
 def test_a_flipped_bit_in_the_table_is_an_error(out: Path, tmp_path: Path) -> None:
-    """The pointers of image and labels bound each other: what lies between is the JPEG."""
+    """The pointers of image and labels bound each other: the bytes between them are the JPEG."""
     at = beton.METADATA_OFFSET + 5 * beton.METADATA.itemsize + beton.METADATA.fields["labels_ptr"][1]  # type: ignore[index]
     copy = patched(out, tmp_path, 0, at + 7, b"\x80")
     with pytest.raises(UserError, match=r"00000\.beton, sample 5: its table entry points outside the file"):

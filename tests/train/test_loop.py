@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from labels.storage import UserError
-from loop_factory import STEPS, VOCABULARY, batches, settings, train_here
+from loop_factory import STEPS, VOCABULARY, batches, settings, train_in_this_process
 from train.distributed import World
 from train.loop import micro_batches
 from train.optim import LossScale, learning_rate, make_optimizer
@@ -27,7 +27,7 @@ def close(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, to
 
 def test_the_loop_is_the_naive_loop(tmp_path: Path) -> None:
     train = settings()
-    train_state, found = train_here(tmp_path, train, ALONE)
+    train_state, found = train_in_this_process(tmp_path, train, ALONE)
     naive = make_train_state(train, torch.linspace(0.5, 3.0, VOCABULARY), ALONE).model
     decayed = [parameter for parameter in naive.parameters() if parameter.squeeze().ndim > 1]
     others = [parameter for parameter in naive.parameters() if parameter.squeeze().ndim < 2]
@@ -53,8 +53,8 @@ def test_the_loop_is_the_naive_loop(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parts", [2, 4, 16])
 def test_a_batch_in_parts_gives_the_same_steps(tmp_path: Path, parts: int) -> None:
-    _, whole = train_here(tmp_path / "whole", settings(), ALONE)
-    _, cut = train_here(tmp_path / "cut", settings(f"runtime.accumulation={parts}"), ALONE)
+    _, whole = train_in_this_process(tmp_path / "whole", settings(), ALONE)
+    _, cut = train_in_this_process(tmp_path / "cut", settings(f"runtime.accumulation={parts}"), ALONE)
     for (_, loss, lr), (_, other, other_lr) in zip(losses(tmp_path / "whole"), losses(tmp_path / "cut"), strict=True):
         assert math.isclose(loss, other, rel_tol=1e-5) and lr == other_lr
     assert close(whole, cut, 2e-5)
@@ -68,7 +68,7 @@ def test_a_batch_in_parts_gives_the_same_steps(tmp_path: Path, parts: int) -> No
 def test_a_step_that_is_not_finite_changes_no_weight(tmp_path: Path, number: float) -> None:
     train = settings("optimizer.ema_decay=0.9")
     # Steps 2 and 3 are spoilt: the run has to be the one that never saw them but moved on in its schedule.
-    train_state, found = train_here(tmp_path, train, ALONE, spoil={2: number, 3: number})
+    train_state, found = train_in_this_process(tmp_path, train, ALONE, spoil={2: number, 3: number})
     told = [line for line in lines(tmp_path) if "loss" in line]
     assert [bool(line.get("skipped")) for line in told] == [False, False, True, True, False, False]
     assert all((line["loss"] is None or math.isfinite(line["loss"])) for line in told)
@@ -90,14 +90,14 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path: Path, number: flo
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     train = settings("runtime.max_skipped_steps=3")
-    train_here(tmp_path / "two", train, ALONE, spoil={1: math.nan, 2: math.nan, 4: math.nan, 5: math.nan})
+    train_in_this_process(tmp_path / "two", train, ALONE, spoil={1: math.nan, 2: math.nan, 4: math.nan, 5: math.nan})
     with pytest.raises(UserError, match=r"the last 3 steps, up to step 6, were skipped"):
-        train_here(tmp_path / "three", train, ALONE, spoil=dict.fromkeys([1, 3, 4, 5], math.nan))
+        train_in_this_process(tmp_path / "three", train, ALONE, spoil=dict.fromkeys([1, 3, 4, 5], math.nan))
 
 
 def test_clipping_shortens_the_gradient_to_the_norm(tmp_path: Path) -> None:
     train = settings("optimizer.clip_norm=0.05")
-    train_state, _ = train_here(tmp_path, train, ALONE)
+    train_state, _ = train_in_this_process(tmp_path, train, ALONE)
     naive = make_train_state(train, torch.linspace(0.5, 3.0, VOCABULARY), ALONE)
     for step, batch in enumerate(batches(ALONE)):
         naive.optimizer.zero_grad()
@@ -111,14 +111,14 @@ def test_clipping_shortens_the_gradient_to_the_norm(tmp_path: Path) -> None:
             group["lr"] = learning_rate(step, STEPS, 2, 1e-3)
         naive.optimizer.step()
     assert close({"all": naive.model.state_dict()}, {"all": train_state.model.state_dict()}, 2e-5)
-    _, free = train_here(tmp_path / "free", settings("optimizer.clip_norm=1e6"), ALONE)
-    _, plain = train_here(tmp_path / "plain", settings(), ALONE)
+    _, free = train_in_this_process(tmp_path / "free", settings("optimizer.clip_norm=1e6"), ALONE)
+    _, plain = train_in_this_process(tmp_path / "plain", settings(), ALONE)
     assert close(free, plain, 1e-7), "a gradient shorter than that is left alone"
 
 
 def test_fp16_is_scaled_and_close_to_fp32(tmp_path: Path) -> None:
-    train_state, found = train_here(tmp_path / "half", settings("runtime.precision=fp16"), ALONE)
-    train_here(tmp_path / "full", settings(), ALONE)
+    train_state, found = train_in_this_process(tmp_path / "half", settings("runtime.precision=fp16"), ALONE)
+    train_in_this_process(tmp_path / "full", settings(), ALONE)
     assert train_state.scale is not None and train_state.scale.state() == [2.0**16, float(STEPS)]
     for half, full in zip(lines(tmp_path / "half"), lines(tmp_path / "full"), strict=True):
         if "loss" in half:
@@ -126,11 +126,13 @@ def test_fp16_is_scaled_and_close_to_fp32(tmp_path: Path) -> None:
             assert math.isclose(half["grad_norm"], full["grad_norm"], rel_tol=0.1), "told without the scale"
     assert all(tensor.dtype == torch.float32 for tensor in found["trunk"].values())
     # An overflow: the scale is halved, the step left out.
-    train_state, _ = train_here(tmp_path / "spoilt", settings("runtime.precision=fp16"), ALONE, spoil={1: math.inf})
+    train_state, _ = train_in_this_process(
+        tmp_path / "spoilt", settings("runtime.precision=fp16"), ALONE, spoil={1: math.inf}
+    )
     assert train_state.scale is not None and train_state.scale.state() == [2.0**15, float(STEPS - 2)]
 
 
-def test_the_loss_scale_grows_again_and_goes_on_from_a_checkpoint() -> None:
+def test_the_loss_scale_grows_again_and_resumes_from_a_checkpoint() -> None:
     scale = LossScale(torch.device("cpu"))
     for _ in range(1999):
         scale.update(torch.tensor(0.0))
@@ -144,7 +146,7 @@ def test_the_loss_scale_grows_again_and_goes_on_from_a_checkpoint() -> None:
 
 
 def test_the_average_follows_the_weights(tmp_path: Path) -> None:
-    _, found = train_here(tmp_path, settings("optimizer.ema_decay=0.5"), ALONE)
+    _, found = train_in_this_process(tmp_path, settings("optimizer.ema_decay=0.5"), ALONE)
     naive = make_train_state(settings(), torch.linspace(0.5, 3.0, VOCABULARY), ALONE)
     average = {name: tensor.clone() for name, tensor in naive.model.state_dict().items()}
     for step, batch in enumerate(batches(ALONE)):
@@ -162,8 +164,8 @@ def test_the_average_follows_the_weights(tmp_path: Path) -> None:
     assert close({"all": average}, {"all": saved}, 1e-6)
 
 
-def test_mfu_is_told_where_the_peak_is_known(tmp_path: Path) -> None:
-    train_here(tmp_path, settings(), ALONE)
+def test_mfu_is_logged_if_the_peak_is_known(tmp_path: Path) -> None:
+    train_in_this_process(tmp_path, settings(), ALONE)
     throughput = lines(tmp_path)[-1]
     assert math.isclose(throughput["mfu"], throughput["samples_per_s"] / 1e3), (
         "one operation a sample on a device of 1,000 a second"

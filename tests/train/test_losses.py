@@ -29,7 +29,7 @@ every_kind = pytest.mark.parametrize("settings", KINDS, ids=name_of)
 every_name = pytest.mark.parametrize("name", NAMES)
 
 
-def test_every_loss_is_tested_here() -> None:
+def test_every_loss_has_a_dense_reference() -> None:
     assert sorted(NAMES) == names_in(LOSSES)
 
 

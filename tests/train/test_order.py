@@ -62,9 +62,7 @@ def test_a_window_holds_whole_blocks_in_random_order() -> None:
 
 
 def test_ranks_and_restarts_see_every_sample_as_often_as_one_rank() -> None:
-    """20 runs, each stopped and gone on with another number of ranks at random steps: the multiset of each epoch is
-    exact.
-    """
+    """20 runs, resumed with other numbers of ranks at random steps: each epoch has every sample exactly once."""
     dice = random.Random(0)
     order = Order([1000], (1,), block=16, window=5, seed=5)
     batch, epochs = 120, 6

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from labels.settings import Loss, Runtime
-from loop_factory import settings, train_here
+from loop_factory import settings, train_in_this_process
 from train.distributed import World, distributed_world, spread
 from trainer_factory import lines
 from trainer_process import assert_ranks_succeed
@@ -37,7 +37,7 @@ def run_cases(rank: int, folder: Path) -> None:
         assert world.rank == rank
         for way, name in RUNS:
             run = folder / way / name
-            _, tensors = train_here(run, settings(*CASES[name], *WAYS[way]), world)
+            _, tensors = train_in_this_process(run, settings(*CASES[name], *WAYS[way]), world)
             if world.is_first:
                 save_file(
                     {f"{file}.{key}": tensor for file, named in tensors.items() for key, tensor in named.items()},
@@ -52,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert_ranks_succeed(run_cases, folder, ranks=2)
     alone = World(0, 1, torch.device("cpu"))
     for name, overrides in CASES.items():
-        _, tensors = train_here(folder / "one" / name, settings(*overrides), alone)
+        _, tensors = train_in_this_process(folder / "one" / name, settings(*overrides), alone)
         save_file(
             {f"{file}.{key}": tensor for file, named in tensors.items() for key, tensor in named.items()},
             folder / "one" / name / "all.safetensors",
@@ -76,7 +76,7 @@ def test_two_ranks_are_one(runs: Path, way: str, name: str) -> None:
 def broken_on_one_rank(rank: int, folder: Path) -> None:
     with distributed_world(Runtime(device="cpu", threads=1)) as world:
         for way, keys in WAYS.items():
-            _, tensors = train_here(folder / way, settings(*keys), world, spoil={2: math.inf})
+            _, tensors = train_in_this_process(folder / way, settings(*keys), world, spoil={2: math.inf})
             if world.is_first:
                 assert {tensor.item() for name, tensor in tensors["optimizer"].items() if name.startswith("step.")} == {
                     5.0

@@ -58,9 +58,8 @@ TINY = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Betons in out/; the same rows with at most two labels in short/; with another IDF formula in paper/.
 
-    One row has a broken image and stands in no beton, and one shard has no row, so it has no beton: neither the
-        sample's nor the
-    beton's number tells the position of a row.
+    One row has a broken image and is in no beton, and one shard has no row and no beton: neither the number of the
+    sample nor of the beton gives the position of a row.
     """
     folder = tmp_path_factory.mktemp("relabel")
     shards = write_shards(folder / "shards", COUNTS)

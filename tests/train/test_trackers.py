@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard's files, and W&B where it is not installed."""
+"""Metrics in other forms than metrics.jsonl: TensorBoard's files, and W&B if it is not installed."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from loop_factory import settings
 from train.metrics import make_trackers
 
 
-def test_wandb_that_is_not_installed_is_an_error_that_says_how_to_get_it(
+def test_missing_wandb_is_an_error_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # what an import of a package that is not there finds

@@ -95,9 +95,7 @@ def test_killed_at_twenty_random_moments_the_losses_are_the_same_floats(
     assert list((run / "checkpoints").glob("*.partial")) == []
 
 
-def test_asked_to_stop_it_saves_and_leaves_with_its_own_code(
-    out: Path, config: Path, reference: Path, tmp_path: Path
-) -> None:
+def test_a_signal_saves_and_exits_with_its_own_code(out: Path, config: Path, reference: Path, tmp_path: Path) -> None:
     run, seen = tmp_path / "run", 0
     rare = command(out, run, config, "train.checkpoint.every_samples=10M")
     for life, number in enumerate(
@@ -184,7 +182,7 @@ def test_under_torchrun_two_ranks_equal_one(out: Path, config: Path, reference: 
         assert abs(loss - other_loss) <= 1e-5 * abs(loss)
 
 
-def test_a_finished_run_says_so_and_beton_alone_takes_the_configuration(
+def test_a_finished_run_is_reported_and_beton_alone_uses_the_configuration(
     out: Path, config: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "pipeline.yaml").write_text(config.read_text() + f"paths: {{out: {out}, run: {reference}}}\n")
