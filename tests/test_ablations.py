@@ -126,10 +126,10 @@ def test_a_lane_that_fails_or_dies_loses_its_own_unit_alone(tmp_path: Path) -> N
         bare_unit(tmp_path, "hangs"),
         bare_unit(tmp_path, "last"),
     ]
-    told: dict[str, str | None] = {}
+    reported: dict[str, str | None] = {}
 
     def kill() -> None:
-        while set(told) != {"good", "bad"}:
+        while set(reported) != {"good", "bad"}:
             time.sleep(0.01)
         multiprocessing.active_children()[0].kill()
 
@@ -137,12 +137,12 @@ def test_a_lane_that_fails_or_dies_loses_its_own_unit_alone(tmp_path: Path) -> N
     killer.start()
     before = dict(os.environ)
     try:
-        ablation_units.run_units(units, 1, lambda unit, fault: told.__setitem__(unit.cell, fault))
+        ablation_units.run_units(units, 1, lambda unit, fault: reported.__setitem__(unit.cell, fault))
     finally:
         os.environ.clear()
         os.environ.update(before)
-    assert told["good"] is None and told["last"] is None
-    assert "nonsense" in (told["bad"] or "") and "killed" in (told["hangs"] or "")
+    assert reported["good"] is None and reported["last"] is None
+    assert "nonsense" in (reported["bad"] or "") and "killed" in (reported["hangs"] or "")
     assert ablation_units.finished(units[0]) and ablation_units.finished(units[2]) is None
 
 
@@ -163,7 +163,7 @@ def test_results_made_in_another_way_are_outdated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reported"),
     [
         ({"cells": {"small": {"loss": "bce"}}}, "cells.small.loss"),
         (
@@ -173,8 +173,8 @@ def test_results_made_in_another_way_are_outdated(tmp_path: Path) -> None:
         ({"cells": {"small": {"labels": "none"}, "smaller": {}}}, "the label set 'none'"),
     ],
 )
-def test_a_grid_that_does_not_hold_together(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_grid_that_does_not_hold_together(tmp_path: Path, changes: dict[str, Any], reported: str) -> None:
+    with pytest.raises(UserError, match=reported):
         ablation_grid.read_grid(write_grid(tmp_path, **changes))
 
 

@@ -177,13 +177,13 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
-def run(tree: Path, *words: str, told: int = 0) -> str:
-    """Output of a command, which must exit with the code `told`."""
+def run(tree: Path, *words: str, exit_code: int = 0) -> str:
+    """Output of a command, which must exit with the code `exit_code`."""
     environment = {**os.environ, "PYTHONPATH": f"{tree}:{ROOT}", "COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, *words], cwd=tree, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
-    assert done.returncode == told, done.stdout + done.stderr
+    assert done.returncode == exit_code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -291,20 +291,22 @@ for overrides in (["train.loss.name=briar"], ["centriod.power=1"]):
         print(error)
 print([name for name in ("torch", "train.losses.kinds.brier", "train.evals.kinds.centroid", "preprocess") if name in sys.modules])
 """
-    told = run(tree, "-c", script)
+    reported = run(tree, "-c", script)
     assert (
-        "  centroid   The class whose mean is nearest.\n" in told
-        and "second paragraph" not in told
-        and told.endswith("[]\n")
+        "  centroid   The class whose mean is nearest.\n" in reported
+        and "second paragraph" not in reported
+        and reported.endswith("[]\n")
     )
     assert (
         "train.loss.name: 'briar' is not allowed: Input should be 'asl', 'bce', 'brier', 'soft_margin', 'softmax' or 'two_way'"
-        in told
+        in reported
     )
-    assert "centriod: unknown key; did you mean 'centroid'?" in told
+    assert "centriod: unknown key; did you mean 'centroid'?" in reported
     partial = ["run", "--beton", "out", "--out", "partial", "--set", "train.runtime.accumulation=2"]
-    assert "loss.name is brier, which compares all samples of a batch" in run(tree, "-m", "train", *partial, told=2)
+    assert "loss.name is brier, which compares all samples of a batch" in run(
+        tree, "-m", "train", *partial, exit_code=2
+    )
     wrong = ["--data", "folders:labelled", "--encoder", "pixels:2", "--set", "centroid.pwoer=1"]
     assert "centroid.pwoer: unknown key; did you mean 'power'? allowed: power, seeds" in run(
-        tree, "-m", "train", "centroid", *wrong, told=2
+        tree, "-m", "train", "centroid", *wrong, exit_code=2
     )

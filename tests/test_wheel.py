@@ -10,9 +10,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*Package 'labels.tokenizers.vocab'"
-)  # a folder of data, told to be one in package-data
+@pytest.mark.filterwarnings("ignore:.*Package 'labels.tokenizers.vocab'")  # a folder of data, listed in package-data
 def test_the_wheel_has_every_file_of_the_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     distribution = Distribution({"script_name": "setup.py"})

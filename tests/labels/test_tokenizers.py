@@ -572,7 +572,7 @@ def test_errors_name_what_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "other.json").write_text('{"a": 1}')
     (tmp_path / "words.txt").write_text("cat\ndog\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    told = {
+    reported = {
         "no-such-model": "'no-such-model' is no file, and its tokenizer.json could not be fetched from the hub: no route",
         "no/such/file": "there is no file 'no/such/file'",
         "missing.json": "there is no file 'missing.json'",
@@ -582,7 +582,7 @@ def test_errors_name_what_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         str(tmp_path / "words.txt"): r"is no vocab.txt: it has no line \[UNK\]",
         str(tmp_path / "binary.txt"): "cannot be read as a vocab.txt",
     }
-    for name, text in told.items():
+    for name, text in reported.items():
         with pytest.raises(UserError, match=text) as caught:
             make_tokenizer(Labels(tokenizer=name))
         assert caught.value.allowed

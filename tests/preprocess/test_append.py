@@ -124,8 +124,8 @@ def test_undo_gives_up_what_has_not_finished(dataset: Built, out: Path, tmp_path
         tmp_path / "bad" / "00000009.tar",
         [*healthy(1, 90), *(member for key in "abcdefgh" for member in sample(key, None))],
     )
-    told = refused(out, tmp_path / "bad")
-    assert "8 of 21 samples are bad" in told and "build.max_bad_fraction" in told
+    reported = refused(out, tmp_path / "bad")
+    assert "8 of 21 samples are bad" in reported and "build.max_bad_fraction" in reported
     said = preprocess("verify", out)
     assert (
         said.code == 1
@@ -137,12 +137,14 @@ def test_undo_gives_up_what_has_not_finished(dataset: Built, out: Path, tmp_path
 
 def test_names_have_to_come_after_the_old_ones(dataset: Built, out: Path, tmp_path: Path) -> None:
     write_tar(tmp_path / "data" / "00000001.tar", healthy(3, 50))
-    told = refused(out, tmp_path / "data")
-    assert "would be shard 00000001, which this output folder has from" in told and "add `--prefix more1-`" in told
+    reported = refused(out, tmp_path / "data")
+    assert (
+        "would be shard 00000001, which this output folder has from" in reported and "add `--prefix more1-`" in reported
+    )
     write_tar(tmp_path / "earlier" / "00000000_a.tar", healthy(3, 50))
-    told = refused(out, tmp_path / "earlier")
-    assert "would be shard 00000000_a, before 00000001: old rows would lose their positions" in told
-    assert "names that come after 00000001" in told
+    reported = refused(out, tmp_path / "earlier")
+    assert "would be shard 00000000_a, before 00000001: old rows would lose their positions" in reported
+    assert "names that come after 00000001" in reported
     append(out, tmp_path / "data", "--prefix", "more1-")
     assert [shard.name for shard in read_manifest(out).shards] == ["00000000", "00000001", "more1-00000001"]
     assert [row["key"] for row in rows(out)[12:]] == ["000000050", "000000051", "000000052"]
@@ -151,8 +153,8 @@ def test_names_have_to_come_after_the_old_ones(dataset: Built, out: Path, tmp_pa
 
 def test_what_cannot_be_appended(dataset: Built, out: Path, tmp_path: Path) -> None:
     more = dataset.data.parent / "more"
-    told = refused(out, more, "--set", "labels.context=10")
-    assert "labels.context was 75, is now 10" in told and "begun with other options" in told
+    reported = refused(out, more, "--set", "labels.context=10")
+    assert "labels.context was 75, is now 10" in reported and "begun with other options" in reported
     assert "images.jpeg_quality was 95, is now 50" in refused(out, more, "--set", "build.jpeg_quality=50")
     assert "does not exist" in refused(tmp_path / "none", more)
     (out / "manifest.json").unlink()

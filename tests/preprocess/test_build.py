@@ -185,17 +185,17 @@ def test_a_shard_that_is_no_longer_given_is_refused(built: Built) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "reported"),
     [
         ("labels.context=10", "labels.context was 75, is now 10"),
         ("labels.idf=paper", "labels.idf was 'smooth', is now 'paper'"),
         ("build.jpeg_quality=50", "images.jpeg_quality was 95, is now 50"),
     ],
 )
-def test_other_options_are_refused_until_overwrite(built: Built, tmp_path: Path, option: str, told: str) -> None:
+def test_other_options_are_refused_until_overwrite(built: Built, tmp_path: Path, option: str, reported: str) -> None:
     before = contents(built.out)
     found = refused(built.data, built.out, "--set", option)
-    assert told in found and "begun with other options" in found and "--overwrite" in found
+    assert reported in found and "begun with other options" in found and "--overwrite" in found
     assert contents(built.out) == before
     build(built.data, built.out, "--set", option, "--overwrite")
     build(built.data, tmp_path / "fresh", "--set", option)

@@ -151,7 +151,7 @@ def test_a_build_on_a_full_disk_resumes_when_there_is_space(tmp_path: Path, smal
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "reported"),
     [
         (errno.ENOSPC, "free space there"),
         (errno.EDQUOT, "have the quota raised"),
@@ -163,7 +163,7 @@ def test_a_build_on_a_full_disk_resumes_when_there_is_space(tmp_path: Path, smal
 )
 @pytest.mark.parametrize("where", ["mkdir", "write", "fsync", "rename"])
 def test_every_reason_at_every_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, told: str, where: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reported: str, where: str
 ) -> None:
     path = tmp_path / "folder" / "made.json"
 
@@ -178,7 +178,7 @@ def test_every_reason_at_every_step(
             patched.setattr(storage.os, {"fsync": "fsync", "rename": "replace"}[where], fail)
         with pytest.raises(UserError, match="made.json cannot be written: " + os.strerror(number)) as caught:
             write_json(path, {})
-    assert told in (caught.value.fix or "") and "run the same command again" in (caught.value.fix or "")
+    assert reported in (caught.value.fix or "") and "run the same command again" in (caught.value.fix or "")
     assert not [left for left in tmp_path.rglob("*") if left.is_file()]
     write_json(path, {})
 

@@ -26,7 +26,7 @@ def found(tmp_path: Path, code: int = 0) -> dict[str, dict[str, str]]:
 
 
 def test_this_machine_is_fit(tmp_path: Path) -> None:
-    told = found(tmp_path)
+    reported = found(tmp_path)
     assert {
         "python",
         "libraries",
@@ -36,8 +36,8 @@ def test_this_machine_is_fit(tmp_path: Path) -> None:
         "open files",
         "free disk",
         "disk speed",
-    } <= told.keys()
-    assert told["libraries"]["state"] == "good" and "duckdb" in told["libraries"]["value"]
+    } <= reported.keys()
+    assert reported["libraries"]["state"] == "good" and "duckdb" in reported["libraries"]["value"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -46,17 +46,21 @@ def test_a_missing_library_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         doctor, "_version", lambda name: None if name == "ftfy" else "1.0.0" if name == "duckdb" else version(name)
     )
-    told = found(tmp_path, code=1)["libraries"]
-    assert told["state"] == "missing" and "ftfy not installed" in told["value"] and "duckdb 1.0.0" in told["value"]
-    assert "'ftfy<7,>=6.3'" in told["fix"]
+    reported = found(tmp_path, code=1)["libraries"]
+    assert (
+        reported["state"] == "missing"
+        and "ftfy not installed" in reported["value"]
+        and "duckdb 1.0.0" in reported["value"]
+    )
+    assert "'ftfy<7,>=6.3'" in reported["fix"]
 
 
 def test_what_an_extra_asks_for_is_not_needed_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["numpy>=2", 'no-such-tracker>=1; extra == "wandb"', 'no-such-thing>=1; extra == "not-known-here"']
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: asked)
-    told = found(tmp_path)
-    assert told["libraries"]["state"] == "good" and "no-such" not in told["libraries"]["value"]
-    assert told["[wandb]"]["state"] == "absent" and "no-such-tracker" in told["[wandb]"]["value"]
+    reported = found(tmp_path)
+    assert reported["libraries"]["state"] == "good" and "no-such" not in reported["libraries"]["value"]
+    assert reported["[wandb]"]["state"] == "absent" and "no-such-tracker" in reported["[wandb]"]["value"]
     assert "[wandb]" in preprocess("doctor", "--out", tmp_path).out
 
 
@@ -67,8 +71,8 @@ def test_every_extra_is_known() -> None:
 
 def test_the_trainers_decoder_is_needed_where_the_trainer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_library", lambda name: None)
-    told = found(tmp_path, code=1)["libturbojpeg"]
-    assert told["state"] == "missing" and told["fix"] == "apt-get install libturbojpeg0"
+    reported = found(tmp_path, code=1)["libturbojpeg"]
+    assert reported["state"] == "missing" and reported["fix"] == "apt-get install libturbojpeg0"
     monkeypatch.setattr(doctor, "installed_extras", list)
     assert found(tmp_path)["libturbojpeg"]["state"] == "absent"
 
@@ -82,30 +86,33 @@ def test_limits_are_weak_with_their_fix(tmp_path: Path, monkeypatch: pytest.Monk
     group.mkdir()
     for name, content in (("cpu.max", "250000 100000"), ("memory.max", f"{3 << 30}"), ("memory.current", f"{2 << 30}")):
         (group / name).write_text(f"{content}\n")
-    told = found(tmp_path)
-    assert {name: told[name]["fix"] for name in ("open files", "cores")} == {
+    reported = found(tmp_path)
+    assert {name: reported[name]["fix"] for name in ("open files", "cores")} == {
         "open files": "ulimit -n 4096",
         "cores": "set build.workers to 2",
     }
-    assert all(told[name]["state"] == "weak" for name in ("open files", "cores", "memory", "free disk"))
-    assert told["memory"]["value"].startswith("3.0 GiB, 1.0 available") and "quota is 2.5" in told["cores"]["value"]
+    assert all(reported[name]["state"] == "weak" for name in ("open files", "cores", "memory", "free disk"))
+    assert (
+        reported["memory"]["value"].startswith("3.0 GiB, 1.0 available")
+        and "quota is 2.5" in reported["cores"]["value"]
+    )
 
 
 def test_a_control_group_without_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_CGROUP", tmp_path)
     for name, content in (("cpu.max", "max 100000"), ("memory.max", "max"), ("memory.current", "4096")):
         (tmp_path / name).write_text(f"{content}\n")
-    told = found(tmp_path)
+    reported = found(tmp_path)
     total = psutil.virtual_memory().total / 2**30
-    assert told["cores"]["state"] == "good" and told["memory"]["value"].startswith(f"{total:.1f} GiB, ")
+    assert reported["cores"]["state"] == "good" and reported["memory"]["value"].startswith(f"{total:.1f} GiB, ")
 
 
 def test_a_gpu_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "cuda_devices", lambda: ["NVIDIA H100, 81559 MiB, 580"])
     version = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: "2.14.0+cpu" if name == "torch" else version(name))
-    told = found(tmp_path)["cuda"]
-    assert told["state"] == "weak" and "built without CUDA" in told["value"]
+    reported = found(tmp_path)["cuda"]
+    assert reported["state"] == "weak" and "built without CUDA" in reported["value"]
 
     def broken() -> list[str]:
         raise OSError("the driver fails")

@@ -141,9 +141,9 @@ def test_markers_without_numbers_of_tokens_are_completed(tmp_path: Path) -> None
     out = tmp_path / "out"
     build(tmp_path, out, "--no-beton")
     marker = out / "done" / "labels" / "a.json"
-    told = json.loads(marker.read_text())
-    assert told.pop("tokens") == 5
-    marker.write_text(json.dumps(told))
+    reported = json.loads(marker.read_text())
+    assert reported.pop("tokens") == 5
+    marker.write_text(json.dumps(reported))
     (out / "idf.duckdb").unlink()
     build(tmp_path, out, "--no-beton")
     assert "tokens" not in json.loads(marker.read_text()), "the shard has not been labelled again"
@@ -158,7 +158,7 @@ def test_too_little_memory_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "reported"),
     [
         (lambda path: path.unlink(), "no IDF table at"),
         (lambda path: path.write_bytes(b"PAR1 but no more"), "is not readable as Parquet"),
@@ -166,11 +166,11 @@ def test_too_little_memory_is_an_error(tmp_path: Path) -> None:
         (lambda path: pq.write_table(pq.read_table(path).slice(1), path), "token_id is not 0, 1, 2"),
     ],
 )
-def test_a_bad_table_is_refused(tmp_path: Path, spoil: Callable[[Path], object], told: str) -> None:
+def test_a_bad_table_is_refused(tmp_path: Path, spoil: Callable[[Path], object], reported: str) -> None:
     path = tmp_path / "idf.parquet"
     pq.write_table(pa.table([[0, 1], ["a", "b"], [1, 2], [0.5, 0.1]], schema=TOKENS), path)
     assert read_idf(path).tolist() == pytest.approx([0.5, 0.1])
     spoil(path)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=reported) as caught:
         read_idf(path)
     assert "preprocess build-labels" in str(caught.value)

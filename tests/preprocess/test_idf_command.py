@@ -104,20 +104,20 @@ def test_sums_equal_a_naive_count(
     outs: list[Path], tmp_path: Path, which: list[int], pattern: str | None, formula: Formula | None, summed: list[Rows]
 ) -> None:
     target = tmp_path / "new" / "sum.parquet"
-    told = sum_idf([outs[number] for number in which], target, shards=pattern, formula=formula)
+    reported = sum_idf([outs[number] for number in which], target, shards=pattern, formula=formula)
     frequency, captions = naive(summed)
     table = pq.read_table(target)
     assert table.schema.equals(TOKENS, check_metadata=True)
     assert table["token"].to_pylist() == TOKENS_OF_ALL and table["token_id"].to_pylist() == list(range(6))
     assert table["document_frequency"].to_pylist() == frequency.tolist()
     assert table["idf"].to_pylist() == idf_weights(frequency, captions, formula or "smooth").tolist()
-    assert (told.captions, told.shards, told.formula) == (captions, len(summed), formula or "smooth")
+    assert (reported.captions, reported.shards, reported.formula) == (captions, len(summed), formula or "smooth")
 
 
 def test_the_sum_of_all_shards_is_the_outs_own_table(outs: list[Path], tmp_path: Path) -> None:
-    told = sum_idf(outs[:1], tmp_path / "sum.parquet")
+    reported = sum_idf(outs[:1], tmp_path / "sum.parquet")
     assert (tmp_path / "sum.parquet").read_bytes() == (outs[0] / "idf.parquet").read_bytes()
-    assert str(told) == "IDF (smooth) of 4 captions in 3 shards"
+    assert str(reported) == "IDF (smooth) of 4 captions in 3 shards"
 
 
 def test_the_formula_is_the_outs_own_or_has_to_be_chosen(outs: list[Path], tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_formula_is_the_outs_own_or_has_to_be_chosen(outs: list[Path], tmp_p
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         ({"fingerprint": "f2"}, "differ in their tokenizer's fingerprint: f1 and f2"),
         ({"context": 10}, r"differ in labels\.context: 75 and 10"),
@@ -138,9 +138,9 @@ def test_the_formula_is_the_outs_own_or_has_to_be_chosen(outs: list[Path], tmp_p
         ({"tokens": [*TOKENS_OF_ALL, "a</w> cat</w>"]}, "other classes: each chose its own word pairs"),
     ],
 )
-def test_other_labels_are_not_summed(outs: list[Path], tmp_path: Path, options: dict[str, Any], told: str) -> None:
+def test_other_labels_are_not_summed(outs: list[Path], tmp_path: Path, options: dict[str, Any], reported: str) -> None:
     other = make_out(tmp_path / "other", FIRST, **options)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=reported) as caught:
         sum_idf([outs[0], other], tmp_path / "sum.parquet")
     assert str(outs[0]) in str(caught.value) and str(other) in str(caught.value) and "fix: " in str(caught.value)
     assert not (tmp_path / "sum.parquet").exists()
@@ -155,8 +155,8 @@ def test_what_cannot_be_meant_is_refused(outs: list[Path], tmp_path: Path) -> No
         (outs, target, "1*", r"no shard's name fits --shards 1\*\n.*5 names from 00000 to it's"),
         ([tmp_path / "nowhere"], target, None, "does not exist"),
     ]
-    for given, path, pattern, told in refused:
-        with pytest.raises(UserError, match=told):
+    for given, path, pattern, reported in refused:
+        with pytest.raises(UserError, match=reported):
             sum_idf(given, path, shards=pattern)
     assert not target.exists()
 
@@ -166,7 +166,7 @@ def counts_of(rows: list[tuple[int, int]]) -> Callable[[Path], object]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "reported"),
     [
         (lambda path: path.unlink(), "no counts of shard 00001 at"),
         (lambda path: path.write_bytes(b"PAR1 but no more"), "counts cannot be summed"),
@@ -175,10 +175,10 @@ def counts_of(rows: list[tuple[int, int]]) -> Callable[[Path], object]:
     ],
 )
 def test_damaged_counts_are_an_error(
-    outs: list[Path], tmp_path: Path, spoil: Callable[[Path], object], told: str
+    outs: list[Path], tmp_path: Path, spoil: Callable[[Path], object], reported: str
 ) -> None:
     spoil(Layout(outs[0]).count_file("00001"))
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=reported) as caught:
         sum_idf(outs[:1], tmp_path / "sum.parquet")
     assert "fix: run " in str(caught.value) and str(outs[0]) in str(caught.value)
 

@@ -203,24 +203,24 @@ def test_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "reported"),
     [
         (lambda path: path.unlink(), "no word pairs at"),
         (lambda path: path.write_bytes(b"PAR1 but no more"), "is not readable as Parquet"),
         (lambda path: pq.write_table(pq.read_table(path).drop(["score"]), path), "has the columns"),
     ],
 )
-def test_a_bad_file_is_refused(tmp_path: Path, spoil: Callable[[Path], object], told: str) -> None:
+def test_a_bad_file_is_refused(tmp_path: Path, spoil: Callable[[Path], object], reported: str) -> None:
     path = tmp_path / "pairs.parquet"
     write_pairs(path, PAIRS.empty_table())
     spoil(path)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=reported) as caught:
         read_pairs(path, V)
     assert "fix: run `preprocess build-labels`" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "reported"),
     [
         (lambda path: path.unlink(), "No such file"),
         (lambda path: path.write_bytes(b"PAR1 but no more"), "cannot be counted for word pairs"),
@@ -235,11 +235,11 @@ def test_a_bad_file_is_refused(tmp_path: Path, spoil: Callable[[Path], object], 
     ],
 )
 def test_a_bad_label_file_is_an_error_without_a_traceback(
-    tmp_path: Path, spoil: Callable[[Path], object], told: str
+    tmp_path: Path, spoil: Callable[[Path], object], reported: str
 ) -> None:
     good, bad = write_labels(tmp_path / "a.parquet", [[1, 2]]), write_labels(tmp_path / "b.parquet", [[1, 2]])
     spoil(bad)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=reported) as caught:
         choose_pairs([good, bad], flags(ALL), flags(ALL), 5, 1, "200MiB", tmp_path / "spill")
     assert (
         str(bad) in str(caught.value)

@@ -26,15 +26,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_disk_and_rows_are_those_of_the_build(data: Path, tmp_path: Path) -> None:
     said = preprocess("plan", data, "--out", tmp_path / "out", "--workers", 1, "--price-per-hour", 3600, "--json")
     assert said.code == 0, said.err
-    told = json.loads(said.out)
+    reported = json.loads(said.out)
     assert list(tmp_path.iterdir()) == []
     build(data, tmp_path / "out")
     for stage, folders in (("labels", ("labels", "counts")), ("betons", ("beton",))):
         written = sum(path.stat().st_size for folder in folders for path in (tmp_path / "out" / folder).iterdir())
-        assert told["disk_bytes"][stage] == pytest.approx(written, rel=0.05)
-    assert told["rows"] == pytest.approx(48, rel=0.05)
-    assert told["shards"] == 4 and len(told["measured"]) == 3
-    assert told["costs"]["build"] == pytest.approx(told["total_seconds"])
+        assert reported["disk_bytes"][stage] == pytest.approx(written, rel=0.05)
+    assert reported["rows"] == pytest.approx(48, rel=0.05)
+    assert reported["shards"] == 4 and len(reported["measured"]) == 3
+    assert reported["costs"]["build"] == pytest.approx(reported["total_seconds"])
 
 
 def test_for_people_with_every_assumption(data: Path, tmp_path: Path) -> None:
@@ -42,13 +42,13 @@ def test_for_people_with_every_assumption(data: Path, tmp_path: Path) -> None:
         "plan", data, "--out", tmp_path, "--workers", 1, "--samples", "1.2M", "--no-beton", "--price-per-gib-month", 5
     )
     assert said.code == 0, said.err
-    for told in (
+    for reported in (
         "about 1,200,000 label rows",
         "cost of the storage a month",
         "1,200,000 samples are in shards of the size",
         "build.duckdb_memory",
     ):
-        assert told in " ".join(said.out.split()), told
+        assert reported in " ".join(said.out.split()), reported
     assert "betons" not in said.out
 
 

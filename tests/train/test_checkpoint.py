@@ -207,17 +207,17 @@ def test_a_foreign_or_damaged_state_is_an_error(out: Path, config: Path, spoilt:
     file = checkpoint_folders(spoilt)[-1] / "state.json"
     state = json.loads(file.read_text())
 
-    def told(**changes: object) -> str:
+    def reported(**changes: object) -> str:
         file.write_text(json.dumps(state | changes))
         return refused(out, spoilt, config)
 
-    assert "was trained with another IDF table: SHA-256 0123456789012345, " in told(idf="0123456789" * 6)
-    assert "was trained with other labels: fingerprint other" in told(labels="other")
-    assert "was trained on other betons: fingerprint other" in told(betons="other")
-    assert "state.json has 1 samples seen, its folder is samples-" in told(samples_seen=1)
-    assert "state.json is not valid: samples_seen" in told(samples_seen="many")
-    assert "state.json is not valid: loss_scale" in told(loss_scale={"__class__": "os.system"})
-    assert "state.json is not valid: hook: Extra inputs" in told(hook="os.system('true')")
+    assert "was trained with another IDF table: SHA-256 0123456789012345, " in reported(idf="0123456789" * 6)
+    assert "was trained with other labels: fingerprint other" in reported(labels="other")
+    assert "was trained on other betons: fingerprint other" in reported(betons="other")
+    assert "state.json has 1 samples seen, its folder is samples-" in reported(samples_seen=1)
+    assert "state.json is not valid: samples_seen" in reported(samples_seen="many")
+    assert "state.json is not valid: loss_scale" in reported(loss_scale={"__class__": "os.system"})
+    assert "state.json is not valid: hook: Extra inputs" in reported(hook="os.system('true')")
     for text in ("{", "[" * 100_000, "null", '{"samples_seen": 1e999}'):
         file.write_text(text)
         assert "state.json is not" in refused(out, spoilt, config)

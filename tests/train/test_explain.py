@@ -39,9 +39,9 @@ from train.model import build_head, build_trunk
 def test_weights_are_the_losss(finished: Built) -> None:
     idf = read_idf(finished.out / "idf.parquet")
     for row in rows(finished.out)[:6]:
-        told = {label.token_id: label.weight for label in explain(finished.out, row["key"]).labels}
+        reported = {label.token_id: label.weight for label in explain(finished.out, row["key"]).labels}
         expected = positives(torch.tensor([row["label_ids"]]), torch.from_numpy(idf)).shares[0]
-        assert np.allclose([told[token] for token in row["label_ids"]], expected.numpy(), atol=1e-6)
+        assert np.allclose([reported[token] for token in row["label_ids"]], expected.numpy(), atol=1e-6)
     assert target_weights(np.zeros(3)).tolist() == [0, 0, 0]
 
 
@@ -54,20 +54,20 @@ def test_by_key_and_by_uid_with_the_image_of_its_row(finished: Built) -> None:
 
 
 def test_caption_and_cleaned_caption_differ_where_cleaning_did_something(finished: Built) -> None:
-    told = explain(finished.out, "000000002")
-    assert told.caption.startswith("Ünïcode &amp;amp;")
-    assert told.cleaned == 'ünïcode & "quotes" 2'
-    assert told.notes == ()
+    reported = explain(finished.out, "000000002")
+    assert reported.caption.startswith("Ünïcode &amp;amp;")
+    assert reported.cleaned == 'ünïcode & "quotes" 2'
+    assert reported.notes == ()
 
 
 def test_without_the_shard_the_caption_is_decoded_and_says_so(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "data" / "0.tar", healthy(4))
     build(tmp_path / "data", tmp_path / "out")
     tar.rename(tmp_path / "elsewhere.tar")
-    told = explain(tmp_path / "out", "000000001")
-    assert told.caption == "two dogs , a cat and the sea 1"
-    assert told.caption_from == "decoded from the tokens: 0.tar is no longer where it was"
-    assert told.cleaned is None and told.image is not None
+    reported = explain(tmp_path / "out", "000000001")
+    assert reported.caption == "two dogs , a cat and the sea 1"
+    assert reported.caption_from == "decoded from the tokens: 0.tar is no longer where it was"
+    assert reported.cleaned is None and reported.image is not None
 
 
 def test_command_writes_page_and_pictures(finished: Built, tmp_path: Path) -> None:
@@ -94,20 +94,20 @@ def test_captions_cannot_steer_the_terminal_or_the_page(tmp_path: Path) -> None:
     caption = '[red]a\x1b[31m\x07\x9b2Jcat\u202e <script>alert(1)</script> "style="color: #1f5fa8'
     write_tar(tmp_path / "data" / "0.tar", sample("7", caption))
     build(tmp_path / "data", tmp_path / "out")
-    told = explain(tmp_path / "out", "7")
-    assert told.caption == caption
+    reported = explain(tmp_path / "out", "7")
+    assert reported.caption == caption
     stream = io.StringIO()
-    Console(file=stream, force_terminal=True, width=200).print(describe(told))
+    Console(file=stream, force_terminal=True, width=200).print(describe(reported))
     printed = re.sub("\x1b\\[[0-9;]*m", "", stream.getvalue())
     assert (
         "[red]a␛[31m␇⟨009B⟩2Jcat⟨202E⟩ <script>" in printed
         and "\x1b" not in printed
         and "\x1b[31m" not in stream.getvalue()
     )
-    page = check_page(to_html(told))
+    page = check_page(to_html(reported))
     assert "[red]a␛[31m␇" in page.text and '"style="color: #1f5fa8' in re.sub(r"\s+", " ", page.text)
-    ElementTree.fromstring(to_svg(told))
-    assert to_png(told).startswith(b"\x89PNG")
+    ElementTree.fromstring(to_svg(reported))
+    assert to_png(reported).startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -175,28 +175,28 @@ def train(*arguments: object) -> Result:
 
 
 def test_a_runs_likeliest_tokens(finished: Built, run: Path, tmp_path: Path) -> None:
-    told = explain_with_predictions(finished.out, "000000003", run, top=5)
-    file = run / "checkpoints" / told.checkpoint / "head.safetensors"
+    reported = explain_with_predictions(finished.out, "000000003", run, top=5)
+    file = run / "checkpoints" / reported.checkpoint / "head.safetensors"
     encoder, head = load_encoder(f"run:{run}"), build_head(32, 49_408)
     load_exactly(head, read_weights(file), file)
-    pixels = torch.from_numpy(decode(told.image or b"", 32).copy()).permute(2, 0, 1)[None] / 255
+    pixels = torch.from_numpy(decode(reported.image or b"", 32).copy()).permute(2, 0, 1)[None] / 255
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in encoder.images[1:])
     with torch.no_grad():
         expected = head(encoder((pixels - mean) / std)).softmax(dim=1)[0].topk(5)
-    assert [guess.label.token_id for guess in told.guesses] == expected.indices.tolist()
-    assert np.allclose([guess.probability for guess in told.guesses], expected.values.numpy(), rtol=1e-5)
-    assert told.labels == explain(finished.out, "000000003").labels
+    assert [guess.label.token_id for guess in reported.guesses] == expected.indices.tolist()
+    assert np.allclose([guess.probability for guess in reported.guesses], expected.values.numpy(), rtol=1e-5)
+    assert reported.labels == explain(finished.out, "000000003").labels
     said = train("explain", finished.out, "000000003", "--checkpoint", run, "--top", 5, "--html", tmp_path / "x.html")
     assert said.exit_code == 0, said.output
     page = check_page((tmp_path / "x.html").read_text("utf8"))
     for text in (said.output, page.text):
         assert (
-            f"likeliest tokens by {told.checkpoint}" in text
-            and told.guesses[4].label.name in text
+            f"likeliest tokens by {reported.checkpoint}" in text
+            and reported.guesses[4].label.name in text
             and "decoded from the tokens" in text
         )
     assert page.images == 1
-    (tmp_path / "x.jpg").write_bytes(told.image or b"")
+    (tmp_path / "x.jpg").write_bytes(reported.image or b"")
     answer = json.loads(train("predict", run, tmp_path / "x.jpg", "--top", 5).output)
     assert [row["token_id"] for row in answer["images"][0]["tokens"]] == expected.indices.tolist()
     assert answer["images"][0]["file"] == str(tmp_path / "x.jpg")

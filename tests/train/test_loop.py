@@ -44,9 +44,9 @@ def test_the_loop_is_the_naive_loop(tmp_path: Path) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, STEPS, 2, 1e-3)
         optimizer.step()
-        told = [line for line in lines(tmp_path) if "loss" in line][step]
-        assert math.isclose(told["loss"], loss.item(), rel_tol=1e-6)
-        assert math.isclose(told["grad_norm"], norm, rel_tol=1e-5)
+        reported = [line for line in lines(tmp_path) if "loss" in line][step]
+        assert math.isclose(reported["loss"], loss.item(), rel_tol=1e-6)
+        assert math.isclose(reported["grad_norm"], norm, rel_tol=1e-5)
     assert close({"all": naive.state_dict()}, {"all": train_state.model.state_dict()}, 1e-6)
     assert found["trunk"].keys() == train_state.model.trunk.state_dict().keys()  # type: ignore[union-attr, operator]
 
@@ -69,9 +69,9 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path: Path, number: flo
     train = settings("optimizer.ema_decay=0.9")
     # Steps 2 and 3 are spoilt: the run has to be the one that never saw them but moved on in its schedule.
     train_state, found = train_in_this_process(tmp_path, train, ALONE, spoil={2: number, 3: number})
-    told = [line for line in lines(tmp_path) if "loss" in line]
-    assert [bool(line.get("skipped")) for line in told] == [False, False, True, True, False, False]
-    assert all((line["loss"] is None or math.isfinite(line["loss"])) for line in told)
+    reported = [line for line in lines(tmp_path) if "loss" in line]
+    assert [bool(line.get("skipped")) for line in reported] == [False, False, True, True, False, False]
+    assert all((line["loss"] is None or math.isfinite(line["loss"])) for line in reported)
     assert lines(tmp_path)[-1]["skipped_steps"] == 2
     assert {value.item() for name, value in found["optimizer"].items() if name.startswith("step.")} == {4.0}
     naive = make_train_state(train, torch.linspace(0.5, 3.0, VOCABULARY), ALONE)
@@ -105,7 +105,7 @@ def test_clipping_shortens_the_gradient_to_the_norm(tmp_path: Path) -> None:
         norm = torch.nn.utils.clip_grad_norm_(naive.model.parameters(), 0.05)
         assert norm > 0.05
         assert math.isclose(lines(tmp_path)[step]["grad_norm"], norm.item(), rel_tol=1e-3), (
-            "what is told is the norm before"
+            "the logged value is the norm before clipping"
         )
         for group in naive.optimizer.param_groups:
             group["lr"] = learning_rate(step, STEPS, 2, 1e-3)
@@ -123,7 +123,9 @@ def test_fp16_is_scaled_and_close_to_fp32(tmp_path: Path) -> None:
     for half, full in zip(lines(tmp_path / "half"), lines(tmp_path / "full"), strict=True):
         if "loss" in half:
             assert math.isclose(half["loss"], full["loss"], rel_tol=1e-2)
-            assert math.isclose(half["grad_norm"], full["grad_norm"], rel_tol=0.1), "told without the scale"
+            assert math.isclose(half["grad_norm"], full["grad_norm"], rel_tol=0.1), (
+                "the logged norm is without the scale"
+            )
     assert all(tensor.dtype == torch.float32 for tensor in found["trunk"].values())
     # An overflow: the scale is halved, the step left out.
     train_state, _ = train_in_this_process(
