@@ -1,6 +1,6 @@
 """The contract between the two stages: what `preprocess` writes and `train` reads.
 
-Light by design: numpy, pyarrow, duckdb, pydantic and yaml, no torch. This file imports nothing: `--help` needs its names.
+Light by design: numpy, pyarrow, duckdb, pydantic and yaml, no torch. This file imports nothing, for a fast `--help`.
 """
 
 from typing import Literal

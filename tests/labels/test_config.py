@@ -229,7 +229,7 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
         load_pipeline(tmp_path / "latin.yaml")
 
 
-def test_a_dumped_configuration_can_be_given_back(tmp_path: Path) -> None:
+def test_a_dumped_configuration_can_be_read_again(tmp_path: Path) -> None:
     settings = load_pipeline(PIPELINE, ["train.optimizer.lr=3e-7", "labels.idf=paper"])
     dump_yaml(tmp_path / "new" / "config.yaml", settings)
     assert load_pipeline(tmp_path / "new" / "config.yaml") == settings
@@ -248,4 +248,4 @@ def test_the_command_reports_a_mistake_with_exit_code_2(tmp_path: Path) -> None:
 
 
 def test_yaml_numbers_are_numbers() -> None:
-    assert isinstance(yaml.safe_load("1e-3"), str), "YAML 1.1 itself takes it for a string: what the loader here fixes"
+    assert isinstance(yaml.safe_load("1e-3"), str), "YAML 1.1 itself takes it for a string: which our loader fixes"

@@ -1,4 +1,4 @@
-"""The fast path gives the ids of the slow one: on every code point, any text, any state of its table, any Arrow layout."""
+"""The fast path gives the ids of the slow path: every code point, any text, any state of its table, Arrow layout."""
 
 import re
 import sys
@@ -116,8 +116,8 @@ def test_white_space_parts_no_two_characters_that_make_mojibake() -> None:
     for alternative in map(list, alternatives):
         spaced = [any(matches([item], text) for text in SPACES) for item in alternative]
         core = [
-            place
-            for place, item in enumerate(alternative)
+            position
+            for position, item in enumerate(alternative)
             if not any(matches([item], chr(code)) for code in range(128))
         ]
         if alternative[0][0] is re._constants.AT:  # pyright: ignore[reportAttributeAccessIssue]
@@ -134,7 +134,7 @@ def test_white_space_parts_no_two_characters_that_make_mojibake() -> None:
         )
 
 
-def test_white_space_in_the_mojibake_detector_stands_at_its_edges() -> None:
+def test_white_space_in_the_mojibake_detector_is_at_its_edges() -> None:
     """`a ` and ` a` around a piece allow every match that other pieces around it allow."""
     odd = "ÂÃŒœàØÐÎВГ€£¤°»“”’«‚√≈β0aZ.,?!"
     for piece in map("".join, product(odd, repeat=2)):
@@ -152,7 +152,7 @@ def test_a_space_parts_normalisation_and_case() -> None:
     assert "Α Σ Α".lower() == "α σ α" and "ΑΣ ΣΑ".lower() == "ας σα"
 
 
-def test_ascii_is_left_alone_but_for_case_and_control_characters() -> None:
+def test_ascii_changes_only_in_case_and_control_characters() -> None:
     printable = "".join(map(chr, range(0x21, 0x7F))).replace("&", "")
     for first in printable:
         text = "".join(first + second for second in printable)
@@ -310,5 +310,6 @@ def test_more_rows_than_a_block_hold_are_joined() -> None:
 
 
 def test_importing_the_tokenizer_loads_no_compiler() -> None:
-    code = "import sys, labels.settings as s, labels.tokenizers.tokenizer as t; t.make_tokenizer(s.Labels()); sys.exit('numba' in sys.modules)"
+    make = "import sys, labels.settings as s, labels.tokenizers.tokenizer as t; t.make_tokenizer(s.Labels())"
+    code = f"{make}; sys.exit('numba' in sys.modules)"
     assert run([sys.executable, "-c", code], check=False).returncode == 0

@@ -41,11 +41,11 @@ def test_every_length(width: int, vocabulary: int) -> None:
 @settings(deadline=None)
 @given(
     lists=st.lists(st.lists(st.integers(0, 9) | st.integers(0, (1 << 31) - 1), max_size=140), max_size=12),
-    beside=st.integers(-9, 9),
+    filler=st.integers(-9, 9),
 )
-def test_values_after_the_end_of_a_row_do_not_count(lists: list[list[int]], beside: int) -> None:
+def test_values_after_the_end_of_a_row_do_not_count(lists: list[list[int]], filler: int) -> None:
     width = max(map(len, lists), default=0)
-    rows = np.full((len(lists), width), beside, np.int32)
+    rows = np.full((len(lists), width), filler, np.int32)
     for row, ids in zip(rows, lists, strict=True):
         row[: len(ids)] = ids
     assert_gathered(rows, np.array([len(ids) for ids in lists], np.int64))

@@ -64,7 +64,7 @@ def test_the_list_is_nltks() -> None:
         ("", ""),
     ],
 )
-def test_what_goes_of_a_text(text: str, left: str) -> None:
+def test_which_words_are_removed(text: str, left: str) -> None:
     assert remove_stop_words(text) == left
 
 

@@ -573,7 +573,7 @@ def test_errors_name_what_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "words.txt").write_text("cat\ndog\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     reported = {
-        "no-such-model": "'no-such-model' is no file, and its tokenizer.json could not be fetched from the hub: no route",
+        "no-such-model": "is no file, and its tokenizer.json could not be fetched from the hub: no route",
         "no/such/file": "there is no file 'no/such/file'",
         "missing.json": "there is no file 'missing.json'",
         str(tmp_path / "empty"): "holds neither tokenizer.json nor vocab.txt",
