@@ -68,30 +68,17 @@ def plan_lines(
     steps = settings.samples // batch
     samples, warmup = steps * batch, settings.optimizer.warmup_samples
     costs = _costs(settings, vocabulary, tower, locked)
-    micro_batch = batch // devices // settings.runtime.accumulation
-    averaged = settings.optimizer.ema_decay is not None
-    frozen_bytes = 4 * costs.trunk if costs.frozen else 0
-    fixed = costs.parameters * (20 if averaged else 16) / (devices if settings.runtime.parallel == "fsdp" else 1)
-    fixed = (fixed + frozen_bytes) / _GIB
-    activations = micro_batch * activation_bytes(settings, device, tower, frozen=locked) / _GIB
-    checkpoint = (costs.parameters * (16 if averaged else 12) + frozen_bytes) / _GIB
-    precision = str(autocast_dtype(settings.runtime.precision, device) or "fp32").removeprefix("torch.")
-    kept, written = _checkpoints(settings, samples)
     epochs = "not known: give --beton OUT"
     if dataset_samples:
         epochs = f"{samples / dataset_samples:.2f} of {dataset_samples:,}"
     trunk = f"trunk {costs.trunk / 1e6:.1f}M{' frozen' if locked else ''}"
     head = f"{costs.head_name} {costs.head / 1e6:.1f}M ({vocabulary:,} {'tokens' if tower else 'classes'})"
-    states = f"weights, gradients and moments{' and average' if averaged else ''}"
     lines = [
         f"steps        {steps:,} of {batch:,} samples = {samples:,}, {warmup:,} of them warm-up",
         f"epochs       {epochs}",
         f"parameters   {trunk} + {head}",
         f"operations   {costs.flops / 1e9:.1f} GFLOP a sample, {costs.flops * samples:.3g} FLOP in all",
-        f"memory       about {fixed + activations:.1f} GiB on each of {devices}: {fixed:.1f} for {states}, "
-        f"{activations:.1f} for the activations of {micro_batch} samples at a time ({precision}); "
-        "the loss comes on top",
-        f"disk         {kept * checkpoint:.1f} GiB: {kept} of {written} checkpoints of {checkpoint:.2f} GiB stay",
+        *_memory_and_disk(settings, costs, samples, devices, device, tower, locked),
     ]
     if devices > 1:
         lines.append(f"messages     {messages(costs, settings, devices, device)}")
@@ -101,7 +88,8 @@ def plan_lines(
         other = f"start and end {pace.start_s:.1f} s, a checkpoint {pace.pause_s:.2f} s, {memory}"
         measured = f"{pace.samples_per_s:,.0f} samples/s on one {device.type} in batches of {batch // devices}"
         lines.append(f"measured     {measured}; {other}")
-        times.insert(0, (pace.seconds(samples, written, devices), pace.samples_per_s * devices, " as measured"))
+        _, checkpoints = _checkpoints(settings, samples)
+        times.insert(0, (pace.seconds(samples, checkpoints, devices), pace.samples_per_s * devices, " as measured"))
     peak = peak_flops(settings, device)
     for seconds, rate, how in times:
         used = f", {costs.flops * rate / devices / peak:.0%} of a device's {peak / 1e12:,.0f} TFLOP/s" if peak else ""
@@ -110,6 +98,33 @@ def plan_lines(
         duration = f"{format_seconds(seconds)} at {rate:,.0f} samples/s{how}{used}"
         lines.append(f"time         {duration}: {hours:,.2f} device-hours{cost}")
     return lines + [f"assumed      {line}" for line in _assumptions(pace, devices, bool(rates))]
+
+
+def _memory_and_disk(
+    settings: Train,
+    costs: Costs,
+    samples: int,
+    devices: int,
+    device: torch.device,
+    tower: TextTower | None,
+    locked: bool,
+) -> list[str]:
+    micro_batch = settings.batch_size // devices // settings.runtime.accumulation
+    averaged = settings.optimizer.ema_decay is not None
+    frozen_bytes = 4 * costs.trunk if costs.frozen else 0
+    fixed = costs.parameters * (20 if averaged else 16) / (devices if settings.runtime.parallel == "fsdp" else 1)
+    fixed = (fixed + frozen_bytes) / _GIB
+    activations = micro_batch * activation_bytes(settings, device, tower, frozen=locked) / _GIB
+    checkpoint = (costs.parameters * (16 if averaged else 12) + frozen_bytes) / _GIB
+    precision = str(autocast_dtype(settings.runtime.precision, device) or "fp32").removeprefix("torch.")
+    kept, written = _checkpoints(settings, samples)
+    states = f"weights, gradients and moments{' and average' if averaged else ''}"
+    return [
+        f"memory       about {fixed + activations:.1f} GiB on each of {devices}: {fixed:.1f} for {states}, "
+        f"{activations:.1f} for the activations of {micro_batch} samples at a time ({precision}); "
+        "the loss comes on top",
+        f"disk         {kept * checkpoint:.1f} GiB: {kept} of {written} checkpoints of {checkpoint:.2f} GiB stay",
+    ]
 
 
 def _assumptions(pace: Pace | None, devices: int, rate_given: bool) -> list[str]:

@@ -31,12 +31,12 @@ _SPAN_BYTES, _SPAN_OFFSET, _SPAN_INDEX = (IMAGE_SPAN.fields[name][1] for name in
 _SPAN_WIDTH, _SPAN_HEIGHT = (IMAGE_SPAN.fields[name][1] for name in ("width", "height"))  # type: ignore[index]
 _TRIES = 3
 
-# ssize_t pread(int file, void* to, size_t bytes, off_t at)
+# ssize_t pread(int file, void* to, size_t bytes, off_t offset)
 _pread = types.ExternalFunction("pread", types.int64(types.int32, types.uintp, types.uintp, types.int64))
 
 _ADVISES = sys.platform == "linux"
 if _ADVISES:
-    # int posix_fadvise(int file, off_t at, off_t bytes, int advice)
+    # int posix_fadvise(int file, off_t offset, off_t bytes, int advice)
     _fadvise = types.ExternalFunction("posix_fadvise", types.int32(types.int32, types.int64, types.int64, types.int32))
 _WILL_NEED = 3  # POSIX_FADV_WILLNEED
 _ADVICE_BYTES = 1 << 17  # the kernel cuts longer requests short
@@ -76,11 +76,11 @@ class SampleSpan(NamedTuple):
 
 
 @njit(inline="always")
-def number_at(data: np.ndarray, at: int, size: int):  # noqa: ANN201  (int64 in compiled code, which Python has no name for)
+def number_at(data: np.ndarray, offset: int, size: int):  # noqa: ANN201  (int64 in compiled code, which Python has no name for)
     """A little-endian unsigned integer of `size` bytes at any alignment."""
     value = np.int64(0)
     for byte in range(size):
-        value |= np.int64(data[at + byte]) << (8 * byte)
+        value |= np.int64(data[offset + byte]) << (8 * byte)
     return value
 
 
@@ -157,11 +157,11 @@ def read_sample(span: SampleSpan, limit: int, scratch: np.ndarray) -> bool:
 
 
 @njit
-def copy_labels(scratch: np.ndarray, at: int, vocabulary: int, labels: np.ndarray) -> bool:
-    """Copy the label row at `scratch[at:]` to `labels`, int32 [K]; False where a label is outside the head."""
+def copy_labels(scratch: np.ndarray, labels_at: int, vocabulary: int, labels: np.ndarray) -> bool:
+    """Copy the label row at `scratch[labels_at:]` to `labels`, int32 [K]; False where a label is outside the head."""
     good = True
     for column in range(len(labels)):
-        label = np.int32(number_at(scratch, at + 4 * column, 4))
+        label = np.int32(number_at(scratch, labels_at + 4 * column, 4))
         labels[column] = label
         good &= -1 <= label < vocabulary
     return good
