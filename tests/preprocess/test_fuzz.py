@@ -1,4 +1,4 @@
-"""A short stretch of the fuzz run; `python tests/helpers/fuzz.py` goes on as long as wanted."""
+"""A short stretch of the fuzz run; `python tests/helpers/fuzz.py` runs any number of inputs."""
 
 from pathlib import Path
 

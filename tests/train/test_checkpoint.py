@@ -198,7 +198,7 @@ def test_malicious_files_run_no_code(
     (folder / "extra.pkl").write_bytes(b"\x80\x04cos\nmkdir\n(V" + MARK.encode() + b"\ntR.")
     os.symlink("/etc", spoilt / "checkpoints" / "samples-..")
     assert train_run(out, spoilt, load_pipeline(config)), (
-        "what is whole is gone on with; strange neighbours are not looked at"
+        "a complete checkpoint is resumed; other folders next to it are ignored"
     )
     assert not list(tmp_path.rglob(MARK)) and losses(spoilt)[-1][0] == 120
 

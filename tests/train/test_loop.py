@@ -127,7 +127,7 @@ def test_fp16_is_scaled_and_close_to_fp32(tmp_path: Path) -> None:
                 "the logged norm is without the scale"
             )
     assert all(tensor.dtype == torch.float32 for tensor in found["trunk"].values())
-    # An overflow: the scale is halved, the step left out.
+    # An overflow: the scale is halved, the step skipped.
     train_state, _ = train_in_this_process(
         tmp_path / "spoilt", settings("runtime.precision=fp16"), ALONE, spoil={1: math.inf}
     )
