@@ -116,7 +116,7 @@ def test_in_a_suite_with_others(pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
     command = ["eval", "--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(cli, command, catch_exceptions=False, env={"COLUMNS": "200"})
-    assert result.exit_code == 0 and "left out: retrieval of pixels:2" in result.output, result.output
+    assert result.exit_code == 0 and "skipped: retrieval of pixels:2" in result.output, result.output
     (row,) = json.loads((tmp_path / "out" / "suite.json").read_text())["results"]
     assert (row["variant"], row["cider"]) == ("caption, built-in decoder", pytest.approx(1000))
     header, _, line = (tmp_path / "out" / "table.md").read_text().splitlines()

@@ -339,7 +339,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(
         UserError,
-        match=r"finetune: the encoder 'pixels:4' cannot be measured so: it has no weights to train; give run:",
+        match=r"finetune cannot evaluate the encoder 'pixels:4': it has no weights to train; give run:",
     ):
         CliRunner().invoke(cli, ["finetune", *where, "--encoder", "pixels:4"], catch_exceptions=False)
 

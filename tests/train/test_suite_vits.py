@@ -105,13 +105,13 @@ def test_one_command_measures_them_by_everything_that_fits(suite_folder: Path) -
                 assert 0 <= row["top1"] <= 1 and row["description"]["architecture"] == name, (encoder, variant)
             assert rows[encoder, "fine-tuned"]["seeds"][0]["drop_path"] == 0.2
             assert (
-                f"left out: zeroshot of {encoder}: it has no text tower and no pre-training head; give a run (run:RUN)"
+                f"skipped: zeroshot of {encoder}: it has no text tower and no pre-training head; give a run (run:RUN)"
                 in said.output
             )
     assert (
         "pixels:2",
         "fine-tuned",
-    ) not in rows and "left out: finetune of pixels:2: it has no weights to train" in said.output
+    ) not in rows and "skipped: finetune of pixels:2: it has no weights to train" in said.output
     assert len(rows) == 1 + 4 * len(variants) + len(variants) - 1
     before = {file: file.read_bytes() for file in (suite_folder / "out" / "results").iterdir()}
     again = CliRunner().invoke(cli, command, catch_exceptions=False, env={"COLUMNS": "200"})

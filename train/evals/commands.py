@@ -1,10 +1,12 @@
-"""The commands of the evaluations: parse, call, report. What is imported inside takes a second: not for --help."""
+"""The commands of the evaluations: parse, call measure.py or suite.py, print. Modules that import torch are imported
+inside, so that --help stays fast.
+"""
 
 import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,10 @@ from labels.storage import UserError
 from train import options
 
 _PATH = click.Path(path_type=Path)
-_OPTIONS = (
-    click.option(
-        "--data", metavar="KIND:DIR", help="imagenet:, pets:, cars:, folders:, shards: or parquet:DIR, as downloaded."
-    ),
-    click.option("--train", "train_dir", type=_PATH, help="Instead of --data: training part, class folders or shards."),
-    click.option("--test", "test_dir", type=_PATH, help="Test part, laid out alike."),
+_CLASSES = "imagenet:, pets:, cars:, folders:, shards: or parquet:DIR, as downloaded"
+_CAPTIONS = "coco:, karpathy:, flickr30k: or pairs:DIR"
+_CAPTIONED = f"{_CAPTIONS}, as downloaded"
+_COMMON = (
     click.option(
         "--encoder",
         "encoders",
@@ -43,28 +43,41 @@ _OPTIONS = (
         metavar="avg|cls|cls+avg",
         help="Pool of the patches, the class token, or both (default: the model's own).",
     ),
-    click.option("--out", type=_PATH, help="Result JSON; what was drawn lies beside it as <name>.splits.parquet."),
-    click.option("--cache", type=_PATH, help="Folder that keeps features, and what is being trained, between calls."),
+    click.option("--out", type=_PATH, help="Result JSON; what was drawn is written to <name>.splits.parquet."),
+    click.option("--cache", type=_PATH, help="Folder that keeps features, and checkpoints of models that are trained."),
     options.config,
     options.overrides,
 )
 
 
-def _options(some: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _data(help: str, *, required: bool = False) -> Callable[..., Any]:
+    return click.option("--data", metavar="KIND:DIR", required=required, help=f"{help}.")
+
+
+def _parts(help: str) -> tuple[Callable[..., Any], ...]:
+    train = "Instead of --data: training part, class folders or shards."
+    return (
+        _data(help),
+        click.option("--train", "train_dir", type=_PATH, help=train),
+        click.option("--test", "test_dir", type=_PATH, help="Test part, in the same layout."),
+    )
+
+
+def _options(added: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def add(command: Callable[..., None]) -> Callable[..., None]:
-        for option in reversed(some):
+        for option in reversed(added):
             command = option(command)
         return command
 
     return add
 
 
-_evaluation = _options(_OPTIONS)
+_of_classes = _options((*_parts(_CLASSES), *_COMMON))
 
 
 @click.command("probe")
 @click.option("--recipe", type=click.Choice(["lbfgs", "mae"]), help="Default: probe.recipe.")
-@_evaluation
+@_of_classes
 def probe(recipe: str | None, **arguments: Any) -> None:
     """Fit a linear classifier on the features of frozen encoders; accuracy on the test part."""
     _run("probe", arguments, {"probe.recipe": recipe})
@@ -75,7 +88,7 @@ def probe(recipe: str | None, **arguments: Any) -> None:
 @click.option(
     "--templates", metavar="openai|FILE", help="Templates with {} for the name (default: zeroshot.templates)."
 )
-@_evaluation
+@_of_classes
 def zeroshot(classnames: str | None, templates: str | None, **arguments: Any) -> None:
     """Classify by the classes' names alone: by the text tower, or without one by the pre-training head's logits of
     their tokens.
@@ -84,10 +97,8 @@ def zeroshot(classnames: str | None, templates: str | None, **arguments: Any) ->
 
 
 @click.command("retrieval")
-@click.option(
-    "--data", required=True, metavar="KIND:DIR", help="coco:, karpathy:, flickr30k: or pairs:DIR, as downloaded."
-)
-@_options(_OPTIONS[3:])
+@_data(_CAPTIONED, required=True)
+@_options(_COMMON)
 def retrieval(**arguments: Any) -> None:
     """Captions by images and images by captions: recall at 1, 5, 10, of encoders with a text tower (`train clip`,
     `train lit`).
@@ -96,19 +107,16 @@ def retrieval(**arguments: Any) -> None:
 
 
 @click.command("finetune")
-@_evaluation
+@_of_classes
 def finetune(**arguments: Any) -> None:
     """Train the whole encoder on the labels (MAE's recipe); accuracy of the last epoch. The same command resumes from
     --cache or --out.
     """
-    _work_beside(arguments)
-    _run("finetune", arguments, {})
+    _run("finetune", _with_work_folder(arguments), {})
 
 
 @click.command("caption")
-@click.option(
-    "--data", required=True, metavar="KIND:DIR", help="coco:, karpathy:, flickr30k: or pairs:DIR, as downloaded."
-)
+@_data(_CAPTIONED, required=True)
 @click.option(
     "--part",
     type=click.Choice(["val", "test"]),
@@ -117,12 +125,12 @@ def finetune(**arguments: Any) -> None:
 @click.option(
     "--decoder", metavar="built-in|DIR", help="A folder of a causal language model (default: caption.decoder)."
 )
-@_options(_OPTIONS[3:])
+@_options(_COMMON)
 def caption(decoder: str | None, **arguments: Any) -> None:
-    """Caption images: ClipCap's mapper from frozen features to a language model, CIDEr-D of its captions. The same command resumes from
-    --cache or --out."""
-    _work_beside(arguments)
-    _run("caption", arguments, {"caption.decoder": decoder})
+    """Caption images: ClipCap's mapper from frozen features to a language model, CIDEr-D of its captions. The same
+    command resumes from --cache or --out.
+    """
+    _run("caption", _with_work_folder(arguments), {"caption.decoder": decoder})
 
 
 @click.command("eval")
@@ -131,7 +139,7 @@ def caption(decoder: str | None, **arguments: Any) -> None:
     "--out",
     type=_PATH,
     required=True,
-    help="Folder of features, results and the table; the same command goes on there.",
+    help="Folder of features, results and the table; the same command resumes there.",
 )
 @options.config
 @options.overrides
@@ -141,18 +149,34 @@ def evaluate(suite: Path, out: Path, config: Path | None, overrides: tuple[str, 
     from train.evals.suite import read_suite, run_suite
 
     extract = on_device(load_pipeline(config, overrides).features, out / "features")
-    with _first_rank_speaks():
+    with _only_first_rank_writes():
         run_suite(read_suite(suite), out, extract, config, overrides)
 
 
-def _work_beside(arguments: dict[str, Any]) -> None:
-    """What is being trained is kept beside the result, where no other place is named."""
+def register(group: click.Group) -> None:
+    """Add the commands above to `train`, and one for every other evaluator file in train/evals/kinds."""
+    for command in (probe, zeroshot, retrieval, finetune, caption, evaluate):
+        group.add_command(command)
+    for name in names_in(EVALUATORS):
+        if name not in group.commands:
+            group.add_command(_plain(name))
+
+
+def _plain(name: str) -> click.Command:
+    """The command of an evaluator without options of its own. Only its import would say whether it takes captions."""
+    add = _options((*_parts(f"{_CLASSES}; of captions {_CAPTIONS}"), *_COMMON))
+    return click.command(name, help=summary(EVALUATORS, name))(add(lambda **arguments: _run(name, arguments, {})))
+
+
+def _with_work_folder(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Checkpoints go next to the result, unless --cache is given."""
     if arguments["cache"] is None and arguments["out"] is not None:
         arguments["cache"] = arguments["out"].with_suffix(".work")
+    return arguments
 
 
 def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> None:
-    """`flags`: keys that have an option of their own, which wins over --set."""
+    """`flags`: keys that have an option of their own, which overrides --set."""
     from train.encoders.load import pair_weights
     from train.evals.data.captions import load_caption_set
     from train.evals.measure import named_data, on_device, run_protocol
@@ -162,63 +186,40 @@ def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> 
     pipeline = load_pipeline(arguments["config"], [*arguments["overrides"], *set_by_flags])
     encoders = pair_weights(arguments["encoders"], arguments["weights"], arguments["layer"], arguments["pool"])
     evaluation, cache = load_protocol(name), arguments["cache"]
+    data, train_dir, test_dir = (arguments.get(key) for key in ("data", "train_dir", "test_dir"))
 
     def load() -> Any:
-        if evaluation.takes == "captions":
-            if arguments["data"] is None or arguments.get("train_dir") or arguments.get("test_dir"):
-                raise UserError(
-                    "the data is not named", allowed="--data coco:DIR, karpathy:DIR, flickr30k:DIR or pairs:DIR"
-                )
-            return load_caption_set(arguments["data"], cache, arguments.get("part"))
-        return named_data(arguments["data"], arguments["train_dir"], arguments["test_dir"], cache)
+        if evaluation.takes != "captions":
+            return named_data(data, train_dir, test_dir, cache)
+        if data is None or train_dir or test_dir:
+            allowed = "--data coco:DIR, karpathy:DIR, flickr30k:DIR or pairs:DIR"
+            raise UserError("the data is not named", allowed=allowed)
+        return load_caption_set(data, cache, arguments.get("part"))
 
-    with _first_rank_speaks() as first:
-        run_protocol(
-            evaluation,
-            encoders,
-            load,
-            pipeline,
-            on_device(pipeline.features, cache),
-            arguments["out"] if first else None,
-        )
+    extract = on_device(pipeline.features, cache)
+    with _only_first_rank_writes() as first:
+        run_protocol(evaluation, encoders, load, pipeline, extract, arguments["out"] if first else None)
 
 
 @contextmanager
-def _first_rank_speaks() -> Iterator[bool]:
-    """Around a protocol, which torchrun may have started on many ranks: whether this one is the first; the others write
-    nothing that the first one writes, and are silent. What was asked to stop leaves with the exit code that says so."""
+def _only_first_rank_writes() -> Iterator[bool]:
+    """Around a protocol, which torchrun may have started on many ranks; gives whether this rank is the first. The others
+    print nothing and write only partial files of their own. A stop ends the process with its own exit code.
+    """
     from labels.settings import Runtime
     from labels.storage import own_partials
     from train.distributed import distributed_world
     from train.loop import STOPPED_EXIT_CODE, Stopped
 
-    many, first = int(os.environ.get("WORLD_SIZE", 1)) > 1, int(os.environ.get("RANK", 0)) == 0
-    aside = nullcontext() if first else own_partials()
+    first = int(os.environ.get("RANK", 0)) == 0
     try:
-        with (
-            distributed_world(Runtime()) if many else nullcontext(),
-            aside,
-            nullcontext() if first else redirect_stdout(io.StringIO()),
-        ):
+        with ExitStack() as stack:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                stack.enter_context(distributed_world(Runtime()))
+            if not first:
+                stack.enter_context(own_partials())
+                stack.enter_context(redirect_stdout(io.StringIO()))
             yield first
     except Stopped as stopped:
         print(f"{stopped} was stopped; the same command resumes it from --cache or --out")
         sys.exit(STOPPED_EXIT_CODE)
-
-
-def _plain(name: str) -> click.Command:
-    """The command of an evaluator that has no option of its own. It may take classes or captions: that is known when it
-    is imported.
-    """
-    data = "imagenet:, pets:, cars:, folders:, shards: or parquet:DIR, as downloaded; of captions coco:, karpathy:, flickr30k: or pairs:DIR."
-    add = _options((click.option("--data", metavar="KIND:DIR", help=data), *_OPTIONS[1:]))
-    return click.command(name, help=summary(EVALUATORS, name))(add(lambda **arguments: _run(name, arguments, {})))
-
-
-def register(group: click.Group) -> None:
-    """Add all of them to the command `train`: those above, and one for every other evaluator there is a file of."""
-    for command in (probe, zeroshot, retrieval, finetune, caption, evaluate):
-        group.add_command(command)
-    for name in names_in(EVALUATORS):
-        if name not in group.commands:
-            group.add_command(_plain(name))

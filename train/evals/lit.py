@@ -1,4 +1,9 @@
-"""train.evals.lit"""
+"""`train lit` (LiT, arXiv 2111.07991): a text tower and a projection are trained for a frozen encoder.
+
+The encoder keeps its own pool, image size and normalisation, which become the run's configuration. The trunk stays in
+evaluation mode and is copied into each checkpoint, so that the run is self-contained; an encoder that is not a run's
+trunk is loaded again by its spec (data.json), and refused if its weights have changed (train/encoders/load.py).
+"""
 
 from pathlib import Path
 from typing import Any
@@ -20,69 +25,43 @@ from train.trainer import train_run
 
 
 def train_lit(requested: EncoderSpec, chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
-    """A text tower and a projection for a frozen encoder (LiT, arXiv 2111.07991): its own pool, image size and
-    normalisation.
-
-    Args:
-        requested: the encoder, without layer and pool: the features that it was trained for are what is projected.
-
-    Returns, Raises:
-        as train_run; UserError also where the encoder cannot be loaded, or a batch is to be taken in parts.
-    """
+    """As train_run. `requested` has no layer and pool: the encoder's own features are projected."""
     check_whole_batches(pipeline.train, "train lit")
     encoder, tower = load_encoder(requested), pipeline.text_tower
-    pipeline, trunk = _as_encoder(pipeline, encoder), trunk_costs(encoder.net, encoder.images.side)
+    pipeline, trunk = _with_encoder(pipeline, encoder), trunk_costs(encoder.net, encoder.images.side)
 
     def build(settings: Train, betons: BetonSet, world: World) -> TrainState:
         torch.manual_seed(settings.runtime.seed)
-        made = Contrastive(encoder.net, encoder.width, *_text(tower, betons), locked=True).to(world.device)
+        model = Contrastive(encoder.net, encoder.width, *_text(tower, betons), locked=True).to(world.device)
         if settings.model.compile:
             encoder.net.compile()
-        return make_two_tower_state(made, settings, world)
+        return make_two_tower_state(model, settings, world)
 
     def costs(settings: Train, betons: BetonSet) -> Costs:
         with torch.device("meta"):
             return tower_costs(trunk, _text(tower, betons)[0], tower, locked=True)
 
-    return train_run(chosen, run, pipeline, method=_method(LIT, tower, build, costs, {"encoder": _told(encoder)}))
+    method = _method(LIT, tower, build, costs, {"encoder": _encoder_facts(encoder)})
+    return train_run(chosen, run, pipeline, method=method)
 
 
-def _as_encoder(pipeline: Pipeline, encoder: Encoder) -> Pipeline:
-    """The configuration with the encoder's own trunk, image size and normalisation, so that the run's folder describes
-    it.
-    """
+def _with_encoder(pipeline: Pipeline, encoder: Encoder) -> Pipeline:
+    """The configuration with the encoder's own trunk, image size and normalisation."""
     train, form = pipeline.train, encoder.images
-    model = (trained_model(encoder) or train.model).model_copy(
-        update={
-            "image_size": form.side,
-            "grad_checkpointing": train.model.grad_checkpointing,
-            "compile": train.model.compile,
-        }
-    )
+    kept = {key: getattr(train.model, key) for key in ("grad_checkpointing", "compile")}
+    model = (trained_model(encoder) or train.model).model_copy(update={"image_size": form.side, **kept})
     data = train.data.model_copy(update={"mean": list(form.mean), "std": list(form.std)})
     return pipeline.model_copy(update={"train": train.model_copy(update={"model": model, "data": data})})
 
 
-def _told(encoder: Encoder) -> dict[str, Any]:
-    """What data.json says of a frozen encoder. `by_config`: RUN/config.yaml and trunk.safetensors are all of it; else
-    `spec` finds it.
-    """
-    requested, fingerprint = encoder.requested, encoder.describe()["weights"]
-    run = encoder.checkpoint.parent.parent if encoder.checkpoint else None
-    spec, weights = _absolute(requested), requested.weights and str(Path(requested.weights).resolve())
-    if run and (foreign := foreign_encoder(run)):  # a text tower for what another one was made for
-        spec, weights = foreign.spec, foreign.weights
-    by_config = trained_model(encoder) is not None
-    return {
-        "spec": spec,
-        "weights": weights,
-        "fingerprint": fingerprint,
-        "by_config": by_config,
-        "description": encoder.describe(),
-    }
-
-
-def _absolute(requested: EncoderSpec) -> str:
-    """The spec, with the folder that it names found from anywhere."""
+def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
+    """For data.json. `by_config`: RUN/config.yaml and trunk.safetensors hold the encoder; else `spec` loads it."""
+    requested, description = encoder.requested, encoder.describe()
     kind, colon, value = requested.spec.rpartition(":")
-    return f"{kind}{colon}{Path(value).resolve()}" if Path(value).is_dir() else requested.spec
+    spec = f"{kind}{colon}{Path(value).resolve()}" if Path(value).is_dir() else requested.spec
+    weights = requested.weights and str(Path(requested.weights).resolve())
+    run = encoder.checkpoint.parent.parent if encoder.checkpoint else None
+    if run and (foreign := foreign_encoder(run)):  # the encoder is itself a run of `train lit`
+        spec, weights = foreign.spec, foreign.weights
+    facts = {"spec": spec, "weights": weights, "fingerprint": description["weights"]}
+    return {**facts, "by_config": trained_model(encoder) is not None, "description": description}

@@ -1,7 +1,7 @@
-"""`train predict`: the likeliest tokens of images by a run's checkpoint, as JSON; `train explain`: of one sample of a
-dataset.
+"""`train predict`: the likeliest tokens of images by a run's checkpoint; `train explain`: of a label dataset's sample.
 
-B images, S image side, W trunk width, V vocabulary.
+image bytes -> decode [B, S, S, 3] -> trunk -> head [B, V] -> softmax or sigmoid, as the loss has it -> `top` tokens
+B images, S image side, V vocabulary.
 """
 
 import json
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from labels.config import load_pipeline
 from labels.explanation import Explanation, explain_row, with_guesses
@@ -19,59 +18,46 @@ from labels.manifest import read_manifest
 from labels.storage import UserError
 from train.checkpoint import checkpoint_folders, load_exactly, read_state, read_weights
 from train.encoders.load import load_encoder, newest_checkpoint
-from train.evals.features import decode
+from train.evals.features import DECODE_FAULTS, Normaliser, decode
 from train.losses.kinds import kind
 from train.model import build_head
 from train.trainer import SUPERCLASS
 
+_ALLOWED = "image files that Pillow reads"
+
 
 @torch.inference_mode()
 def predict_tokens(run: Path, images: Iterable[tuple[str, bytes]], top: int) -> dict[str, Any]:
-    """The `top` likeliest tokens of each image; its shorter side is resized to S, its centre is cropped.
+    """The `top` likeliest tokens of each image, by the newest checkpoint of a run folder, or one checkpoint's folder.
 
-    Args:
-        run: the folder of a run, whose newest checkpoint is read, or of one checkpoint.
-        images: name and file content of each, in any format that Pillow reads.
-        top: how many tokens, at most V.
-
-    Returns:
-        checkpoint, samples_seen, vocabulary, tokenizer_fingerprint; images: file, tokens (token_id, probability:
-        softmax over V, or sigmoid for a loss that treats each token alone).
-
-    Raises:
-        UserError: no checkpoint, or a file that is not an image.
+    `images`: name and file content of each. Returns checkpoint, samples_seen, vocabulary, tokenizer_fingerprint and
+    images: file, tokens (token_id, probability: softmax over V, or sigmoid for a loss that takes each token alone).
     """
     path = run.resolve()
     checkpoint = path if path in checkpoint_folders(path.parent.parent) else newest_checkpoint(path)
+    run_folder = checkpoint.parent.parent
     encoder = load_encoder(f"run:{checkpoint}")
     file, state = checkpoint / "head.safetensors", read_state(checkpoint)
     if state.method != SUPERCLASS:
-        raise UserError(
-            f"{run} has no head of tokens: it was trained by `train {state.method}`", allowed="a run of `train run`"
-        )
-    vocabulary = state.vocabulary
-    head = build_head(encoder.width, vocabulary)
+        problem = f"{run} has no head of tokens: it was trained by `train {state.method}`"
+        raise UserError(problem, allowed="a run of `train run`")
+    head = build_head(encoder.width, state.vocabulary)
     load_exactly(head, read_weights(file), file)
-    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in encoder.images[1:])
     names, decoded = zip(*((name, _decode(name, data, encoder.images.side)) for name, data in images), strict=True)
-    pixels = torch.from_numpy(np.stack(decoded))  # [B, S, S, 3]
-    logits = head.eval()(encoder((pixels.permute(0, 3, 1, 2).float().div(255) - mean) / std))  # [B, V]
-    # losses without DISTRIBUTION predict each token alone
-    loss = load_pipeline(checkpoint.parent.parent / "config.yaml").train.loss.name
-    probabilities = (
-        logits.float().softmax(dim=1) if getattr(kind(loss), "DISTRIBUTION", False) else logits.float().sigmoid()
-    )  # [B, V]
-    best = probabilities.topk(min(top, vocabulary), dim=1)
+    pixels = Normaliser(encoder.images, torch.device("cpu"))(torch.from_numpy(np.stack(decoded)))  # [B, 3, S, S]
+    logits = head.eval()(encoder(pixels)).float()  # [B, V]
+    loss = kind(load_pipeline(run_folder / "config.yaml").train.loss.name)
+    probabilities = logits.softmax(dim=1) if getattr(loss, "DISTRIBUTION", False) else logits.sigmoid()
+    best = probabilities.topk(min(top, state.vocabulary), dim=1)
     tokens = [
         [{"token_id": token, "probability": probability} for token, probability in zip(ids, values, strict=True)]
         for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-    data = json.loads((checkpoint.parent.parent / "data.json").read_bytes())
     return {
         "checkpoint": checkpoint.name,
         "samples_seen": state.samples_seen,
-        "vocabulary": vocabulary,
-        "tokenizer_fingerprint": data["tokenizer_fingerprint"],
+        "vocabulary": state.vocabulary,
+        "tokenizer_fingerprint": json.loads((run_folder / "data.json").read_bytes())["tokenizer_fingerprint"],
         "images": [{"file": name, "tokens": row} for name, row in zip(names, tokens, strict=True)],
     }
 
@@ -82,41 +68,32 @@ def read_images(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
         try:
             yield str(file), file.read_bytes()
         except OSError as error:
-            raise UserError(
-                f"{file} cannot be read: {error.strerror}", allowed="image files that Pillow reads"
-            ) from None
+            raise UserError(f"{file} cannot be read: {error.strerror}", allowed=_ALLOWED) from None
 
 
 def _decode(name: str, data: bytes, side: int) -> np.ndarray:
     """uint8 [S, S, 3]."""
     try:
         return decode(data, side)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} is not an image: {error}", allowed="image files that Pillow reads") from None
+    except DECODE_FAULTS as error:
+        raise UserError(f"{name} is not an image: {error}", allowed=_ALLOWED) from None
 
 
 def explain_with_predictions(
     out: Path, name: str, run: Path, *, shard: str | None = None, top: int = 10
 ) -> Explanation:
-    """One sample of an output folder with a run's `top` likeliest tokens.
+    """The sample with the key or uid `name`, with the `top` likeliest tokens by a run that was trained on `out`.
 
-    Args:
-        out: the output folder whose labels the run was trained on.
-        name: the sample's key or uid.
-        run: as in `predict_tokens`.
-        shard: the shard to search, if several have the key.
-        top: how many tokens.
-
-    Raises:
-        UserError: no such sample, no checkpoint, or the run was trained on other classes.
+    `shard`: the shard to search, if several have the key.
     """
     explanation, tokenizer = explain_row(out, name, shard), read_manifest(out).tokenizer
     if explanation.image is None:
         return explanation
     predicted = predict_tokens(run, [(name, explanation.image)], top)
-    if (predicted["vocabulary"], predicted["tokenizer_fingerprint"]) != (tokenizer.vocabulary, tokenizer.fingerprint):
+    vocabulary, fingerprint = predicted["vocabulary"], predicted["tokenizer_fingerprint"]
+    if (vocabulary, fingerprint) != (tokenizer.vocabulary, tokenizer.fingerprint):
         raise UserError(
-            f"{run} was trained on other classes: {predicted['vocabulary']:,} of tokenizer {predicted['tokenizer_fingerprint']}, "
+            f"{run} was trained on other classes: {vocabulary:,} of tokenizer {fingerprint}, "
             f"{out} has {tokenizer.vocabulary:,} of {tokenizer.fingerprint}",
             fix="give the output folder whose labels the run was trained on",
         )

@@ -1,5 +1,6 @@
-"""What every protocol is: for one encoder and one data set it gives scores, one for each seed and variant. N samples, C
-classes.
+"""What an evaluator is: from one encoder and one data set it gives `Score`s, one for each seed and variant.
+
+Evaluators are the files of train/evals/kinds, found by name; measure.py runs them. N samples, C classes.
 """
 
 import tempfile
@@ -35,25 +36,15 @@ def is_share(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Score:
-    """One figure's worth of work.
+    """The metrics of one seed of one variant."""
 
-    Attributes:
-        variant: what tables call it, e.g. `10-shot`.
-        seed: what was drawn from it.
-        metrics: name -> value, shares of 1 but for `cider`; None where it does not apply. The first is the main one.
-        detail: JSON values: what was chosen, and how the solver ended.
-        trials: what the metrics are shares of, where that is not the test part's images.
-        standard_error: what the size of the test part alone leaves, of a metric that is no share.
-        split: rows of the training part that were drawn, in their order; None where all of it was used.
-    """
-
-    variant: str
+    variant: str  # its name in tables, e.g. `10-shot`
     seed: int
-    metrics: dict[str, float | None]
-    detail: dict[str, Any] = field(default_factory=dict)
-    split: np.ndarray | None = None
-    trials: int | None = None
-    standard_error: float | None = None
+    metrics: dict[str, float | None]  # shares of 1 but for `cider`; None: does not apply; the first is the main one
+    detail: dict[str, Any] = field(default_factory=dict)  # JSON values: what was chosen, and how the solver ended
+    split: np.ndarray | None = None  # rows of the training part that were drawn, in order; None: all of it was used
+    trials: int | None = None  # what the metrics are shares of, if not the test part's images
+    standard_error: float | None = None  # from the size of the test part, of a metric that is no share
 
 
 class Evaluation:
@@ -87,9 +78,7 @@ class Evaluation:
 
 @contextmanager
 def work_folder(extract: Extractor, name: str) -> Iterator[Path]:
-    """Where what a protocol trains has its checkpoints: in the cache, so that a stopped one goes on; without one,
-    nowhere for long.
-    """
+    """The folder of checkpoints of a model that a protocol trains: in the cache, to resume; or else temporary."""
     if extract.cache is not None:
         yield extract.cache / name
         return
@@ -98,23 +87,20 @@ def work_folder(extract: Extractor, name: str) -> Iterator[Path]:
 
 
 def top_k(logits: Tensor, y: Tensor, k: int) -> float:
-    """The share of rows whose class y [N] is among the k greatest of logits [N, C]."""
+    """The share of rows whose class y [N] is among the k largest of logits [N, C]."""
     return float((logits.topk(k, dim=1).indices == y[:, None]).any(1).double().mean())
 
 
 def accuracies(logits: Tensor, y: Tensor) -> dict[str, float | None]:
-    """top1, and top5 where there are more than 5 classes, of logits [N, C] for the classes y [N]."""
+    """top1, and top5 if there are more than 5 classes, of logits [N, C] for the classes y [N]."""
     return {"top1": top_k(logits, y, 1), "top5": top_k(logits, y, 5) if logits.shape[1] > 5 else None}
 
 
-# ---- registry: All protocols by name: the files of train/evals/kinds.
-
-
 def protocol_names() -> list[str]:
-    """In alphabetical order; none of them is imported."""
+    """All evaluators, in alphabetical order; none of them is imported."""
     return names_in(EVALUATORS)
 
 
 def load_protocol(name: str) -> Evaluation:
-    """The protocol of one of these names."""
+    """The evaluator of one of these names."""
     return import_module(f"{EVALUATORS}.{name}").EVALUATION
