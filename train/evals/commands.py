@@ -203,7 +203,7 @@ def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> 
 
 @contextmanager
 def _only_first_rank_writes() -> Iterator[bool]:
-    """Around a protocol, which torchrun may have started on many ranks; gives whether this rank is the first. The others
+    """Around a protocol, which torchrun may start on many ranks; gives whether this rank is the first. The others
     print nothing and write only partial files of their own. A stop ends the process with its own exit code.
     """
     from labels.settings import Runtime
