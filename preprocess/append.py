@@ -1,9 +1,10 @@
 """`preprocess append`: more shards for a finished output folder; what is there stays as it is.
 
-new shards, their names after all old ones -> done/inputs.json -> the stages of a build, which skip the old shards
-           -> IDF summed again from all counts -> quarantine, manifest
+    new shards, their names after all old ones -> done/inputs.json -> the stages of a build, which skip the old shards
+               -> IDF summed again from all counts -> quarantine, manifest
 
-Until the IDF table has to change, the old manifest stands. Killed at any moment, `preprocess append OUT` finishes it.
+A row's position is its identity, so new names must sort after all old ones. The old manifest is valid until the IDF
+table changes: until then `--undo` works, afterwards the append can only be finished, by `preprocess append out`.
 """
 
 from dataclasses import replace
@@ -21,17 +22,13 @@ from preprocess.stage import BuildInputs, check_same_options, read_inputs, remov
 
 
 def append_shards(out: Path, sources: list[str], overrides: list[str], *, prefix: str = "") -> Manifest:
-    """Add the shards of `sources` to a finished output folder, or finish what an earlier append has begun.
+    """Add the shards of `sources` to a finished output folder, or finish an earlier append; known shards are skipped.
 
-    Args:
-        out: the folder; its own config.yaml is the configuration.
-        sources: as for `build_labels`; shards that it has already are skipped.
-        overrides: `section.key=value`; options that decide what is in the folder cannot differ.
-        prefix: put before the names of the new shards.
+    The folder's config.yaml is the configuration; `overrides`, `section.key=value`, cannot change the options that
+    decide what is in the folder. `prefix` is put before the names of the new shards.
 
     Raises:
-        UserError: the folder is not finished or has other options; a name that is taken or would come before an old
-            one.
+        UserError: the folder is not finished or has other options; a name is taken or sorts before an old one.
     """
     layout = Layout(out)
     _known_inputs(layout)  # before a lock file is made in what is no output folder
@@ -51,10 +48,10 @@ def append_shards(out: Path, sources: list[str], overrides: list[str], *, prefix
 
 
 def undo_append(out: Path) -> int:
-    """Remove what an append has written that has not changed the manifest yet; return the number of its shards.
+    """Remove what an unfinished append has written; return the number of its shards.
 
     Raises:
-        UserError: there is no manifest: the append has come further, and can only be finished.
+        UserError: there is no manifest: the append can only be finished.
     """
     layout = Layout(out)
     _known_inputs(layout)
@@ -104,7 +101,7 @@ def _new_shards(inputs: BuildInputs, shards: list[Shard]) -> list[Shard]:
         if known and known.source != shard.source:
             raise UserError(
                 f"{shard.path} has changed since it was built into this output folder as shard {known.name}",
-                fix="run build-labels with all DATA of this output folder, which makes its files again; append only adds",
+                fix="run build-labels with all DATA of this output folder, which makes its files again",
             )
         if known:
             continue
@@ -127,15 +124,13 @@ def _prefix_after(last: str, batches: int) -> str:
 
 
 def _same_subset(layout: Layout, settings: Pipeline, sources: list[str]) -> str | None:
-    """As `chosen_uids`, for an append: what chose the uids must choose the same ones, and for the new shards too.
-
-    An SQL condition chooses among the metadata that build-labels was given, so it serves only where `build.metadata`
-    names all of it.
+    """As `chosen_uids`, for an append. An SQL condition selects from the metadata of build-labels, so it must be in
+    `build.metadata`.
     """
     subset = settings.build.subset
     if subset and not subset.endswith((".npy", ".parquet")) and settings.build.metadata is None:
         raise UserError(
-            f"the subset of {layout.out} is the condition {subset!r} on the metadata of its first DATA, not on that of other shards",
-            fix="build the new shards into an output folder of their own (`preprocess idf` sums the IDF tables of several)",
+            f"the subset of {layout.out} is the condition {subset!r} on the metadata of its first DATA alone",
+            fix="build the new shards into another output folder (`preprocess idf` sums the IDF tables of several)",
         )
     return chosen_uids(sources, layout, settings)

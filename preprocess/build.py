@@ -7,8 +7,10 @@
              betons   beton_job, one task for each group of shards    beton/, or places/ with --no-images
     finalize          quarantine.parquet config.yaml manifest.json
 
-Every stage skips what its markers say is done (stage.py). The manifest comes last. The members of an array job
-(`--shard i/n`) do labels and betons of their shards side by side; a run without `--shard` does what needs all of them.
+Two passes: labels from captions alone, then betons, since a row's position is known when all earlier shards are
+counted, and the IDF table is useful without images. Every stage skips what its markers cover (stage.py). The manifest
+comes last. The members of an array job (`--shard i/n`) make labels and betons of their shards at the same time; a run
+without `--shard` makes what needs all shards.
 """
 
 import sys
@@ -121,13 +123,9 @@ def make_build(layout: Layout, settings: Pipeline, subset: str | None) -> BuildC
 
 
 def complete(build: BuildContext, inputs: BuildInputs, fresh: frozenset[str] = frozenset()) -> Manifest:
-    """Run what is missing of every stage, and finalize the build.
+    """Run what is missing of every stage, and finalize the build; its lock is held and its options are checked.
 
-    Args:
-        build: under the lock of its output folder, its options checked.
-        inputs: all shards of the output folder.
-        fresh: names of shards that are added to a finished output folder: its manifest stays until its IDF table has to
-            change.
+    `fresh`: names of shards that are added to a finished output folder: its manifest stays until the IDF table changes.
 
     Raises:
         UserError: too many bad samples, or no sample left.
@@ -160,16 +158,16 @@ def _run_labels(
     unknown = sorted(path.stem for path in layout.labels.glob("*.parquet") if path.stem not in names)
     if unknown:
         raise UserError(
-            f"{layout.labels} holds label files of {len(unknown)} shards that are not in the input, the first: {unknown[0]}",
-            fix="name all shards of this output folder (`preprocess append` remembers them), give another --out, or --overwrite; "
-            "files that no build has written have to be moved away",
+            f"{layout.labels} holds label files of {len(unknown)} shards that are not in the input, first {unknown[0]}",
+            fix="name all shards of this output folder (`preprocess append` remembers them), give another --out, or "
+            "--overwrite; files that no build has written have to be moved away",
         )
     settings, options = build.settings.labels, build.label_options
     tasks = [
         LabelTask(shard, layout.out, settings, build.captions, build.subset is not None, options) for shard in shards
     ]
-    chosen = None if mine is None else {shard.name for shard in mine}
-    return run_stage(build, label_stage(layout), tasks, mine=chosen, fresh=fresh)
+    own = None if mine is None else {shard.name for shard in mine}
+    return run_stage(build, label_stage(layout), tasks, mine=own, fresh=fresh)
 
 
 def _run_groups(
@@ -222,14 +220,12 @@ def _run_idf(
         with spill_folder(layout) as spill:
             files = [layout.count_file(shard) for shard in task.shards]
             frequency = sum_counts(files, len(names), build.settings.build.duckdb_memory, spill)
-        captions = sum(part.rows for part in parts)
+        captions, tokens = sum(part.rows for part in parts), [marker.tokens for marker in labelled]
         write_idf_parquet(layout.idf_parquet, names, frequency, captions, formula)
         write_idf_duckdb(
             layout,
             captions=captions,
-            tokens=None
-            if any(marker.tokens is None for marker in labelled)
-            else sum(marker.tokens or 0 for marker in labelled),
+            tokens=None if None in tokens else sum(filter(None, tokens)),
             formula=formula,
             tokenizer=tokenizer.name,
             fingerprint=tokenizer.fingerprint,
@@ -307,9 +303,8 @@ def _run_share(build: BuildContext, inputs: BuildInputs, share: Share) -> None:
     labelled = _run_labels(build, shards, shards[i::n])
     command = "the same command without --shard"
     if len(labelled) < len(shards):
-        print(
-            f"labels of {len(labelled)} of {len(shards)} shards are done; when all shares have ended, run {command} and with --no-beton"
-        )
+        done = f"labels of {len(labelled)} of {len(shards)} shards are done"
+        print(f"{done}; when all shares have ended, run {command} and with --no-beton")
         return
     if not _run_idf(build, shard_parts(shards, labelled), labelled, mine=()):
         print(f"labels of all {len(shards)} shards are done; now run {command} and with --no-beton, for the IDF table")
@@ -349,7 +344,7 @@ def check_images(shards: list[Shard], images: ImageOutput) -> None:
         raise UserError(
             f"the images of {elsewhere.path} cannot be read in place",
             allowed="with --no-images: uncompressed tars on local disks",
-            fix="leave out --no-images, so that they are copied into betons",
+            fix="run without --no-images, so that the images are copied into betons",
         )
 
 
@@ -375,14 +370,9 @@ def _reasons(markers: Sequence[LabelMarker | GroupMarker]) -> Counter[str]:
 def _check_usable(
     build: BuildContext, rejected: Counter[str], samples: int, outside: int, parts: list[ShardPart]
 ) -> None:
-    """End the build if too few samples are left; quarantine.parquet then says why.
+    """End the build if too few of the `samples` are left; quarantine.parquet then has the reasons.
 
-    Args:
-        build: whose limit counts.
-        rejected: reason -> bad samples so far.
-        samples: how many are left.
-        outside: good samples outside of the subset; bad samples are counted whether or not they would be in it.
-        parts: the shards.
+    `rejected`: reason -> bad samples, in the subset or not; `outside`: good samples outside of the subset.
 
     Raises:
         UserError: no sample left, or more bad ones than `max_bad_fraction` of all.
@@ -398,7 +388,8 @@ def _check_usable(
         others = f"; {outside} are outside of the subset" if build.subset else ""
         raise UserError(
             f"the input gave no usable sample: {reasons or 'its shards are empty'}{others}",
-            allowed="tars with an image (.jpg, .png, ...) and a caption (.txt, or `caption` in .json) for each key; tables with a caption",
+            allowed="tars with an image (.jpg, .png, ...) and a caption (.txt, or `caption` in .json) for each key; "
+            "tables with a caption",
             fix=f"see {build.layout.quarantine}" if bad else None,
         )
     raise UserError(
@@ -478,9 +469,8 @@ def print_summary(manifest: Manifest, out: Path) -> None:
     for part in [*manifest.shards, *manifest.betons, *manifest.image_index]:
         rejected.update(part.quarantined)
     gib = sum(beton.bytes for beton in manifest.betons) / 2**30
-    print(
-        f"{out}: {manifest.captions:,} label rows from {len(manifest.shards)} shards, vocabulary {manifest.tokenizer.vocabulary:,}"
-    )
+    shards, vocabulary = len(manifest.shards), manifest.tokenizer.vocabulary
+    print(f"{out}: {manifest.captions:,} label rows from {shards} shards, vocabulary {vocabulary:,}")
     if manifest.betons:
         print(f"  {manifest.samples:,} samples in {len(manifest.betons)} betons, {gib:.2f} GiB")
     if manifest.image_index:

@@ -9,7 +9,6 @@ Every caption is in one shard, so sums of counts are exact. The counts of a shar
 
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,8 +25,7 @@ from labels.idf import idf_weights, read_idf
 from labels.manifest import COUNTS, TOKENS, Manifest, ShardPart, read_manifest
 from labels.storage import Layout, UserError, atomic_write, is_remote, local_copy, write_whole
 
-# The tokenizer's fingerprint apart, what decides which label a caption gets: counts that differ in one of these are of
-# different things.
+# With the fingerprint, what decides the labels of a caption: only counts that agree in these can be summed.
 _SAME_OPTIONS = ("context", "stop_words", "ngrams")
 
 
@@ -40,6 +38,13 @@ _COUNT_LABELS = """
 SELECT token_id, count(*) AS document_frequency FROM (SELECT unnest(label_ids) AS token_id FROM read_parquet($1))
 GROUP BY token_id
 """
+_SUM_COUNTS = "SELECT token_id, sum(document_frequency)::BIGINT AS document_frequency FROM {} GROUP BY token_id"
+_CORPUS = """
+CREATE TABLE corpus AS SELECT $1::BIGINT AS captions, (SELECT sum(document_frequency) FROM tokens)::BIGINT AS labels,
+$5::BIGINT AS tokens, (SELECT count(*) FROM tokens) AS vocabulary, $2 AS formula, $3 AS tokenizer,
+$4 AS tokenizer_fingerprint
+"""
+_SHARDS = "CREATE TABLE shards (shard VARCHAR, rows BIGINT, quarantined BIGINT, reasons MAP(VARCHAR, BIGINT))"
 
 
 class ShardCounts:
@@ -66,16 +71,13 @@ class ShardCounts:
         self._waiting = []
 
     def write(self, path: Path) -> int:
-        """The count file: token_id int32, document_frequency int64, of the tokens that occur, ascending.
+        """Write the count file: token_id int32, document_frequency int64, of the tokens that occur, ascending.
 
-        Returns:
-            bytes of the file. The marker holds them, so that a file cut by a power failure is seen: it is not synced to
-                the disk,
-            since it is quickly made again.
+        Returns its bytes, for the marker: the file is not synced to the disk, since it is quickly made again, and its
+        length shows whether a power failure has cut it.
         """
         self._count()
-        query = "SELECT token_id, sum(document_frequency)::BIGINT AS document_frequency FROM counted GROUP BY token_id ORDER BY token_id"
-        counted = self._con.sql(query).to_arrow_table()
+        counted = self._con.sql(f"{_SUM_COUNTS.format('counted')} ORDER BY token_id").to_arrow_table()
         with atomic_write(path, durable=False) as partial:
             pq.write_table(counted.cast(COUNTS), partial, compression="zstd")
             return partial.stat().st_size
@@ -83,44 +85,30 @@ class ShardCounts:
 
 @cache
 def _own_connection() -> duckdb.DuckDBPyConnection:
-    """One connection for each process: to open one takes as long as to count ten thousand captions. One core for each
-    worker.
-    """
-    # One bit more, for nulls.
-    return duckdb.connect(
-        config={"threads": 1, "memory_limit": _SHARD_MEMORY, "perfect_ht_threshold": _COUNTED_BITS + 1}
-    )
+    """One for each worker, on its core: opening a connection takes as long as counting ten thousand captions."""
+    bits = _COUNTED_BITS + 1  # one for nulls
+    return duckdb.connect(config={"threads": 1, "memory_limit": _SHARD_MEMORY, "perfect_ht_threshold": bits})
 
 
 def sum_counts(files: Sequence[Path], vocabulary: int, memory: str, spill: Path) -> np.ndarray:
-    """Document frequency int64 [V] over the shards whose count files are given: exact, since each caption is in one
-    shard.
+    """Document frequency int64 [V] of the shards with these count files: exact, since each caption is in one shard.
 
-    Args:
-        files: count files.
-        vocabulary: V.
-        memory: DuckDB's limit, e.g. `1GiB`.
-        spill: a folder for what does not fit.
+    `memory`: DuckDB's limit, e.g. `1GiB`; `spill`: a folder for what does not fit.
 
     Raises:
         UserError: `memory` is too little even with spilling.
     """
-    if not files:
-        return np.zeros(vocabulary, np.int64)
-    query = (
-        "SELECT token_id, sum(document_frequency)::BIGINT AS document_frequency FROM read_parquet($1) GROUP BY token_id"
-    )
-    return _frequencies(query, files, vocabulary, memory, spill)
+    return _frequencies(_SUM_COUNTS.format("read_parquet($1)"), files, vocabulary, memory, spill)
 
 
 def document_frequencies(files: Sequence[Path], vocabulary: int, memory: str, spill: Path) -> np.ndarray:
     """The same, counted from scratch over label files: their label_ids hold each token once a caption."""
-    if not files:
-        return np.zeros(vocabulary, np.int64)
     return _frequencies(_COUNT_LABELS, files, vocabulary, memory, spill)
 
 
 def _frequencies(query: str, files: Sequence[Path], vocabulary: int, memory: str, spill: Path) -> np.ndarray:
+    if not files:
+        return np.zeros(vocabulary, np.int64)
     config = {"memory_limit": memory, "temp_directory": str(spill), "preserve_insertion_order": False}
     try:
         with duckdb.connect(config=config) as con:
@@ -137,14 +125,9 @@ def _frequencies(query: str, files: Sequence[Path], vocabulary: int, memory: str
 
 
 def write_idf_parquet(path: Path, tokens: list[str], frequency: np.ndarray, captions: int, formula: Formula) -> None:
-    """The table tokens(token_id, token, document_frequency, idf), one row a vocabulary entry."""
-    columns = [
-        np.arange(len(tokens), dtype=np.int32),
-        pa.array(tokens),
-        frequency,
-        idf_weights(frequency, captions, formula),
-    ]
-    table = pa.table(columns, schema=TOKENS)
+    """The table tokens(token_id, token, document_frequency, idf), one row for each vocabulary entry."""
+    token_ids, idf = np.arange(len(tokens), dtype=np.int32), idf_weights(frequency, captions, formula)
+    table = pa.table([token_ids, pa.array(tokens), frequency, idf], schema=TOKENS)
     write_whole(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
 
 
@@ -160,12 +143,11 @@ def write_idf_duckdb(
 ) -> None:
     """idf.duckdb: tables tokens, corpus, shards, and the view labels over the Parquet files.
 
-    The view names the files relative to the output folder, so that this can be moved: `preprocess sql` sets the search
-        path, and the
-    DuckDB shell is started inside the folder. DuckDB puts random identifiers into its files; their content is the same
-    each time.
+    The view names the files relative to the output folder, the only form that survives moving the folder: `preprocess
+    sql` sets the search path, and the DuckDB shell must start inside the folder. DuckDB puts random identifiers into
+    its files; their content is the same each time.
 
-    `tokens`: token ids in all label files; None (markers of earlier versions do not say it) counts them.
+    `tokens`: token ids in all label files; None, of markers of earlier versions, counts them.
     """
 
     def write(partial: Path) -> None:
@@ -187,28 +169,19 @@ def write_idf_duckdb(
             if (token_count := tokens) is None:
                 query = "SELECT coalesce(sum(len(token_ids)), 0) FROM read_parquet($1)"
                 [(token_count,)] = con.execute(query, [f"{everywhere}/*.parquet"]).fetchall()
-            con.execute(
-                "CREATE TABLE corpus AS SELECT $1::BIGINT AS captions, (SELECT sum(document_frequency) FROM tokens)::BIGINT AS labels,"
-                " $5::BIGINT AS tokens,"
-                " (SELECT count(*) FROM tokens) AS vocabulary,"
-                " $2 AS formula, $3 AS tokenizer, $4 AS tokenizer_fingerprint",
-                [captions, formula, tokenizer, fingerprint, token_count],
-            )
-            con.execute(
-                "CREATE TABLE shards (shard VARCHAR, rows BIGINT, quarantined BIGINT, reasons MAP(VARCHAR, BIGINT))"
-            )
+            con.execute(_CORPUS, [captions, formula, tokenizer, fingerprint, token_count])
+            con.execute(_SHARDS)
+            insert = "INSERT INTO shards VALUES ($1, $2, $3, MAP($4::VARCHAR[], $5::BIGINT[]))"
             for shard in shards:
-                reasons = Counter(shard.quarantined)
-                con.execute(
-                    "INSERT INTO shards VALUES ($1, $2, $3, MAP($4::VARCHAR[], $5::BIGINT[]))",
-                    [shard.name, shard.rows, reasons.total(), list(reasons), list(reasons.values())],
-                )
+                reasons = shard.quarantined
+                counts = list(reasons.values())
+                con.execute(insert, [shard.name, shard.rows, sum(counts), list(reasons), counts])
 
     write_whole(layout.idf_duckdb, write)
 
 
 def _download_first(labels: Path, folder: Path) -> None:
-    """One label file of an object store into `folder`: all have the same schema."""
+    """Copy one label file of an object store into `folder`: all have the same schema."""
     first = next(iter(sorted(labels.glob("*.parquet"), key=str)))
     folder.mkdir()
     with local_copy(first) as file:
@@ -225,14 +198,15 @@ def quoted(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Summed:
-    """What a table was made of: captions of a number of shards, with the formula that was used."""
+    """What an IDF table was made of."""
 
     captions: int
     shards: int
     formula: Formula
 
     def __str__(self) -> str:
-        return f"IDF ({self.formula}) of {self.captions:,} captions in {self.shards:,} {'shard' if self.shards == 1 else 'shards'}"
+        shards = "1 shard" if self.shards == 1 else f"{self.shards:,} shards"
+        return f"IDF ({self.formula}) of {self.captions:,} captions in {shards}"
 
 
 def sum_idf(
@@ -244,14 +218,11 @@ def sum_idf(
     recount: bool = False,
     memory: str = "1GiB",
 ) -> Summed:
-    """Write one IDF table of several output folders: token_id, token, document_frequency, idf, one row for each
-    vocabulary entry.
+    """Write one IDF table, as idf.parquet, of several output folders with the same labels to the Parquet file `target`.
 
     Args:
-        outs: finished output folders of one tokenizer and one set of labels.
-        target: the Parquet file to write, outside of all of them.
-        shards: a pattern of shard names such as `0000[0-4]*`; None takes all.
-        formula: None takes the one that they were built with.
+        shards: a pattern of shard names such as `0000[0-4]*`; None for all.
+        formula: None for the one that they were built with.
         recount: count the label files from scratch instead of summing the shards' count files.
         memory: DuckDB's limit.
 
@@ -291,17 +262,13 @@ def sum_idf(
 
 
 def _check_target(target: Path, outs: list[Path]) -> None:
-    """Refuse, before any work, a file that cannot be written or that belongs to a build, and the same captions twice."""
+    """Refuse, before any work, a file that cannot be written or that belongs to a build, and a folder given twice."""
     paths = [out if is_remote(out) else out.resolve() for out in outs]
     for path, out in zip(paths, outs, strict=True):
         if paths.count(path) > 1:
-            raise UserError(
-                f"{out} is given twice: its captions would count twice", fix="name every output folder once"
-            )
+            raise UserError(f"{out} is given twice: its captions would count twice", fix="name every folder once")
         if not is_remote(path) and target.resolve().is_relative_to(path):
-            raise UserError(
-                f"--out {target} lies in {out}, whose files only a build writes", fix="give a file elsewhere"
-            )
+            raise UserError(f"--out {target} is in {out}, where only a build writes", fix="give a file elsewhere")
     if target.suffix != ".parquet" or target.is_dir():
         raise UserError(f"--out {target} is not the name of a Parquet file", allowed="a path that ends in .parquet")
 
@@ -312,12 +279,12 @@ def _fits(part: ShardPart, pattern: str | None) -> bool:
 
 def _common_tokens(outs: list[Path], manifests: list[Manifest]) -> list[str]:
     """The vocabulary, position = id, if it and the meaning of labels are the same in all output folders."""
-    names = _tokens(outs[0])
+    names, facts = _tokens(outs[0]), _label_facts(manifests[0])
     for out, manifest in zip(outs[1:], manifests[1:], strict=True):
-        for thing, first, other in _label_facts(manifests[0], manifest):
-            if first != other:
+        for key, value in _label_facts(manifest).items():
+            if value != facts[key]:
                 raise UserError(
-                    f"{outs[0]} and {out} differ in {thing}: {first} and {other}",
+                    f"{outs[0]} and {out} differ in {key}: {facts[key]} and {value}",
                     allowed="output folders with the same labels",
                     fix="build the labels of one of them again with the other's options",
                 )
@@ -329,17 +296,15 @@ def _common_tokens(outs: list[Path], manifests: list[Manifest]) -> list[str]:
     return names
 
 
-def _label_facts(first: Manifest, other: Manifest) -> list[tuple[str, object, object]]:
-    facts: list[tuple[str, object, object]] = [
-        ("their tokenizer's fingerprint", first.tokenizer.fingerprint, other.tokenizer.fingerprint)
-    ]
-    options, others = first.options.get("labels", {}), other.options.get("labels", {})
-    return facts + [(f"labels.{key}", options.get(key), others.get(key)) for key in _SAME_OPTIONS]
+def _label_facts(manifest: Manifest) -> dict[str, object]:
+    options = manifest.options.get("labels", {})
+    facts = {f"labels.{key}": options.get(key) for key in _SAME_OPTIONS}
+    return {"their tokenizer's fingerprint": manifest.tokenizer.fingerprint, **facts}
 
 
 def _tokens(out: Path) -> list[str]:
     path = Layout(out).idf_parquet
-    read_idf(path)  # says so if it is missing or damaged
+    read_idf(path)  # raises if the file is missing or damaged
     with local_copy(path) as file:
         return pq.read_table(file, columns=["token"])["token"].to_pylist()
 

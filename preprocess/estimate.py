@@ -1,10 +1,10 @@
 """`preprocess plan`: time, disk, memory and cost of a build, estimated from two or three shards that it builds.
 
-    DATA -> shards of middling size -> built by the build's own functions, in a process of their own -> Sample
+    DATA -> shards of medium size -> built by the build's own functions, in a fresh process -> Sample
     Sample: seconds and bytes of each stage per byte of a shard's file -> Estimate for all of DATA
 
 In each pass several workers do several tasks each, at the same time. A worker's first task also loads code and fills
-caches; the others are measured. What the process takes beyond them is the fixed start. The aim is to be within 25%.
+caches; the others are measured. The other time of the process is the fixed start. The aim is to be within 25%.
 """
 
 import multiprocessing
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from labels.html import format_seconds
 from labels.settings import Build, Pipeline
@@ -35,11 +36,9 @@ from preprocess.engine import run_tasks, start_server, worker_count
 from preprocess.readers.shards import Shard, find_shards
 from preprocess.shard import LabelTask, label_shard
 
-_Tasks = list[tuple[Any, int]]
-"""Tasks of a worker, each with the bytes of its shards."""
+_Tasks = list[tuple[Any, int]]  # of a worker, each with the bytes of its shards
 _TIMES_SUMMED = 64
-_GROUP_BYTES = 1 << 28
-"""Most bytes of shards in a measured task of the second pass, unless the sampled shards are larger."""
+_GROUP_BYTES = 1 << 28  # most bytes of shards in a measured task of the second pass
 
 
 class Pass(NamedTuple):
@@ -54,7 +53,7 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """Measured shards, and what they became."""
+    """Measured shards and their output."""
 
     shards: list[int]  # bytes of each shard of DATA, not only of the measured
     names: list[str]
@@ -78,30 +77,27 @@ class Sample:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a build takes: `seconds` and `disk_bytes` by stage, `memory_bytes` of all processes.
-
-    `spread`: half the range of speed between measured tasks, as a share; `free_bytes`: None for an object store.
-    """
+    """What a build takes."""
 
     shards: int
     source_bytes: int
     rows: int
-    measured: list[str]
-    seconds: dict[str, float]
-    disk_bytes: dict[str, int]
-    memory_bytes: int
-    free_bytes: int | None
-    spread: float
+    measured: list[str]  # names of shards
+    seconds: dict[str, float]  # by stage
+    disk_bytes: dict[str, int]  # by stage
+    memory_bytes: int  # of all processes
+    free_bytes: int | None  # None for an object store
+    spread: float  # half the range of speed between measured tasks, as a share
     assumptions: list[str]
 
     def describe(self, price_per_hour: float | None, price_per_gib_month: float | None) -> dict[str, Any]:
         """JSON-able, with totals and costs; prices in any currency."""
         seconds, disk_bytes = sum(self.seconds.values()), sum(self.disk_bytes.values())
-        costs = {}
-        if price_per_hour is not None:
-            costs["build"] = seconds / 3600 * price_per_hour
-        if price_per_gib_month is not None:
-            costs["storage_a_month"] = disk_bytes / 2**30 * price_per_gib_month
+        prices = {
+            "build": (seconds / 3600, price_per_hour),
+            "storage_a_month": (disk_bytes / 2**30, price_per_gib_month),
+        }
+        costs = {name: amount * price for name, (amount, price) in prices.items() if price is not None}
         return {**vars(self), "total_seconds": seconds, "total_disk_bytes": disk_bytes, "costs": costs}
 
 
@@ -129,7 +125,7 @@ def estimate(sources: list[str], out: Path, settings: Pipeline, *, samples: int 
                 sample = pool.submit(measure, sources, Path(folder), settings, count, samples, betons).result()
             return sample, time.perf_counter() - begin
 
-    measured(1)  # compiles code, which is kept: no build does it again
+    measured(1)  # compiles code for all later builds
     sample, seconds = measured(2 if workers == 2 else 3)
     sample = replace(sample, start_s=max(seconds + sample.start_s, 0.0))
     free = None if existing is None else shutil.disk_usage(existing).free
@@ -156,7 +152,7 @@ def measure(
     parts = shard_parts(chosen, markers)
     if not sum(part.rows for part in parts):
         names = ", ".join(shard.name for shard in chosen)
-        raise UserError(f"the shards that were measured ({names}) give no label row")
+        raise UserError(f"the measured shards ({names}) have no label row")
 
     idf_s = _seconds(lambda: write_idf(build, parts, markers))
     counts = [layout.count_file(shard.name) for shard in chosen]
@@ -179,13 +175,13 @@ def measure(
     if not betons:
         return sample
 
-    # A beton costs something beyond its bytes, so that a task is as large as in the build: the shards over and over.
+    # A beton has a cost beyond its bytes, so a measured task is as large as one of the build: it repeats the shards.
     with_rows, shard_bytes = members(chosen, parts, markers), sum(shard.bytes for shard in shards) / len(shards)
     usual = group_shards(with_rows, ceil(len(shards) * sample.factor(samples)), settings.build)
     repeated = min(usual, max(len(chosen), int(_GROUP_BYTES / shard_bytes)))
     group_tasks, first = [], 0
     for worker in range(workers):
-        order = [with_rows[(worker + place) % len(with_rows)] for place in range(repeated)]
+        order = [with_rows[(worker + number) % len(with_rows)] for number in range(repeated)]
         group = replace(plan_groups([order], settings.build)[0], first=first)
         first += group.files
         options = (layout.out, settings.build, build.image_options)
@@ -213,13 +209,11 @@ def group_shards(sampled: list[Member], count: int, settings: Build) -> int:
 
 
 def choose_shards(shards: list[Shard], count: int) -> list[Shard]:
-    """The shards to measure: of middling size, from the beginning, the middle and the end of the data."""
+    """The shards to measure: of medium size, from the beginning, the middle and the end of the data."""
     count = min(count, len(shards))
-    chosen = []
-    for part in range(count):
-        stretch = shards[part * len(shards) // count : (part + 1) * len(shards) // count]
-        chosen.append(sorted(stretch, key=lambda shard: (shard.bytes, shard.name))[len(stretch) // 2])
-    return chosen
+    bounds = [part * len(shards) // count for part in range(count + 1)]
+    parts = [shards[begin:end] for begin, end in pairwise(bounds)]
+    return [sorted(part, key=lambda shard: (shard.bytes, shard.name))[len(part) // 2] for part in parts]
 
 
 def _time_pass(function: Callable[[Any], Any], tasks: list[_Tasks]) -> tuple[Pass, list[Any]]:
@@ -254,7 +248,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def elapsed(seconds: float, total: float, tasks: int, workers: int, largest: float) -> float:
-    """Of a pass over `total` bytes in even tasks, with `seconds` a byte; the `largest` shard is one task."""
+    """Seconds of a pass over `total` bytes in even tasks, with `seconds` a byte; the `largest` shard is one task."""
     return seconds * max(ceil(tasks / workers) * total / tasks, largest)
 
 
@@ -285,9 +279,9 @@ def extrapolate(
         measured=sample.names,
         seconds=seconds,
         disk_bytes=disk,
-        memory_bytes=round(max(one.peak_bytes for one in passes.values()) * processes + _parse_bytes(memory)),
+        memory_bytes=round(max(timed.peak_bytes for timed in passes.values()) * processes + _parse_bytes(memory)),
         free_bytes=free_bytes,
-        spread=sum(one.spread * seconds[stage] for stage, one in passes.items()) / timed_s,
+        spread=sum(timed.spread * seconds[stage] for stage, timed in passes.items()) / timed_s,
         assumptions=_assumptions(sample, settings, workers, samples),
     )
 
@@ -302,35 +296,33 @@ def _assumptions(sample: Sample, settings: Pipeline, workers: int, samples: int 
     }
     return [
         f"the other shards are like {names}: the same seconds, rows and bytes for each byte of a shard's file",
-        f"as many samples are rejected in them: {sample.rejected} of {sample.rejected + sample.rows:,}",
+        f"the same share of samples is rejected: {sample.rejected} of {sample.rejected + sample.rows:,}",
         f"{workers} workers, each as fast as the {sample.labels.workers} that were measured at the same time",
-        "disk and network keep the measured speed; nothing else runs, and nothing has to be repeated",
-        f"memory: each worker and the main process are as large as the largest, and build.duckdb_memory: {memory}",
+        "disk and network keep the measured speed; nothing else runs, and nothing is repeated",
+        f"memory: every process needs as much as the largest, and build.duckdb_memory: {memory}",
         *(line for line, condition in optional.items() if condition),
     ]
 
 
 def print_estimate(described: dict[str, Any], console: Console) -> None:
-    """For people; `described`: what `Estimate.describe` returns."""
-    found = SimpleNamespace(**described)
-    size, disk = _format_bytes(found.source_bytes), found.disk_bytes
-    data = f"{found.shards:,} shards, {size}, about {found.rows:,} label rows"
-    console.print(f"{data}; measured: {', '.join(found.measured)}")
-    table = Table("stage", box=None, pad_edge=False)
-    table.add_column("time", justify="right")
-    table.add_column("disk", justify="right")
-    for stage, seconds in found.seconds.items():
+    """For people; `described`: of `Estimate.describe`."""
+    plan = SimpleNamespace(**described)
+    size, disk = _format_bytes(plan.source_bytes), plan.disk_bytes
+    data = f"{plan.shards:,} shards, {size}, about {plan.rows:,} label rows"
+    console.print(f"{data}; measured: {', '.join(plan.measured)}")
+    table = Table("stage", Column("time", justify="right"), Column("disk", justify="right"), box=None, pad_edge=False)
+    for stage, seconds in plan.seconds.items():
         table.add_row(stage, format_seconds(seconds), _format_bytes(disk[stage]) if stage in disk else "")
-    table.add_row("total", format_seconds(found.total_seconds), _format_bytes(found.total_disk_bytes))
+    table.add_row("total", format_seconds(plan.total_seconds), _format_bytes(plan.total_disk_bytes))
     console.print(table)
-    memory = _format_bytes(found.memory_bytes)
-    console.print(f"speed of the measured shards: within {found.spread:.0%} of their mean; memory: about {memory}")
-    for name, cost in found.costs.items():
+    memory = _format_bytes(plan.memory_bytes)
+    console.print(f"speed of the measured shards: within {plan.spread:.0%} of their mean; memory: about {memory}")
+    for name, cost in plan.costs.items():
         console.print(f"cost of the {name.replace('_', ' ')}: {cost:,.2f}")
-    if found.free_bytes is not None and found.free_bytes < found.total_disk_bytes:
-        free = _format_bytes(found.free_bytes)
+    if plan.free_bytes is not None and plan.free_bytes < plan.total_disk_bytes:
+        free = _format_bytes(plan.free_bytes)
         console.print(f"error: only {free} of disk are free\nfix: free space, or give another --out")
-    console.print("assumptions:", *found.assumptions, sep="\n  - ")
+    console.print("assumptions:", *plan.assumptions, sep="\n  - ")
 
 
 def _format_bytes(count: float) -> str:

@@ -1,12 +1,14 @@
-"""N-gram labels (`labels.ngrams` = 2): the most informative pairs of neighbouring words as extra classes, next to the
-single tokens.
+"""N-gram labels (`labels.ngrams` = 2): the most informative pairs of neighbouring words as classes after the tokens.
 
-    label files (token_ids) -> pairs of whole words, each once per caption (compiled) -> counted and ranked by DuckDB -> pairs.parquet
-    token_ids + pairs.parquet -> pair classes of each row -> appended to its label_ids: label file, count file and marker written again
+    choose   label files (token_ids) -> pairs of whole words (compiled) -> counted, ranked by DuckDB -> pairs.parquet
+    add      token_ids + pairs.parquet -> pair classes of each row -> label file, count file and marker written again
 
-These are two stages of a build, between the labels and the IDF table.
+These are two stages of a build, between the labels and the IDF table: pairs need the counts of all shards. Pair classes
+have ids above all token ids, which keeps label rows sorted.
 
-Shapes: V token classes, P pair classes (ids V .. V + P - 1, in rank order), N captions, T ids in all.
+A border is before a row's first token, after its last, and between neighbours a, b where ends[a] or starts[b]. A token
+with a border on both sides is a whole word. Shapes: V token classes, P pair classes (ids V .. V + P - 1, in rank
+order), N captions, T ids in all; starts, ends: bool [V]; ids: int32 [T]; offsets: int64 [N + 1].
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,24 +40,17 @@ from preprocess.stage import (
     write_marker,
 )
 
-# ---- word_pairs: Pairs of neighbouring whole words in rows of token ids, compiled: what preprocess/ngrams.py counts
-# and looks up.
-#
-# A border lies before a row's first token, behind its last, and between neighbours a, b where ends[a] or starts[b]. A
-# token with a border on both sides is a whole word.
-#
-# Shapes: V token classes, P pairs, N captions, T ids in all. Ids must lie in 0 .. V - 1: nothing here checks it.
-
-
-# Up to this many a caption's pairs are sorted by insertion, which makes no copy.
+# Up to this many pairs of a caption are sorted by insertion, which makes no copy.
 _INSERTED = 64
+
+# Compiled: ids must be in 0 .. V - 1, which these functions do not check.
 
 
 @njit(nogil=True, inline="always")
-def _whole(ids: np.ndarray, begin: Any, end: Any, at: Any, starts: np.ndarray, ends: np.ndarray) -> Any:
-    """Is ids[at] a whole word of the row ids[begin:end]?"""
-    before = at == begin or ends[ids[at - 1]] or starts[ids[at]]
-    behind = at == end - 1 or ends[ids[at]] or starts[ids[at + 1]]
+def _whole(ids: np.ndarray, begin: Any, end: Any, position: Any, starts: np.ndarray, ends: np.ndarray) -> Any:
+    """Is ids[position] a whole word of the row ids[begin:end]?"""
+    before = position == begin or ends[ids[position - 1]] or starts[ids[position]]
+    behind = position == end - 1 or ends[ids[position]] or starts[ids[position + 1]]
     return before and behind
 
 
@@ -63,35 +58,29 @@ def _whole(ids: np.ndarray, begin: Any, end: Any, at: Any, starts: np.ndarray, e
 def count_words(
     ids: np.ndarray, offsets: np.ndarray, starts: np.ndarray, ends: np.ndarray, frequency: np.ndarray
 ) -> None:
-    """Add to frequency, int64 [V], in how many rows each token is a whole word.
-
-    Args:
-        ids: int32 [T].
-        offsets: int64 [N + 1].
-        starts, ends: bool [V].
-    """
+    """Add to `frequency`, int64 [V], the number of rows in which each token is a whole word."""
     seen = np.full(len(frequency), -1, np.int64)
     for row in range(len(offsets) - 1):
         begin, end = offsets[row], offsets[row + 1]
-        for at in range(begin, end):
-            token = ids[at]
-            if seen[token] != row and _whole(ids, begin, end, at, starts, ends):
+        for position in range(begin, end):
+            token = ids[position]
+            if seen[token] != row and _whole(ids, begin, end, position, starts, ends):
                 seen[token] = row
                 frequency[token] += 1
 
 
 @njit(nogil=True, cache=True)
 def _sort_distinct(values: np.ndarray, begin: Any, end: Any) -> Any:
-    """Sort values[begin:end] in place, each value once; where they end."""
+    """Sort values[begin:end] in place, each value once; return the new end."""
     if end - begin > _INSERTED:
         values[begin:end] = np.sort(values[begin:end])
     else:
         for i in range(begin + 1, end):
-            value, place = values[i], i
-            while place > begin and values[place - 1] > value:
-                values[place] = values[place - 1]
-                place -= 1
-            values[place] = value
+            value, hole = values[i], i
+            while hole > begin and values[hole - 1] > value:
+                values[hole] = values[hole - 1]
+                hole -= 1
+            values[hole] = value
     stop = begin
     for i in range(begin, end):
         if stop == begin or values[stop - 1] != values[i]:
@@ -102,20 +91,14 @@ def _sort_distinct(values: np.ndarray, begin: Any, end: Any) -> Any:
 
 @njit(nogil=True, cache=True)
 def caption_pairs(ids: np.ndarray, offsets: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The pairs of all rows as int64 first << 32 | second, each once a row.
-
-    Args:
-        ids: int32 [T].
-        offsets: int64 [N + 1].
-        starts, ends: bool [V].
-    """
+    """The pairs of all rows as int64 first << 32 | second, each once a row."""
     pairs = np.empty(offsets[-1] - offsets[0], np.int64)
     stop = 0
     for row in range(len(offsets) - 1):
         begin, end, first = offsets[row], offsets[row + 1], stop
-        for at in range(begin, end - 1):
-            if _whole(ids, begin, end, at, starts, ends) and _whole(ids, begin, end, at + 1, starts, ends):
-                pairs[stop] = (np.int64(ids[at]) << 32) | np.int64(ids[at + 1])
+        for position in range(begin, end - 1):
+            if _whole(ids, begin, end, position, starts, ends) and _whole(ids, begin, end, position + 1, starts, ends):
+                pairs[stop] = (np.int64(ids[position]) << 32) | np.int64(ids[position + 1])
                 stop += 1
         stop = _sort_distinct(pairs, first, stop)
     return pairs[:stop]
@@ -123,7 +106,7 @@ def caption_pairs(ids: np.ndarray, offsets: np.ndarray, starts: np.ndarray, ends
 
 @njit(nogil=True, cache=True)
 def _find(values: np.ndarray, begin: Any, end: Any, wanted: Any) -> Any:
-    """Where `wanted` stands in the ascending values[begin:end], or -1."""
+    """Index of `wanted` in the ascending values[begin:end], or -1."""
     stop = end
     while begin < stop:
         middle = (begin + stop) // 2
@@ -144,36 +127,26 @@ def known_pairs(
     seconds: np.ndarray,
     classes: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The classes of the known pairs of every row, distinct and ascending.
+    """The classes of the known pairs of every row, distinct and ascending: int32 [T'], and offsets int64 [N + 1].
 
-    Args:
-        ids: int32 [T].
-        offsets: int64 [N + 1].
-        starts, ends: bool [V].
-        begins: int64 [V + 1]; the pairs that begin with token a are begins[a] .. begins[a + 1].
-        seconds: int32 [P], their second tokens, ascending for each first one.
-        classes: int32 [P], their classes.
-
-    Returns:
-        int32 [T'], and offsets int64 [N + 1].
+    Token a begins the pairs begins[a] .. begins[a + 1], with `begins` int64 [V + 1]; `seconds`, int32 [P], are their
+    second tokens, ascending for each first token, and `classes`, int32 [P], their classes.
     """
-    found = np.empty(offsets[-1] - offsets[0], np.int32)
+    labels = np.empty(offsets[-1] - offsets[0], np.int32)
     rows = np.zeros(len(offsets), np.int64)
     stop = 0
     for row in range(len(offsets) - 1):
         begin, end, first = offsets[row], offsets[row + 1], stop
-        for at in range(begin, end - 1):
-            place = _find(seconds, begins[ids[at]], begins[ids[at] + 1], ids[at + 1])
-            if (
-                place >= 0
-                and _whole(ids, begin, end, at, starts, ends)
-                and _whole(ids, begin, end, at + 1, starts, ends)
-            ):
-                found[stop] = classes[place]
+        for position in range(begin, end - 1):
+            pair = _find(seconds, begins[ids[position]], begins[ids[position] + 1], ids[position + 1])
+            if pair < 0 or not _whole(ids, begin, end, position, starts, ends):
+                continue
+            if _whole(ids, begin, end, position + 1, starts, ends):
+                labels[stop] = classes[pair]
                 stop += 1
-        stop = _sort_distinct(found, first, stop)
+        stop = _sort_distinct(labels, first, stop)
         rows[row + 1] = stop
-    return found[:stop].copy(), rows
+    return labels[:stop].copy(), rows
 
 
 PAIRS = pa.schema(
@@ -208,13 +181,10 @@ FROM scored WHERE lift > 1 ORDER BY score DESC, first, second LIMIT $classes
 def run_pair_stages(
     build: BuildContext, labelled: list[LabelMarker], fresh: frozenset[str], *, keep: bool
 ) -> list[LabelMarker]:
-    """Choose the word pairs of all shards and put their classes into every label file; return the label markers then.
+    """Choose the word pairs of all shards and put their classes into every label file; return the new label markers.
 
-    Args:
-        build: the build.
-        labelled: markers of all shards.
-        fresh: as for `run_stage`.
-        keep: pairs that were chosen before more shards were added serve these too.
+    `labelled`: markers of all shards; `fresh`: as for `run_stage`; `keep`: the chosen pairs also serve shards that were
+    added later.
     """
     layout, labels = build.layout, build.settings.labels
     # What decides the token ids; the label files change when the pair classes are put in.
@@ -261,27 +231,16 @@ def choose_pairs(
 ) -> pa.Table:
     """The most informative pairs of neighbouring whole words of the corpus.
 
-    A border lies between neighbours a, b where ends_word[a] or starts_word[b], and at both ends of a row; a token with
-    a border on both sides is a whole word. With N captions, n(ab) of them holding the pair at least once and n(a), n(b)
-    holding its words as whole words, p = n / N and pmi = log(p(ab) / (p(a) p(b))), pairs are ranked by their count
-    times normalised PMI,
+    With N captions, n(ab) of them holding the pair at least once and n(a), n(b) holding its words as whole words,
+    p = n / N and pmi = log(p(ab) / (p(a) p(b))), pairs are ranked by their count times normalised PMI,
 
         score = n(ab) * pmi / -log p(ab),
 
     ties by (first, second). Pairs that come no more often than chance (pmi <= 0) are no classes. The result does not
     depend on the number of threads, or on how the rows are cut into files.
 
-    Args:
-        label_files: label Parquet; their token_ids are read.
-        starts_word: bool [V], tokens that only begin a word.
-        ends_word: bool [V], tokens that only end one.
-        classes: the largest number of pairs; P is what is found.
-        min_count: the least n(ab).
-        memory: DuckDB's limit, e.g. `1GiB`; counts that need more are spilled.
-        spill: a folder for what does not fit; the caller removes it.
-
-    Returns:
-        a table with the schema `PAIRS`, in rank order.
+    `classes`: the most pairs; `min_count`: the least n(ab); `memory`: DuckDB's limit, e.g. `1GiB`; `spill`: a folder
+    for what does not fit. Returns the schema `PAIRS`, in rank order.
 
     Raises:
         UserError: `memory` is too little even with spilling; a label file is damaged or holds ids beyond V.
@@ -305,12 +264,9 @@ def choose_pairs(
 
 
 class _Corpus:
-    """One reading of the label files: streams their pairs, and counts captions and whole words on the way.
+    """One reading of the label files: streams their pairs, and counts captions and whole words (int64 [V]) on the way.
 
-    Attributes:
-        captions: N, so far.
-        words: int64 [V], captions so far that hold the token as a whole word.
-        error: why the stream ended early; DuckDB would raise it as a traceback.
+    `error`: why the stream ended early; DuckDB would raise it as a traceback.
     """
 
     def __init__(self, files: Sequence[Path], starts_word: np.ndarray, ends_word: np.ndarray) -> None:
@@ -352,17 +308,9 @@ def pair_labels(
     starts_word: np.ndarray,
     ends_word: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pair classes of every row, distinct and ascending.
+    """The pair classes of every row, distinct and ascending: ids int32 [T'] >= `vocabulary`, offsets int64 [N + 1].
 
-    Args:
-        token_ids: int32 [T], ids of all captions one after another, in the captions' order.
-        offsets: int64 [N + 1], where each caption begins.
-        pairs: what `choose_pairs` gave, P rows.
-        vocabulary: V, the class of the first pair.
-        starts_word, ends_word: bool [V], as for `choose_pairs`.
-
-    Returns:
-        ids int32 [T'], each in V .. V + P - 1, and offsets int64 [N + 1].
+    `token_ids`: in the captions' order; `pairs`: of `choose_pairs`.
     """
     first, second = pairs["first"].to_numpy(), pairs["second"].to_numpy()
     order = np.lexsort((second, first))

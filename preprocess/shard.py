@@ -1,7 +1,10 @@
 """One shard of captions to one label file: the unit of work of the first pass.
 
-shard -> rows of captions, in batches -> ids -> labels/<shard>.parquet -> counts/<shard>.parquet -> done/labels/<shard>.json
-            left out: reason and detail ------------------------------------------------------------^
+    shard -> batches of captions -> ids -> labels/<shard>.parquet, counts/<shard>.parquet -> done/labels/<shard>.json
+               rejected samples: key, reason and detail -------------------------------------^
+
+An image fault does not remove a label row: rows depend on captions alone, so that labels can be rebuilt with another
+tokenizer for the same rows. A sample with a bad image keeps its row, and is in no beton.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -124,12 +127,10 @@ def select_rows(batch: RowBatch, subset: np.ndarray) -> tuple[RowBatch, int]:
 def label_table(
     rows: pa.Table, ids: np.ndarray, offsets: np.ndarray, label_ids: np.ndarray, label_offsets: np.ndarray
 ) -> pa.Table:
-    """N rows of schema LABELS; nothing is copied but the offsets.
+    """N rows of schema LABELS; only the offsets are copied.
 
-    Args:
-        rows: columns key, uid, width, height.
-        ids: int32 [T]; offsets: int64 [N + 1], from 0 to T.
-        label_ids: int32 [T'], a row's ascending and distinct; label_offsets: int64 [N + 1], from 0 to T'.
+    `rows`: key, uid, width, height; `ids`: int32 [T], `offsets`: int64 [N + 1] from 0 to T; `label_ids`, ascending and
+    distinct in each row, likewise.
 
     Raises:
         ValueError: ids and offsets do not fit each other or the rows.
@@ -139,7 +140,7 @@ def label_table(
         fit = len(ends) == len(rows) + 1 and (ends[0], ends[-1]) == (0, len(flat)) and (ends[1:] >= ends[:-1]).all()
         if flat.dtype != np.int32 or not fit:
             raise ValueError(
-                f"{name}: {len(flat)} ids of {flat.dtype} and {len(ends)} offsets from {ends[:1]} to {ends[-1:]} for {len(rows)} rows"
+                f"{name}: {len(flat)} ids of {flat.dtype} do not fit {len(ends)} offsets, {len(rows)} rows"
             )
         list_type = LABELS.field(name).type
         columns.append(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(flat), type=list_type))
@@ -147,11 +148,10 @@ def label_table(
 
 
 def write_labels(layout: Layout, shard: str, batches: Iterable[pa.Table]) -> dict[str, Any]:
-    """Write labels/<shard>.parquet, a row group for each batch, and counts/<shard>.parquet.
+    """Write labels/<shard>.parquet, a row group for each batch, and counts/<shard>.parquet; return their fields of
+    LabelMarker.
 
-    Returns:
-        What the marker says of them: rows, tokens, count_bytes, SHA-256 of the label file and of the keys in row order,
-        each followed by a line feed: two builds with the same `keys_sha256` have the same rows.
+    `keys_sha256` covers the keys in row order, each followed by a line feed: where it is equal, the rows are the same.
 
     Raises:
         ValueError: a key is null, or a batch has another schema than LABELS.

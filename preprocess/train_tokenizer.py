@@ -1,6 +1,6 @@
 """`preprocess train-tokenizer`: captions to a tokenizer of the user's own, which `labels.tokenizer` then names.
 
-    captions -> normalise, cut into words -> the library's trainer -> tokenizer.json (bpe, wordpiece, unigram, wordlevel)
+    captions -> normalise, split into words -> the library's trainer -> tokenizer.json (bpe, wordpiece, unigram, ...)
     captions -> synset of every noun -> those in enough captions -> CatLIP vocabulary (catlip)
 
 The same captions in the same order give the same file. All of them are lower-cased, as CLIP's are. Unigram is trained
@@ -39,19 +39,16 @@ def train_tokenizer(
     min_count: int | None = None,
     wordnet: str = "auto",
 ) -> int:
-    """Train a tokenizer and write its file, in one step.
+    """Train a tokenizer, write its file atomically, and return the size of its vocabulary.
 
     Args:
-        captions: gives the captions in batches, the same each time it is called; as they came.
-        kind: of tokenizer. `bpe` over bytes, `wordpiece` as BERT's, `unigram` and `wordlevel` with NFKC.
-        out: the file, a tokenizer.json or, for catlip, a vocabulary.
-        vocab_size: at most this many tokens; catlip has as many as are frequent.
-        min_count: bpe, wordpiece: how often a pair must come to be merged; wordlevel: a word to be a token (both 2 if
-            None); catlip: how many captions a synset must be in (500 if None). unigram has no use for it.
+        captions: called for each pass; yields the same batches each time.
+        kind: `bpe` over bytes, `wordpiece` as BERT's, `unigram` and `wordlevel` with NFKC, or `catlip`.
+        out: a tokenizer.json or, for catlip, a vocabulary.
+        vocab_size: the most tokens; not for catlip.
+        min_count: the least count of a merged pair (bpe, wordpiece), of a word (wordlevel; all 2 if None), or of
+            captions with a synset (catlip; 500 if None). unigram ignores it.
         wordnet: `labels.wordnet`, for catlip.
-
-    Returns:
-        the size of the vocabulary.
 
     Raises:
         UserError: no captions, a vocabulary too small for the alphabet, no WordNet.
@@ -92,9 +89,8 @@ def _train_bpe(captions: _Counted, vocab_size: int, min_count: int) -> Engine:
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
     engine.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=min_count, initial_alphabet=alphabet, show_progress=False
-    )
+    limits = {"vocab_size": vocab_size, "min_frequency": min_count, "show_progress": False}
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **limits)
     engine.train_from_iterator(captions, trainer)
     return engine
 
@@ -102,9 +98,8 @@ def _train_bpe(captions: _Counted, vocab_size: int, min_count: int) -> Engine:
 def _train_wordpiece(captions: _Counted, vocab_size: int, min_count: int) -> Engine:
     """As BERT's, uncased.
 
-    The trainer numbers the characters inside words as it meets them in a hash table, and equal counts are decided by
-    number. So the alphabet is found first, in a pass of its own, and given to it as tokens that are there from the
-    beginning.
+    The trainer numbers the characters inside words in the order of a hash table, and the numbers decide between equal
+    counts. For the same result each time, a pass before it finds the alphabet, and gives it as special tokens.
     """
     normalizer = normalizers.BertNormalizer(lowercase=True)
     letters = Counter[str]()
@@ -113,9 +108,8 @@ def _train_wordpiece(captions: _Counted, vocab_size: int, min_count: int) -> Eng
     letters = {letter: count for letter, count in letters.items() if not letter.isspace()}
     alphabet = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:_MAX_ALPHABET])
     inner = ["##" + letter for letter in alphabet]
-    _check_size(
-        vocab_size, 1 + 2 * len(alphabet), f"{len(alphabet)} characters, each at the beginning of a word and inside"
-    )
+    characters = f"{len(alphabet)} characters, each at the beginning of a word and inside"
+    _check_size(vocab_size, 1 + 2 * len(alphabet), characters)
     trained = Engine(models.WordPiece(unk_token="[UNK]"))
     trained.normalizer, trained.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
@@ -130,11 +124,8 @@ def _train_wordpiece(captions: _Counted, vocab_size: int, min_count: int) -> Eng
     trained.train_from_iterator(captions, trainer)
     # Made again: to the trained one the characters inside words are special tokens.
     engine = Engine(models.WordPiece(trained.get_vocab(with_added_tokens=False) or {"[UNK]": 0}, unk_token="[UNK]"))
-    engine.normalizer, engine.pre_tokenizer, engine.decoder = (
-        normalizer,
-        pre_tokenizers.BertPreTokenizer(),
-        decoders.WordPiece(),
-    )
+    engine.normalizer, engine.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+    engine.decoder = decoders.WordPiece()
     engine.add_special_tokens(["[UNK]"])
     return engine
 
@@ -172,12 +163,8 @@ def _train_unigram(captions: _Counted, vocab_size: int, min_count: int) -> Engin
             f"train-tokenizer: sentencepiece cannot train on these captions: {error}", fix="another --vocab-size"
         ) from None
     trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    controls = {number for number in range(trained.get_piece_size()) if trained.is_control(number)}
-    pieces = [
-        (trained.id_to_piece(number), trained.get_score(number))
-        for number in range(trained.get_piece_size())
-        if number not in controls
-    ]
+    numbers = [number for number in range(trained.get_piece_size()) if not trained.is_control(number)]
+    pieces = [(trained.id_to_piece(number), trained.get_score(number)) for number in numbers]
     engine = Engine(models.Unigram(pieces, unk_id=0))
     engine.normalizer = normalizer
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -213,8 +200,8 @@ def _train_catlip(captions: Captions, out: Path, min_count: int, wordnet: str) -
     kept = [name for name, count in zip(everything.tokens, frequency, strict=True) if count >= max(1, min_count)]
     if not kept:
         raise UserError(
-            f"train-tokenizer: no synset is in {min_count} captions or more; there are {total:,} captions, the commonest synset is in "
-            f"{int(frequency.max()):,}",
+            f"train-tokenizer: no synset is in {min_count} captions or more; of {total:,} captions, "
+            f"{int(frequency.max()):,} have the commonest synset",
             fix="a smaller --min-count",
         )
     write_vocabulary(out, everything.nouns, kept, min_count)

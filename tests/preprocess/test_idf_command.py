@@ -150,7 +150,7 @@ def test_what_cannot_be_meant_is_refused(outs: list[Path], tmp_path: Path) -> No
     target = tmp_path / "sum.parquet"
     refused: list[tuple[list[Path], Path, str | None, str]] = [
         ([outs[0], outs[1] / ".." / outs[0].name], target, None, "is given twice"),
-        (outs, outs[1] / "idf.parquet", None, "whose files only a build writes"),
+        (outs, outs[1] / "idf.parquet", None, "where only a build writes"),
         (outs, tmp_path / "sum.csv", None, r"a path that ends in \.parquet"),
         (outs, target, "1*", r"no shard's name fits --shards 1\*\n.*5 names from 00000 to it's"),
         ([tmp_path / "nowhere"], target, None, "does not exist"),

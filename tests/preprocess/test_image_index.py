@@ -182,7 +182,7 @@ def test_a_shard_without_offsets_is_refused(tmp_path: Path) -> None:
     assert (
         "cannot be read in place" in message
         and "uncompressed tars on local disks" in message
-        and "leave out --no-images" in message
+        and "run without --no-images" in message
     )
     write_tar(tmp_path / "data" / "0.tar", healthy(1))
     assert "--no-beton and --no-images are both given" in refused(

@@ -60,7 +60,7 @@ def shard(number: int, size: int) -> Shard:
     return Shard(f"{number:08d}", f"{number}.tar", size, "")
 
 
-def test_the_measured_are_middling_and_from_everywhere() -> None:
+def test_measured_shards_are_of_medium_size_and_from_everywhere() -> None:
     shards = [shard(number, size) for number, size in enumerate([5, 1, 9, 7, 7, 2, 8, 3, 3])]
     assert [one.name for one in choose_shards(shards, 3)] == ["00000000", "00000003", "00000008"]
     assert len(choose_shards(shards[:1], 3)) == 1
