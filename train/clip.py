@@ -1,7 +1,8 @@
-"""`train clip` and `train lit` as methods of train/trainer.py: the same loader, loop, metrics and checkpoints as `train
-run`.
+"""`train clip`, the CLIP baseline, and what `train lit` (train/evals/lit.py) shares with it: two towers as a Method
+of train/trainer.py. Loader, loop, metrics and checkpoints are those of `train run`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,43 +24,45 @@ CLIP, LIT = "clip", "lit"
 
 
 def train_clip(chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
-    """The CLIP baseline: the trunk of `train.model`, a text tower and the images' projection, all trained.
-
-    Returns, Raises:
-        as train_run; UserError also where a batch is to be taken in parts.
-    """
+    """Train the trunk of `train.model`, a text tower and the images' projection; returns and raises like train_run."""
     check_whole_batches(pipeline.train, "train clip")
     tower = pipeline.text_tower
 
     def build(settings: Train, betons: BetonSet, world: World) -> TrainState:
         torch.manual_seed(settings.runtime.seed)
-        trunk: Any = build_trunk(settings.model)  # first, so that it begins as that of `train run`
-        made = Contrastive(trunk, int(trunk.num_features), *_text(tower, betons), locked=False).to(world.device)
+        trunk: Any = build_trunk(settings.model)  # first, so that it has the initial weights of `train run`
+        text, specials = text_side(tower, betons)
+        model = Contrastive(trunk, int(trunk.num_features), text, specials, locked=False).to(world.device)
         set_up_trunk(trunk, settings.model)
-        return make_two_tower_state(made, settings, world)
+        return make_two_tower_state(model, settings, world)
 
     def costs(settings: Train, betons: BetonSet) -> Costs:
         with torch.device("meta"):
             trunk = trunk_costs(build_trunk(settings.model), settings.model.image_size)
-            return tower_costs(trunk, _text(tower, betons)[0], tower)
+            return tower_costs(trunk, text_side(tower, betons)[0], tower)
 
-    return train_run(chosen, run, pipeline, method=_method(CLIP, tower, build, costs, {}))
+    return train_run(chosen, run, pipeline, method=two_tower_method(CLIP, tower, build, costs, {}))
 
 
 def check_whole_batches(settings: Train, command: str) -> None:
-    """Refuse gradient accumulation: each part would be compared with itself alone, which is a smaller batch, not the
-    same one.
-    """
+    """Refuse gradient accumulation: a part compared with itself alone is a smaller batch."""
     if settings.runtime.accumulation > 1:
         raise UserError(
-            f"`{command}` compares every image with all captions of its batch, and train.runtime.accumulation "
-            f"{settings.runtime.accumulation} never has them together",
+            f"`{command}` compares every image with all captions of its batch, but train.runtime.accumulation "
+            f"{settings.runtime.accumulation} splits the batch",
             allowed="1",
             fix="save memory by train.model.grad_checkpointing=true, train.runtime.parallel=fsdp or more ranks",
         )
 
 
-def _method(name: str, tower: TextTower, build: Any, costs: Any, facts: dict[str, Any]) -> Method:
+def two_tower_method(
+    name: str,
+    tower: TextTower,
+    build: Callable[[Train, BetonSet, World], TrainState],
+    costs: Callable[[Train, BetonSet], Costs],
+    facts: dict[str, Any],
+) -> Method:
+    """The Method `name`; `facts` for data.json, of which `encoder` names a frozen trunk."""
     kept = {"text_tower": tower.model_dump()}
     if "encoder" in facts:
         kept["encoder"] = facts["encoder"]["fingerprint"]
@@ -75,13 +78,14 @@ def _method(name: str, tower: TextTower, build: Any, costs: Any, facts: dict[str
     )
 
 
-def _text(tower: TextTower, betons: BetonSet) -> tuple[nn.Module, Specials]:
+def text_side(tower: TextTower, betons: BetonSet) -> tuple[nn.Module, Specials]:
+    """A new text tower for the tokenizer of the labels, and its special tokens."""
     specials = specials_of(betons.labels.tokenizer)
     return build_text_tower(tower, specials.vocabulary), specials
 
 
 def make_two_tower_state(model: Contrastive, settings: Train, world: World) -> TrainState:
-    """Both towers with what trains them; no scale above 100 after any step."""
+    """Both towers with what trains them; the scale is clamped after every step."""
     model.text.set_grad_checkpointing(settings.model.grad_checkpointing)  # type: ignore[operator]
     train_state = as_train_state(model, spread(model, settings.runtime.parallel, world), settings, world)
     train_state.optimizer.register_step_post_hook(lambda *_: model.joint.clamp())

@@ -1,10 +1,9 @@
-"""What training a model costs: parameters, operations and activations of a sample, messages between ranks; for MFU,
-announcement and plan.
+"""What training a model costs: parameters, operations and activations of a sample, and messages between ranks; for MFU,
+the first log lines and `train plan`.
 
-Operations are counted, not guessed: torch's FlopCounterMode over one forward pass of the trunk without data (meta
-    device). The backward
-pass is twice that, for the gradients of inputs and weights (the counter's own number is many times too high where
-convolutions are grouped). The head is a matrix product like the others, however the loss cuts it into chunks.
+Operations are counted by torch's FlopCounterMode over one forward pass on the meta device, times three for the backward
+pass (the counter's own backward is many times too high for grouped convolutions). The head counts as a matrix product,
+whatever chunks the loss computes it in.
 """
 
 from collections.abc import Callable
@@ -21,8 +20,8 @@ from train.model import build_head, build_trunk, set_up_trunk
 from train.optim import autocast_dtype
 from train.text_tower import build_text_tower
 
-# Dense bf16 matrix products, TFLOP/s, by a part of the device's name, the longer names first (vendors' data sheets).
-# TF32 is half of it.
+# Dense bf16 matrix products, TFLOP/s, by a part of the device's name, longer names first (vendors' data sheets). TF32
+# is half of it.
 _PEAK_TFLOPS = {
     "H100 PCIe": 756,
     "H100 NVL": 835,
@@ -41,27 +40,19 @@ _PEAK_TFLOPS = {
     "RTX 4090": 165,
     "RTX 3090": 71,
 }
-
-_FEW_TOKENS = 2  # the vocabulary does not count: an embedding keeps no more for more of it
+_FEW_TOKENS = 2  # an embedding keeps no more activations for a larger vocabulary
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a model: numbers of parameters, and `flops` of a sample, forward and backward (a multiplication and an
-    addition are two).
+    """Of a model: `flops` are those of a sample, forward and backward (a multiplication and an addition are two)."""
 
-    Attributes:
-        head: all beside the trunk; `head_name`: what that is.
-        width: W of the features that a classifying head takes; None where there is no such head.
-        frozen: the trunk is not trained.
-    """
-
-    trunk: int
-    head: int
+    trunk: int  # parameters
+    head: int  # parameters of all but the trunk, which are a `head_name`
     flops: int
-    width: int | None = None
+    width: int | None = None  # W, the features of a classification head; None without such a head
     head_name: str = "head"
-    frozen: bool = False
+    frozen: bool = False  # the trunk is not trained
 
     @property
     def parameters(self) -> int:
@@ -82,15 +73,13 @@ def model_costs(model: Model, vocabulary: int) -> Costs:
 
 
 class Trunk(NamedTuple):
-    """Of a trunk: its parameters, the operations of one image forward, and the width of its features."""
-
     parameters: int
-    flops: int
-    width: int
+    flops: int  # of one image, forward
+    width: int  # of its features
 
 
 def trunk_costs(trunk: nn.Module, side: int) -> Trunk:
-    """Count a trunk, which may lie on the meta device, on one image of `side` pixels; it is left in evaluation mode."""
+    """Count a trunk on one image of `side` pixels, possibly on the meta device; leaves it in evaluation mode."""
     images = torch.zeros(1, 3, side, side, device=_device(trunk))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         width = trunk.eval()(images).shape[1]
@@ -98,13 +87,8 @@ def trunk_costs(trunk: nn.Module, side: int) -> Trunk:
 
 
 def tower_costs(trunk: Trunk, text: nn.Module, tower: TextTower, *, locked: bool = False) -> Costs:
-    """Costs of two towers, without the products of all images with all captions, which depend on the batch.
-
-    Args:
-        trunk: of the image tower.
-        text: the other, on any device.
-        tower: its settings.
-        locked: the trunk is not trained: no backward pass through it.
+    """Costs of an image tower and a text tower, without the products of all images with all captions, which depend on
+    the batch. `locked`: the trunk is not trained, so it has no backward pass.
     """
     texts = torch.zeros(1, tower.context, dtype=torch.int64, device=_device(text))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -121,31 +105,24 @@ def _device(net: nn.Module) -> torch.device:
 def activation_bytes(
     settings: Train, device: torch.device, text: TextTower | None = None, *, frozen: bool = False
 ) -> int:
-    """What is kept of one sample for its backward pass, counted on the CPU, in the precision that `device` would
-    compute in.
+    """Bytes kept of one sample for its backward pass, in the precision that `device` computes in, counted on the CPU.
 
-    Args:
-        settings: `train`.
-        device: see above.
-        text: a text tower's settings, where it is trained beside the trunk.
-        frozen: the trunk is not trained: nothing of it is kept.
+    A `frozen` trunk keeps nothing; `text` is trained with it.
     """
-    size, found = settings.model.image_size, 0
+    size, total = settings.model.image_size, 0
     if not frozen:
         trunk = build_trunk(settings.model).train()
         set_up_trunk(trunk, settings.model.model_copy(update={"compile": False}))
-        found += _kept_bytes(lambda samples: trunk(torch.zeros(samples, 3, size, size)), settings, device)
+        total += _kept_bytes(lambda samples: trunk(torch.zeros(samples, 3, size, size)), settings, device)
     if text:
-        tower = build_text_tower(text, _FEW_TOKENS).train()
+        tower, shape = build_text_tower(text, _FEW_TOKENS).train(), (text.context,)
         tower.set_grad_checkpointing(settings.model.grad_checkpointing)
-        found += _kept_bytes(
-            lambda samples: tower(torch.zeros(samples, text.context, dtype=torch.int64)), settings, device
-        )
-    return found
+        total += _kept_bytes(lambda count: tower(torch.zeros(count, *shape, dtype=torch.int64)), settings, device)
+    return total
 
 
 def _kept_bytes(forward: Callable[[int], torch.Tensor], settings: Train, device: torch.device) -> int:
-    """Of one sample more in a batch."""
+    """Of one more sample in a batch."""
     dtype = autocast_dtype(settings.runtime.precision, device)
     kept: dict[int, int] = {}
 
@@ -155,10 +132,8 @@ def _kept_bytes(forward: Callable[[int], torch.Tensor], settings: Train, device:
 
     def of(samples: int) -> int:
         kept.clear()
-        with (
-            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-            torch.autocast("cpu", dtype, enabled=dtype is not None),
-        ):
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", dtype, enabled=dtype is not None):
             features = forward(samples)  # held until all is counted, so that no memory is used twice
         return sum(kept.values()) if features.requires_grad else 0
 
@@ -166,30 +141,27 @@ def _kept_bytes(forward: Callable[[int], torch.Tensor], settings: Train, device:
 
 
 def messages(costs: Costs, settings: Train, ranks: int, device: torch.device) -> str:
-    """What one step sends between ranks, how much of it is the head's, whole or split by class, and which of the two is
-    done.
-    """
-    gradients, head = 4 * costs.parameters, 4 * costs.head
+    """The log line about what one step sends between ranks, and whether the head is sent whole or split by class."""
+    gradients, head = 4 * costs.parameters / 2**20, 4 * costs.head / 2**20  # MiB
     if settings.runtime.parallel == "fsdp":
         times, how = 3, "weights gathered twice, gradients reduced once"
     else:
         times, how = 2, "gradients reduced and spread"
-    sent, choice = times * (ranks - 1) / ranks * gradients / 2**20, ""
+    others = (ranks - 1) / ranks
+    sent, choice = times * others * gradients, ""
     if costs.width is not None:
-        shape = (
-            (costs.head - 2 * costs.width) // (costs.width + 1),
-            costs.width,
-        )  # the head is LayerNorm(W), weight [V, W] and bias [V]
-        whole, split = (bytes_ / 2**20 for bytes_ in head_messages(*shape, settings, ranks, device))
-        is_split = splits_vocabulary(*shape, settings, ranks, device)
+        vocabulary = (costs.head - 2 * costs.width) // (costs.width + 1)  # LayerNorm(W), weight [V, W] and bias [V]
+        head_sizes = vocabulary, costs.width, settings, ranks, device
+        whole, split = (size / 2**20 for size in head_messages(*head_sizes))
+        is_split = splits_vocabulary(*head_sizes)
         if is_split:
-            sent = times * (ranks - 1) / ranks * (gradients - head) / 2**20 + split
+            sent = times * others * (gradients - head) + split
         choice = (
-            f"; for the head {whole:,.0f} MiB whole, {split:,.0f} MiB split by class: {'split' if is_split else 'whole'} "
-            f"(train.loss.split_vocabulary)"
+            f"; for the head {whole:,.0f} MiB whole, {split:,.0f} MiB split by class: "
+            f"{'split' if is_split else 'whole'} (train.loss.split_vocabulary)"
         )
     return (
-        f"{gradients / 2**20:,.0f} MiB of gradients, {head / 2**20:,.0f} MiB ({head / gradients:.0%}) of them the {costs.head_name}'s; "
+        f"{gradients:,.0f} MiB of gradients, {head:,.0f} MiB ({head / gradients:.0%}) of them the {costs.head_name}'s; "
         f"{settings.runtime.parallel} on {ranks} ranks: each sends {sent:,.0f} MiB a step ({how}){choice}"
     )
 
@@ -197,12 +169,11 @@ def messages(costs: Costs, settings: Train, ranks: int, device: torch.device) ->
 def head_messages(
     vocabulary: int, width: int, settings: Train, ranks: int, device: torch.device
 ) -> tuple[float, float]:
-    """Bytes that a rank sends a step for the head: when it is whole, and when it is split by class.
+    """Bytes that a rank sends per step for the head: if it is whole, and if it is split by class.
 
     Whole: its gradient reduced and spread (DDP), or its weights gathered and the gradient reduced (FSDP). Split: the
-        features of the batch
-    gathered, in the type of the products, and their gradients reduced, in float32. Label ids and the sums of a row are
-    left out.
+    features of the batch gathered, in the type of the products, and their gradients reduced in float32. Label ids and
+    the sums of a row are not counted.
     """
     element = 4 if autocast_dtype(settings.runtime.precision, device) is None else 2
     others = (ranks - 1) / ranks
@@ -210,11 +181,7 @@ def head_messages(
 
 
 def splits_vocabulary(vocabulary: int, width: int, settings: Train, ranks: int, device: torch.device) -> bool:
-    """Whether the head is split by class: `loss.split_vocabulary`, where `auto` takes what sends less.
-
-    Raises:
-        UserError: it is asked for, and some rank would get no class.
-    """
+    """`loss.split_vocabulary`, where `auto` takes what sends less; UserError if it is true and a rank gets no class."""
     if ranks == 1 or not settings.loss.split_vocabulary:
         return False
     if settings.loss.split_vocabulary == "auto":
@@ -225,7 +192,7 @@ def splits_vocabulary(vocabulary: int, width: int, settings: Train, ranks: int, 
 
 
 def peak_flops(settings: Train, device: torch.device) -> float | None:
-    """FLOP/s that one device could do in the precision of the run; None where that is not known."""
+    """Peak FLOP/s of one device in the precision of the run; None if it is not known."""
     if settings.runtime.peak_tflops is not None:
         return settings.runtime.peak_tflops * 1e12
     if device.type != "cuda":
@@ -236,7 +203,7 @@ def peak_flops(settings: Train, device: torch.device) -> float | None:
 
 
 def peak_tflops(name: str) -> float | None:
-    """Dense bf16 TFLOP/s of a device of that name, if it is known."""
+    """Dense bf16 TFLOP/s of a device by its name; None if it is not known."""
     return next((tflops for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
 
 

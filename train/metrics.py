@@ -1,9 +1,9 @@
-"""metrics.jsonl and the log line.
+"""metrics.jsonl, the log line, and trackers (TensorBoard, Weights & Biases), which get the same lines.
 
-metrics.jsonl has a line for every step ({"step", "samples", "loss", "lr", "grad_norm"}; a step that was skipped has
-null for a loss or norm that is not finite, and "skipped": true) and, every N seconds, one with throughput ({"step",
-"samples", "samples_per_s", "data_wait", "eta_s", ...}). Losses are copied from the device only then, so that no step
-waits for them.
+metrics.jsonl has a line for every step: step, samples, loss, lr, grad_norm (null for a loss or norm that is not finite,
+with "skipped": true), and one every `train.log.every_seconds`: step, samples, samples_per_s, data_wait, eta_s, ...
+Losses are copied from the device together at log time, so that no step waits for them. A checkpoint is written after
+the losses before it; on resume, lines beyond the checkpoint are removed and written again.
 """
 
 import json
@@ -16,109 +16,30 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from labels.settings import Log, Train
 from labels.storage import UserError, fingerprint, write_whole
 from train.distributed import World
 
-# ---- trackers: Where metrics go besides metrics.jsonl: TensorBoard's event files, Weights & Biases. Both take the same
-# lines.
-
-
-class Tracker(Protocol):
-    """Takes lines of metrics: JSON values by name, with `step`."""
-
-    def add(self, line: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def make_trackers(run: Path, log: Log, first_step: int, config: dict[str, Any]) -> list[Tracker]:
-    """The trackers that `train.log` asks for.
-
-    Args:
-        run: the run's folder.
-        log: `train.log`.
-        first_step: what an interrupted run wrote beyond it is hidden.
-        config: the resolved configuration, shown by W&B.
-
-    Raises:
-        UserError: W&B is asked for and not installed.
-    """
-    trackers: list[Tracker] = []
-    if log.tensorboard:
-        trackers.append(_TensorBoard(run, first_step))
-    if log.wandb:
-        trackers.append(_WeightsAndBiases(run, log.wandb, config))
-    return trackers
-
-
-class _TensorBoard:
-    def __init__(self, run: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, and may be switched off
-
-        self._writer = SummaryWriter(str(run), purge_step=first_step + 1)  # the step that is named is hidden too
-
-    def add(self, line: dict[str, Any]) -> None:
-        for name, value in _numbers(line).items():
-            self._writer.add_scalar(name, value, line["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WeightsAndBiases:
-    def __init__(self, run: Path, project: str, config: dict[str, Any]) -> None:
-        try:
-            import wandb  # type: ignore[import-not-found]
-        except ImportError:
-            raise UserError(
-                f"train.log.wandb is {project!r}, but wandb is not installed",
-                allowed="null, where wandb is not",
-                fix="pip install 'superclass-lean[wandb]', or --set train.log.wandb=null",
-            ) from None
-        # The same name for every part of a run, so that a resumed one goes on in the same chart.
-        name = fingerprint(str(run.resolve()))
-        self._run = wandb.init(project=project, name=run.name, id=name, resume="allow", dir=str(run), config=config)
-
-    def add(self, line: dict[str, Any]) -> None:
-        self._run.log(_numbers(line), step=line["step"])
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def _numbers(line: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in line.items() if name not in ("step", "samples") and value is not None}
-
 
 @dataclass(frozen=True)
 class Speed:
-    """`flops` of a sample; `peak` FLOP/s of one device, None where it is not known."""
+    """`flops` of a sample; `peak` FLOP/s of one device, None if it is not known."""
 
     flops: int
     peak: float | None
 
     def utilisation(self, samples_per_s: float) -> float | None:
-        """MFU of one device: what the model needs, by what the device could do; what is computed twice counts once."""
+        """MFU of one device: FLOP/s that the model needs, by the peak; recomputed operations count once."""
         return None if self.peak is None else self.flops * samples_per_s / self.peak
 
 
 class Metrics:
-    """Collects what every step gives, writes it on the first rank.
+    """Collects the values of every step on all ranks, and writes them on the first.
 
-    Args:
-        run: the run's folder.
-        world: this process among all.
-        settings: `train`.
-        steps: of the whole run.
-        first_step: where this process begins; later lines of an interrupted run are dropped.
-        skipped: steps skipped before, in all and in a row.
-        speed: what a sample costs and a device can do, for MFU.
-        trackers: given the same lines.
-
-    Attributes:
-        skipped, skipped_in_a_row: of all steps flushed so far.
+    `steps` are those of the whole run, `first_step` is where this process starts, `skipped` counts the steps skipped
+    before it, in all and in a row. `skipped` and `skipped_in_a_row` count all steps flushed so far.
     """
 
     def __init__(
@@ -131,65 +52,57 @@ class Metrics:
         first_step: int,
         skipped: tuple[int, int],
         speed: Speed,
-        trackers: list[Tracker],
+        trackers: list["Tracker"],
     ) -> None:
         self._world, self._settings, self._steps, self._step, self._speed = world, settings, steps, first_step, speed
         self.skipped, self.skipped_in_a_row = skipped
-        self._pending: list[tuple[torch.Tensor, float]] = []
-        self._mark, self._marked_step, self._waited, self._bad_images = time.monotonic(), first_step, 0.0, 0
+        self._pending: list[tuple[Tensor, float]] = []
+        self._flushed, self._flushed_step, self._waited, self._bad_images = time.monotonic(), first_step, 0.0, 0
         self._trackers, self._file = trackers, None
         if world.is_first:
             path = run / "metrics.jsonl"
             _drop_lines_after(path, first_step)
             self._file = open(path, "a", encoding="utf8")  # noqa: SIM115  (closed by close)
 
-    def record(
-        self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor, lr: float, waited_s: float, bad: int
-    ) -> None:
-        """One step: loss, gradient norm and whether it was skipped (scalars left on the device), rate, seconds waited,
-        bad images.
-        """
+    def record(self, loss: Tensor, norm: Tensor, skipped: Tensor, lr: float, waited_s: float, bad_images: int) -> None:
+        """Keep one step's values; loss, gradient norm and `skipped` (1.0 or 0.0) are scalars on the device."""
         self._pending.append((torch.stack([loss.double(), norm.double(), skipped.double()]), lr))
         self._waited += waited_s
-        self._bad_images += bad
+        self._bad_images += bad_images
 
     @property
     def seconds_since_flush(self) -> float:
-        return time.monotonic() - self._mark
+        return time.monotonic() - self._flushed
 
     def flush(self, durable: bool = False) -> None:
-        """Write what has been recorded. All ranks call it at the same step; `durable` waits until it is on the disk.
+        """Write what was recorded; `durable` waits until it is on the disk. All ranks call it at the same step.
 
-        Raises:
-            UserError: too many steps in a row were skipped.
+        UserError if too many steps in a row were skipped.
         """
         if not self._pending:
             return
-        lines = [self._step_line(*values) for values in self._on_host()]
+        rows = zip(torch.stack([values for values, _ in self._pending]).tolist(), self._pending, strict=True)
+        lines = [self._step_line(loss, norm, skipped, lr) for (loss, norm, skipped), (_, lr) in rows]
+        self._pending.clear()
         throughput = self._throughput()
         self._write([*lines, throughput], durable)
         limit = self._settings.runtime.max_skipped_steps
         if self.skipped_in_a_row >= limit:
             raise UserError(
-                f"the last {self.skipped_in_a_row} steps, up to step {self._step}, were skipped: their loss or gradient is not finite",
+                f"the last {self.skipped_in_a_row} steps, up to step {self._step}, were skipped: their loss or "
+                "gradient is not finite",
                 allowed=f"fewer than train.runtime.max_skipped_steps = {limit} in a row",
-                fix="lower train.optimizer.lr, lengthen train.optimizer.warmup_samples, set train.optimizer.clip_norm, or use bf16",
+                fix="lower train.optimizer.lr, lengthen train.optimizer.warmup_samples, set train.optimizer.clip_norm, "
+                "or use bf16",
             )
         if self._world.is_first:
-            print(self._line(lines[-1], throughput), flush=True)
+            print(self._log_line(lines[-1], throughput), flush=True)
 
     def close(self) -> None:
-        """End the files."""
         for tracker in self._trackers:
             tracker.close()
         if self._file:
             self._file.close()
-
-    def _on_host(self) -> list[tuple[float, float, float, float]]:
-        values = torch.stack([values for values, _ in self._pending]).tolist()
-        rates = [lr for _, lr in self._pending]
-        self._pending.clear()
-        return [(loss, norm, skipped, lr) for (loss, norm, skipped), lr in zip(values, rates, strict=True)]
 
     def _step_line(self, loss: float, norm: float, skipped: float, lr: float) -> dict[str, Any]:
         self._step += 1
@@ -207,8 +120,8 @@ class Metrics:
         return line
 
     def _throughput(self) -> dict[str, Any]:
-        now, done = time.monotonic(), (self._step - self._marked_step) * self._settings.batch_size
-        seconds, size = max(now - self._mark, 1e-9), self._world.size
+        now, done = time.monotonic(), (self._step - self._flushed_step) * self._settings.batch_size
+        seconds, size = max(now - self._flushed, 1e-9), self._world.size
         rate = max(done / seconds, 1e-9)
         bad_images, waited = self._world.total(self._bad_images, self._waited)
         line = {
@@ -223,7 +136,7 @@ class Metrics:
             "bad_images": round(bad_images),
             "eta_s": (self._steps - self._step) * self._settings.batch_size / rate,
         }
-        self._mark, self._marked_step, self._waited = now, self._step, 0.0
+        self._flushed, self._flushed_step, self._waited = now, self._step, 0.0
         return {name: value for name, value in line.items() if value is not None}
 
     def _write(self, lines: list[dict[str, Any]], durable: bool) -> None:
@@ -236,9 +149,9 @@ class Metrics:
             for line in lines:
                 tracker.add(line)
 
-    def _line(self, last: dict[str, Any], throughput: dict[str, Any]) -> str:
+    def _log_line(self, last: dict[str, Any], throughput: dict[str, Any]) -> str:
         loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
-        words = [
+        fields = [
             f"step {self._step}/{self._steps}",
             f"samples {throughput['samples']:,}",
             f"loss {loss}",
@@ -251,18 +164,18 @@ class Metrics:
             *([f"skipped {self.skipped}"] if self.skipped else []),
             f"ETA {throughput['eta_s']:,.0f} s",
         ]
-        return "  ".join(words)
+        return "  ".join(fields)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most that was in use: on the GPU where there is one, else by this process."""
+    """Peak memory in use: on a GPU, else by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Lines beyond the checkpoint will be written again; a line cut by a kill is dropped with them."""
+    """Remove lines beyond the checkpoint, and a line cut by a kill; they will be written again."""
     if not path.is_file():
         return
     kept = []
@@ -275,3 +188,65 @@ def _drop_lines_after(path: Path, step: int) -> None:
             break
         kept.append(text)
     write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf8"))
+
+
+# -- trackers
+
+
+class Tracker(Protocol):
+    """Takes lines of metrics: JSON values by name, with `step`."""
+
+    def add(self, line: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def make_trackers(run: Path, log: Log, first_step: int, config: dict[str, Any]) -> list[Tracker]:
+    """The trackers of `train.log`. TensorBoard hides what an interrupted run wrote beyond `first_step`; W&B shows the
+    resolved `config`, and is a UserError if it is not installed.
+    """
+    trackers: list[Tracker] = []
+    if log.tensorboard:
+        trackers.append(_TensorBoard(run, first_step))
+    if log.wandb:
+        trackers.append(_WeightsAndBiases(run, log.wandb, config))
+    return trackers
+
+
+class _TensorBoard:
+    def __init__(self, run: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._writer = SummaryWriter(str(run), purge_step=first_step + 1)  # hides that step too
+
+    def add(self, line: dict[str, Any]) -> None:
+        for name, value in _numbers(line).items():
+            self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, run: Path, project: str, config: dict[str, Any]) -> None:
+        try:
+            import wandb  # type: ignore[import-not-found]
+        except ImportError:
+            raise UserError(
+                f"train.log.wandb is {project!r}, but wandb is not installed",
+                allowed="null",
+                fix="pip install 'superclass-lean[wandb]', or --set train.log.wandb=null",
+            ) from None
+        # The same name for every part of a run, so that a resumed run continues its chart.
+        name = fingerprint(str(run.resolve()))
+        self._run = wandb.init(project=project, name=run.name, id=name, resume="allow", dir=str(run), config=config)
+
+    def add(self, line: dict[str, Any]) -> None:
+        self._run.log(_numbers(line), step=line["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name not in ("step", "samples") and value is not None}

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options that several commands share, and the datasets that they name."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from train.data.open import Chosen
 
 config = click.option(
-    "--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it is there)."
+    "--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it exists)."
 )
 overrides = click.option(
     "--set",
@@ -23,57 +23,55 @@ overrides = click.option(
     help="Override one key, e.g. train.batch_size=256. Repeatable.",
 )
 recipe = click.option(
-    "--recipe", metavar="NAME", help="Entry of `recipes` in pipeline.yaml, laid over its section `train`."
+    "--recipe", metavar="NAME", help="Entry of `recipes` in pipeline.yaml, merged over its section `train`."
+)
+_beton = click.option(
+    "--beton",
+    "betons",
+    is_flag=False,
+    flag_value="",
+    multiple=True,
+    metavar="[OUT[=SHARE]]",
+    help="Output folder of build-labels, its manifest, some of its betons, or a glob (no value: paths.out). "
+    "Repeatable; =0.3: a mixture.",
+)
+_labels = click.option(
+    "--labels",
+    multiple=True,
+    metavar="OTHER_OUT",
+    help="Other labels for the same rows (default: the betons'). With several datasets: one for each.",
+)
+_idf = click.option(
+    "--idf",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="IDF table (`preprocess idf`), or an output folder that has one.",
 )
 
 
-def betons(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say what is trained on."""
-    for option in (
-        click.option(
-            "--idf",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="IDF table to take (`preprocess idf`), or an OUT that has one.",
-        ),
-        click.option(
-            "--labels",
-            multiple=True,
-            metavar="OTHER_OUT",
-            help="Other labels for the same rows (default: the betons'). With several OUTs: one for each.",
-        ),
-        click.option(
-            "--beton",
-            "betons",
-            is_flag=False,
-            flag_value="",
-            multiple=True,
-            metavar="[OUT[=SHARE]]",
-            help="OUT of build-labels, its manifest, some of its betons, or a glob (no value: paths.out). Repeatable; =0.3: a mixture.",
-        ),
-    ):
-        command = option(command)
-    return command
+def stacked(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """One decorator that adds `options` in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+betons = stacked(_beton, _labels, _idf)
+configuration = stacked(recipe, config, overrides)
 
 
 def chosen(
     pipeline: Pipeline, betons: Sequence[str], labels: Sequence[str], idf: Path | None, command: str, or_else: str = ""
 ) -> "Chosen":
-    """What the options of `betons` name.
-
-    Args:
-        pipeline: resolved configuration.
-        betons, labels, idf: the options' values.
-        command: for messages.
-        or_else: what the user could say in place of --beton.
-
-    Raises:
-        UserError: there is no --beton.
-    """
+    """The datasets that the options of `betons` name; `or_else` is the alternative to --beton, for the error."""
     from train.data.open import Chosen  # torch takes a second: not for --help
 
     if not betons:
         raise UserError(
             f"`{command}` was given no betons", fix=f"add --beton OUT (--beton alone takes paths.out){or_else}"
         )
-    return Chosen([beton or pipeline.paths.out for beton in betons], [local_out(one) for one in labels], idf)
+    return Chosen([beton or pipeline.paths.out for beton in betons], [local_out(name) for name in labels], idf)

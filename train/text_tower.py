@@ -1,6 +1,13 @@
 """Two towers and CLIP's loss: what the loop trains in `train clip`, and behind a frozen trunk in `train lit`.
 
-B batch, L context, W trunk width, D width of the common space.
+    Batch with rows of token_ids [B, K] -> TextInput -> images [B, 3, S, S], texts [B, L]: start, tokens, end, zeros
+    images -> trunk -> [B, W] -> Joint.projection -> [B, D] -+
+    texts -> open_clip's text transformer ---------> [B, D] -+-> cosines, scale -> contrastive_loss -> scalar
+
+Captions are label rows too: `token_ids` become arrays next to the label files and replace the labels in the loader, so
+order, crops, resume and checks are those of `train run`. A sample without tokens (empty caption, damaged image) is no
+pair: its texts are zeros, it has no loss and is no negative. B batch, K label limit, L context, W trunk width, D width
+of the common space.
 """
 
 import math
@@ -19,19 +26,14 @@ from train.distributed import local
 from train.losses.contrastive import contrastive_loss
 from train.losses.distributed import everyone
 
-# ---- tokens: Captions as a text tower takes them: start, tokens in their order, end, zeros; whatever tokenizer the
-# labels were made with.
-#
-# B batch, K label limit, L context.
-
-
 CLIP = "clip"
 _PAD = 0
+_FIRST_LOG_SCALE, _MAX_LOG_SCALE = math.log(1 / 0.07), math.log(100)
 
 
 class Specials(NamedTuple):
-    """Ids of `start` and `end`, and the `vocabulary` with both. `end` is the largest: open_clip's towers pool there
-    (`argmax`).
+    """Ids of `start` and `end`, and the `vocabulary` with both. `end` is the largest id: open_clip's text towers pool
+    there (`argmax`).
     """
 
     start: int
@@ -40,7 +42,7 @@ class Specials(NamedTuple):
 
 
 def specials_of(tokenizer: TokenizerPart) -> Specials:
-    """CLIP's own two ids for its tokenizer, so that a tower knows open_clip's tokens; two new ones behind all others'."""
+    """CLIP's own two ids for its tokenizer, as in open_clip's towers; otherwise two ids after the vocabulary."""
     if tokenizer.name == CLIP:
         start, end = tokenizer.excluded
         return Specials(start, end, end + 1)
@@ -48,16 +50,7 @@ def specials_of(tokenizer: TokenizerPart) -> Specials:
 
 
 def framed(token_ids: Tensor, specials: Specials, context: int) -> Tensor:
-    """Start, the first L - 2 tokens, end, zeros.
-
-    Args:
-        token_ids: int [B, K], in the caption's order, padded with PAD_ID at the end.
-        specials: ids of start and end.
-        context: L.
-
-    Returns:
-        int64 [B, L].
-    """
+    """int64 [B, L]: start, the first L - 2 tokens, end, zeros; from int [B, K], padded with PAD_ID at the end."""
     kept = token_ids[:, : context - 2].long()
     count = (kept >= 0).sum(1, keepdim=True)
     rows = torch.full((len(kept), context), _PAD, device=kept.device)
@@ -66,11 +59,13 @@ def framed(token_ids: Tensor, specials: Specials, context: int) -> Tensor:
     return rows.scatter(1, 1 + count, specials.end)
 
 
-class TextInput:
-    """Called with a batch whose rows are captions: images float32 [B, 3, S, S], and texts int64 [B, L].
+def is_pair(texts: Tensor, specials: Specials) -> Any:
+    """bool [B]: which rows of texts [B, L] are not only zeros."""
+    return (texts == specials.end).any(1)
 
-    A sample without tokens (an empty caption, an image that does not decode) is no pair: its row is zeros alone.
-    """
+
+class TextInput:
+    """Batch with token ids -> images float32 [B, 3, S, S], texts int64 [B, L]."""
 
     def __init__(self, images: ImageInput, specials: Specials, context: int) -> None:
         self._images, self._specials, self._context = images, specials, context
@@ -81,48 +76,11 @@ class TextInput:
         return images, texts * (token_ids[:, :1] >= 0)
 
 
-def is_pair(texts: Tensor, specials: Specials) -> Any:
-    """bool [B]: which rows of texts [B, L] are not zeros alone."""
-    return (texts == specials.end).any(1)
-
-
-_FIRST_LOG_SCALE, _LAST_LOG_SCALE = math.log(1 / 0.07), math.log(100)
-
-
-class Joint(nn.Module):
-    """What joins the towers: the images' projection [D, W], without bias, and the logarithm of the cosines' scale, [1].
-
-    The projection begins as open_clip's ViT has it, N(0, W^-1/2); the scale at ln(1 / 0.07) (arXiv 2103.00020).
-    """
-
-    def __init__(self, width: int, embed_dim: int) -> None:
-        super().__init__()
-        self.projection = nn.Linear(width, embed_dim, bias=False)
-        nn.init.normal_(self.projection.weight, std=width**-0.5)
-        self.log_scale = nn.Parameter(torch.tensor([_FIRST_LOG_SCALE]))
-
-    def forward(self, features: Tensor, texts: Tensor, valid: Tensor) -> Tensor:
-        """The loss of pooled features [B, W] and text embeddings [B, D], see train/losses/contrastive.py."""
-        images = functional.normalize(self.projection(features).float(), dim=1)
-        texts = functional.normalize(texts.float(), dim=1)
-        with torch.autocast(images.device.type, enabled=False):
-            return contrastive_loss(images, texts, valid, self.log_scale[0].exp(), everyone())
-
-    def clamp(self) -> None:
-        """No scale above 100, as CLIP and open_clip have it: after every step."""
-        with torch.no_grad():
-            local(self.log_scale).clamp_(max=_LAST_LOG_SCALE)
-
-
 class Contrastive(nn.Module):
-    """Images [B, 3, S, S] and texts [B, L] (zeros alone: no pair) -> the mean loss of this rank's part of the batch, a scalar.
+    """Images [B, 3, S, S] and texts [B, L] -> the mean loss of this rank's part of the batch, a scalar.
 
-    Args:
-        trunk: images -> pooled features [B, W].
-        width: W.
-        text: texts -> embeddings [B, D].
-        specials: ids of start and end.
-        locked: the trunk is not trained, and stays in evaluation mode.
+    `trunk` makes features [B, W] (`width`), `text` embeddings [B, D]. A `locked` trunk is not trained, and stays in
+    evaluation mode.
     """
 
     def __init__(self, trunk: nn.Module, width: int, text: nn.Module, specials: Specials, *, locked: bool) -> None:
@@ -132,7 +90,6 @@ class Contrastive(nn.Module):
         self._specials, self._locked = specials, locked
 
     def train(self, mode: bool = True) -> Self:
-        """As nn.Module's, but for a locked trunk."""
         super().train(mode)
         if self._locked:
             self.trunk.eval()
@@ -144,17 +101,38 @@ class Contrastive(nn.Module):
         return self.joint(features, self.text(texts), is_pair(texts, self._specials))
 
 
-def build_text_tower(settings: TextTower, vocabulary: int) -> Any:
-    """open_clip's text transformer: int64 [B, L] -> [B, D], pooled at the end token, causal.
+class Joint(nn.Module):
+    """The images' projection [D, W], without bias, and the logarithm of the cosines' scale, [1].
 
-    Raises:
-        UserError: open_clip is not installed.
+    Initial values are open_clip's for a ViT: N(0, W^-1/2), and ln(1 / 0.07) (arXiv 2103.00020).
     """
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=width**-0.5)
+        self.log_scale = nn.Parameter(torch.tensor([_FIRST_LOG_SCALE]))
+
+    def forward(self, features: Tensor, texts: Tensor, valid: Tensor) -> Tensor:
+        """The loss of pooled features [B, W] and text embeddings [B, D]; `valid`, bool [B]: the pairs."""
+        images = functional.normalize(self.projection(features).float(), dim=1)
+        texts = functional.normalize(texts.float(), dim=1)
+        with torch.autocast(images.device.type, enabled=False):
+            return contrastive_loss(images, texts, valid, self.log_scale[0].exp(), everyone())
+
+    def clamp(self) -> None:
+        """Limit the scale to 100 after each step, as open_clip does; clamped in the loss it would have no gradient."""
+        with torch.no_grad():
+            local(self.log_scale).clamp_(max=_MAX_LOG_SCALE)
+
+
+def build_text_tower(settings: TextTower, vocabulary: int) -> Any:
+    """open_clip's text transformer: int64 [B, L] -> [B, D], causal, pooled at the end token."""
     try:
         from open_clip.transformer import TextTransformer
     except ImportError:
         raise UserError(
-            "open_clip, whose text tower is taken, is not installed", fix="pip install 'superclass-lean[evals]'"
+            "the text tower needs open_clip, which is not installed", fix="pip install 'superclass-lean[evals]'"
         ) from None
     return TextTransformer(
         context_length=settings.context,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from labels.settings import Pipeline, Train
-from train.clip import LIT, _method, _text, check_whole_batches, make_two_tower_state
+from train.clip import LIT, check_whole_batches, make_two_tower_state, text_side, two_tower_method
 from train.costs import Costs, tower_costs, trunk_costs
 from train.data.dataset import BetonSet
 from train.data.open import Chosen
@@ -32,16 +32,16 @@ def train_lit(requested: EncoderSpec, chosen: Chosen, run: Path, pipeline: Pipel
 
     def build(settings: Train, betons: BetonSet, world: World) -> TrainState:
         torch.manual_seed(settings.runtime.seed)
-        model = Contrastive(encoder.net, encoder.width, *_text(tower, betons), locked=True).to(world.device)
+        model = Contrastive(encoder.net, encoder.width, *text_side(tower, betons), locked=True).to(world.device)
         if settings.model.compile:
             encoder.net.compile()
         return make_two_tower_state(model, settings, world)
 
     def costs(settings: Train, betons: BetonSet) -> Costs:
         with torch.device("meta"):
-            return tower_costs(trunk, _text(tower, betons)[0], tower, locked=True)
+            return tower_costs(trunk, text_side(tower, betons)[0], tower, locked=True)
 
-    method = _method(LIT, tower, build, costs, {"encoder": _encoder_facts(encoder)})
+    method = two_tower_method(LIT, tower, build, costs, {"encoder": _encoder_facts(encoder)})
     return train_run(chosen, run, pipeline, method=method)
 
 
