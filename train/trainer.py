@@ -1,10 +1,11 @@
-"""Training from top to bottom: data, resume point, model, costs, metrics, checkpoints, the loop, the end.
+"""Every training run from top to bottom: data, resume point, model, costs, metrics, checkpoints, the loop, the end.
 
-    train run, clip, lit            OUT             -> train_run     -+
-    train run --synthetic           random images   -> synthetic_run -+-> Trainer -> run_loop -> RUN (metrics, checkpoints)
+    train run, clip, lit            label dataset   -> train_run     -+
+    train run --synthetic           random images   -> synthetic_run -+-> Trainer -> run_loop -> run folder
     train finetune, caption, llava  model, batches  -> train_model   -+
 
-B batch (of all ranks), V vocabulary.
+The run folder holds config.yaml, data.json, metrics.jsonl and checkpoints. It is resumed only if the fingerprints of
+everything that determines the result are the same.
 """
 
 import json
@@ -44,27 +45,16 @@ MakeOptimizer = Callable[[nn.Module, Optimizer], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Method:
-    """One way of pre-training: all in which `train run`, `train clip` and `train lit` differ.
+    """A way of pre-training: everything in which `train run`, `train clip` and `train lit` differ."""
 
-    Attributes:
-        name: as state.json and data.json keep it.
-        command: of `train`, for messages.
-        column: what the loader's rows hold.
-        build: model, optimizer, loss scale and average, for the settings and the data, on a rank.
-        costs: of that model.
-        inputs: makes the model's arguments from a batch; the images' part is given.
-        kept: what has to stay the same from the first to the last step, apart from the section `train`; JSON values.
-        facts: for data.json.
-    """
-
-    name: str
-    command: str
-    column: Column
+    name: str  # in state.json and data.json
+    command: str  # for messages
+    column: Column  # of the label files, what the loader's rows hold
     build: Callable[[Train, BetonSet, World], TrainState]
     costs: Callable[[Train, BetonSet], Costs]
-    inputs: Callable[[ImageInput, BetonSet], Inputs] = lambda images, _: images
-    kept: dict[str, Any] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    inputs: Callable[[ImageInput, BetonSet], Inputs] = lambda images, _: images  # makes the model's two arguments
+    kept: dict[str, Any] = field(default_factory=dict)  # must not change on resume, besides `train`; JSON values
+    facts: dict[str, Any] = field(default_factory=dict)  # for data.json
 
 
 def classification() -> Method:
@@ -81,20 +71,11 @@ def classification() -> Method:
 def train_run(
     data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path | None = None, method: Method | None = None
 ) -> bool:
-    """Pre-train in the folder `run`, or resume what it holds.
+    """Pre-train in the folder `run`, or resume it; returns False if a signal stopped the run, after saving it.
 
-    Args:
-        data: OUT of a build, or what open_data opens.
-        run: folder of the run; its checkpoints are resumed from.
-        pipeline: resolved configuration.
-        labels: OUT of a build over the same rows, whose labels and IDF are taken instead of the betons' own.
-        method: what is trained; by default the classification of captions.
-
-    Returns:
-        True when the budget is spent, False when the run was stopped by a signal and saved.
-
-    Raises:
-        UserError: whatever does not fit, before anything expensive begins.
+    `data` is an output folder of build-labels, or what open_data opens; `labels` is such a folder with the same rows,
+    whose labels and IDF are used instead. `method` is classification of captions by default. Whatever does not fit is a
+    UserError, before anything expensive starts.
     """
     settings, method = pipeline.train, method or classification()
     with distributed_world(settings.runtime) as world, stop_signals() as stopping:
@@ -122,35 +103,33 @@ def train_run(
         if world.is_first:
             dump_yaml(run / "config.yaml", pipeline, exclude={"recipes": True})
             write_json(run / "data.json", data_facts(betons) | method.facts)
-            trainer.log_start(train_state.model, costs, _data_line(betons, trainer.budget.steps * settings.batch_size))
+            epochs = trainer.budget.steps * settings.batch_size / betons.samples
+            line = (
+                f"{betons.samples:,} samples in {len(betons.paths)} betons, labels of {betons.labels_out} "
+                f"({betons.labels.tokenizer.name}, {betons.vocabulary:,} classes), {epochs:.2f} epochs"
+            )
+            trainer.log_start(train_state.model, costs, line)
 
         # -- metrics, checkpoints, the loop
         def batches(first_step: int, steps: int) -> Iterable[Any]:
             return make_loader(betons, settings, first_step, steps, world)
 
-        images = ImageInput(
-            settings.data, world.device, image_size=settings.model.image_size, seed=settings.runtime.seed
-        )
+        size, seed = settings.model.image_size, settings.runtime.seed
+        images = ImageInput(settings.data, world.device, image_size=size, seed=seed)
         shown = pipeline.model_dump(exclude={"recipes"})
         return trainer.train(train_state, batches, method.inputs(images, betons), shown, costs)
 
 
 def synthetic_run(run: Path, pipeline: Pipeline, vocabulary: int, label_limit: int) -> bool:
-    """`train run --synthetic`: the whole budget on random images that are made on the device; no checkpoint is read or
-    written.
-
-    Returns:
-        True when the budget is spent, False when a signal stopped it.
+    """`train run --synthetic`: the whole budget on random images made on the device, without checkpoints; returns False
+    if a signal stopped it.
     """
     settings = pipeline.train
     with distributed_world(settings.runtime) as world, stop_signals() as stopping:
         check_batch_divides(settings, world.size)
-        state = State(samples_seen=0, number=0, labels="", idf="", betons="", options="", vocabulary=vocabulary)
-        trainer = Trainer(run, settings, None, state, world, stopping)
-        train_state, costs = (
-            make_train_state(settings, torch.ones(vocabulary), world),
-            model_costs(settings.model, vocabulary),
-        )
+        trainer = Trainer(run, settings, None, _first_state("", vocabulary), world, stopping)
+        train_state = make_train_state(settings, torch.ones(vocabulary), world)
+        costs = model_costs(settings.model, vocabulary)
         if world.is_first:
             trainer.log_start(train_state.model, costs, f"random images, {vocabulary:,} classes")
 
@@ -174,21 +153,10 @@ def train_model(
 ) -> bool:
     """Train a model on any batches, or resume it from `run`; afterwards it has the weights of the newest checkpoint.
 
-    Parts of it that are frozen and no children of the module (fields in a tuple) are not in the checkpoints.
-
-    Args:
-        model: on the device; two arguments as `inputs` makes them -> the mean loss.
-        settings: budget, optimizer, runtime, checkpoint and log; its model, data and loss are not looked at.
-        run: folder of metrics.jsonl and checkpoints.
-        identity: fingerprint of all that decides the result; a run with another one is not resumed.
-        stopping: asked after every step.
-        optimizer: makes it.
-
-    Returns:
-        True when the budget is spent, False when it was stopped and saved.
-
-    Raises:
-        UserError: `run` was begun with something else, or the batch cannot be shared evenly.
+    `model` is on the device, and returns the mean loss of the two arguments that `inputs` makes. Frozen parts that are
+    not children of the module (fields in a tuple, such as a captioner's decoder) are not in the checkpoints. `settings`
+    give budget, optimizer, runtime, checkpoint and log. `identity` is the fingerprint of everything that determines the
+    result; UserError if `run` has another one. Returns False if it was stopped, after saving.
     """
     check_batch_divides(settings, world.size, "the batch size")
     train_state = as_train_state(model, spread(model, settings.runtime.parallel, world), settings, world, optimizer)
@@ -199,18 +167,7 @@ def train_model(
 
 
 class Trainer:
-    """One run in one folder, from its resume point to its end.
-
-    Args:
-        run: the folder.
-        settings: `train`.
-        checkpoint, state: the resume point; None and the state before the first step.
-        world: this process among all.
-        stopping: asked after every step; True saves and leaves.
-
-    Attributes:
-        budget: steps.
-    """
+    """One run in one folder, from its resume point (`checkpoint` None: from the first step) to its end."""
 
     def __init__(
         self,
@@ -233,7 +190,7 @@ class Trainer:
         return self.budget.first_step >= self.budget.steps
 
     def load(self, train_state: TrainState) -> None:
-        """Put the weights and all else of the resume point into `train_state`."""
+        """Load the resume point into `train_state`."""
         if self._checkpoint:
             load_checkpoint(self._checkpoint, train_state, self._state)
 
@@ -267,28 +224,20 @@ class Trainer:
         *,
         checkpoints: bool = True,
     ) -> bool:
-        """Run the loop from the resume point on, with metrics and checkpoints.
+        """Run the loop from the resume point on, with metrics and checkpoints; returns False if it was stopped.
 
-        Args:
-            batches: iterators with `close`, such as generators; closed whatever ends the loop.
-            inputs: makes the model's two arguments from a batch.
-            shown: the configuration, for trackers.
-            costs: of the model, for MFU; None: there is none.
-            checkpoints: whether any are written.
-
-        Returns:
-            True when the budget is spent, False when it was stopped and saved.
+        `batches` gives iterators with `close`, such as generators, closed whatever ends the loop. `shown` is the
+        configuration for trackers; `costs` of the model give MFU.
         """
         settings, budget, world = self._settings, self.budget, self._world
         if world.is_first:
             make_folder(self._run)
         metrics = self._metrics(shown, costs)
-        keep, keep_every = settings.checkpoint.keep, settings.checkpoint.keep_every
-        with CheckpointWriter(self._run, keep, keep_every) as writer:
+        with CheckpointWriter(self._run, settings.checkpoint.keep, settings.checkpoint.keep_every) as writer:
 
             def save(finished: int) -> None:
                 if not checkpoints or (metrics.skipped_in_a_row and finished < budget.steps):
-                    return  # these weights may be what made the numbers infinite: the checkpoint before is worth more
+                    return  # after a skipped step the weights may be what makes the loss infinite
                 self._state = self._state.model_copy(
                     update={
                         "samples_seen": finished * settings.batch_size,
@@ -328,13 +277,7 @@ class Trainer:
 
 
 def make_train_state(settings: Train, idf: torch.Tensor, world: World) -> TrainState:
-    """Trunk, head and loss with the weights of `runtime.seed`, over all ranks, with optimizer, loss scale and average.
-
-    Args:
-        settings: `train`.
-        idf: float32 [V].
-        world: this process among all.
-    """
+    """Trunk, head and loss with the initial weights of `runtime.seed`, over all ranks; `idf` float32 [V]."""
     torch.manual_seed(settings.runtime.seed)
     model = Classifier(build_trunk(settings.model), HeadLoss(settings.loss, idf)).to(world.device)
     set_up_trunk(model.trunk, settings.model)
@@ -347,15 +290,7 @@ def make_train_state(settings: Train, idf: torch.Tensor, world: World) -> TrainS
 def as_train_state(
     model: nn.Module, ddp_model: nn.Module, settings: Train, world: World, optimizer: MakeOptimizer = make_optimizer
 ) -> TrainState:
-    """A model with its optimizer, loss scale and average, as the settings have it.
-
-    Args:
-        model: on its device, split by FSDP if it is to be.
-        ddp_model: what `spread` made of it.
-        settings: `train`.
-        world: this process among all.
-        optimizer: makes it.
-    """
+    """A model that `spread` has made `ddp_model` of, with its optimizer, loss scale and average."""
     scaled = autocast_dtype(settings.runtime.precision, world.device) == torch.float16
     decay = settings.optimizer.ema_decay
     return TrainState(
@@ -368,53 +303,44 @@ def as_train_state(
 
 
 def check_batch_divides(settings: Train, ranks: int, name: str = "train.batch_size") -> None:
-    """Refuse a batch that cannot be shared evenly by the ranks, and by the parts that each takes one after another."""
+    """Refuse a batch that the ranks, and the accumulated parts of each, cannot share evenly."""
     check_accumulation(settings)
-    parts = ranks * settings.runtime.accumulation
-    if settings.batch_size % parts:
+    accumulation = settings.runtime.accumulation
+    if settings.batch_size % (ranks * accumulation):
         raise UserError(
-            f"{name} is {settings.batch_size}, the number of ranks {ranks}, train.runtime.accumulation {settings.runtime.accumulation}",
-            allowed=f"a multiple of {parts}",
+            f"{name} is {settings.batch_size}, the number of ranks {ranks}, train.runtime.accumulation {accumulation}",
+            allowed=f"a multiple of {ranks * accumulation}",
         )
-
-
-def _data_line(betons: BetonSet, samples: int) -> str:
-    return (
-        f"{betons.samples:,} samples in {len(betons.paths)} betons, labels of {betons.labels_out} "
-        f"({betons.labels.tokenizer.name}, {betons.vocabulary:,} classes), {samples / betons.samples:.2f} epochs"
-    )
 
 
 # -- where a run resumes
 
 
 def resume_point(run: Path, betons: BetonSet, settings: Train, method: Method) -> tuple[Path | None, State]:
-    """The newest checkpoint of `run` and its state; None and the state before the first step where there is none.
+    """The newest checkpoint of `run` and its state; None and the state before the first step if there is none.
 
-    Raises:
-        UserError: the run was begun by another method, with other data or another configuration.
+    UserError if the run was started by another method, with other data or another configuration.
     """
     kept = _kept(settings, method.kept)
-    start = {"samples_seen": 0, "number": 0, "options": fingerprint(kept), "vocabulary": betons.vocabulary}
     folders = checkpoint_folders(run)
     if not folders:
-        return None, State.model_validate(start | {"method": method.name} | betons.identity)
+        start = _first_state(fingerprint(kept), betons.vocabulary)
+        return None, start.model_copy(update={"method": method.name} | betons.identity)
     state = read_state(folders[-1])
     if state.method != method.name:
         raise UserError(
             f"{run} holds a run of the method {state.method}, not of `{method.command}`", fix="give another --out"
         )
-    differs = {
+    names = {
         "labels": ("with other labels: fingerprint", betons.labels_out),
         "idf": ("with another IDF table: SHA-256", betons.labels_out),
         "betons": ("on other betons: fingerprint", betons.out),
     }
-    for name, value in betons.identity.items():
-        before = getattr(state, name)
-        if before != value:
-            what, where = differs[name]
+    for name, now in betons.identity.items():
+        before, (what, where) = getattr(state, name), names[name]
+        if before != now:
             raise UserError(
-                f"{run} was trained {what} {before[:16]}, {where} has {value[:16]}",
+                f"{run} was trained {what} {before[:16]}, {where} has {now[:16]}",
                 fix="give the --beton and --labels that the run was begun with, or another --out",
             )
     if state.options != fingerprint(kept):
@@ -432,7 +358,7 @@ def resume_point(run: Path, betons: BetonSet, settings: Train, method: Method) -
 def _resume_point_of_model(run: Path, identity: str) -> tuple[Path | None, State]:
     folders = checkpoint_folders(run)
     if not folders:
-        return None, State(samples_seen=0, number=0, labels="", idf="", betons="", options=identity, vocabulary=0)
+        return None, _first_state(identity, vocabulary=0)
     state = read_state(folders[-1])
     if state.options != identity:
         raise UserError(
@@ -442,6 +368,10 @@ def _resume_point_of_model(run: Path, identity: str) -> tuple[Path | None, State
     return folders[-1], state
 
 
+def _first_state(options: str, vocabulary: int) -> State:
+    return State(samples_seen=0, number=0, labels="", idf="", betons="", options=options, vocabulary=vocabulary)
+
+
 def _kept(settings: Train, kept: dict[str, Any]) -> dict[str, Any]:
     """What must stay the same: of `train`, and what the method adds."""
     return settings.model_dump(exclude=marked_keys(Train, MAY_CHANGE, MACHINE)) | kept
@@ -449,8 +379,5 @@ def _kept(settings: Train, kept: dict[str, Any]) -> dict[str, Any]:
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = (yaml.safe_dump(part, default_flow_style=None).splitlines() for part in (before, now))
-    return [
-        f"was `{was.strip()}`, is now `{is_now.strip()}`"
-        for was, is_now in zip(old, new, strict=False)
-        if was != is_now
-    ]
+    pairs = zip(old, new, strict=False)
+    return [f"was `{line.strip()}`, is now `{changed.strip()}`" for line, changed in pairs if line != changed]
