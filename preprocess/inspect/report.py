@@ -11,6 +11,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
+from labels.explanation import Label, Sample, Vocabulary, read_image, spread_samples, thumbnail
 from labels.html import (
     Axis,
     Html,
@@ -31,7 +32,6 @@ from labels.html import (
     weights,
 )
 from labels.manifest import Manifest, ShardPart, read_manifest
-from labels.samples import Label, Sample, Vocabulary, read_image, spread_samples, thumbnail
 from labels.storage import Layout, is_remote
 from preprocess.counts import quoted
 from preprocess.inspect.explain import source_captions
