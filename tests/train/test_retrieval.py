@@ -177,7 +177,7 @@ def test_a_suite_of_clip_and_lit(runs: Runs, pairs: Path, data: DataSet, tmp_pat
     assert ("folders", "run", "zero-shot by token logits") in found and not any(
         kind == "pairs" and name == "run" for kind, name, _ in found
     )
-    assert "left out: retrieval of run:" in output.output and "train lit" in output.output
+    assert "skipped: retrieval of run:" in output.output and "train lit" in output.output
     content["protocols"] = [{"protocol": "knn", "set": {"k": [1]}}]
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
     found_error = CliRunner().invoke(cli, arguments)
