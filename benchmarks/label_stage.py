@@ -65,7 +65,7 @@ def steps(data: Path, out: Path) -> dict[str, float]:
     from labels.tokenizers.tokenizer import make_tokenizer
     from preprocess.counts import ShardCounts
     from preprocess.readers import read_rows
-    from preprocess.readers.caption_key import parse_caption_key
+    from preprocess.readers.base import parse_caption_key
     from preprocess.readers.shards import Shard, find_shards
     from preprocess.shard import label_table, write_labels
 

@@ -43,7 +43,7 @@ from preprocess.counts import sum_counts, write_idf_duckdb, write_idf_parquet
 from preprocess.engine import worker_count
 from preprocess.locks import one_of_many, only_writer
 from preprocess.ngrams import class_names, run_pair_stages
-from preprocess.readers.caption_key import parse_caption_key
+from preprocess.readers.base import parse_caption_key
 from preprocess.readers.images import has_images, is_local_tar
 from preprocess.readers.shards import Shard, find_shards
 from preprocess.shard import LabelTask, label_stage

@@ -363,7 +363,7 @@ def train_tokenizer_command(
     """Train a tokenizer, or choose CatLIP's synsets, on the captions of DATA."""
     from labels.config import load_pipeline
     from preprocess.readers import read_rows
-    from preprocess.readers.caption_key import parse_caption_key
+    from preprocess.readers.base import parse_caption_key
     from preprocess.readers.shards import find_shards
     from preprocess.train_tokenizer import train_tokenizer
 

@@ -29,8 +29,7 @@ from labels.subset import count_in, open_subset, parse_uids
 from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.counts import ShardCounts
 from preprocess.readers import read_rows
-from preprocess.readers.base import Fault, RowBatch
-from preprocess.readers.caption_key import Choice
+from preprocess.readers.base import Choice, Fault, RowBatch
 from preprocess.readers.columns import offsets_and_bytes
 from preprocess.readers.shards import Shard
 from preprocess.stage import LabelMarker, Stage, write_marker

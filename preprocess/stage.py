@@ -35,7 +35,7 @@ from labels.storage import (
 from labels.tokenizers.tokenizer import Tokenizer
 from preprocess.betons.plan import image_folder
 from preprocess.engine import Meter, run_tasks
-from preprocess.readers.caption_key import Choice
+from preprocess.readers.base import Choice
 from preprocess.readers.shards import Shard
 
 _MARKERS_PER_REQUEST = 1_000

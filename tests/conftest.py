@@ -30,7 +30,7 @@ def built(finished: Built, tmp_path: Path) -> Built:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """One thread for torch: at the tests' sizes threads only wait for each other, and a great deal on a busy machine."""
+    """One thread for torch: at the tests' sizes threads only wait for each other, longer on a busy machine."""
     import torch  # takes a second, which tests of stage 1 have no need of
 
     before = torch.get_num_threads()

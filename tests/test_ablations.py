@@ -32,7 +32,8 @@ settings:
   train:
     samples: 64
     batch_size: 16
-    model: {trunk: vit_tiny_patch16_224, trunk_args: {patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}, image_size: 16}
+    model:
+      {trunk: vit_tiny_patch16_224, trunk_args: {patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}, image_size: 16}
     optimizer: {warmup_samples: 16}
     runtime: {device: cpu, precision: fp32, threads: 1}
     log: {tensorboard: false}

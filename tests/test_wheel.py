@@ -1,4 +1,4 @@
-"""What pyproject.toml would put into a wheel: every module and every data file of the three packages, and nothing else."""
+"""A wheel by pyproject.toml holds every module and every data file of the three packages, and nothing else."""
 
 import subprocess
 from pathlib import Path

@@ -235,7 +235,7 @@ _bench_options = options.stacked(
 @_bench_options
 def bench_loader(**arguments: Any) -> None:
     """The loader alone: images/s, CPU time of an image and its parts."""
-    from train.bench.loader import bench_loader as measure
+    from train.bench.throughput import bench_loader as measure
 
     _measure(measure, arguments)
 
@@ -247,7 +247,7 @@ def bench_disk(**arguments: Any) -> None:
     """The disk alone: in the loader's blocks, in single samples, and from the page cache. Removes the dataset's files
     from the page cache.
     """
-    from train.bench.loader import bench_disk as measure
+    from train.bench.throughput import bench_disk as measure
 
     _measure(measure, arguments)
 
@@ -256,14 +256,14 @@ def bench_disk(**arguments: Any) -> None:
 @_bench_options
 def bench_step(**arguments: Any) -> None:
     """The training loop on random batches and on the loader's; nothing is kept."""
-    from train.bench.step import bench_step as measure
+    from train.bench.throughput import bench_step as measure
 
     _measure(measure, arguments)
 
 
 def _measure(measure: Callable[..., tuple[dict[str, Any], list[str]]], arguments: dict[str, Any]) -> None:
     """Call a benchmark on the dataset of --beton; its log goes to stderr, its result to stdout."""
-    from train.bench.loader import device_rates
+    from train.bench.throughput import device_rates
     from train.data.open import open_data
     from train.distributed import World, distributed_world
 
@@ -401,7 +401,7 @@ def llava(
 @click.option("--out", "page", type=_FILE, required=True, metavar="FILE", help="The HTML file to write.")
 def report(runs: tuple[Path, ...], results: tuple[Path, ...], page: Path) -> None:
     """Write one HTML file about runs: loss, speed, recipes, results next to the paper's. It opens without a network."""
-    from train.evals.results import read_results
+    from train.evals.measure import read_results
     from train.report.page import report_page
     from train.report.runs import read_runs
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from labels.settings import Model, TextTower, Train
-from train.losses.distributed import can_split, check_split
+from train.distributed import can_split, check_split
 from train.model import build_head, build_trunk, set_up_trunk
 from train.optim import autocast_dtype
 from train.text_tower import build_text_tower

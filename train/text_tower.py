@@ -22,9 +22,8 @@ from labels.settings import TextTower
 from labels.storage import UserError
 from train.data.inputs import ImageInput
 from train.data.loader import Batch
-from train.distributed import local
+from train.distributed import everyone, local
 from train.losses.contrastive import contrastive_loss
-from train.losses.distributed import everyone
 
 CLIP = "clip"
 _PAD = 0

@@ -36,8 +36,7 @@ from labels.settings import Build
 from labels.storage import Layout, atomic_write, is_remote, local_copy
 from preprocess.betons.images import MAX_BYTES, BadImage, DecodeCheck, check_in_place, prepare, scan_jpegs
 from preprocess.betons.plan import Group, Member, image_folder, row_order
-from preprocess.readers.base import Fault, ScratchFile
-from preprocess.readers.caption_key import Choice
+from preprocess.readers.base import Choice, Fault, ScratchFile
 from preprocess.readers.images import ShardImages, find_images
 from preprocess.stage import GroupMarker, Stage, write_marker
 

@@ -14,7 +14,7 @@ from labels.settings import Pipeline
 from labels.storage import Layout, UserError, local_copy
 from labels.tokenizers.tokenizer import Tokenizer, make_tokenizer
 from preprocess.readers import read_rows
-from preprocess.readers.caption_key import parse_caption_key
+from preprocess.readers.base import parse_caption_key
 from preprocess.readers.shards import Shard, find_shards
 from preprocess.stage import LabelMarker, read_marker
 

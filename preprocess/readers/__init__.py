@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import takewhile
 
-from preprocess.readers.base import RowBatch
-from preprocess.readers.caption_key import Choice, column_choices
+from preprocess.readers.base import Choice, RowBatch, column_choices
 from preprocess.readers.shards import Shard
 from preprocess.readers.table import TableDamaged, open_table, read_table_rows
 from preprocess.readers.tar import read_tar_rows

@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from labels.storage import UserError
-from preprocess.readers.base import MAX_SIDE, WHITE_SPACE
-from preprocess.readers.caption_key import Choice, join_captions
+from preprocess.readers.base import MAX_SIDE, WHITE_SPACE, Choice, join_captions
 
 KEY_COLUMNS = ("key", "uid")
 SIZE_COLUMNS = (("width", "height"), ("original_width", "original_height"))

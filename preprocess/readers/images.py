@@ -25,8 +25,7 @@ from fsspec.core import url_to_fs
 
 from labels.storage import UserError
 from preprocess.readers import read_rows, reads_side
-from preprocess.readers.base import IMAGE_SUFFIXES, Fault, ScratchFile, map_file
-from preprocess.readers.caption_key import Choice
+from preprocess.readers.base import IMAGE_SUFFIXES, Choice, Fault, ScratchFile, map_file
 from preprocess.readers.shards import Shard
 from preprocess.readers.table import Table, TableDamaged, identified, identity_columns, open_table
 from preprocess.readers.tar import REPEATED, Sample, walk, wanted_suffixes

@@ -22,8 +22,7 @@ import pyarrow.parquet as pq
 from labels.native import njit
 from labels.storage import UserError
 from labels.tokenizers.kernels.table import Scalar, load, prefetch
-from preprocess.readers.base import BATCH_ROWS, ROWS, Fault, RowBatch
-from preprocess.readers.caption_key import Choice, column_choices, narrow_choices
+from preprocess.readers.base import BATCH_ROWS, ROWS, Choice, Fault, RowBatch, column_choices, narrow_choices
 from preprocess.readers.columns import (
     KEY_COLUMNS,
     SIZE_COLUMNS,

@@ -26,8 +26,18 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from preprocess.betons.images import image_size
-from preprocess.readers.base import BATCH_ROWS, IMAGE_SUFFIXES, MAX_SIDE, ROWS, WHITE_SPACE, Fault, RowBatch
-from preprocess.readers.caption_key import Choice, join_captions, narrow_choices
+from preprocess.readers.base import (
+    BATCH_ROWS,
+    IMAGE_SUFFIXES,
+    MAX_SIDE,
+    ROWS,
+    WHITE_SPACE,
+    Choice,
+    Fault,
+    RowBatch,
+    join_captions,
+    narrow_choices,
+)
 from preprocess.readers.shards import Shard
 from preprocess.readers.tar_index import TarIndex, gather_strings, index_tar
 

@@ -27,8 +27,7 @@ import pyarrow.parquet as pq
 from labels.settings import Labels
 from labels.storage import Layout
 from labels.tokenizers.tokenizer import make_tokenizer
-from preprocess.readers.base import Fault
-from preprocess.readers.caption_key import parse_caption_key
+from preprocess.readers.base import Fault, parse_caption_key
 from preprocess.readers.shards import Shard
 from preprocess.readers.tar import read_row, read_tar_rows, walk
 from preprocess.shard import LabelTask, label_shard

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from labels.settings import Build
 from labels.storage import UserError
-from preprocess.readers.caption_key import Choice, Item, column_choices, join_captions, parse_caption_key
+from preprocess.readers.base import Choice, Item, column_choices, join_captions, parse_caption_key
 
 
 def parsed(*keys: str) -> list[str]:

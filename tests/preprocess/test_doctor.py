@@ -126,6 +126,9 @@ def test_for_people(tmp_path: Path) -> None:
 
 
 def test_it_loads_no_torch(tmp_path: Path) -> None:
-    code = "import sys; from preprocess.cli import cli; cli(sys.argv[1:], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from preprocess.cli import cli; cli(sys.argv[1:], standalone_mode=False); "
+        "sys.exit('torch' in sys.modules)"
+    )
     command = [sys.executable, "-c", code, "doctor", "--out", str(tmp_path)]
     assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 0

@@ -185,7 +185,8 @@ def test_without_a_cluster_one_is_started_for_the_run() -> None:
     script = (
         "import functools, ray; from ray._private import services; services.find_gcs_addresses = functools.cache(set)\n"
         "from preprocess.engine import run_tasks; from shard_factory import end_without_a_word\n"
-        "results = run_tasks(end_without_a_word, list('ba'), 3, 'ray'); first = next(results); cores = ray.cluster_resources()['CPU']\n"
+        "results = run_tasks(end_without_a_word, list('ba'), 3, 'ray'); first = next(results)\n"
+        "cores = ray.cluster_resources()['CPU']\n"
         "print(sorted([first, *results]), cores, ray.is_initialized())\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

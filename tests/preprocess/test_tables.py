@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from labels.storage import UserError
 from preprocess.readers import table as tablefile
-from preprocess.readers.base import ROWS, Fault
-from preprocess.readers.caption_key import parse_caption_key
+from preprocess.readers.base import ROWS, Fault, parse_caption_key
 from preprocess.readers.images import has_images, table_images
 from preprocess.readers.shards import Shard, find_shards
 from preprocess.readers.table import read_table_rows

@@ -14,8 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from preprocess.readers import tar
-from preprocess.readers.base import Fault
-from preprocess.readers.caption_key import parse_caption_key
+from preprocess.readers.base import Fault, parse_caption_key
 from preprocess.readers.shards import Shard
 from preprocess.readers.tar import local_index, read_tar_rows
 from preprocess.readers.tar_index import index_tar

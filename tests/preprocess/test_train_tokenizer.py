@@ -57,7 +57,8 @@ def test_a_trained_tokenizer_is_used_on_the_fast_path(kind: TokenizerKind, tmp_p
 def test_the_same_captions_give_the_same_file(kind: TokenizerKind, tmp_path: Path) -> None:
     _needs(kind)
     code = (
-        "import sys; from pathlib import Path; from tests.preprocess.test_train_tokenizer import captions, train_tokenizer\n"
+        "import sys; from pathlib import Path\n"
+        "from tests.preprocess.test_train_tokenizer import captions, train_tokenizer\n"
         "train_tokenizer(captions, sys.argv[1], out=Path(sys.argv[2]), vocab_size=350)"
     )
     environment = {"PYTHONPATH": ":".join([*IMPORT_PATH, *sys.path])}

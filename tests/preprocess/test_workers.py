@@ -20,7 +20,10 @@ def test_workers_have_the_environment_of_now_not_of_the_servers_start(monkeypatc
 def test_a_folder_of_temporary_files_too_long_for_a_socket(tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 120)
     folder.mkdir()
-    code = "import os; from preprocess.engine import *; print(start_server()); print(worker_pool(1).submit(os.getenv, 'HERE').result())"
+    code = (
+        "import os; from preprocess.engine import *; "
+        "print(start_server()); print(worker_pool(1).submit(os.getenv, 'HERE').result())"
+    )
     environment = {**os.environ, "TMPDIR": str(folder), "HERE": "yes"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "yes"]

@@ -11,14 +11,15 @@ from click.testing import CliRunner
 from beton_factory import build_out
 from image_index_factory import with_image_index
 from labels.storage import UserError
-from train.bench.loader import Rate, device_rates, judge
-from train.bench.step import Clock
+from train.bench.throughput import Clock, Rate, device_rates, judge
 from train.cli import cli
 from train.distributed import World
 
 TINY = [
     "--set",
-    "train={batch_size: 8, samples: 80, optimizer: {warmup_samples: 8}, runtime: {device: cpu, precision: fp32, threads: 1}}",
+    "train={batch_size: 8, samples: 80, optimizer: {warmup_samples: 8}}",
+    "--set",
+    "train.runtime={device: cpu, precision: fp32, threads: 1}",
 ]
 TINY += [
     "--set",

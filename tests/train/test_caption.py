@@ -18,7 +18,7 @@ from train.data.inputs import rows_of_steps
 from train.distributed import World
 from train.evals.captioner import Captioner, MlpMapper, TransformerMapper, load_language_model
 from train.evals.kinds.caption import Captioning, pair_batches, tokenized
-from train.evals.results import read_results
+from train.evals.measure import read_results
 from train.report.page import is_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

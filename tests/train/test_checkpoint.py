@@ -238,10 +238,8 @@ def test_weights_of_another_model_are_an_error(out: Path, config: Path, spoilt: 
     moments["exp_avg.head.9.weight"] = moments.pop("exp_avg.head.1.weight")
     save_file(moments, folder / "optimizer.safetensors")
     text = refused(out, spoilt, config)
-    assert (
-        "optimizer.safetensors does not fit the architecture: missing (1): exp_avg.head.1.weight; unexpected (1): exp_avg.head.9"
-        in text
-    )
+    misfit = "missing (1): exp_avg.head.1.weight; unexpected (1): exp_avg.head.9"
+    assert f"optimizer.safetensors does not fit the architecture: {misfit}" in text
     (folder / "head.safetensors").unlink()
     assert "no weight file at" in refused(out, spoilt, config)
     assert "was begun with another configuration" in refused(out, spoilt, config, "train.model.image_size=32")

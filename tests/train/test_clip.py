@@ -1,4 +1,4 @@
-"""`train clip`: open_clip's loss over all ranks, captions joined by row position, and a run as exact as `train run`'s."""
+"""`train clip`: open_clip's loss over all ranks, captions joined by row position, runs as exact as `train run`'s."""
 
 import random
 import signal

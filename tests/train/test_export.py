@@ -28,7 +28,7 @@ from labels.storage import UserError, whole_folder
 from train.encoders.encoder import Encoder, EncoderSpec
 from train.encoders.load import load_encoder
 from train.evals.features import decode
-from train.evals.results import readout_of
+from train.evals.measure import readout_of
 from train.export.export import FORMATS, export_encoder
 from train.export.format import Format, Written
 from train.export.hf import transformers_vit
@@ -329,7 +329,7 @@ def test_the_card_has_recipe_data_and_results(run_of, tmp_path: Path) -> None:
 
 
 def test_the_cards_labels_are_the_datas(run_of, tmp_path: Path) -> None:
-    """The configuration of a run has a section `labels` that the run does not read: the card has the label dataset's."""
+    """A run's configuration has a section `labels` that it does not read: the card has the label dataset's."""
     shutil.copytree(run_of("clip"), tmp_path / "run")
     options = {"tokenizer": "/home/me/words.json", "context": 9, "idf": "paper"}
     (tmp_path / "run" / "data.json").write_text(json.dumps({"label_options": options, "fingerprints": {}}))

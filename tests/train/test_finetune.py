@@ -357,7 +357,7 @@ def test_a_bad_image_is_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_two_ranks_are_one(folder: Path, tmp_path: Path) -> None:
-    """Two encoders, so that the process group serves twice; without mixing, whose partners change with a rank's share."""
+    """Two encoders use the process group, one after the other; no mixing, whose partners change with a rank's share."""
     keys = ["epochs=2", "warmup_epochs=1", "batch_size=8", "mixup=0", "cutmix=0", "drop_path=0"]
     losses = []
     for ranks in (1, 2):

@@ -111,7 +111,7 @@ def test_same_batches_for_any_number_of_threads_and_any_start(out: Path) -> None
 
 
 def shares(betons: BetonSet, first: int, last: int, world: int) -> list[list[tuple[Any, ...]]]:
-    """What each of `world` ranks gets in the steps [first, last): epoch, position, pixels and labels of every sample."""
+    """What each of `world` ranks gets in steps [first, last): epoch, position, pixels and labels of every sample."""
     settings, found = Data(crop_scale=[0.3, 1.0], flip=True), []
     for rank in range(world):
         loader = Loader(

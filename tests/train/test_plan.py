@@ -11,7 +11,7 @@ from labels.config import load_pipeline
 from labels.settings import Model, Train
 from labels.storage import UserError
 from train.bench.estimate import Pace, startup_seconds
-from train.bench.step import LoopRate
+from train.bench.throughput import LoopRate
 from train.cli import cli
 from train.costs import Costs, activation_bytes, messages, splits_vocabulary
 
@@ -29,7 +29,10 @@ def plan(tmp_path: Path, text: str, *arguments: str) -> dict[str, str]:
 
 def test_the_plan_of_a_small_run_by_hand(tmp_path: Path) -> None:
     out = build_out(tmp_path, [30, 20])
-    text = f"train: {{samples: 1000, batch_size: 96, model: {{{TINY}}}, optimizer: {{warmup_samples: 96}}, runtime: {{precision: fp32}}}}"
+    text = (
+        f"train: {{samples: 1000, batch_size: 96, model: {{{TINY}}}, "
+        "optimizer: {warmup_samples: 96}, runtime: {precision: fp32}}"
+    )
     found = plan(tmp_path, text, "--beton", str(out), "--devices", "2", "--rate", "50")
     assert found["steps"] == "10 of 96 samples = 960, 96 of them warm-up"
     assert found["epochs"] == "19.20 of 50"
@@ -50,7 +53,8 @@ def test_the_plan_of_a_small_run_by_hand(tmp_path: Path) -> None:
 def test_a_measured_plan_counts_start_and_end(tmp_path: Path) -> None:
     out = build_out(tmp_path, [30, 20])
     text = (
-        f"train: {{samples: 1000, batch_size: 8, model: {{{TINY}}}, optimizer: {{warmup_samples: 8}}, checkpoint: {{every_samples: 400}}, "
+        f"train: {{samples: 1000, batch_size: 8, model: {{{TINY}}}, "
+        "optimizer: {warmup_samples: 8}, checkpoint: {every_samples: 400}, "
         "runtime: {device: cpu, precision: fp32, threads: 1}, data: {threads: 1, prefetch: 1MiB}}"
     )
     before = sorted(tmp_path.rglob("*"))

@@ -1,4 +1,4 @@
-"""`train eval --suite`: every encoder by every protocol, once; features shared; what is finished is not measured again."""
+"""`train eval --suite`: every encoder by every protocol, once; features shared; finished cells are skipped."""
 
 import json
 from pathlib import Path

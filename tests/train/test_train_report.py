@@ -13,7 +13,7 @@ from labels.settings import Pipeline
 from labels.storage import UserError, write_json
 from page_checks import CHROMIUM, check_page, shown_in_chromium
 from train.cli import cli
-from train.evals.results import read_results
+from train.evals.measure import read_results
 from train.report.page import measured, published
 from train.report.runs import binned, differences, loss_curves, read_runs
 

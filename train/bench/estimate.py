@@ -15,7 +15,7 @@ import torch
 
 from labels.html import format_seconds
 from labels.settings import TextTower, Train
-from train.bench.step import LoopRate, loop_rate, without_logs_and_checkpoints
+from train.bench.throughput import LoopRate, loop_rate, without_logs_and_checkpoints
 from train.checkpoint import snapshot
 from train.costs import Costs, activation_bytes, messages, model_costs, peak_flops, tower_costs, trunk_costs
 from train.data.inputs import ImageInput

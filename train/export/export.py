@@ -20,8 +20,8 @@ from labels.storage import UserError, whole_folder, write_json
 from train.encoders.encoder import Encoder, EncoderSpec
 from train.encoders.load import load_encoder
 from train.evals.features import TRANSFORM
+from train.evals.measure import Row, read_results, readout_of
 from train.evals.protocol import format_metric
-from train.evals.results import Row, read_results, readout_of
 from train.export.format import ONNX, TIMM, TOLERANCE, Format, Written, check, check_replaceable, share_like
 from train.export.hf import HF
 from train.export.open_clip import OPEN_CLIP

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from train.losses.distributed import ranks, sum_over
+from train.distributed import ranks, sum_over
 
 
 def contrastive_loss(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from labels.manifest import PAD_ID
 from labels.settings import Loss
-from train.losses.distributed import Split, ranks, split_of, sum_over
+from train.distributed import Split, ranks, split_of, sum_over
 from train.losses.kinds import kind
 
 Compute = Callable[[tuple[bool, ...]], tuple[Tensor, list[Tensor | None]]]

@@ -1,6 +1,6 @@
 """The page of `train report`: runs and result rows -> one HTML file with curves, recipes and tables.
 
-`Run`s (train/report/runs.py) give the sections loss, speed and recipe; `Row`s (train/evals/results.py) the tables of
+`Run`s (train/report/runs.py) give the sections loss, speed and recipe; `Row`s (train/evals/measure.py) the tables of
 results. published.json has the paper's figures: benchmarks are shown next to results of the same protocol and kind of
 data. A line of an ablation names, by recipe keys, the runs that it can be compared with; a table gets a column for
 the user's runs where two of its lines have a run, so that a change of one key is compared with the same change in the
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from labels import html
 from labels.html import Axis, Html, Section, format_seconds, join, key_name, paragraph, short_number, table, tag
+from train.evals.measure import Row
 from train.evals.protocol import format_metric
-from train.evals.results import Row
 from train.report.runs import Run, differences, loss_curves, throughput_curves
 
 

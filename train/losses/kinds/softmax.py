@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from labels.settings import Loss
-from train.losses.distributed import merge_exponentials, ranks
+from train.distributed import merge_exponentials, ranks
 from train.losses.head import Head, Positives, float_blocks
 
 DISTRIBUTION = True

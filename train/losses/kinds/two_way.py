@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from labels.settings import Loss
-from train.losses.distributed import everyone, merge_exponentials, ranks, sum_over
+from train.distributed import everyone, merge_exponentials, ranks, sum_over
 from train.losses.head import Head, Positives, float_blocks
 
 WHOLE_BATCH = True
