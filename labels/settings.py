@@ -111,7 +111,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-# Marks of keys of `train`. A resumed run may have another value: it changes nothing but the order of additions.
+# Marks of keys of `train`. A resumed run may have another value: what is computed stays the same, but for rounding.
 MAY_CHANGE = "may change when a run resumes"
 # As MAY_CHANGE; and a key of the machine or of files, which `train report` does not count as part of the recipe.
 MACHINE = "machine"

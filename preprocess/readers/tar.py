@@ -4,8 +4,9 @@
     local, healthy tar  tar_index.py -> spans of all members -> _plain_rows(): rows as img2dataset writes them, at once
                                                              -> read_row(): the other samples
 
-The rows are the same either way. `Sample.read` reads a member. `read_row` is the reference: it decides what a row is,
-and why a sample is rejected. A caption that is not UTF-8 becomes a Fault in `_caption` (tables: columns.row_captions).
+The rows are the same either way. `Sample.read` reads one member; `_plain_rows` takes the members of healthy tars in
+bulk. `read_row` is the reference: it decides what a row is, and why a sample is rejected. A caption that is not UTF-8
+becomes a Fault in `_caption` (tables: columns.row_captions), a json that is not UTF-8 one in `_metadata`.
 The key is everything before the first dot of the basename; members without key or suffix belong to no sample.
 """
 

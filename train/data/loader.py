@@ -45,7 +45,7 @@ class Batch:
     images: torch.Tensor  # uint8 [B, S, S, 3]; where the device resamples, [B, H, W, 3]
     boxes: torch.Tensor | None  # where the device resamples, float32 [B, BOX]: the crops in the canvases
     label_ids: torch.Tensor  # int32 [B, K], padded with PAD_ID
-    positions: np.ndarray  # int64 [B], as epochs: what augmentations of a sample depend on, with the seed
+    positions: np.ndarray  # int64 [B], as epochs: the samples' rows; augmentations depend on seed, epoch and row
     epochs: np.ndarray
     bad: int  # samples whose JPEG did not decode; they are grey, without labels, and so without loss
     copied: torch.cuda.Event | None = None  # on a GPU, recorded after the copies from this memory

@@ -1,7 +1,7 @@
-"""Sample order and crops: which sample comes when, and which crop of it. Pure functions of (seed, epoch, sample).
+"""Sample order and crops: which sample comes when, and which crop of it. No function here has a state.
 
-    Order            position -> group (its exact share of each period) -> position in the window -> block -> sample
-    random_crop, flipped        (seed, epoch, row of the sample) -> the crop's box, mirrored or not
+    Order                  (seed, position in the run) -> group, by its exact share -> window -> block -> sample, epoch
+    random_crop, flipped   (seed, epoch, row of the sample among all label rows) -> the crop's box, mirrored or not
 
 Neighbours in storage form blocks. Each epoch permutes all blocks by a key, and the samples inside a window of
 consecutive blocks: a bijection per epoch in O(1) memory, from any position. It is as exact as a full shuffle (block=1),
