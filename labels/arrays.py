@@ -44,13 +44,6 @@ def pad_rows(ids: np.ndarray, offsets: np.ndarray, limit: int) -> np.ndarray:
     return padded
 
 
-def unpad_rows(padded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Inverse of `pad_rows`: int32 [N, K] to ids int32 [T] and offsets int64 [N + 1]."""
-    valid = padded != PAD_ID
-    offsets = np.concatenate([[0], np.cumsum(valid.sum(axis=1))]).astype(np.int64)
-    return padded[valid].astype(np.int32), offsets
-
-
 Column = Literal["label_ids", "token_ids"]
 """The column of the label files that an array holds."""
 _ENDINGS: dict[Column, str] = {"label_ids": ".npy", "token_ids": ".tokens.npy"}

@@ -154,7 +154,7 @@ tj_error = types.ExternalFunction("tjGetErrorCode", types.int32(types.uintp))
 
 @cache
 def load_turbojpeg() -> ctypes.CDLL:
-    """Open libturbojpeg and make its symbols known to compiled code; to be called before the first decode."""
+    """Open libturbojpeg, so that compiled code finds its symbols; needed before the first decode."""
     for name in (*TURBOJPEG, find_library("turbojpeg")):
         try:
             library = ctypes.CDLL(name or "")

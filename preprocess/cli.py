@@ -1,4 +1,7 @@
-"""The command `preprocess`: parse, call, report. Everything it does lives in the modules it imports."""
+"""The command `preprocess`, one command after the other: parse, call, print.
+
+A command imports what it needs itself: `--help` is fast, and `build-labels` starts its worker processes first.
+"""
 
 import json
 import sys
@@ -13,21 +16,23 @@ from labels import Formula, TokenizerKind, __version__
 from labels.storage import UserError, out_path, write_whole
 from preprocess.engine import start_server
 
-# ---- cli_options: What several commands of `preprocess` take: OUT, the configuration and single keys of it.
+_file = click.Path(path_type=Path, dir_okay=False)
+
+# -- arguments and options of several commands
 
 
 def parse_out(_context: click.Context, _argument: click.Parameter, value: str) -> Path:
-    """OUT as a path, or a UPath for a URL."""
+    """An output folder as a path, or a UPath for a URL."""
     return out_path(value)
 
 
 def parse_outs(_context: click.Context, _argument: click.Parameter, value: tuple[str, ...]) -> tuple[Path, ...]:
-    """Several of them."""
+    """Several output folders."""
     return tuple(out_path(text) for text in value)
 
 
 config_option = click.option(
-    "--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it is there)."
+    "--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it exists)."
 )
 set_option = click.option(
     "--set",
@@ -38,12 +43,13 @@ set_option = click.option(
 )
 
 
-# ---- cli_show: The commands of `preprocess` that show, estimate and check: explain, report, plan, doctor.
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Turn image-text shards into sparse labels, an IDF table and betons."""
 
 
-# What is large is imported by the command that needs it: `build-labels` loads this file too.
-
-_file = click.Path(path_type=Path, dir_okay=False)
+# -- showing, estimating and checking
 
 
 def _count(_context: click.Context, _option: click.Parameter, value: str | None) -> int | None:
@@ -56,7 +62,7 @@ def _count(_context: click.Context, _option: click.Parameter, value: str | None)
     return count
 
 
-@click.command("explain")
+@cli.command("explain")
 @click.argument("out", callback=parse_out)
 @click.argument("sample", metavar="KEY|UID")
 @click.option("--shard", metavar="NAME", help="The shard to search, if several have the key.")
@@ -92,7 +98,7 @@ def explain_command(
     show(explain(out, sample, shard=shard), html=html, svg=svg, png=png)
 
 
-@click.command("report")
+@cli.command("report")
 @click.argument("out", callback=parse_out)
 @click.option("--out", "page", type=_file, required=True, metavar="FILE", help="The HTML file to write.")
 @click.option("--pictures", type=click.IntRange(min=0), default=24, show_default=True, help="Images in the gallery.")
@@ -105,7 +111,7 @@ def report_command(out: Path, page: Path, pictures: int) -> None:
     print(f"{page}: {page.stat().st_size / 2**20:.1f} MiB")
 
 
-@click.command("plan")
+@cli.command("plan")
 @click.argument("data", nargs=-1, required=True)
 @click.option("--out", help="The output folder, for the free space on its disk (default: paths.out).")
 @click.option(
@@ -150,7 +156,7 @@ def plan_command(
         print_estimate(described, Console(markup=False, emoji=False, highlight=False))
 
 
-@click.command("doctor")
+@cli.command("doctor")
 @click.option("--out", help="The output folder, whose disk is timed (default: paths.out).")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @config_option
@@ -171,18 +177,7 @@ def doctor_command(out: str | None, as_json: bool, config: Path | None) -> None:
         sys.exit(1)
 
 
-SHOW_COMMANDS = (explain_command, report_command, plan_command, doctor_command)
-
-
-# What is large is imported by the command that needs it, which also is when `build-labels` has its worker processes
-# under way.
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
-def cli() -> None:
-    """Turn image-text shards into sparse labels, an IDF table and betons."""
-
+# -- building: labels, IDF, betons
 
 _decode_check = click.option(
     "--decode-check",
@@ -192,7 +187,7 @@ _decode_check = click.option(
 
 
 def _as_overrides(**flags: object) -> list[str]:
-    """Flags that were given, as `--set` has them."""
+    """The given flags in the form of `--set`."""
     return [f"build.{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
 
 
@@ -216,10 +211,10 @@ def _share(_context: click.Context, _option: click.Parameter, value: str | None)
     "share",
     callback=_share,
     metavar="I/N",
-    help="One of N array jobs on one OUT: every N-th shard from the I-th on.",
+    help="Work of array job I of N on one output folder: every N-th shard from the I-th on.",
 )
 @click.option(
-    "--caption-key", metavar="KEYS", help="Where captions stand, e.g. txt,json:caption (default: build.caption_key)."
+    "--caption-key", metavar="KEYS", help="Where the captions are, e.g. txt,json:caption (default: build.caption_key)."
 )
 @click.option(
     "--subset", metavar="FILE|CONDITION", help="Only these samples: .npy or .parquet of uids, or SQL on the metadata."
@@ -228,11 +223,13 @@ def _share(_context: click.Context, _option: click.Parameter, value: str | None)
 @click.option(
     "--no-images",
     is_flag=True,
-    help="Write where the images lie in the tars, in place of betons: the tars stay the only copy.",
+    help="Write an image index instead of betons: the tars stay the only copy.",
 )
 @_decode_check
 @click.option(
-    "--overwrite", is_flag=True, help="Remove what an earlier build with other options left in OUT; nothing else."
+    "--overwrite",
+    is_flag=True,
+    help="Remove the files of an earlier build with other options from the output folder; nothing else.",
 )
 @config_option
 @set_option
@@ -286,9 +283,9 @@ def build_labels_command(
 @click.argument("out", callback=parse_out)
 @click.argument("data", nargs=-1)
 @click.option(
-    "--prefix", default="", help="Put before the names of the new shards, which have to come after those of OUT."
+    "--prefix", default="", help="Put before the names of the new shards, which must sort after the old ones."
 )
-@click.option("--undo", is_flag=True, help="Give up an append that has not finished, while the manifest still stands.")
+@click.option("--undo", is_flag=True, help="Undo an unfinished append, as long as the old manifest is still there.")
 @click.option("--workers", type=int, help="Worker processes (default: all cores).")
 @click.option("--engine", type=click.Choice(["local", "ray"]), help="Where the work runs (default: local).")
 @set_option
@@ -301,18 +298,18 @@ def append_command(
     engine: str | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Add the shards of DATA to a finished OUT with OUT's own options; without DATA finish what was begun.
+    """Add the shards of DATA to a finished output folder, with its options; without DATA, finish an interrupted append.
 
-    Label rows and betons that are there stay as they are; the IDF table is summed again.
+    Existing label rows and betons do not change; the IDF table is summed again.
     """
     from preprocess.append import append_shards, undo_append
     from preprocess.build import print_summary
 
     if undo:
-        print(f"{out}: {undo_append(out)} shards given up")
+        print(f"{out}: {undo_append(out)} shards removed")
         return
     if set(prefix) & set("/*?[]\\"):
-        raise UserError(f"--prefix {prefix!r} cannot stand in a file name", allowed="letters, digits, - and _")
+        raise UserError(f"--prefix {prefix!r} is not part of a file name", allowed="letters, digits, - and _")
     manifest = append_shards(
         out, list(data), [*overrides, *_as_overrides(workers=workers, engine=engine)], prefix=prefix
     )
@@ -327,7 +324,7 @@ def append_command(
     type=click.IntRange(min=1),
     default=32_768,
     show_default=True,
-    help="Tokens; catlip has as many as pass --min-count.",
+    help="Number of tokens; for catlip, --min-count decides.",
 )
 @click.option(
     "--min-count",
@@ -338,14 +335,14 @@ def append_command(
     "--wordnet", default="auto", show_default=True, help="For catlip: the folder with index.noun and data.noun."
 )
 @click.option(
-    "--caption-key", metavar="KEYS", help="Where captions stand, e.g. txt,json:caption (default: build.caption_key)."
+    "--caption-key", metavar="KEYS", help="Where the captions are, e.g. txt,json:caption (default: build.caption_key)."
 )
 @click.option(
     "--out",
     "target",
     type=click.Path(path_type=Path),
     required=True,
-    help="The file to write; labels.tokenizer then names it.",
+    help="The file to write, for labels.tokenizer.",
 )
 @config_option
 @set_option
@@ -380,16 +377,14 @@ def train_tokenizer_command(
 
 @cli.command("idf")
 @click.argument("outs", nargs=-1, required=True, callback=parse_outs)
-@click.option("--shards", metavar="GLOB", help="Only shards whose name fits, e.g. '0000[0-4]*'.")
-@click.option("--formula", type=click.Choice(get_args(Formula)), help="Default: the one that OUT was built with.")
-@click.option(
-    "--recount", is_flag=True, help="Count the label files again instead of summing the counts that are kept."
-)
+@click.option("--shards", metavar="GLOB", help="Only shards whose names match, e.g. '0000[0-4]*'.")
+@click.option("--formula", type=click.Choice(get_args(Formula)), help="Default: that of the output folder.")
+@click.option("--recount", is_flag=True, help="Count the label files again instead of summing the stored counts.")
 @click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The Parquet file to write.")
 def idf_command(
     outs: tuple[Path, ...], shards: str | None, formula: Formula | None, recount: bool, target: Path
 ) -> None:
-    """Sum the IDF table of some shards, or of several OUTs together, from the counts that are kept for every shard."""
+    """Sum the IDF table of some shards, or of several output folders, from the stored counts of every shard."""
     from preprocess.counts import sum_idf
 
     print(f"{target}: {sum_idf(list(outs), target, shards=shards, formula=formula, recount=recount)}")
@@ -400,7 +395,7 @@ def idf_command(
 @click.argument("query")
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
 def sql_command(out: Path, query: str, form: str) -> None:
-    """Ask OUT's tables (tokens, corpus, shards, labels) with SQL, read-only."""
+    """Query the tables of an output folder (tokens, corpus, shards, labels) with SQL, read-only."""
     from preprocess.inspect.sql import run_query
 
     run_query(out, query, form)  # type: ignore[arg-type]  # click has checked the choice
@@ -409,7 +404,7 @@ def sql_command(out: Path, query: str, form: str) -> None:
 @cli.command("verify")
 @click.argument("out", callback=parse_out)
 def verify_command(out: Path) -> None:
-    """Read back everything in OUT and compare it with the manifest; exit code 1 if anything differs."""
+    """Read back a whole output folder and compare it with the manifest; exit code 1 if anything differs."""
     from preprocess.inspect.verify import repair_command, verify_build
 
     faults = verify_build(out)
@@ -419,10 +414,6 @@ def verify_command(out: Path) -> None:
         print(f"{out}: {len(faults)} faults; fix: {repair_command(out)}")
         sys.exit(1)
     print(f"{out}: whole and unchanged")
-
-
-for command in SHOW_COMMANDS:
-    cli.add_command(command)
 
 
 def main() -> None:

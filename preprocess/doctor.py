@@ -1,7 +1,9 @@
-"""`preprocess doctor`: what this machine has, what is missing, and how to fix it; no heavy library is imported.
+"""`preprocess doctor`: what this machine has, what is missing, and how to fix it.
 
-good       as it should be              missing   needed, but not installed: exit code 1
-weak       present, but slow or small   absent    not needed by what is installed
+    examine: Python, libraries, CUDA, cores, memory, open files, disk -> Findings -> print_findings, or JSON
+
+States: good; weak: there, but slow or small; missing: needed, but not installed (exit code 1); absent: not needed by
+the installed extras. Versions come from package metadata and the GPUs from the CUDA driver: no heavy library is loaded.
 """
 
 import ctypes
@@ -38,7 +40,7 @@ _EXTRAS = ("train", "evals", "onnx", "ffcv", "ray", "s3", "wandb", "sentencepiec
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked: its name, its state, its value, and how to fix it."""
+    """The result of one check."""
 
     name: str
     state: State
@@ -47,23 +49,18 @@ class Finding:
 
 
 def _finding(name: str, value: str, fix: str, otherwise: State = "weak") -> Finding:
-    """`otherwise`: the state if there is something to fix."""
+    """A good finding if `fix` is empty; `otherwise` is the state if it is not."""
     return Finding(name, otherwise if fix else "good", value, fix)
 
 
 def examine(out: Path, settings: Pipeline) -> list[Finding]:
-    """Check everything; nothing stays changed: the file that times the disk, next to the output folder, is removed.
-
-    Args:
-        out: the output folder, which need not exist.
-        settings: for the number of workers.
-    """
+    """All checks. The disk of `out`, a folder or a path for one, is timed with a file that is removed again."""
     python = Finding("python", "good", f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.executable}")
     return [python, *_libraries(), *_native_libraries(), *_cuda(), *_limits(settings), *_disk(out)]
 
 
 def _requirements() -> dict[str, list[Requirement]]:
-    """What the package requires, under "", and what each extra requires besides."""
+    """The requirements of the package, under "", and those that each extra adds."""
     groups: dict[str, list[Requirement]] = {"": []}
     with suppress(metadata.PackageNotFoundError):
         for requirement in map(Requirement, metadata.requires(_PACKAGE) or []):
@@ -75,7 +72,7 @@ def _requirements() -> dict[str, list[Requirement]]:
 
 
 def installed_extras() -> list[str]:
-    """Extras all of whose packages are installed, in any version."""
+    """Extras of which all packages are installed, in any version."""
     groups = _requirements()
     return [extra for extra in groups if extra and all(_version(package.name) for package in groups[extra])]
 
@@ -97,7 +94,7 @@ def _libraries() -> Iterator[Finding]:
     yield _finding(_PACKAGE, value, "" if groups[""] else "pip install . in the repository")
     for extra, needed in groups.items():
         versions = {package.name: _version(package.name) for package in needed}
-        wrong = [one for one in needed if not _fits(one, versions[one.name])]
+        wrong = [package for package in needed if not _fits(package, versions[package.name])]
         if extra and extra not in extras:
             missing = ", ".join(name for name, version in versions.items() if not version)
             yield Finding(f"[{extra}]", "absent", f"not installed: {missing}", f"pip install '{_PACKAGE}[{extra}]'")
@@ -125,7 +122,9 @@ def _cuda() -> Iterator[Finding]:
     except OSError as error:
         yield Finding("cuda", "weak", str(error), "run nvidia-smi; a reboot after a driver update often helps")
         return
-    with_cuda = "+cpu" not in torch and any((one.name or "").startswith("nvidia-") for one in metadata.distributions())
+    with_cuda = "+cpu" not in torch and any(
+        (package.name or "").startswith("nvidia-") for package in metadata.distributions()
+    )
     if not devices:
         yield Finding("cuda", "absent", f"no GPU; torch {torch} trains on the CPU")
     elif with_cuda:
@@ -136,18 +135,14 @@ def _cuda() -> Iterator[Finding]:
 
 
 def cuda_devices() -> list[str]:
-    """Name and memory of every GPU that the CUDA driver offers; empty without a driver.
-
-    Raises:
-        OSError: a driver is installed, but finds no GPU that works.
-    """
+    """Name and memory of every GPU; empty without a CUDA driver. OSError: the driver finds no working GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return []
     count, device, memory, name = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(100)
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        raise OSError("the CUDA driver, libcuda.so.1, is installed, but finds no GPU that works")
+        raise OSError("the CUDA driver, libcuda.so.1, is installed, but finds no working GPU")
     devices = []
     for number in range(count.value):
         driver.cuDeviceGet(ctypes.byref(device), number)
@@ -158,7 +153,7 @@ def cuda_devices() -> list[str]:
 
 
 def _control_group(file: str, unlimited: list[float]) -> list[float]:
-    """The numbers in a file of this container's control group, which psutil does not read; `unlimited` without one."""
+    """The numbers in a file of the container's control group, which psutil does not read, or `unlimited`."""
     try:
         return [float(word) for word in (_CGROUP / file).read_text().replace("max", "inf").split()]
     except OSError:
@@ -203,11 +198,7 @@ def _disk(out: Path) -> Iterator[Finding]:
 
 
 def write_and_read_speed(folder: Path) -> tuple[float, float]:
-    """MiB/s of a file of 64 MiB, synced to the disk, then read back after it is dropped from the page cache.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """MiB/s of a file of 64 MiB: written and synced, dropped from the page cache, read back. OSError: not writable."""
     path = folder / f".{secrets.token_hex(6)}.partial"
     block = secrets.token_bytes(_BLOCK_BYTES)  # not compressible
     try:
@@ -228,7 +219,7 @@ def write_and_read_speed(folder: Path) -> tuple[float, float]:
 
 
 def print_findings(findings: list[Finding], console: Console) -> None:
-    """As a table for people."""
+    """Print a table with the number of missing things."""
     table = Table.grid(padding=(0, 2))
     for finding in findings:
         # Text: rich would take the name of an extra, [train], for a style.

@@ -1,10 +1,10 @@
-"""Who may write to an output folder: one run alone, or the members i/n of an array job next to each other.
+"""Who may write to an output folder: one build alone, or the members i/n of an array job at the same time.
 
-    only_writer    holds .lock exclusively
-    one_of_many    holds .lock shared, and .lock-<i>-of-<n> exclusively; refuses next to members of another n
+    only_writer    holds .lock exclusively                               a build without --shard
+    one_of_many    holds .lock shared, .lock-<i>-of-<n> exclusively      member i of n; members of another n are refused
 
-A lock is flock's, which the kernel releases however its holder ends. On object stores and file systems without flock
-it is a lease: a file that its holder rewrites every REFRESH_S seconds, and that counts as abandoned after STALE_S
+A lock is flock's, which the kernel releases when its holder ends in any way. On object stores and file systems without
+flock it is a lease: a file that its holder rewrites every REFRESH_S seconds, abandoned if it is older than STALE_S
 seconds. A lock file names its holder. The library filelock has neither shared locks nor leases on object stores.
 """
 
@@ -29,7 +29,7 @@ from labels.storage import UserError, disk_errors, is_remote, make_folder
 
 REFRESH_S = 20.0
 STALE_S = 120.0
-# A signal of our own: a command started in the background of a script ignores interrupts.
+# Not SIGINT: a command that a script starts in the background ignores it.
 _LOST_SIGNAL = signal.SIGUSR1
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # e.g. Lustre mounted without -o flock
 _WAIT = "wait for it, or stop it, then run the command again"
@@ -37,13 +37,13 @@ _WAIT = "wait for it, or stop it, then run the command again"
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock. `started`, `refreshed`: seconds since 1970; `token`: unique."""
+    """The process that holds a lock, as its file names it."""
 
     host: str
     process: int
-    started: float
-    refreshed: float
-    token: str
+    started: float  # seconds since 1970
+    refreshed: float  # seconds since 1970
+    token: str  # unique
 
     @classmethod
     def me(cls) -> Self:
@@ -51,9 +51,9 @@ class Holder:
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """The holder that a lock file names; None without a file or content; an unknown one if it is damaged."""
+        """The holder that a lock file names; None if it is absent or empty; host `unknown` if it is damaged."""
         try:
-            # One request: an object that its holder rewrites between open and read would be an error.
+            # One request: open, then read fails if the holder rewrites the object in between.
             store = path.fs if is_remote(path) else None  # type: ignore[attr-defined]
             raw: bytes = store.cat_file(path.path) if store else path.read_bytes()  # type: ignore[attr-defined]
         except FileNotFoundError:
@@ -69,7 +69,7 @@ class Holder:
 
     @property
     def fresh(self) -> bool:
-        """Whether a lease of this holder still counts."""
+        """Whether a lease of this holder is valid."""
         return time.time() - self.refreshed <= STALE_S
 
     def __str__(self) -> str:
@@ -80,11 +80,7 @@ class Holder:
 
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Hold the lock file at `path` alone for the block.
-
-    Raises:
-        UserError: another process holds it, or the lock of a member; names its host, process and age.
-    """
+    """Hold the lock file at `path` alone for the block. UserError: another process holds it, or a member's lock."""
     with _locked(path, fcntl.LOCK_EX):
         for member in _members(path):
             if _is_held(member):
@@ -96,18 +92,11 @@ def only_writer(path: Path) -> Iterator[None]:
 
 @contextmanager
 def one_of_many(path: Path, i: int, n: int) -> Iterator[None]:
-    """Hold member `i` of `n` for the block, next to the other members.
-
-    Args:
-        path: the lock file that a run without `--shard` holds.
-        i: this member's number.
-        n: how many members write to the same output folder.
-
-    Raises:
-        UserError: a run without `--shard`, the same member, or a member of another n is writing; names it.
+    """Hold the lock of member `i` of `n` for the block, while other members may write; `path` is the lock of a build
+    without `--shard`. UserError: such a build, the same member, or a member of another n is writing.
     """
     with _locked(path, fcntl.LOCK_SH), _locked(path.with_name(f"{path.name}-{i}-of-{n}"), fcntl.LOCK_EX):
-        # Only after our own exists: of two leases that start at the same moment, at least one sees the other.
+        # Checked after our own lock exists: of two leases that start at once, at least one sees the other.
         if _is_held(path):
             raise _busy(path)
         for member, count in _members(path).items():
@@ -122,15 +111,17 @@ def one_of_many(path: Path, i: int, n: int) -> Iterator[None]:
 
 
 def _members(path: Path) -> dict[Path, int]:
-    """The lock files of array members next to `path`, each with its n."""
+    """The lock files of array members in the folder of `path`, each with its n."""
     files = sorted(path.parent.glob(f"{path.name}-*-of-*"))
     matches = [(file, re.fullmatch(r"-[0-9]+-of-([0-9]+)", file.name.removeprefix(path.name))) for file in files]
     return {file: int(match[1]) for file, match in matches if match}
 
 
 def _busy(path: Path) -> UserError:
-    holders = filter(None, map(Holder.read, [path, *_members(path)]))  # a shared lock names nobody: its members do
-    holder = next(holders, "(host and process are not known)")
+    holders = filter(
+        None, map(Holder.read, [path, *_members(path)])
+    )  # a shared lock names no holder: the members' files do
+    holder = next(holders, "(host and process unknown)")
     return UserError(f"another process is writing to {path.parent} {holder}", fix=_WAIT)
 
 
@@ -165,7 +156,7 @@ def _locked(path: Path, mode: int) -> Iterator[None]:
 
 
 def _flock(path: Path, mode: int) -> int | None:
-    """A descriptor of `path` that holds the kernel's lock; None if the file system has no locks."""
+    """A descriptor of `path` that holds the kernel's lock; None if the file system has no flock."""
     while True:
         with disk_errors(path):
             make_folder(path.parent)
@@ -182,12 +173,12 @@ def _flock(path: Path, mode: int) -> int | None:
             if error.errno not in _NO_FLOCK:
                 raise
             if not Holder.read(path):
-                path.unlink(missing_ok=True)  # it was created by the attempt
+                path.unlink(missing_ok=True)  # this attempt created it
             return None
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a process holds the file exclusively; found out with a shared lock, so that several can ask at once."""
+    """Whether a process holds the file exclusively; tested with a shared lock, so several processes can test at once."""
     if not is_remote(path):
         try:
             with open(path, "rb") as file:
@@ -204,10 +195,9 @@ def _is_held(path: Path) -> bool:
 
 @contextmanager
 def leased(path: Path) -> Iterator[None]:
-    """Hold the lease at `path` for the block; if another process takes it over meanwhile, the block is interrupted.
+    """Hold the lease at `path` for the block; if another process takes it over, the block is interrupted.
 
-    Raises:
-        UserError: another process holds it; or this one lost it, because it could not be refreshed.
+    UserError: another process holds it, or took it over because this one could not refresh it.
     """
     mine = Holder.me()
     _create_lease(path, mine)
@@ -248,20 +238,20 @@ def _create_lease(path: Path, mine: Holder) -> None:
         holder = Holder.read(path)
         if holder is None:
             empty += 1
-            if empty > 20:  # neither just released nor about to be written: nobody's
+            if empty > 20:  # neither just released nor about to be written: abandoned
                 path.unlink(missing_ok=True)
             time.sleep(0.05)
         elif holder.fresh:
             raise _busy(path)
         else:
-            time.sleep(1.25 * REFRESH_S)  # the clocks of two machines may differ: a live holder rewrites it meanwhile
+            time.sleep(1.25 * REFRESH_S)  # clocks of machines differ: a live holder rewrites it meanwhile
             if Holder.read(path) == holder:
                 _note_abandoned(path)
                 path.unlink(missing_ok=True)
 
 
 def _create(path: Path, content: bytes) -> bool:
-    """Write `path` unless it exists; whether it was written."""
+    """Write `path` unless it exists; True if it was written."""
     try:
         with disk_errors(path):
             if is_remote(path):
@@ -277,7 +267,7 @@ def _create(path: Path, content: bytes) -> bool:
 
 def _refresh(path: Path, mine: Holder, ended: threading.Event, lost: threading.Event) -> None:
     while not ended.wait(REFRESH_S):
-        with suppress(OSError):  # the store may answer again after REFRESH_S; if it does not, the lease is lost
+        with suppress(OSError):  # try again after REFRESH_S; if the store never answers, the lease is lost
             holder = Holder.read(path)
             if holder is None or holder.token != mine.token:
                 lost.set()

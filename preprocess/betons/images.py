@@ -6,7 +6,7 @@
 
 `decode_check: header` is the default: it costs almost nothing. A full decode costs several times the rest of the
 writer, and the loader checks every decode anyway: it reports a bad image and excludes it from the loss. `full`
-(DecodeCheck) is for those who want to know before training.
+(DecodeCheck) finds bad images before training.
 """
 
 import ctypes
@@ -185,7 +185,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return image.convert("I").point(lambda value: value / 256.0).convert("L")
 
 
-# ---- Headers
+# -- headers
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ def _has_end(data: np.ndarray, begin: int, end: int) -> bool:
     return False
 
 
-# ---- decode_check: full
+# -- decode_check: full
 
 
 class DecodeCheck:

@@ -49,7 +49,7 @@ _DIRECT = getattr(os, "O_DIRECT", 0)  # no such flag on macOS
 _copy_bytes = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
 
 
-# ---- The group
+# -- the group
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _reasons(faults: Iterable[Fault]) -> dict[str, int]:
     return dict(sorted(Counter(fault.reason for fault in faults).items()))
 
 
-# ---- Rows of one shard to images
+# -- rows of one shard to images
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def resolve_images(
     return ResolvedImages(good, converted, spans, width, height, faults)
 
 
-# ---- The file
+# -- the file
 
 
 @dataclass(frozen=True)

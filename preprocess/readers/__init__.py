@@ -2,7 +2,7 @@
 
 tar                tar.py, compiled in tar_index.py   -> rows of its json, txt and image members
 Parquet, CSV, TSV  table.py, cells in columns.py      -> rows of its columns; also the side Parquet of a tar
-either             build.caption_key, parsed in base.py -> which member, field or column the caption is
+either             base.py, from build.caption_key      -> which member, field or column the caption is
                    images.py                          -> where the image files of the label rows are
 """
 
@@ -33,7 +33,7 @@ def reads_side(shard: Shard, choices: tuple[Choice, ...]) -> bool:
     try:
         names = open_table(_side(shard)).schema.names
     except TableDamaged:
-        return False  # the tar itself has all that counts
+        return False  # the tar itself has the captions
     columns = [item.name for choice in column_choices(first, "parquet") for item in choice.items]
     return "key" in names and not set(columns).isdisjoint(names)
 

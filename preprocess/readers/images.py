@@ -129,7 +129,7 @@ def _walked(file: BinaryIO, size: int, wanted: tuple[str, ...]) -> tuple[pa.Stri
     return pa.array(keys, pa.string()), np.array(spans, np.int64).reshape(len(keys), len(wanted), 2), cut
 
 
-# ---- Images of tables
+# -- images of tables
 
 
 def has_images(shard: Shard) -> bool:

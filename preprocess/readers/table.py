@@ -129,7 +129,7 @@ def _rows(
     return RowBatch(table, [Fault(keys[row].as_py(), *faults[row]) for row in sorted(faults)])
 
 
-# ---- The file: Arrow batches of the requested columns
+# -- the file: Arrow batches of the requested columns
 
 
 class TableDamaged(Exception):
@@ -315,7 +315,7 @@ def _damage(reason: str) -> Iterator[None]:
         raise TableDamaged(reason, " ".join(str(error).split())) from None
 
 
-# ---- Repeated keys: exact, in one reading as long as no hash repeats
+# -- repeated keys: exact, in one reading as long as no hash repeats
 #
 # keys -> 64-bit hashes -> a set; the first hash that is there already -> all keys are read again: hashes that occur
 #      twice -> only keys with such a hash are compared as strings, in the table's order

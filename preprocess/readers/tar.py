@@ -134,7 +134,7 @@ def _table(rows: list[Row]) -> pa.Table:
     return pa.Table.from_pylist(list(map(vars, rows)), schema=ROWS)
 
 
-# ---- A tar's samples, by its headers
+# -- a tar's samples, by its headers
 
 
 def walk(file: BinaryIO, size: int) -> Iterator[Sample | Fault]:
@@ -216,7 +216,7 @@ def _printable(name: str) -> str:
     return name.encode("utf8", "surrogateescape").decode("utf8", "backslashreplace")
 
 
-# ---- One sample to one row
+# -- one sample to one row
 
 
 def read_row(sample: Sample, choices: tuple[Choice, ...]) -> Row | Fault:
@@ -282,7 +282,7 @@ def _caption(sample: Sample, metadata: dict[str, Any], choices: tuple[Choice, ..
     return Fault(sample.key, "no caption", f"looked for: {', '.join(map(str, choices)) or 'nothing that a tar has'}")
 
 
-# ---- Many samples to rows at once
+# -- many samples to rows at once
 
 
 def _indexed(index: TarIndex, choices: tuple[Choice, ...], start: int, end: int) -> RowBatch:

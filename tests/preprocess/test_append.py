@@ -131,7 +131,7 @@ def test_undo_gives_up_what_has_not_finished(dataset: Built, out: Path, tmp_path
         said.code == 1
         and f"of an append that has not finished; `preprocess append {out}` resumes it, --undo removes it" in said.out
     )
-    assert preprocess("append", out, "--undo").out == f"{out}: 1 shards given up\n"
+    assert preprocess("append", out, "--undo").out == f"{out}: 1 shards removed\n"
     assert contents(out) == before and preprocess("verify", out).code == 0
 
 
@@ -148,7 +148,7 @@ def test_names_have_to_come_after_the_old_ones(dataset: Built, out: Path, tmp_pa
     append(out, tmp_path / "data", "--prefix", "more1-")
     assert [shard.name for shard in read_manifest(out).shards] == ["00000000", "00000001", "more1-00000001"]
     assert [row["key"] for row in rows(out)[12:]] == ["000000050", "000000051", "000000052"]
-    assert "cannot stand in a file name" in refused(out, tmp_path / "data", "--prefix", "a/b")
+    assert "is not part of a file name" in refused(out, tmp_path / "data", "--prefix", "a/b")
 
 
 def test_what_cannot_be_appended(dataset: Built, out: Path, tmp_path: Path) -> None:

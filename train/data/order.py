@@ -186,13 +186,13 @@ def random_crop(
     `scale` is the range of the area's share, `ratio` of width / height.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    for trial in range(10):
-        area = width * height * (scale[0] + (scale[1] - scale[0]) * uniform(seed, epoch, index, 4 * trial))
-        aspect = math.exp(low + (high - low) * uniform(seed, epoch, index, 4 * trial + 1))
+    for attempt in range(10):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * uniform(seed, epoch, index, 4 * attempt))
+        aspect = math.exp(low + (high - low) * uniform(seed, epoch, index, 4 * attempt + 1))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left = int(uniform(seed, epoch, index, 4 * trial + 2) * (width - w + 1))
-            top = int(uniform(seed, epoch, index, 4 * trial + 3) * (height - h + 1))
+            left = int(uniform(seed, epoch, index, 4 * attempt + 2) * (width - w + 1))
+            top = int(uniform(seed, epoch, index, 4 * attempt + 3) * (height - h + 1))
             return left, top, w, h
     if width < ratio[0] * height:
         w, h = width, min(height, round(width / ratio[0]))
