@@ -73,14 +73,14 @@ def own_section(pipeline: Pipeline, name: str, section: type[_Own]) -> _Own:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The sections of a file. UserError: it is missing, no YAML, no mapping, or has a key twice."""
+    """The sections of a file. UserError: it is missing, no YAML, no mapping, or repeats a key."""
     try:
         values = yaml.load(file.read_text(encoding="utf8"), _Loader)
     except FileNotFoundError:
         fix = "give --config an existing file, or omit it"
         raise UserError(f"no configuration file at {file}", fix=fix) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file} is not readable as YAML: {error}") from None
+        raise UserError(f"{file} is not readable as YAML: {error}", allowed="sections with keys") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -112,14 +112,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not YAML: {error}") from None
+        raise UserError(f"--set {override!r}: the value is not YAML: {error}", fix="correct or quote it") from None
     section = values
     for depth, name in enumerate(names[:-1]):
         if section.get(name) is None:
             section[name] = {}
         section = section[name]
         if not isinstance(section, dict):
-            raise UserError(f"--set {override!r}: {'.'.join(names[: depth + 1])} is a value, not a section")
+            problem = f"--set {override!r}: {'.'.join(names[: depth + 1])} is a value, not a section"
+            raise UserError(problem, fix=f"--set {'.'.join(names[: depth + 1])}=VALUE")
     section[names[-1]] = value
 
 

@@ -118,13 +118,13 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
-        why = f"the file system makes none there ({error.strerror})"
+        why = f"the file system refuses it ({error.strerror})"
         for above in (path, *path.parents):
             if not above.is_dir() and (above.exists() or above.is_symlink()):
                 why = f"{above} is {'a file' if above.exists() else 'a link that leads nowhere'}"
                 break
         raise UserError(
-            f"no folder {path} can be made: {why}", allowed="a folder, there or not yet", fix="name another one"
+            f"the folder {path} cannot be made: {why}", allowed="an existing or a new folder", fix="name another folder"
         ) from error
 
 

@@ -212,7 +212,7 @@ def _open_metadata(
         except duckdb.Error as error:
             raise_if_out_of_memory(error)
             problem = f"{names[0]} (of {len(names)} files) cannot be read as Parquet: {one_line(error)}"
-            raise UserError(problem) from None
+            raise UserError(problem, allowed="Parquet files with a column uid") from None
         if "uid" not in table.columns:
             raise UserError(f"{names[0]} has no column uid", allowed=f"its columns are {', '.join(table.columns)}")
         yield table

@@ -96,10 +96,10 @@ def build_labels(
         UserError: bad input, an output folder of other options, too many bad samples, no sample left.
     """
     _check_out(out)
-    found = find_shards(sources)
-    for note in found.notes:
+    found_shards = find_shards(sources)
+    for note in found_shards.notes:
         print(f"note: {note}", file=sys.stderr)
-    inputs = BuildInputs("none" if not betons else "places" if no_images else "betons", [found.shards])
+    inputs = BuildInputs("none" if not betons else "places" if no_images else "betons", [found_shards.shards])
     check_images(inputs.shards, inputs.images)
     layout = Layout(out)
     with _locked(layout, share):
@@ -320,7 +320,7 @@ def _check_out(out: Path) -> None:
     """Refuse, before any work, an output folder that cannot be written or that DuckDB could not name."""
     path = str(out) if is_remote(out) else str(out.resolve())
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file", allowed="a folder, there or not yet", fix="give another --out")
+        raise UserError(f"{out} is a file", allowed="an existing or a new folder", fix="give another --out")
     if patterns := sorted(set("*?[]") & set(path)):
         raise UserError(
             f"the path {path} holds {' '.join(patterns)}, which DuckDB takes for a pattern",

@@ -148,8 +148,8 @@ def plan_command(
 
     settings = load_pipeline(config, [*overrides, *([f"build.workers={workers}"] if workers else [])])
     target = out_path(out or settings.paths.out)
-    found = estimate(list(data), target, settings, samples=samples, betons=not no_beton)
-    described = found.describe(price_per_hour, price_per_gib_month)
+    estimated = estimate(list(data), target, settings, samples=samples, betons=not no_beton)
+    described = estimated.describe(price_per_hour, price_per_gib_month)
     if as_json:
         print(json.dumps(described, indent=1))
     else:
@@ -264,7 +264,7 @@ def build_labels_command(
         raise UserError(
             "--no-beton and --no-images are both given",
             allowed="one of them",
-            fix="--no-beton makes neither betons nor an image index",
+            fix="omit --no-images (--no-beton makes no image index either), or omit --no-beton",
         )
     if overwrite and share:
         raise UserError(

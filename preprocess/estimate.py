@@ -152,7 +152,9 @@ def measure(
     parts = shard_parts(chosen, markers)
     if not sum(part.rows for part in parts):
         names = ", ".join(shard.name for shard in chosen)
-        raise UserError(f"the measured shards ({names}) have no label row")
+        raise UserError(
+            f"the measured shards ({names}) have no label row", fix="check build.caption_key and build.subset"
+        )
 
     idf_s = _seconds(lambda: write_idf(build, parts, markers))
     counts = [layout.count_file(shard.name) for shard in chosen]

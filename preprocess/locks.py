@@ -178,7 +178,7 @@ def _flock(path: Path, mode: int) -> int | None:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a process holds the file exclusively; tested with a shared lock, so several processes can test at once."""
+    """Whether a process holds the file exclusively; tested with a shared lock: several processes can test at once."""
     if not is_remote(path):
         try:
             with open(path, "rb") as file:
@@ -214,9 +214,9 @@ def leased(path: Path) -> Iterator[None]:
     try:
         yield
     except _Lost:
-        other = Holder.read(path) or ""
+        holder = Holder.read(path) or ""
         raise UserError(
-            f"the lock {path} was taken over by another process {other}: it was not refreshed for {STALE_S:.0f} s",
+            f"the lock {path} was taken over by another process {holder}: it was not refreshed for {STALE_S:.0f} s",
             fix="make sure that only one command writes there, then run it again: finished parts are kept",
         ) from None
     finally:

@@ -23,7 +23,7 @@ from labels.tokenizers.kinds.catlip import CatlipTokenizer, write_vocabulary
 # Called for each pass over the captions; wordpiece takes two.
 Captions = Callable[[], Iterable[list[str]]]
 
-# Characters of WordPiece's alphabet, the commonest; BERT's own trainer has the same bound.
+# Most characters of WordPiece's alphabet, the most frequent first; BERT's own trainer has the same bound.
 _MAX_ALPHABET = 1000
 _BYTES = 256
 # sentencepiece holds its captions in memory; of more, it draws this many, with a seed.
@@ -160,7 +160,7 @@ def _train_unigram(captions: _Counted, vocab_size: int, min_count: int) -> Engin
         if not captions.captions:
             return Engine(models.Unigram())
         raise UserError(
-            f"train-tokenizer: sentencepiece cannot train on these captions: {error}", fix="another --vocab-size"
+            f"train-tokenizer: sentencepiece cannot train on these captions: {error}", fix="give another --vocab-size"
         ) from None
     trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     numbers = [number for number in range(trained.get_piece_size()) if not trained.is_control(number)]
@@ -173,7 +173,7 @@ def _train_unigram(captions: _Counted, vocab_size: int, min_count: int) -> Engin
 
 
 def _train_wordlevel(captions: _Counted, vocab_size: int, min_count: int) -> Engine:
-    """Words and runs of punctuation, the commonest; the others are unknown."""
+    """The most frequent words and runs of punctuation; all others are unknown."""
     _check_size(vocab_size, 1, "the unknown token")
     engine = Engine(models.WordLevel(unk_token="[UNK]"))
     engine.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -201,8 +201,8 @@ def _train_catlip(captions: Captions, out: Path, min_count: int, wordnet: str) -
     if not kept:
         raise UserError(
             f"train-tokenizer: no synset is in {min_count} captions or more; of {total:,} captions, "
-            f"{int(frequency.max()):,} have the commonest synset",
-            fix="a smaller --min-count",
+            f"{int(frequency.max()):,} have the most frequent synset",
+            fix="give a smaller --min-count",
         )
     write_vocabulary(out, everything.nouns, kept, min_count)
     return len(kept)

@@ -76,7 +76,7 @@ def distributed_world(runtime: Runtime) -> Iterator[World]:
         if device.index >= torch.cuda.device_count():
             raise UserError(
                 f"rank {device.index} of this node has no GPU: torch sees {torch.cuda.device_count()}",
-                fix=f"--nproc-per-node={torch.cuda.device_count()}",
+                fix=f"start torchrun with --nproc-per-node={torch.cuda.device_count()}",
             )
         torch.cuda.set_device(device)
     if runtime.threads:

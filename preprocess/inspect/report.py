@@ -234,10 +234,10 @@ def _spectrum(summary: Summary) -> Html:
         rows.append([tag("code", label.name), token, f"{frequency:,}", shares[0], f"{label.idf:.3f}", shares[1]])
     columns = ["Token", "#Id", "#Captions", "#Of all captions", "#IDF (nats)", "#Of all weight"]
     caption = f"The {len(rows)} most frequent tokens; weight is document frequency times IDF"
-    commonest = table(columns, rows, caption=caption)
+    frequent = table(columns, rows, caption=caption)
     once = int((vocabulary.frequency == 1).sum())
     tail = f"{len(order):,} tokens occur, {once:,} of them in a single caption. “…” marks a part of a word."
-    return join([paragraph(text), chart, paragraph(tail, muted=True), details("The most frequent tokens", commonest)])
+    return join([paragraph(text), chart, paragraph(tail, muted=True), details("The most frequent tokens", frequent)])
 
 
 def _named(vocabulary: Vocabulary, order: np.ndarray) -> list[int]:

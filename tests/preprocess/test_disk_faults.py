@@ -261,10 +261,10 @@ def test_a_folder_that_cannot_be_made_names_the_file_in_its_place(tmp_path: Path
     ):
         with pytest.raises(UserError) as caught:
             write_json(tmp_path / name / "made.json", {})
-        assert f"no folder {tmp_path / name} can be made: {tmp_path}/{why}" in str(
+        assert f"the folder {tmp_path / name} cannot be made: {tmp_path}/{why}" in str(
             caught.value
-        ) and "name another one" in str(caught.value)
-    with pytest.raises(UserError, match="no folder /proc/none can be made: the file system makes none there"):
+        ) and "name another folder" in str(caught.value)
+    with pytest.raises(UserError, match="the folder /proc/none cannot be made: the file system refuses it"):
         write_json(Path("/proc/none/made.json"), {})
 
 

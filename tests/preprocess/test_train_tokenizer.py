@@ -99,7 +99,7 @@ def test_catlip_keeps_the_synsets_of_enough_captions(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(Labels(tokenizer=str(tmp_path / "a.json"), wordnet=str(folder)))
     assert tokenizer.encode(["geese, dogs, cats"], 75)[0].tolist() == [1, 0]
     with pytest.raises(
-        UserError, match="no synset is in 500 captions or more; of 5 captions, 3 have the commonest synset"
+        UserError, match="no synset is in 500 captions or more; of 5 captions, 3 have the most frequent synset"
     ) as caught:
         train_tokenizer(few, "catlip", out=tmp_path / "c.json", wordnet=str(folder))
     assert "--min-count" in str(caught.value) and not (tmp_path / "c.json").exists()

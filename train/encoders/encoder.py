@@ -164,7 +164,7 @@ def timm_blocks(net: Any) -> Blocks:
     """The blocks of any timm net that gives intermediate features."""
     if not hasattr(net, "forward_intermediates"):
         problem = f"timm's {type(net).__name__} gives no intermediate features"
-        raise UserError(problem, fix="leave --layer and --pool out")
+        raise UserError(problem, fix="omit --layer and --pool")
     prefix = int(getattr(net, "num_prefix_tokens", 0))
     transformer = "return_prefix_tokens" in inspect.signature(net.forward_intermediates).parameters
     normed = transformer and not isinstance(getattr(net, "norm", None), nn.Identity)

@@ -277,7 +277,7 @@ def _hf_blocks(model: Any, side: int) -> Blocks:
     with torch.inference_mode():
         states = model(pixel_values=torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states
     if not states or states[-1].ndim not in (3, 4):
-        raise UserError(f"{type(model).__name__} gives no hidden states", fix="leave --layer and --pool out")
+        raise UserError(f"{type(model).__name__} gives no hidden states", fix="omit --layer and --pool")
     grid = states[-1].ndim == 4  # of a convolutional model: [B, W, H, W']
     norms = [getattr(model, name, None) for name in _NORMS]
     norm = next((module for module in norms if isinstance(module, nn.Module) and not grid), None)

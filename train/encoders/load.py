@@ -145,7 +145,7 @@ def _pixels(requested: EncoderSpec, side: str) -> Encoder:
         raise UserError(problem, allowed="e.g. pixels:32")
     if requested.layer is not None or requested.pool is not None:
         problem = f"the encoder {requested.spec!r} has no layers to choose from"
-        raise UserError(problem, fix="leave --layer and --pool out")
+        raise UserError(problem, fix="omit --layer and --pool")
     form = ImageForm(int(side or _DEFAULT_SIDE), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     nothing = dict.fromkeys(("checkpoint", "pool", "layer"), "none")
     return finish(requested, nn.Flatten(), form, {"architecture": "raw pixels", "architecture_args": {}, **nothing})

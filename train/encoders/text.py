@@ -98,7 +98,7 @@ def _label_dataset(run: Path, labels: Path | None) -> Path:
     fingerprint = read_manifest(dataset).tokenizer.fingerprint
     if fingerprint != expected:
         problem = f"{run} was trained with the tokenizer {expected[:16]}, {dataset} has {fingerprint[:16]}"
-        raise UserError(problem, allowed="the same", fix=fix)
+        raise UserError(problem, allowed="a label dataset of the same tokenizer", fix=fix)
     return dataset
 
 

@@ -77,7 +77,8 @@ def run_protocol(
     loaded = [load_encoder(spec) for spec in encoders]
     for encoder in loaded:
         if reason := evaluation.unfit(encoder):
-            raise UserError(f"{evaluation.name} cannot evaluate the encoder {encoder.name!r}: {reason}")
+            problem = f"{evaluation.name} cannot evaluate the encoder {encoder.name!r}: {reason}"
+            raise UserError(problem, fix="name another --encoder")
     data = load()
     evaluation.check(data, settings)
     images = f"{len(data.train)} + {len(data.test)}" if isinstance(data, DataSet) else f"{len(data.test)}"

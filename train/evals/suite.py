@@ -184,12 +184,12 @@ def _check(planned: list[_Planned], data_sets: list[DataSet | CaptionSet]) -> No
         fitting = [data for data in data_sets if plan.fits(data)]
         if not fitting:
             problem = f"{plan.evaluation.name} takes data with {plan.evaluation.takes}, and the suite has none"
-            raise UserError(problem, fix="add some")
+            raise UserError(problem, fix="add such data, or remove the protocol")
         for data in fitting:
             plan.evaluation.check(data, plan.evaluation.settings(plan.pipeline))
     for data in data_sets:
         if not any(plan.fits(data) for plan in planned):
-            fix = "add one (retrieval or caption for captions), or leave the data out"
+            fix = "add one (retrieval or caption for captions), or remove the data"
             raise UserError(f"no protocol of the suite takes {data.name}", fix=fix)
 
 

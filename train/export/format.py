@@ -66,7 +66,7 @@ def check(encoder: Encoder, written: Written, folder: Path) -> float:
         own, exported = expected(images), read(images)
         if own.shape != exported.shape:
             shapes = f"features of shape {list(exported.shape)}, the encoder {list(own.shape)}"
-            raise UserError(f"the {written.holds} gives {shapes}")
+            raise UserError(f"the {written.holds} gives {shapes}", fix="take another --format")
         worst = max(worst, float((own - exported).abs().max().nan_to_num(nan=float("inf"))))
     if not worst <= TOLERANCE:
         raise UserError(

@@ -150,7 +150,8 @@ def _captioned(directory: Path, images: list[tuple[str, list[str], Path]]) -> Ca
         raise UserError(problem, fix=f"unpack the images into {directory}")
     bare = [name for name, captions, _ in images if not captions]
     if bare:
-        raise UserError(f"{len(bare)} of {len(images)} images of {directory} have no caption, the first: {bare[0]}")
+        problem = f"{len(bare)} of {len(images)} images of {directory} have no caption, the first: {bare[0]}"
+        raise UserError(problem, fix="remove these images, or add captions")
     return CaptionedImages.of(directory, [(name, captions, FileSpan.of_file(path)) for name, captions, path in images])
 
 

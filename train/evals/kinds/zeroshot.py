@@ -139,7 +139,7 @@ def _token_targets(
     head = {key: tensor.double() for key, tensor in read_weights(file).items()}
     if (classes := len(head["1.bias"])) != len(idf):
         problem = f"{file} has {classes} classes, the IDF table of {dataset} {len(idf)} tokens"
-        raise UserError(problem, allowed="the same number")
+        raise UserError(problem, allowed="the same number", fix="set zeroshot.labels to the dataset of the run")
     return torch.from_numpy(targets), head
 
 
