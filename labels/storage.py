@@ -271,7 +271,7 @@ def out_path(text: str) -> Path:
 
 
 def local_out(text: str | Path) -> Path:
-    """The output folder for training, which reads local files only. UserError: it is a URL; the fix copies it."""
+    """The output folder for training, which reads local files only. UserError: it is a URL; the fix is to copy it."""
     scheme = _URL.match(str(text)) or _COLLAPSED.match(str(text))
     protocol = scheme.group(1).lower() if scheme else "file"
     if scheme is None or protocol in ("file", "local") or (isinstance(text, Path) and text.exists()):

@@ -1,4 +1,4 @@
-"""`preprocess append`: more shards for a finished output folder; what is there stays as it is.
+"""`preprocess append`: add shards to a finished output folder; existing rows and betons do not change.
 
     new shards, their names after all old ones -> done/inputs.json -> the stages of a build, which skip the old shards
                -> IDF summed again from all counts -> quarantine, manifest
@@ -92,7 +92,7 @@ def _fresh_names(layout: Layout, inputs: BuildInputs) -> frozenset[str]:
 
 
 def _new_shards(inputs: BuildInputs, shards: list[Shard]) -> list[Shard]:
-    """The shards that the output folder has not yet; their names have to come after all old ones."""
+    """The shards that the output folder lacks; their names must sort after all old ones."""
     by_path, by_name = {shard.path: shard for shard in inputs.shards}, {shard.name: shard for shard in inputs.shards}
     last = inputs.shards[-1].name
     added = []

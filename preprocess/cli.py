@@ -120,10 +120,10 @@ def report_command(out: Path, page: Path, pictures: int) -> None:
     help="Estimate for this many samples like those of DATA, e.g. 1.28B (default: all of DATA).",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes of the build (default: build.workers).")
-@click.option("--no-beton", is_flag=True, help="A build that stops after the IDF table.")
-@click.option("--price-per-hour", type=click.FloatRange(min=0), help="Of this machine.")
-@click.option("--price-per-gib-month", type=click.FloatRange(min=0), help="Of storage.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--no-beton", is_flag=True, help="Estimate a build that stops after the IDF table.")
+@click.option("--price-per-hour", type=click.FloatRange(min=0), help="Price of this machine, in any currency.")
+@click.option("--price-per-gib-month", type=click.FloatRange(min=0), help="Price of storage, in any currency.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @config_option
 @set_option
 def plan_command(
@@ -158,7 +158,7 @@ def plan_command(
 
 @cli.command("doctor")
 @click.option("--out", help="The output folder, whose disk is timed (default: paths.out).")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @config_option
 def doctor_command(out: str | None, as_json: bool, config: Path | None) -> None:
     """Check this machine: Python, libraries, GPU, disk, memory, limits; exit code 1 if something needed is missing."""

@@ -59,7 +59,7 @@ def run_tasks(
         shared: a file of the output folder that every machine must see with the same content; None: an object store.
 
     Raises:
-        UserError: a worker process died, with the usual reason; a node of the cluster lacks something.
+        UserError: a worker process exited unexpectedly; a node of the cluster lacks something.
     """
     if not tasks:
         return

@@ -115,7 +115,7 @@ def label_shard(task: LabelTask) -> LabelMarker:
 def select_rows(batch: RowBatch, subset: np.ndarray) -> tuple[RowBatch, int]:
     """The rows of a batch whose uid is in `subset`, sorted UIDS [U], as often as it is there; and the number skipped.
 
-    A row without a uid is in no subset. Faults stay: which samples they are of is not known.
+    A row without a uid is in no subset. Faults are kept: their uids are not known.
     """
     uids, rows = parse_uids(batch.table["uid"].combine_chunks())  # type: ignore[arg-type]
     counts = count_in(uids, subset)

@@ -340,8 +340,8 @@ def spill_folder(layout: Layout) -> Iterator[Path]:
 
 
 def remove_manifest(layout: Layout) -> None:
-    """The output folder is not finished from now on. Called before any file that the manifest names changes; nothing
-    else removes the manifest.
+    """Mark the output folder as unfinished, before any file that the manifest names changes; nothing else removes the
+    manifest.
     """
     layout.manifest.unlink(missing_ok=True)
 

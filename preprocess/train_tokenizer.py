@@ -1,4 +1,4 @@
-"""`preprocess train-tokenizer`: captions to a tokenizer of the user's own, which `labels.tokenizer` then names.
+"""`preprocess train-tokenizer`: captions to a tokenizer file for `labels.tokenizer`.
 
     captions -> normalise, split into words -> the library's trainer -> tokenizer.json (bpe, wordpiece, unigram, ...)
     captions -> synset of every noun -> those in enough captions -> CatLIP vocabulary (catlip)
@@ -131,7 +131,7 @@ def _train_wordpiece(captions: _Counted, vocab_size: int, min_count: int) -> Eng
 
 
 def _train_unigram(captions: _Counted, vocab_size: int, min_count: int) -> Engine:
-    """SentencePiece's unigram model; `min_count` has no part in it."""
+    """SentencePiece's unigram model; `min_count` is ignored."""
     try:
         import sentencepiece  # pyright: ignore[reportMissingImports] - wanted by this kind alone
     except ImportError:

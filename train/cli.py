@@ -25,7 +25,7 @@ from train.evals.commands import register
 CLIP_VOCABULARY = 49_408  # classes to plan for without a label dataset
 _PATH = click.Path(path_type=Path)
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_run_folder = click.option("--out", "run", type=_PATH, help="Folder of the run (default: paths.run).")
+_run_folder = click.option("--out", "run", type=_PATH, help="Run folder (default: paths.run).")
 _weights = click.option("--weights", metavar="FILE", help="Weight file of a timm: or open_clip: encoder.")
 _top = click.IntRange(min=1)
 _seconds = click.FloatRange(min=0.1)
@@ -156,7 +156,7 @@ def _exit_if_stopped(finished: bool, folder: Path | str) -> None:
     help="Train for this time on this machine, to measure the rate and the time outside of steps (no value: 20). "
     "Nothing is kept.",
 )
-@click.option("--price-per-device-hour", "price", type=click.FloatRange(min=0), help="In any currency.")
+@click.option("--price-per-device-hour", "price", type=click.FloatRange(min=0), help="Price, in any currency.")
 @options.configuration
 def plan(
     beton: str | None, method: str, devices: int, rates: tuple[float, ...], measure: float | None, **arguments: Any
@@ -224,8 +224,8 @@ _rates = click.option(
 )
 _bench_options = options.stacked(
     options.betons,
-    click.option("--seconds", type=_seconds, default=10.0, show_default=True, help="Of each measurement."),
-    click.option("--json", "as_json", is_flag=True, help="For programs."),
+    click.option("--seconds", type=_seconds, default=10.0, show_default=True, help="Seconds of each measurement."),
+    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     options.configuration,
 )
 

@@ -45,7 +45,7 @@ _FEW_TOKENS = 2  # an embedding keeps no more activations for a larger vocabular
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a model: `flops` are those of a sample, forward and backward (a multiplication and an addition are two)."""
+    """Costs of a model; `flops` are those of a sample, forward and backward (a multiplication and an addition are two)."""
 
     trunk: int  # parameters
     head: int  # parameters of all but the trunk, which are a `head_name`
@@ -56,7 +56,7 @@ class Costs:
 
     @property
     def parameters(self) -> int:
-        """Those that are trained."""
+        """Number of trained parameters."""
         return self.head if self.frozen else self.trunk + self.head
 
 
@@ -122,7 +122,7 @@ def activation_bytes(
 
 
 def _kept_bytes(forward: Callable[[int], torch.Tensor], settings: Train, device: torch.device) -> int:
-    """Of one more sample in a batch."""
+    """Bytes kept of one more sample in a batch."""
     dtype = autocast_dtype(settings.runtime.precision, device)
     kept: dict[int, int] = {}
 

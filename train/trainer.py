@@ -290,7 +290,7 @@ def make_train_state(settings: Train, idf: torch.Tensor, world: World) -> TrainS
 def as_train_state(
     model: nn.Module, ddp_model: nn.Module, settings: Train, world: World, optimizer: MakeOptimizer = make_optimizer
 ) -> TrainState:
-    """A model that `spread` has made `ddp_model` of, with its optimizer, loss scale and average."""
+    """A model, with `ddp_model` from `spread`, and its optimizer, loss scale and average."""
     scaled = autocast_dtype(settings.runtime.precision, world.device) == torch.float16
     decay = settings.optimizer.ema_decay
     return TrainState(
@@ -373,7 +373,7 @@ def _first_state(options: str, vocabulary: int) -> State:
 
 
 def _kept(settings: Train, kept: dict[str, Any]) -> dict[str, Any]:
-    """What must stay the same: of `train`, and what the method adds."""
+    """Settings that must not change on resume: those of `train`, and those of the method."""
     return settings.model_dump(exclude=marked_keys(Train, MAY_CHANGE, MACHINE)) | kept
 
 

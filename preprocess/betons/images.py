@@ -162,7 +162,7 @@ def _decode(data: bytes, settings: Build) -> Image.Image:
 
 
 def _wanted_size(width: int, height: int, settings: Build) -> tuple[int, int]:
-    """Pixels of an image in the beton: never more, with the same aspect ratio."""
+    """Width and height of an image in the beton: the same aspect ratio, never enlarged."""
     if not isinstance(settings.images, ShorterSide) or min(width, height) <= settings.images.shorter_side:
         return width, height
     share = settings.images.shorter_side / min(width, height)

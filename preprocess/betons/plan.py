@@ -79,7 +79,7 @@ class ImageFolder:
 
 
 def image_folder(layout: Layout, *, copy: bool) -> ImageFolder:
-    """`copy`: of betons, else of image index files."""
+    """The folder of the betons (`copy`), or of the image index files."""
     if copy:
         return ImageFolder(layout.betons, ".beton", layout.markers / "beton")
     return ImageFolder(layout.image_index, ".npy", layout.markers / "places")

@@ -305,8 +305,8 @@ def write_beton(path: Path, samples: Samples) -> tuple[int, str]:
 def choose_page(sizes: np.ndarray) -> tuple[int, np.ndarray]:
     """Page size in bytes for samples of `sizes` bytes, int64 [N], and where each begins in the file, int64 [N].
 
-    The smallest page whose unused ends take less than a 32nd of the file; of those up to 64 MiB the best, if none is
-    that good (FFCV: four times the largest image). A sample never crosses a page border: stock FFCV reads it from one
+    The smallest page whose unused ends take less than a 32nd of the file; if there is none, the best page up to 64 MiB
+    (FFCV: four times the largest image). A sample never crosses a page border: stock FFCV reads it from one
     page. ValueError: a sample is larger than any page.
     """
     largest, total = int(sizes.max(initial=0)), int(sizes.sum())

@@ -1,1 +1,1 @@
-"""Commands that look into a finished output folder: `preprocess sql`, `explain`, `report`."""
+"""Commands that read a finished output folder: `preprocess verify`, `sql`, `explain`, `report`."""

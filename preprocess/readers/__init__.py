@@ -2,7 +2,7 @@
 
 tar                tar.py, compiled in tar_index.py   -> rows of its json, txt and image members
 Parquet, CSV, TSV  table.py, cells in columns.py      -> rows of its columns; also the side Parquet of a tar
-either             base.py, from build.caption_key      -> which member, field or column the caption is
+either             base.py, from build.caption_key     -> which member, field or column the caption is
                    images.py                          -> where the image files of the label rows are
 """
 

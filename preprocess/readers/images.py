@@ -7,7 +7,7 @@
                             the only binary column
                    CSV:     path, filepath, image or file; a path is relative to the table's own folder, or a URL
 
-Header scan, plan and writer know nothing but spans. R label rows, S samples of a tar, W wanted suffixes.
+Header scan, plan and writer see only spans. R label rows, S samples of a tar, W wanted suffixes.
 """
 
 # pyright: reportAttributeAccessIssue=false

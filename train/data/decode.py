@@ -201,7 +201,7 @@ def canvas_shape(
 
 @njit
 def _exclude(image: np.ndarray, box: np.ndarray, labels: np.ndarray) -> None:
-    """Grey, without labels: a sample that is not in the loss."""
+    """Make a sample grey and unlabelled, so that it is not in the loss."""
     image.reshape(-1)[:] = _GREY
     labels[:] = -1
     box[:] = 0.0

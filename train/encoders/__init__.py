@@ -1,1 +1,1 @@
-"""Frozen encoders by name: load.py; text.py is the text side of those that have one."""
+"""Frozen encoders by name: load.py, and libraries.py for timm, open_clip and transformers; their text sides: text.py."""

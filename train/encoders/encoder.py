@@ -43,7 +43,7 @@ class EncoderSpec(NamedTuple):
 
 
 def with_unique_names(requested: Sequence[EncoderSpec]) -> list[EncoderSpec]:
-    """The same encoders; those of one name get their weight files into it, so that no row of a table hides another."""
+    """The same encoders; a repeated name gets its weight file appended, so that no row of a table hides another."""
     names = Counter(spec.name for spec in requested)
     unique = [spec._replace(tag=spec.weights) if names[spec.name] > 1 else spec for spec in requested]
     name, count = Counter(spec.name for spec in unique).most_common(1)[0]

@@ -157,7 +157,7 @@ def conversation_text(turns: list[str], end: str) -> tuple[str, list[tuple[int, 
 def conversation_ids(
     turns: list[str], tokenizer: Any, image_token: int, image_tokens: int, limit: int
 ) -> tuple[list[int], list[int]]:
-    """Token ids [T] and labels [T], not shifted; learnt are gpt's turns with their end tokens.
+    """Token ids [T] and labels [T], not shifted; gpt's turns with their end tokens are learnt.
 
     Args:
         turns: of human and gpt, alternating.
