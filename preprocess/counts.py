@@ -4,7 +4,7 @@
     count files of all shards -> summed -> idf.parquet, idf.duckdb
     count files of some shards, or of several output folders -> `preprocess idf` -> one Parquet file like idf.parquet
 
-Every caption is in one shard, so sums of counts are exact. The counts of a shard are stored: summing them takes seconds.
+Every caption is in one shard, so sums of counts are exact. Counts are stored by shard: summing them takes seconds.
 """
 
 import shutil
