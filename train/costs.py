@@ -45,7 +45,7 @@ _FEW_TOKENS = 2  # an embedding keeps no more activations for a larger vocabular
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of a model; `flops` are those of a sample, forward and backward (a multiplication and an addition are two)."""
+    """Costs of a model; `flops`: of a sample, forward and backward (a multiplication and an addition are two)."""
 
     trunk: int  # parameters
     head: int  # parameters of all but the trunk, which are a `head_name`

@@ -1,1 +1,1 @@
-"""Frozen encoders by name: load.py, and libraries.py for timm, open_clip and transformers; their text sides: text.py."""
+"""Frozen encoders by name: load.py, and libraries.py for timm, open_clip, transformers; their text sides: text.py."""
