@@ -357,9 +357,9 @@ def _bound(values: np.ndarray, begin: np.ndarray, end: np.ndarray, wanted: np.nd
     return begin
 
 
-def quoted(text: str) -> str:
-    """A string of SQL."""
-    return "'" + text.replace("'", "''") + "'"
+def quoted(text: str | Path) -> str:
+    """Text or a path as an SQL string literal."""
+    return "'" + str(text).replace("'", "''") + "'"
 
 
 def one_line(error: Exception) -> str:

@@ -1,10 +1,10 @@
-"""`preprocess build-labels`: a build from begin to end.
+"""`preprocess build-labels`: a build from beginning to end.
 
     find shards -> check the output folder
-    stage 1  labels   label_job, one task for each shard              labels/ counts/
+    stage 1  labels   label_stage, one task for each shard            labels/ counts/
              pairs    with labels.ngrams = 2: word-pair classes       pairs.parquet, into labels/
              idf      the summed counts of all shards                 idf.parquet idf.duckdb
-             betons   beton_job, one task for each group of shards    beton/, or places/ with --no-images
+             betons   group_stage, one task for each group of shards  beton/, or places/ with --no-images
     finalize          quarantine.parquet config.yaml manifest.json
 
 Two passes: labels from captions alone, then betons, since a row's position is known when all earlier shards are
@@ -357,7 +357,7 @@ def chosen_uids(sources: list[str], layout: Layout, settings: Pipeline) -> str |
         return resolve_subset(options.subset, options.metadata, sources, layout.subset, options.duckdb_memory, spill)
 
 
-# The end of a build
+# -- the end of a build
 
 
 def _reasons(markers: Sequence[LabelMarker | GroupMarker]) -> Counter[str]:

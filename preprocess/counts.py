@@ -24,6 +24,7 @@ from labels import Formula
 from labels.idf import idf_weights, read_idf
 from labels.manifest import COUNTS, TOKENS, Manifest, ShardPart, read_manifest
 from labels.storage import Layout, UserError, atomic_write, is_remote, local_copy, write_whole
+from labels.subset import quoted
 
 # With the fingerprint, what decides the labels of a caption: only counts that agree in these can be summed.
 _SAME_OPTIONS = ("context", "stop_words", "ngrams")
@@ -188,12 +189,7 @@ def _download_first(labels: Path, folder: Path) -> None:
         shutil.copy(file, folder)
 
 
-def quoted(path: Path) -> str:
-    """A path as an SQL string literal."""
-    return "'" + str(path).replace("'", "''") + "'"
-
-
-# preprocess idf
+# -- preprocess idf
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from preprocess.stage import (
 # Up to this many pairs of a caption are sorted by insertion, which makes no copy.
 _INSERTED = 64
 
-# Compiled: ids must be in 0 .. V - 1, which these functions do not check.
+# -- compiled: ids must be in 0 .. V - 1, which these functions do not check.
 
 
 @njit(nogil=True, inline="always")

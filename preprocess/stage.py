@@ -87,7 +87,7 @@ class BuildContext:
         return fingerprint({"format": FORMAT_VERSION, "images": self.options["images"]})
 
 
-# Markers
+# -- markers
 
 
 class Marker(BaseModel):
@@ -212,7 +212,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-# Stages
+# -- stages
 
 
 class Task(Protocol[M]):  # type: ignore[misc]  # M is in is_done alone, but T of Stage takes it as it is
@@ -336,7 +336,7 @@ def spill_folder(layout: Layout) -> Iterator[Path]:
         shutil.rmtree(spill, ignore_errors=True)
 
 
-# The output folder as a whole
+# -- the output folder as a whole
 
 
 def remove_manifest(layout: Layout) -> None:

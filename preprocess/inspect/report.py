@@ -33,7 +33,7 @@ from labels.html import (
 )
 from labels.manifest import Manifest, ShardPart, read_manifest
 from labels.storage import Layout, is_remote
-from preprocess.counts import quoted
+from labels.subset import quoted
 from preprocess.inspect.explain import source_captions
 from preprocess.inspect.sql import open_tables
 from preprocess.stage import file_sizes

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from labels.storage import Layout, UserError, is_remote, local_copy
-from preprocess.counts import quoted
+from labels.subset import quoted
 
 Format = Literal["table", "csv", "json"]
 _ROWS_AT_ONCE = 10_000

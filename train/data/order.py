@@ -164,7 +164,7 @@ class Order:
         return np.concatenate([[0], np.cumsum(self.quotas)]).astype(np.int64)
 
 
-# Crops: counter-based draws. Draws 0 to 39 are the crop's, 40 the flip's, later ones those of train/data/inputs.py.
+# -- crops: counter-based draws. Draws 0 to 39 are the crop's, 40 the flip's, later ones those of train/data/inputs.py.
 
 
 @njit(inline="always")

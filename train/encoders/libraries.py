@@ -28,7 +28,7 @@ from train.encoders.text import TextSide, open_clip_text_side
 HUB = "hub"
 _INSTALL = "pip install 'superclass-lean[evals]'"
 
-# timm
+# -- timm
 
 
 def load_timm(requested: EncoderSpec, name: str) -> Encoder:
@@ -98,7 +98,7 @@ def _pool_of(net: nn.Module) -> str:
     return "none"
 
 
-# open_clip
+# -- open_clip
 
 
 def load_open_clip(requested: EncoderSpec, name: str) -> Encoder:
@@ -163,7 +163,7 @@ def _open_clip_blocks(visual: Any) -> Blocks:
     return Blocks(depth, prefix, tokens, "final norm" if transformer else "none", own)
 
 
-# Folders in the form of Hugging Face's transformers
+# -- folders in the form of Hugging Face's transformers
 
 _FAULTS_SHOWN = 4
 _LFS_POINTER = b"version https://git-lfs"

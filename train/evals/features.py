@@ -171,7 +171,7 @@ def decoded_batches(
     return feed_batches(batches, sample, collate, threads)
 
 
-# Pixels
+# -- pixels
 
 
 def decode(encoded: bytes, side: int) -> np.ndarray:
@@ -236,7 +236,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# Plain JPEGs, compiled
+# -- plain JPEGs, compiled
 
 _UNFIT = -2
 _MOST_PIXELS = 89_478_485  # Pillow warns beyond

@@ -209,7 +209,7 @@ def _split_table(encoder: str, train: LabelledImages | None, scores: list[Score]
     return pa.table(dict(zip(SPLITS.names, columns, strict=True)), schema=SPLITS)
 
 
-# Tables on the terminal and in Markdown
+# -- tables on the terminal and in Markdown
 
 _WIDEST = 1000
 

@@ -74,7 +74,7 @@ def export_encoder(spec: EncoderSpec, format_name: str, out: Path, results: Sequ
     return content
 
 
-# How the encoder was trained, and what was measured on it.
+# -- how the encoder was trained, and what was measured on it
 
 
 class _Training(NamedTuple):
@@ -149,7 +149,7 @@ def _measured_rows(encoder: Encoder, paths: Sequence[Path]) -> list[Row]:
     return own
 
 
-# The model card: Markdown with the Hub's metadata at its head.
+# -- the model card: Markdown with the Hub's metadata at its head
 
 
 def _card(

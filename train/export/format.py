@@ -110,7 +110,7 @@ def save_weights(net: nn.Module, file: Path) -> None:
     save_file({key: tensor.contiguous() for key, tensor in net.state_dict().items()}, file)
 
 
-# timm: model.safetensors with timm's keys, config.json as timm's hub format has it (timm/models/_hub.py).
+# -- timm: model.safetensors with timm's keys, config.json as timm's hub format has it (timm/models/_hub.py)
 
 
 class TimmTower(NamedTuple):
@@ -198,7 +198,7 @@ def _read_timm(folder: Path) -> Features:
 TIMM = Format("timm", "timm", _write_timm)
 
 
-# ONNX: one graph, normalised float images [batch, 3, S, S] -> features [batch, W], the batch axis free.
+# -- ONNX: one graph, normalised float images [batch, 3, S, S] -> features [batch, W], the batch axis free
 
 _ONNX_FILE = "model.onnx"
 _EXPORT_ERRORS = (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, TypeError, NotImplementedError)

@@ -169,7 +169,7 @@ def _train(
     return train_model(model, batches, inputs, settings, work / identity, identity, world, stopping)
 
 
-# Assembly: tower, projector and language model as one transformers model.
+# -- assembly: tower, projector and language model as one transformers model
 
 
 class Assembled(NamedTuple):
@@ -308,7 +308,7 @@ def _zero_pooler(config: Any) -> nn.Module:
     return pooler
 
 
-# Output.
+# -- output
 
 
 def write_llava(parts: Assembled, facts: dict[str, Any], out: Path) -> None:

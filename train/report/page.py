@@ -126,7 +126,7 @@ def _value(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-# Results as measured
+# -- results as measured
 
 
 def measured_tables(rows: Sequence[Row], paper: "Published") -> Html:
@@ -183,7 +183,7 @@ def _with_spread(name: str, mean: float | None, spread: float | None) -> str:
     return format_metric(name, mean) + (f" ± {format_metric(name, spread)}" if spread is not None else "")
 
 
-# The paper's figures
+# -- the paper's figures
 
 _COLUMN_NAMES = {"probe": "linear probe", "zeroshot": "zero-shot after LiT"}
 

@@ -158,7 +158,7 @@ def shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-# Folders by class, and shards
+# -- folders by class, and shards
 
 
 def list_samples(directory: Path) -> list[Sample]:

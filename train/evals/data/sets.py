@@ -111,7 +111,7 @@ def _named_by_class(train: list[Sample], test: list[Sample], classes: tuple[str,
     return Parts(train, test, classes, tuple(name.replace("_", " ") for name in classes))
 
 
-# The user's own data
+# -- the user's own data
 
 
 def _two_folders(directory: Path) -> Parts:
@@ -146,7 +146,7 @@ def _test_part(directory: Path) -> Path:
     raise UserError(f"{directory} has no test part", allowed=allowed)
 
 
-# Published data sets
+# -- published data sets
 
 
 class Counts(NamedTuple):
@@ -311,7 +311,7 @@ def _synsets(directory: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(words.get(wnid) or wnid for wnid in classes)
 
 
-# Oxford-IIIT Pets: images/*.jpg, and annotations/{trainval,test}.txt with image and class number
+# -- Oxford-IIIT Pets: images/*.jpg, and annotations/{trainval,test}.txt with image and class number
 
 
 def read_pets(directory: Path, counts: Counts = PETS) -> Parts:

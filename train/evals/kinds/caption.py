@@ -145,7 +145,7 @@ def _decoder_name(decoder: str) -> str:
     return f"{decoder} ({fingerprint(about)})"
 
 
-# Training and captions
+# -- training and captions
 
 
 def _language(settings: Caption, captions: Sequence[Sequence[str]], seed: int) -> LanguageModel:

@@ -118,7 +118,7 @@ class FineTune(Evaluation):
 EVALUATION = FineTune()
 
 
-# The budget
+# -- the budget
 
 _SAVE_EVERY_MINUTES = 10.0
 
@@ -156,7 +156,7 @@ def train_settings(settings: Finetune, runtime: Runtime, samples: int, world: Wo
     return Train(samples=total, batch_size=size, runtime=runtime, log=log, optimizer=optimizer, checkpoint=checkpoint)
 
 
-# Batches
+# -- batches
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _numpy_seeded(numbers: list[int]) -> Iterator[None]:
         np.random.set_state(before)
 
 
-# The model: its layers' rates, drop path, and which parameters are trained
+# -- the model: its layers' rates, drop path, and which parameters are trained
 
 _HEAD_STD = 2e-5  # MAE's main_finetune.py
 _POSITIONS_AND_TOKENS = "pos_embed positional_embedding position_embedding cls_token class_embedding reg_token"
@@ -343,7 +343,7 @@ def train_what_is_read(model: FineTuned, side: int) -> None:
         parameter.grad = None
 
 
-# The test part
+# -- the test part
 
 
 def logits(model: FineTuned, encoder: Encoder, data: DataSet, extract: Extractor) -> Tensor:

@@ -96,7 +96,7 @@ def majority(train_y: np.ndarray, test_y: np.ndarray, *, classes: int) -> dict[s
     return accuracies(counts.expand(len(test_y), classes), torch.from_numpy(test_y))
 
 
-# lbfgs: choose the weight decay, refit, test
+# -- lbfgs: choose the weight decay, refit, test
 
 _FLOAT64_NUMBERS = 2**23  # training features up to this size are computed with in float64
 _SWEEP_TOLERANCE = 5e-5  # a sweep only ranks weight decays
@@ -273,7 +273,7 @@ def fit(
     return Solution((inner * scale).detach(), bias.detach(), loss, evaluations, slope <= tolerance)
 
 
-# mae: the head is tested once, after its last epoch
+# -- mae: the head is tested once, after its last epoch
 
 _TEST_ROWS = 16_384
 Epoch = Callable[[int, np.ndarray], Iterable[Tensor]]

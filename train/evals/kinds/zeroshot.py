@@ -96,7 +96,7 @@ class ZeroShot(Evaluation):
 EVALUATION = ZeroShot()
 
 
-# With a text tower
+# -- with a text tower
 
 
 def class_embeddings(texts: Tensor, templates: int) -> Tensor:
@@ -117,7 +117,7 @@ def check_distinct(names: Sequence[str], tokens: Tensor, encoder: str) -> None:
         )
 
 
-# Without a text tower. Names are labelled by a call of labels.tokenizers, so that any tokenizer works.
+# -- without a text tower. Names are labelled by a call of labels.tokenizers, so that any tokenizer works.
 
 
 def _token_targets(
@@ -178,7 +178,7 @@ def class_scores(features: Tensor, head: dict[str, Tensor], targets: Tensor) -> 
     return normed @ weight.T + bias
 
 
-# Class names and templates
+# -- class names and templates
 
 
 def class_names(source: str, data: DataSet) -> list[str]:
