@@ -295,23 +295,21 @@ def _locked(layout: Layout, share: Share | None) -> Iterator[None]:
 
 
 def _run_share(build: BuildContext, inputs: BuildInputs, share: Share) -> None:
-    """The labels of a share; once a run without `--shard` has made the IDF table, its betons; then print what to do
-    next.
-    """
+    """The labels of a share and, if the IDF table exists, its betons; print the next command."""
     i, n = share
     shards, images = inputs.shards, inputs.images
     labelled = _run_labels(build, shards, shards[i::n])
-    command = "the same command without --shard"
+    finish = "run the same command with --no-beton instead of --shard"
     if len(labelled) < len(shards):
         done = f"labels of {len(labelled)} of {len(shards)} shards are done"
-        print(f"{done}; when all shares have ended, run {command} and with --no-beton")
+        print(f"{done}; after the last share, {finish}")
         return
     if not _run_idf(build, shard_parts(shards, labelled), labelled, mine=()):
-        print(f"labels of all {len(shards)} shards are done; now run {command} and with --no-beton, for the IDF table")
+        print(f"labels of all {len(shards)} shards are done; now {finish}, for the IDF table")
     elif images != "none":
         groups = groups_of(build, inputs, labelled)
         written = _run_groups(build, groups, groups[i::n], copy=images == "betons")
-        last = f"; now run {command}, for the manifest" if len(written) == len(groups) else ""
+        last = "; now run the same command without --shard, for the manifest" if len(written) == len(groups) else ""
         done, total = sum(len(marker.files) for marker in written), sum(group.files for group in groups)
         print(f"{done} of {total} {'betons' if images == 'betons' else 'image index files'} are done{last}")
 

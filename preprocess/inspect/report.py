@@ -339,7 +339,7 @@ def _health(summary: Summary) -> Html:
     manifest = summary.manifest
     if not summary.faults:
         files = len(manifest.shards) + len(manifest.betons) + len(manifest.image_index)
-        text = f"All {files:,} files of the manifest are there and have its lengths; preprocess verify reads their"
+        text = f"All {files:,} files of the manifest exist and have its lengths; preprocess verify reads their"
         return paragraph(f"{text} content.")
     count = _number(len(summary.faults), "file is", "files are")
     problem = tag("strong", f"{count} missing or damaged.", class_="bad")

@@ -33,7 +33,7 @@ def test_the_page_needs_no_other_file(report: Path) -> None:
         "犬と猫",
     ):
         assert message in page.text, message
-    assert "All 3 files of the manifest are there" in page.text
+    assert "All 3 files of the manifest exist" in page.text
 
 
 def test_numbers_are_those_of_the_label_rows(finished: Built) -> None:

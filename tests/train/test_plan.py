@@ -41,7 +41,7 @@ def test_the_plan_of_a_small_run_by_hand(tmp_path: Path) -> None:
     assert found["parameters"] == f"trunk {trunk / 1e6:.1f}M + head {head / 1e6:.1f}M (49,408 classes)"
     assert (
         found["disk"]
-        == f"{12 * (trunk + head) / 2**30:.1f} GiB: 1 of 1 checkpoints of {12 * (trunk + head) / 2**30:.2f} GiB stay"
+        == f"{12 * (trunk + head) / 2**30:.1f} GiB: 1 of 1 checkpoints of {12 * (trunk + head) / 2**30:.2f} GiB are kept"
     )
     gradients = 4 * (trunk + head) / 2**20
     assert found["messages"].startswith(
@@ -90,7 +90,7 @@ def test_epochs_are_not_guessed_and_mfu_is_printed_where_the_peak_is_known(tmp_p
     text = f"train: {{model: {{{TINY}}}, runtime: {{peak_tflops: 0.001}}}}"
     found = plan(tmp_path, text, "--rate", "100")
     assert found["epochs"] == "not known: give --beton OUT"
-    assert "% of a device's 0 TFLOP/s" in found["time"] and "a rate that was given holds" in found["assumed"]
+    assert "% of a device's 0 TFLOP/s" in found["time"] and "a given rate holds" in found["assumed"]
     assert "messages" not in found
 
 

@@ -123,21 +123,21 @@ def _memory_and_disk(
         f"memory       about {fixed + activations:.1f} GiB on each of {devices}: {fixed:.1f} for {states}, "
         f"{activations:.1f} for the activations of {micro_batch} samples at a time ({precision}); "
         "the loss comes on top",
-        f"disk         {kept * checkpoint:.1f} GiB: {kept} of {written} checkpoints of {checkpoint:.2f} GiB stay",
+        f"disk         {kept * checkpoint:.1f} GiB: {kept} of {written} checkpoints of {checkpoint:.2f} GiB are kept",
     ]
 
 
 def _assumptions(pace: Pace | None, devices: int, rate_given: bool) -> list[str]:
-    lines = ["nothing else runs on the machine, and nothing has to be done twice"]
+    lines = ["nothing else runs on the machine, and nothing is repeated"]
     if pace:
         lines.append(
             "the loader keeps the speed of the first blocks of the data, which may be in memory; "
             "checkpoints are written in the background"
         )
     if pace and devices > 1:
-        lines.append(f"{devices} devices like this one, each as fast; what they send each other takes no time")
+        lines.append(f"{devices} devices like this one, each as fast; messages between them take no time")
     if rate_given:
-        lines.append("a rate that was given holds from the first step to the last; start and checkpoints are not in it")
+        lines.append("a given rate holds from the first step to the last; start and checkpoints are not included")
     return lines
 
 
@@ -150,7 +150,7 @@ def _costs(settings: Train, vocabulary: int, tower: TextTower | None, locked: bo
 
 
 def _checkpoints(settings: Train, samples: int) -> tuple[int, int]:
-    """How many checkpoints stay, and how many are written (without those of the clock)."""
+    """Numbers of checkpoints kept and written (without those of `every_minutes`)."""
     keep, keep_every = settings.checkpoint.keep, settings.checkpoint.keep_every
     every = max(1, settings.checkpoint.every_samples // settings.batch_size) * settings.batch_size
     written = -(-samples // every)
