@@ -39,10 +39,8 @@ def test_the_plan_of_a_small_run_by_hand(tmp_path: Path) -> None:
     trunk = 2 * (12 * 64**2 + 13 * 64) + 3 * 256 * 64 + 5 * 64 + 64 + 4 * 64
     head = 49_408 * 65 + 128
     assert found["parameters"] == f"trunk {trunk / 1e6:.1f}M + head {head / 1e6:.1f}M (49,408 classes)"
-    assert (
-        found["disk"]
-        == f"{12 * (trunk + head) / 2**30:.1f} GiB: 1 of 1 checkpoints of {12 * (trunk + head) / 2**30:.2f} GiB are kept"
-    )
+    gib = 12 * (trunk + head) / 2**30
+    assert found["disk"] == f"{gib:.1f} GiB: 1 of 1 checkpoints of {gib:.2f} GiB are kept"
     gradients = 4 * (trunk + head) / 2**20
     assert found["messages"].startswith(
         f"{gradients:,.0f} MiB of gradients, {4 * head / 2**20:,.0f} MiB (96%) of them the head's; ddp on 2"
