@@ -135,7 +135,7 @@ def estimate(sources: list[str], out: Path, settings: Pipeline, *, samples: int 
 def measure(
     sources: list[str], folder: Path, settings: Pipeline, count: int, samples: int | None, betons: bool
 ) -> Sample:
-    """Build `count` shards in an empty folder, each stage timed. `start_s`: minus the work."""
+    """Build `count` shards in an empty folder, each stage timed; `start_s` is minus the time of the stages."""
     shards = find_shards(sources).shards
     chosen = choose_shards(shards, count)
     workers = min(worker_count(settings.build.workers), len(chosen))

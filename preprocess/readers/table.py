@@ -260,7 +260,7 @@ class _Csv(Table):
 
     @contextmanager
     def _open(self, columns: list[str], faults: list[Fault] | None) -> Iterator[pacsv.CSVStreamingReader]:
-        """No columns: all of them."""
+        """A reader of the columns, of all if `columns` is empty."""
 
         def skip(row: pacsv.InvalidRow) -> str:
             if faults is not None:
@@ -354,7 +354,7 @@ class Repeats:
 
 
 class _Twice:
-    """The same once there may be repeats: of the keys `before`, the first `rows` have been seen."""
+    """`Repeats` after a repeated hash: compares keys with such a hash. Of the keys `before`, `rows` have been seen."""
 
     def __init__(self, keys: Iterable[pa.StringArray], before: Iterable[pa.StringArray], rows: int) -> None:
         hashes = np.sort(np.concatenate([np.empty(0, np.uint64), *map(_hashes, keys)]))

@@ -85,9 +85,9 @@ def plan_lines(
     times = [(samples / rate, rate, "") for rate in rates]
     if pace:
         memory = f"memory {pace.memory_gib:.1f} GiB"
-        other = f"start and end {pace.start_s:.1f} s, a checkpoint {pace.pause_s:.2f} s, {memory}"
+        overhead = f"start and end {pace.start_s:.1f} s, a checkpoint {pace.pause_s:.2f} s, {memory}"
         measured = f"{pace.samples_per_s:,.0f} samples/s on one {device.type} in batches of {batch // devices}"
-        lines.append(f"measured     {measured}; {other}")
+        lines.append(f"measured     {measured}; {overhead}")
         _, checkpoints = _checkpoints(settings, samples)
         times.insert(0, (pace.seconds(samples, checkpoints, devices), pace.samples_per_s * devices, " as measured"))
     peak = peak_flops(settings, device)

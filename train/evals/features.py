@@ -4,8 +4,8 @@
 
 The pixels are the same for every encoder: RGB with alpha on white, shorter side to S (bicubic), centre crop; or, for
 recipes with augmentation, a random resized crop. Healthy grey and YCbCr JPEGs are decoded by compiled code without the
-interpreter's lock, within two levels of Pillow's pixels and in a third of the time; all else goes to Pillow, which also
-words the faults. N samples, B batch, S image side, W feature width.
+interpreter's lock, within two levels of Pillow's pixels and in a third of the time; all else goes to Pillow, whose
+messages name the faults. N samples, B batch, S image side, W feature width.
 """
 
 import math

@@ -1,14 +1,8 @@
 """`train eval --suite FILE --out DIR`: every encoder by every protocol on every data set, and one table at the end.
 
-    encoders:                                  protocols:
-      - run:run                                  - probe
-      - encoder: timm:vit_base_patch16_224.mae   - protocol: probe
-        weights: mae.pth                           set: {recipe: mae}
-        layer: -2                                - fewshot
-        pool: avg                                - knn
-    data: [pets:/data/pets, folders:mine, coco:/data/coco]   - zeroshot
-                                                 - retrieval
-                                                 - caption
+    encoders: [run:run, {encoder: timm:vit_base_patch16_224.mae, weights: mae.pth, layer: -2, pool: avg}]
+    data: [pets:/data/pets, folders:mine, coco:/data/coco]
+    protocols: [probe, {protocol: probe, set: {recipe: mae}}, fewshot, knn, zeroshot, retrieval, caption]
 
 A cell is one encoder by one protocol on one data set; protocols of classes run on data with classes, retrieval and
 caption on captioned data.

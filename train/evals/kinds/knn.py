@@ -3,7 +3,7 @@
 Neighbours are the k training samples with the largest cosine, after DINO's eval_knn.py (arXiv 2104.14294).
 
 weighted   each neighbour votes for its class with exp(cosine / temperature)
-majority   each neighbour votes with 1; of classes with equal counts the one with the smaller number wins
+majority   each neighbour votes with 1; a tie goes to the class with the smaller number
 
 N training samples, M test samples, W feature width, C classes.
 """

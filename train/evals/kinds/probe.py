@@ -1,8 +1,8 @@
 """`train probe`: a linear classifier on frozen features, by one of two recipes.
 
 lbfgs: features of the central crop -> `Axes` (standardised, principal axes) -> weight decay chosen on a split of the
-       training part -> `fit` on all of it -> accuracy on the test part. On small data the usual stand-in for MAE's
-       linear probe (arXiv 2111.06377), which the paper uses; a result names it as that.
+       training part -> `fit` on all of it -> accuracy on the test part. The usual replacement, on small data, for
+       MAE's linear probe (arXiv 2111.06377), which the paper uses; results say so.
 mae:   MAE's own recipe (appendix A; main_linprobe.py): BatchNorm1d(W, affine=False) and Linear(W, C), trained by epochs
        with LARS (momentum 0.9, trust 0.001, no weight decay), on random crops through the encoder or cached features.
 

@@ -4,7 +4,7 @@ captions.
     image to text   share of images of which any caption is among the k most similar captions
     text to image   share of captions whose image is among the k most similar images
 
-Of equal cosines the item with the smaller number comes first. N images, M captions, D width of the common space.
+Ties go to the item with the smaller number. N images, M captions, D width of the common space.
 """
 
 from collections.abc import Sequence

@@ -19,9 +19,9 @@ def batch_loss(settings: Loss, head: Head, labels: Positives) -> Tensor:
 
 def _asymmetric(gamma_negative: float, gamma_positive: float, clip: float) -> Classwise:
     def negative(x: Tensor, gradient: bool) -> Tensor:
-        other = torch.neg(x).sigmoid_()  # 1 - p, exact also where p is nearly 1
+        not_p = torch.neg(x).sigmoid_()  # 1 - p, exact also where p is nearly 1
         p = x.sigmoid_()
-        q = (other + clip).clamp_(max=1.0)
+        q = (not_p + clip).clamp_(max=1.0)
         rest = (p - clip).clamp_(min=0.0)  # 1 - q, exact also where q is nearly 1
         inside = None
         if clip <= _EPS:  # otherwise q is at least clip
@@ -37,12 +37,12 @@ def _asymmetric(gamma_negative: float, gamma_positive: float, clip: float) -> Cl
             slope = rest.div_(q) if inside is None else rest.mul_(inside).div_(q)
             slope.sub_(log_q, alpha=gamma_negative).mul_(power)
         if gradient:
-            x.mul_(other).mul_(slope)  # d p / d x = p (1 - p)
+            x.mul_(not_p).mul_(slope)  # d p / d x = p (1 - p)
         return losses
 
     def positive(x: Tensor) -> tuple[Tensor, Tensor]:
-        p, other = torch.sigmoid(x), torch.sigmoid(-x)
-        log_p, power = p.clamp(min=_EPS).log(), other.pow(gamma_positive)
-        return -power * log_p, power * (gamma_positive * p * log_p - (p > _EPS) * other)
+        p, not_p = torch.sigmoid(x), torch.sigmoid(-x)
+        log_p, power = p.clamp(min=_EPS).log(), not_p.pow(gamma_positive)
+        return -power * log_p, power * (gamma_positive * p * log_p - (p > _EPS) * not_p)
 
     return Classwise(negative, positive)
