@@ -103,7 +103,7 @@ def sum_counts(files: Sequence[Path], vocabulary: int, memory: str, spill: Path)
 
 
 def document_frequencies(files: Sequence[Path], vocabulary: int, memory: str, spill: Path) -> np.ndarray:
-    """The same, counted from scratch over label files: their label_ids hold each token once a caption."""
+    """Document frequencies counted from scratch over label files, whose label_ids hold each token once a caption."""
     return _frequencies(_COUNT_LABELS, files, vocabulary, memory, spill)
 
 

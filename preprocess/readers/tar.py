@@ -337,7 +337,7 @@ def _plain_rows(
 
 
 def _utf8(raw: pa.LargeBinaryArray) -> pa.LargeStringArray | None:
-    """The same as strings, None if any of it is not UTF-8."""
+    """The bytes as strings; None if any are not UTF-8."""
     try:
         return raw.cast(pa.large_string())
     except pa.ArrowInvalid:

@@ -59,7 +59,7 @@ def index_tar(path: Path, size: int, wanted: tuple[str, ...]) -> TarIndex | None
 
 
 def index_data(data: np.ndarray, wanted: tuple[str, ...]) -> TarIndex | None:
-    """The same of a tar that is mapped already, uint8 [bytes]."""
+    """`index_tar` for a tar that is mapped already, uint8 [bytes]."""
     if len(data) < _BLOCK:
         return None
     room = _FIRST_ROOM

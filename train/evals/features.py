@@ -191,7 +191,7 @@ def decode(encoded: bytes, side: int) -> np.ndarray:
 
 
 def decode_crop(encoded: bytes, side: int, seed: int, epoch: int, index: int) -> np.ndarray:
-    """The same with RandomResizedCrop (area 0.08 to 1, aspect 3/4 to 4/3) and a flip of one half: uint8 [S, S, 3].
+    """`decode` with RandomResizedCrop (area 0.08 to 1, aspect 3/4 to 4/3), half of the images flipped: uint8 [S, S, 3].
 
     The crop is a function of (seed, epoch, index) alone.
     """

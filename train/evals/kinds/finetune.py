@@ -4,8 +4,8 @@ main_finetune.py).
 encoded images -> random crops and flips -> mixup or cutmix (`Mixing`, on the device) -> the training loop (`FineTuned`:
 the encoder's net and a linear head; AdamW with a rate for each layer) -> test part, once, after the last epoch
 
-The RandAugment of the paper's recipe and the random erasing of its code are missing. A work folder named by the fingerprint of
-everything that determines the result has metrics and checkpoints: the same command resumes there.
+The RandAugment of the paper's recipe and the random erasing of its code are missing. Metrics and checkpoints are in a
+work folder named by the fingerprint of everything that determines the result: the same command resumes there.
 
 N training images, B batch (of this rank), S image side, W feature width, C classes.
 """
