@@ -220,7 +220,7 @@ def _open_metadata(
 
 @contextmanager
 def _enough_memory(memory: str) -> Iterator[None]:
-    """Turn DuckDB's complaint of too little memory into a UserError; by way of Arrow it comes as an OSError."""
+    """Turn DuckDB's out-of-memory error, which through Arrow is an OSError, into a UserError."""
     import duckdb
 
     try:
@@ -268,7 +268,7 @@ def is_sorted(array: np.ndarray) -> bool:
 
 
 def sort_uids(uids: Iterator[np.ndarray], memory: str, spill: Path) -> Iterator[np.ndarray]:
-    """The same UIDS in ascending order, in batches, by way of DuckDB, which spills to `spill` what exceeds `memory`."""
+    """The same UIDS in ascending order, in batches, by DuckDB, which spills to `spill` what exceeds `memory`."""
     import duckdb
 
     failed: list[Exception] = []
@@ -368,6 +368,6 @@ def one_line(error: Exception) -> str:
 
 
 def raise_if_out_of_memory(error: Exception) -> None:
-    """DuckDB's complaint of too little memory as it is: by way of Arrow it comes as an OSError."""
+    """Raise `error` again if it is DuckDB's out-of-memory error, which through Arrow is an OSError."""
     if _OUT_OF_MEMORY in str(error):
         raise error

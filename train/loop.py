@@ -182,7 +182,7 @@ def _update(
 
 
 class _Due:
-    """What to do after a step. Ranks have to agree, which waits for the device: several do so at times only."""
+    """What to do after a step. Ranks must agree, which waits for the device: ranks do it only every few steps."""
 
     def __init__(self, settings: Train, budget: Budget, world: World) -> None:
         self._steps, self._world, self._log_s = budget.steps, world, settings.log.every_seconds

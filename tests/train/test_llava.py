@@ -195,14 +195,14 @@ def test_errors_name_the_fix(talks: Path, trunk: Path, language: Path, tmp_path:
     assert "12 of 12 images are missing, the first" in refusal("--images", str(tmp_path))
     assert "llava.max_tokens is 9, an image takes 4" in refusal("--set", "llava.max_tokens=9")
     assert "has no answer within its first" in refusal("--set", "llava.max_tokens=60")
-    assert "the record 'r0' has no conversations of human and gpt by turns" in record(conversations=[])
-    assert "has the mark <image> 0 times in turn 1: once in the first is wanted" in record(
+    assert "the record 'r0' has no conversations with turns of human and gpt" in record(conversations=[])
+    assert "has the mark <image> 0 times in turn 1; it must be in turn 1, once" in record(
         conversations=[{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]
     )
     assert "has in turn 1 `from` 'gpt'" in record(
         conversations=[{"from": "gpt", "value": ""}, {"from": "human", "value": ""}]
     )
-    assert "one file is wanted" in record(image=["a.png", "b.png"])
+    assert "not one file" in record(image=["a.png", "b.png"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     assert "is not of `train llava`: it has no llava.json" in refusal(out=tmp_path / "mine")

@@ -156,7 +156,7 @@ def _take_batches(loader: Loader, seconds: float) -> tuple[int, float, float]:
 
 
 def time_stages(betons: BetonSet, settings: Train, loader: Loader, count: int) -> dict[str, float]:
-    """Microseconds of processor time per sample on one thread, page cache warm: medians of a few rounds in turns.
+    """Microseconds of processor time per sample on one thread, page cache warm: medians of a few rounds.
 
     `labels` finds a sample and copies its label row; `resize` is the copy into the canvas where the device resamples.
     """

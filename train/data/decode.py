@@ -35,7 +35,7 @@ DONE, DAMAGED = 0, -1
 # A box: x, y, width, height of the crop in pixels of its canvas; left, top, columns, rows of what the filter sees;
 # 1 if mirrored.
 BOX = 9
-# In S: larger crops (huge images, very narrow crops) are resampled on the host, lest one sets the size of the canvas.
+# In S: larger crops (huge images, very narrow crops) are resampled on the host: one would set the size of the canvas.
 _LARGEST_CANVAS = 3
 _REACH = 2.0  # of the cubic, in output pixels
 _FATAL = 1

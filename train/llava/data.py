@@ -110,16 +110,16 @@ def _parse(file: Path, number: int, entry: Any, images: Path) -> tuple[str, Path
         return UserError(f"{file}: the record {name} {what}", allowed=_JSON, fix="fix or remove this record")
 
     if not isinstance(turns, list) or not turns or len(turns) % 2:
-        raise wrong("has no conversations of human and gpt by turns")
+        raise wrong("has no conversations with turns of human and gpt")
     if not isinstance(entry["image"], str):
-        raise wrong(f"has the image {entry['image']!r}: one file is wanted")
+        raise wrong(f"has the image {entry['image']!r}, not one file")
     values = []
     for index, turn in enumerate(turns):
         speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if speaker != ("human", "gpt")[index % 2] or not isinstance(value, str):
             raise wrong(f"has in turn {index + 1} `from` {speaker!r}")
         if (count := value.count(IMAGE)) != (index == 0):
-            raise wrong(f"has the mark {IMAGE} {count} times in turn {index + 1}: once in the first is wanted")
+            raise wrong(f"has the mark {IMAGE} {count} times in turn {index + 1}; it must be in turn 1, once")
         values.append(value.strip())
     return name, images / entry["image"], values
 
