@@ -164,7 +164,7 @@ def check_inline(words: list[str], page: Path) -> None:
             for one in group.list_commands(tops[name])
         ]
     else:
-        named = [GROUPS[words[0]].get_command(tops[words[0]], word) for word in words[1:2]]
+        named = [GROUPS[words[0]].get_command(tops[words[0]], word) for word in words[1:2] if not word.startswith("--")]
     assert all(named), f"no such command: {' '.join(words)}"
     named += [inner for command in named if isinstance(command, click.Group) for inner in command.commands.values()]
     known = {option for command in named if command for parameter in command.params for option in parameter.opts} | {
