@@ -144,16 +144,16 @@ def plan_command(
     from rich.console import Console
 
     from labels.config import load_pipeline
-    from preprocess.estimate import estimate, print_estimate
+    from preprocess.estimate import costs, estimate, print_estimate
 
     settings = load_pipeline(config, [*overrides, *([f"build.workers={workers}"] if workers else [])])
     target = out_path(out or settings.paths.out)
     estimated = estimate(list(data), target, settings, samples=samples, betons=not no_beton)
-    described = estimated.describe(price_per_hour, price_per_gib_month)
+    estimated["costs"] = costs(estimated, price_per_hour, price_per_gib_month)
     if as_json:
-        print(json.dumps(described, indent=1))
+        print(json.dumps(estimated, indent=1))
     else:
-        print_estimate(described, Console(markup=False, emoji=False, highlight=False))
+        print_estimate(estimated, Console(markup=False, emoji=False, highlight=False))
 
 
 @cli.command("doctor")

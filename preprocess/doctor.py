@@ -3,13 +3,13 @@
     examine: Python, libraries, CUDA, cores, memory, open files, disk -> Findings -> print_findings, or JSON
 
 States: good; weak: there, but slow or small; missing: needed, but not installed (exit code 1); absent: not needed by
-the installed extras. Versions come from package metadata and the GPUs from the CUDA driver: no heavy library is loaded.
+the installed extras. Versions come from package metadata and the GPUs from nvidia-smi: no heavy library is loaded.
 """
 
-import ctypes
 import math
 import os
 import secrets
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ State = Literal["good", "weak", "absent", "missing"]
 _PACKAGE = "superclass-lean"
 _CGROUP = Path("/sys/fs/cgroup")
 _OPEN_FILES, _MIB_PER_WORKER, _MIB_PER_SECOND, _FREE_GIB = 4_096, 512, 100, 10
-_TEST_BYTES, _BLOCK_BYTES = 64 << 20, 4 << 20
+_TEST_BYTES, _BLOCK_BYTES, _CUDA_S = 64 << 20, 4 << 20, 20
 _COLOURS = {"good": "green", "weak": "yellow", "absent": "dim", "missing": "bold red"}
 _EXTRAS = ("train", "evals", "onnx", "ffcv", "ray", "s3", "wandb", "sentencepiece", "demo", "dev")
 
@@ -49,7 +49,7 @@ class Finding:
 
 
 def _finding(name: str, value: str, fix: str, otherwise: State = "weak") -> Finding:
-    """A good finding if `fix` is empty; `otherwise` is the state if it is not."""
+    """`otherwise` is the state if there is something to fix."""
     return Finding(name, otherwise if fix else "good", value, fix)
 
 
@@ -135,21 +135,17 @@ def _cuda() -> Iterator[Finding]:
 
 
 def cuda_devices() -> list[str]:
-    """Name and memory of every GPU; empty without a CUDA driver. OSError: the driver finds no working GPU."""
+    """Name, memory and driver of every GPU; empty without a CUDA driver. OSError: the driver finds no working GPU."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=_CUDA_S, check=False)
+    except FileNotFoundError:
         return []
-    count, device, memory, name = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(100)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        raise OSError("the CUDA driver, libcuda.so.1, is installed, but finds no working GPU")
-    devices = []
-    for number in range(count.value):
-        driver.cuDeviceGet(ctypes.byref(device), number)
-        driver.cuDeviceGetName(name, len(name), device)
-        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-        devices.append(f"{name.value.decode()}, {memory.value / 2**30:.1f} GiB")
-    return devices
+    except subprocess.TimeoutExpired:
+        raise OSError(f"nvidia-smi does not answer within {_CUDA_S} seconds") from None
+    if answer.returncode:
+        raise OSError(f"nvidia-smi fails: {(answer.stdout or answer.stderr).strip()}")
+    return answer.stdout.strip().splitlines()
 
 
 def _control_group(file: str, unlimited: list[float]) -> list[float]:

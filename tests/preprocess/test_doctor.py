@@ -121,6 +121,29 @@ def test_a_gpu_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found(tmp_path)["cuda"]["value"] == "the driver fails"
 
 
+@pytest.mark.parametrize(
+    ("script", "state", "value"),
+    [
+        ("echo 'NVIDIA H200, 143771 MiB, 570.86.15'", "weak", "NVIDIA H200, 143771 MiB, 570.86.15; but torch"),
+        ("echo 'No devices were found'; exit 6", "weak", "nvidia-smi fails: No devices were found"),
+        (None, "absent", "no GPU; torch"),
+    ],
+)
+def test_gpus_are_those_of_nvidia_smi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, state: str, value: str
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    if script:
+        (programs / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (programs / "nvidia-smi").chmod(0o755)
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "2.14.0+cpu" if name == "torch" else version(name))
+    monkeypatch.setenv("PATH", str(programs))
+    reported = found(tmp_path)["cuda"]
+    assert reported["state"] == state and reported["value"].startswith(value)
+
+
 def test_for_people(tmp_path: Path) -> None:
     assert "everything that is needed is installed" in preprocess("doctor", "--out", tmp_path).out
 
