@@ -1,15 +1,17 @@
-"""The scripts of examples/openclipart as modules: they are no package, and import each other by name."""
+"""The scripts of examples/ as modules: they are no packages, and import each other by name."""
 
 import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "openclipart"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = EXAMPLES / "openclipart"
 
 
 def script(name: str) -> ModuleType:
     """The module of `name`.py."""
-    if str(SCRIPTS) not in sys.path:
-        sys.path.insert(0, str(SCRIPTS))
+    for folder in (SCRIPTS, EXAMPLES / "scenes"):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
     return importlib.import_module(name)
