@@ -2,7 +2,7 @@
 
 atomic_write(path): `<name>.partial` next to it -> fsync -> rename; in an object store (a UPath) a local temporary
 file -> one put. A full disk or missing rights become a UserError (`disk_errors`).
-out_path("s3://bucket/out") -> UPath; Layout(out): every path below the output folder
+user_path("s3://bucket/out") -> UPath; Layout(out): every path below the output folder
 """
 
 import errno
@@ -40,6 +40,7 @@ def _rebuild(problem: str, allowed: str | None, fix: str | None) -> UserError:
 
 
 TEMPORARY_SUFFIX = ".partial"
+LONGEST_NAME = 255  # bytes, of the usual file systems
 _AGAIN = "run the same command again: what is finished is kept"
 _FIXES = {
     errno.ENOSPC: "free space there, then {again}",
@@ -71,9 +72,10 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
                 path.fs.put_file(str(partial), path.path)  # type: ignore[attr-defined]  # a UPath
             return
         make_folder(path.parent)
-        partial = path.with_name(f"{path.name}{_partial_tag.get()}{TEMPORARY_SUFFIX}")
+        ending = f"{_partial_tag.get()}{TEMPORARY_SUFFIX}"
+        partial = path.with_name(fit_name(printable(path.name), LONGEST_NAME - len(ending)) + ending)
         try:
-            yield partial
+            yield utf8_path(partial)
             if durable:
                 with open(partial, "rb+") as file:
                     os.fsync(file.fileno())
@@ -182,7 +184,7 @@ def _disk_fault(error: Exception) -> int | None:
 
 
 def _below(named: str, folder: Path) -> bool:
-    return is_remote(folder) or Path(os.path.abspath(named)).is_relative_to(os.path.abspath(folder))
+    return is_remote(folder) or Path(os.path.realpath(named)).is_relative_to(os.path.realpath(folder))
 
 
 def _space(path: Path) -> str:
@@ -201,9 +203,9 @@ def is_remote(path: Path) -> bool:
 
 @contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
-    """`path` itself, or a download of a remote object, removed after the block."""
+    """`path` itself (its `utf8_path`), or a download of a remote object, removed after the block."""
     if not is_remote(path):
-        yield path
+        yield utf8_path(path)
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
@@ -228,8 +230,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys, in one step: equal values give equal bytes."""
+    """Write `value` as indented JSON with sorted keys, in one step: equal values give equal bytes.
+
+    A name that is not UTF-8 is written in ASCII escapes, which json.loads reads back; pydantic refuses them.
+    """
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    if not is_utf8(text):
+        text = json.dumps(value, indent=1, sort_keys=True) + "\n"
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf8"))
 
 
@@ -245,21 +252,42 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-_COLLAPSED = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # Path turns // into /
+_ARCHIVES = ("zip", "tar", "libarchive", "reference", "dir")  # of fsspec; what is in one of them has a chained URL
+_CACHES = ("simplecache", "filecache", "blockcache", "cached")
+_URL = re.compile(rf"(?:(?:{'|'.join(_CACHES)})::)*([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_LOCAL_URL = re.compile(r"(?:file|local):(?://|(?=/))", re.IGNORECASE)
 _NO_CACHE = ("s3", "s3a", "gs", "gcs")  # file systems that cache listings, which other processes change
 
 
-def out_path(text: str) -> Path:
-    """The output folder that the user names: a Path, or a UPath for a URL such as s3://bucket/out."""
-    url = _URL.match(text)
-    if url is None:
-        return Path(text)
-    protocol = url.group(1).lower()
-    if protocol in ("file", "local"):
-        return Path(text[url.end() :])
+def is_url(text: str) -> bool:
+    """Whether a user's text is a URL of another file system: `s3://bucket/out`, `simplecache::s3://bucket/0.tar`.
+
+    `run:1`, `data:v1`, `x::1.tar` and `file:///data` are not.
+    """
+    return bool(_URL.match(text)) and not _LOCAL_URL.match(text)
+
+
+def user_path(text: str | Path) -> Path:
+    """The file or folder that a user names: a Path, or a UPath for a URL such as s3://bucket/out.
+
+    Whatever opens a path of the command line, of pipeline.yaml or of a file that users write takes it from here. `~` is
+    the home folder. A relative name that Arrow, DuckDB or fsspec would take for a URL (`run:1`, `o::4`) becomes
+    absolute. Bytes that are not UTF-8 are surrogate escapes, as in all of Python: see `utf8_path` and `printable`.
+    """
+    text = str(text)
+    if not text or "\0" in text:
+        raise UserError(f"{text!r} is no path", allowed="a path or a URL", fix="name a file or a folder")
+    if is_url(text):
+        return _remote_path(text)
+    path = Path(os.path.expanduser(_LOCAL_URL.sub("", text, count=1) or "/"))
+    odd = path.parts and (":" in path.parts[0] or path.parts[0].startswith("~"))
+    return path.absolute() if odd else path
+
+
+def _remote_path(text: str) -> Path:
     from upath import UPath  # LAZY: stage 2 and local builds do without fsspec
 
+    protocol = _URL.match(text).group(1).lower()  # type: ignore[union-attr]  # a URL
     try:
         options: dict[str, Any] = {"use_listings_cache": False} if protocol in _NO_CACHE else {}
         path = UPath(text.rstrip("/"), **options)
@@ -270,16 +298,53 @@ def out_path(text: str) -> Path:
     return cast(Path, path)
 
 
-def local_out(text: str | Path) -> Path:
-    """The output folder for training, which reads local files only. UserError: it is a URL; the fix is to copy it."""
-    scheme = _URL.match(str(text)) or _COLLAPSED.match(str(text))
-    protocol = scheme.group(1).lower() if scheme else "file"
-    if scheme is None or protocol in ("file", "local") or (isinstance(text, Path) and text.exists()):
-        return out_path(str(text))
-    url = f"{protocol}://{str(text)[scheme.end() :].strip('/')}"
-    folder = url.rpartition("/")[2]
-    copy = f"aws s3 sync {url} {folder}" if protocol == "s3" else f"copy {url} to a local folder {folder}"
-    raise UserError(f"{url} is not on this machine", allowed="a local folder", fix=f"{copy}; then give {folder}")
+def local_path(text: str | Path) -> Path:
+    """As `user_path`, for what reads and writes local files only. UserError: it is a URL; the fix is to copy it."""
+    if not is_url(str(text)):
+        return user_path(text)
+    url = str(text).rstrip("/")
+    name = url.rpartition("/")[2]
+    copy = f"aws s3 sync {url} {name}" if url.startswith("s3://") else f"copy {url} to a local folder {name}"
+    raise UserError(f"{url} is not on this machine", allowed="a local folder or file", fix=f"{copy}; then give {name}")
+
+
+def printable(text: str) -> str:
+    """The same text; bytes that are not UTF-8 as `\\xe9`, for what is stored as UTF-8 and never opened again."""
+    return text.encode("utf8", "surrogateescape").decode("utf8", "backslashreplace")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether the text has no surrogates, which stand for bytes of a file name that are not UTF-8."""
+    try:
+        text.encode("utf8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_open_names: dict[str, int] = {}  # path -> a descriptor of it in this process
+
+
+def utf8_path(path: Path) -> Path:
+    """A local path for Arrow and DuckDB, which take UTF-8 alone: `path`, or where a part of it is not UTF-8, a path of
+    /proc/self/fd, good in this process, that leads to the same file. That part has to exist.
+    """
+    if is_utf8(str(path)):
+        return path
+    last = next(above for above in (path, *path.parents) if not is_utf8(above.name))  # the deepest such part
+    name, state = str(last.absolute()), last.stat()
+    descriptor = _open_names.get(name)
+    if descriptor is None or not os.path.samestat(os.fstat(descriptor), state):
+        descriptor = _open_names[name] = os.open(last, os.O_RDONLY)
+    return Path(f"/proc/self/fd/{descriptor}", path.relative_to(last))
+
+
+def fit_name(name: str, limit: int) -> str:
+    """A file name of at most `limit` bytes: a longer one keeps its beginning, and ends in `~` and a fingerprint."""
+    if len(name.encode("utf8", "surrogateescape")) <= limit:
+        return name
+    ending = f"~{fingerprint(name)}"
+    return name.encode("utf8", "surrogateescape")[: limit - len(ending)].decode("utf8", "ignore") + ending
 
 
 class Layout:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from labels.storage import UserError, atomic_write, is_remote, local_copy, out_path, sha256_file
+from labels.storage import UserError, atomic_write, is_remote, local_copy, sha256_file, user_path
 
 if TYPE_CHECKING:
     import duckdb
@@ -237,7 +237,7 @@ def map_uids(text: str, option: str) -> Iterator[np.ndarray]:
     """An .npy of uids (path or URL), mapped: a structured array [U] of two u8. `option` is for the message."""
     with ExitStack() as stack:
         try:
-            path = stack.enter_context(local_copy(out_path(text)))
+            path = stack.enter_context(local_copy(user_path(text)))
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if not isinstance(array, np.ndarray):
                 raise ValueError(f"it holds {type(array).__name__}")

@@ -8,32 +8,38 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
 from labels import Formula, TokenizerKind, __version__
-from labels.storage import UserError, out_path, write_whole
+from labels.storage import UserError, is_remote, local_path, user_path, write_whole
 from preprocess.engine import start_server
-
-_file = click.Path(path_type=Path, dir_okay=False)
 
 # -- arguments and options of several commands
 
 
+class LocalPath(click.Path):
+    """A file or folder of this machine: see `labels.storage.local_path`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(local_path(value), param, ctx)
+
+
+_path, _file = LocalPath(path_type=Path), LocalPath(path_type=Path, dir_okay=False)
+
+
 def parse_out(_context: click.Context, _argument: click.Parameter, value: str) -> Path:
     """An output folder as a path, or a UPath for a URL."""
-    return out_path(value)
+    return user_path(value)
 
 
 def parse_outs(_context: click.Context, _argument: click.Parameter, value: tuple[str, ...]) -> tuple[Path, ...]:
     """Several output folders."""
-    return tuple(out_path(text) for text in value)
+    return tuple(user_path(text) for text in value)
 
 
-config_option = click.option(
-    "--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it exists)."
-)
+config_option = click.option("--config", type=_path, help="Configuration file (default: ./pipeline.yaml if it exists).")
 set_option = click.option(
     "--set",
     "overrides",
@@ -147,7 +153,7 @@ def plan_command(
     from preprocess.estimate import costs, estimate, print_estimate
 
     settings = load_pipeline(config, [*overrides, *([f"build.workers={workers}"] if workers else [])])
-    target = out_path(out or settings.paths.out)
+    target = user_path(out or settings.paths.out)
     estimated = estimate(list(data), target, settings, samples=samples, betons=not no_beton)
     estimated["costs"] = costs(estimated, price_per_hour, price_per_gib_month)
     if as_json:
@@ -168,7 +174,8 @@ def doctor_command(out: str | None, as_json: bool, config: Path | None) -> None:
     from preprocess.doctor import examine, print_findings
 
     settings = load_pipeline(config)
-    findings = examine(Path(out or settings.paths.out), settings)
+    target = user_path(out or settings.paths.out)
+    findings = examine(Path() if is_remote(target) else target, settings)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
@@ -271,7 +278,7 @@ def build_labels_command(
             "--overwrite with --shard would remove what the other shares write",
             fix="run it once without --shard first",
         )
-    target = out_path(out or settings.paths.out)
+    target = user_path(out or settings.paths.out)
     manifest = build_labels(
         list(data), target, settings, betons=not no_beton, overwrite=overwrite, share=share, no_images=no_images
     )
@@ -340,7 +347,7 @@ def append_command(
 @click.option(
     "--out",
     "target",
-    type=click.Path(path_type=Path),
+    type=_path,
     required=True,
     help="The file to write, for labels.tokenizer.",
 )
@@ -380,7 +387,7 @@ def train_tokenizer_command(
 @click.option("--shards", metavar="GLOB", help="Only shards whose names match, e.g. '0000[0-4]*'.")
 @click.option("--formula", type=click.Choice(get_args(Formula)), help="Default: that of the output folder.")
 @click.option("--recount", is_flag=True, help="Count the label files again instead of summing the stored counts.")
-@click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The Parquet file to write.")
+@click.option("--out", "target", type=_path, required=True, help="The Parquet file to write.")
 def idf_command(
     outs: tuple[Path, ...], shards: str | None, formula: Formula | None, recount: bool, target: Path
 ) -> None:

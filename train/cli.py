@@ -18,14 +18,12 @@ from labels import __version__
 from labels.config import load_pipeline
 from labels.manifest import read_manifest
 from labels.settings import Pipeline
-from labels.storage import UserError, local_out, out_path, write_whole
+from labels.storage import UserError, local_path, user_path, write_whole
 from train import options
 from train.evals.commands import register
 
 CLIP_VOCABULARY = 49_408  # classes to plan for without a label dataset
-_PATH = click.Path(path_type=Path)
-_FILE = click.Path(path_type=Path, dir_okay=False)
-_run_folder = click.option("--out", "run", type=_PATH, help="Run folder (default: paths.run).")
+_run_folder = click.option("--out", "run", type=options.PATH, help="Run folder (default: paths.run).")
 _weights = click.option("--weights", metavar="FILE", help="Weight file of a timm: or open_clip: encoder.")
 _top = click.IntRange(min=1)
 _seconds = click.FloatRange(min=0.1)
@@ -70,7 +68,7 @@ def run(synthetic: bool, **arguments: Any) -> None:
     if not synthetic:
         return _pretrain("run", arguments, train_run, or_else=", or --synthetic")
     pipeline = _pipeline(arguments)
-    folder = (arguments["run"] or Path(pipeline.paths.run)) / "synthetic"
+    folder = (arguments["run"] or local_path(pipeline.paths.run)) / "synthetic"
     vocabulary, label_limit, _ = head_size(pipeline, next(iter(arguments["betons"]), None))
     if not synthetic_run(folder, pipeline, vocabulary, label_limit):
         sys.exit(STOPPED_EXIT_CODE)
@@ -105,7 +103,7 @@ def lit(encoder: str, weights: str | None, **arguments: Any) -> None:
 
 def _pretrain(name: str, arguments: dict[str, Any], train: Callable[..., bool], or_else: str = "") -> None:
     pipeline = _pipeline(arguments)
-    folder = arguments["run"] or Path(pipeline.paths.run)
+    folder = arguments["run"] or local_path(pipeline.paths.run)
     _exit_if_stopped(train(_chosen(pipeline, arguments, f"train {name}", or_else), folder, pipeline), folder)
 
 
@@ -206,7 +204,7 @@ def head_size(pipeline: Pipeline, beton: str | None) -> tuple[int, int, int | No
     """Classes, label limit and samples of a label dataset; without one, CLIP's classes and no samples."""
     if beton is None:
         return CLIP_VOCABULARY, pipeline.labels.context, None
-    manifest = read_manifest(local_out(beton or pipeline.paths.out))
+    manifest = read_manifest(local_path(beton or pipeline.paths.out))
     return manifest.tokenizer.vocabulary, manifest.label_limit, manifest.samples
 
 
@@ -282,8 +280,8 @@ def _measure(measure: Callable[..., tuple[dict[str, Any], list[str]]], arguments
 
 
 @cli.command("predict")
-@click.argument("run", type=_PATH)
-@click.argument("images", nargs=-1, required=True, type=_PATH)
+@click.argument("run", type=options.PATH)
+@click.argument("images", nargs=-1, required=True, type=options.PATH)
 @click.option("--top", type=_top, default=10, show_default=True, help="Number of tokens for each image.")
 def predict(run: Path, images: tuple[Path, ...], top: int) -> None:
     """Print the likeliest tokens of images by RUN's newest checkpoint, as JSON."""
@@ -296,19 +294,19 @@ def predict(run: Path, images: tuple[Path, ...], top: int) -> None:
 @click.argument("out")
 @click.argument("sample", metavar="KEY|UID")
 @click.option(
-    "--checkpoint", "run", type=_PATH, metavar="RUN", required=True, help="A run, or one checkpoint's folder."
+    "--checkpoint", "run", type=options.PATH, metavar="RUN", required=True, help="A run, or one checkpoint's folder."
 )
 @click.option("--shard", metavar="NAME", help="The shard to search, if several have the key.")
 @click.option("--top", type=_top, default=10, show_default=True, help="Predicted tokens to show.")
-@click.option("--html", type=_FILE, help="Write a page that opens without a network.")
-@click.option("--svg", type=_FILE, help="Write a vector picture.")
-@click.option("--png", type=_FILE, help="Write a picture, 1200 pixels wide.")
+@click.option("--html", type=options.FILE, help="Write a page that opens without a network.")
+@click.option("--svg", type=options.FILE, help="Write a vector picture.")
+@click.option("--png", type=options.FILE, help="Write a picture, 1200 pixels wide.")
 def explain(out: str, sample: str, run: Path, shard: str | None, top: int, **pages: Path | None) -> None:
     """Show one sample of a dataset with a run's predictions: image, tokens, labels, weights, likeliest tokens."""
     from labels.explanation import show
     from train.evals.predict import explain_with_predictions
 
-    show(explain_with_predictions(out_path(out), sample, run, shard=shard, top=top), **pages)
+    show(explain_with_predictions(user_path(out), sample, run, shard=shard, top=top), **pages)
 
 
 @cli.command("export")
@@ -320,14 +318,14 @@ def explain(out: str, sample: str, run: Path, shard: str | None, top: int, **pag
     required=True,
     help="Library that will load it.",
 )
-@click.option("--out", type=_PATH, required=True, help="Folder, new or of an earlier export, which is replaced.")
+@click.option("--out", type=options.PATH, required=True, help="Folder, new or of an earlier export, which is replaced.")
 @_weights
 @click.option("--layer", type=int, help="onnx: features of this block (default: the model's own output).")
 @click.option("--pool", metavar="avg|cls|cls+avg", help="onnx: pool of the patches, the class token, or both.")
 @click.option(
     "--results",
     multiple=True,
-    type=_PATH,
+    type=options.PATH,
     help="Result JSONs for the card, or folders (default: those in the run). Repeatable.",
 )
 def export(
@@ -349,7 +347,7 @@ def export(
     metavar="FILE|KIND:DIR",
     help="LLaVA's json, or captions: coco:, karpathy:, flickr30k: or pairs:DIR.",
 )
-@click.option("--images", type=_PATH, help="Folder with the json's images (default: the json's own).")
+@click.option("--images", type=options.PATH, help="Folder with the json's images (default: the json's own).")
 @click.option(
     "--encoder",
     required=True,
@@ -360,12 +358,12 @@ def export(
 @click.option(
     "--language-model",
     required=True,
-    type=_PATH,
+    type=options.PATH,
     metavar="DIR",
     help="Folder of any causal language model in Hugging Face's form.",
 )
 @click.option(
-    "--out", required=True, type=_PATH, help="Folder of the whole model; next to it <name>.work/, for resuming."
+    "--out", required=True, type=options.PATH, help="Folder of the whole model; next to it <name>.work/, for resuming."
 )
 @options.config
 @options.overrides
@@ -390,15 +388,15 @@ def llava(
 
 
 @cli.command("report")
-@click.argument("runs", nargs=-1, required=True, type=_PATH, metavar="RUN...")
+@click.argument("runs", nargs=-1, required=True, type=options.PATH, metavar="RUN...")
 @click.option(
     "--results",
     multiple=True,
-    type=_PATH,
+    type=options.PATH,
     metavar="FILE|DIR",
     help="Result JSONs of probe, fewshot, finetune, caption, eval etc., or a folder of them. Repeatable.",
 )
-@click.option("--out", "page", type=_FILE, required=True, metavar="FILE", help="The HTML file to write.")
+@click.option("--out", "page", type=options.FILE, required=True, metavar="FILE", help="The HTML file to write.")
 def report(runs: tuple[Path, ...], results: tuple[Path, ...], page: Path) -> None:
     """Write one HTML file about runs: loss, speed, recipes, results next to the paper's. It opens without a network."""
     from train.evals.measure import read_results

@@ -7,14 +7,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from labels.settings import Pipeline
-from labels.storage import UserError, local_out
+from labels.storage import UserError, local_path, user_path
 
 if TYPE_CHECKING:
     from train.data.open import Chosen
 
-config = click.option(
-    "--config", type=click.Path(path_type=Path), help="Configuration file (default: ./pipeline.yaml if it exists)."
-)
+
+class LocalPath(click.Path):
+    """A file or folder of this machine: see `labels.storage.local_path`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(local_path(value), param, ctx)
+
+
+PATH, FILE = LocalPath(path_type=Path), LocalPath(path_type=Path, dir_okay=False)
+
+config = click.option("--config", type=PATH, help="Configuration file (default: ./pipeline.yaml if it exists).")
 overrides = click.option(
     "--set",
     "overrides",
@@ -43,7 +51,7 @@ _labels = click.option(
 )
 _idf = click.option(
     "--idf",
-    type=click.Path(path_type=Path),
+    callback=lambda _context, _option, value: value and user_path(value),
     metavar="FILE",
     help="IDF table (`preprocess idf`), or an output folder that has one.",
 )
@@ -74,4 +82,4 @@ def chosen(
         raise UserError(
             f"`{command}` was given no betons", fix=f"add --beton OUT (--beton alone takes paths.out){or_else}"
         )
-    return Chosen([beton or pipeline.paths.out for beton in betons], [local_out(name) for name in labels], idf)
+    return Chosen([beton or pipeline.paths.out for beton in betons], [local_path(name) for name in labels], idf)

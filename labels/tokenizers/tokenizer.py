@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from labels.settings import TOKENIZERS, Labels, names_in
-from labels.storage import UserError
+from labels.storage import UserError, local_path
 
 if TYPE_CHECKING:
     import regex
@@ -92,7 +92,7 @@ def _make(name: str, stop_words: Literal["keep", "remove"], wordnet: str) -> Tok
 
 def find_file(name: str) -> Path | None:
     """The file that `labels.tokenizer` names, or the tokenizer file in that folder; None if there is none."""
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir():
         return next((path / file for file in _FILES if (path / file).is_file()), None)
     return path if path.exists() else None
@@ -102,7 +102,7 @@ def find_source(name: str) -> Path | str:
     """The tokenizer file that `labels.tokenizer` names, or a hub name. UserError: it is neither."""
     if (file := find_file(name)) is not None:
         return file
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir():
         raise UserError(f"labels.tokenizer: the folder {name} holds neither {' nor '.join(_FILES)}", allowed=ALLOWED)
     if path.suffix in (".json", ".txt") or not _HUB_NAME.fullmatch(name):

@@ -20,9 +20,9 @@ from labels.storage import (
     atomic_write,
     is_remote,
     local_copy,
-    local_out,
-    out_path,
+    local_path,
     sha256_file,
+    user_path,
     write_json,
 )
 from preprocess import locks
@@ -87,7 +87,7 @@ def test_shards_in_and_out_out(server: Any, bucket: str, finished: Built, tmp_pa
 def test_a_rerun_skips_and_an_interrupted_build_resumes(
     server: Any, bucket: str, finished: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    filesystem: Any = out_path(bucket).fs  # type: ignore[attr-defined]  # a UPath
+    filesystem: Any = user_path(bucket).fs  # type: ignore[attr-defined]  # a UPath
     put, uploads = filesystem.put_file, 0
 
     def stop_at_seventh(*arguments: Any, **options: Any) -> None:
@@ -158,7 +158,7 @@ def test_array_jobs_on_one_out(server: Any, bucket: str, tmp_path: Path) -> None
 
 
 def test_the_error_of_a_second_writer_names_the_first(server: Any, bucket: str, finished: Built) -> None:
-    lock = Layout(out_path(bucket)).lock
+    lock = Layout(user_path(bucket)).lock
     with only_writer(lock):
         found = refused(finished.data, bucket)  # type: ignore[arg-type]  # a URL is text
         assert re.search(
@@ -177,7 +177,7 @@ def test_a_stale_lock_is_taken_over_with_a_note(
     server: Any, bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(locks, "REFRESH_S", 0.1)
-    lock = Layout(out_path(bucket)).lock
+    lock = Layout(user_path(bucket)).lock
     long_ago = time.time() - 3600
     lock.write_bytes(Holder("gone", 7, long_ago, long_ago, "token").raw)
     with only_writer(lock):
@@ -194,7 +194,7 @@ def test_a_stale_lock_is_taken_over_with_a_note(
 
 
 def test_a_lock_rewritten_while_it_is_read_is_no_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock = Layout(out_path(bucket)).lock
+    lock = Layout(user_path(bucket)).lock
     holder = Holder("here", 7, 1.0, 2.0, "token")
     lock.write_bytes(holder.raw)
     store = lock.fs  # type: ignore[attr-defined]  # a UPath
@@ -206,7 +206,7 @@ def test_a_lock_rewritten_while_it_is_read_is_no_error(bucket: str, monkeypatch:
 
 
 def test_objects_appear_whole(server: Any, bucket: str) -> None:
-    path = out_path(bucket) / "made.json"
+    path = user_path(bucket) / "made.json"
 
     def fail() -> None:
         with atomic_write(path) as partial:
@@ -227,7 +227,7 @@ def test_objects_appear_whole(server: Any, bucket: str) -> None:
 
 
 def test_faults_of_a_store_are_reported(server: Any, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = out_path(bucket) / "made.json"
+    path = user_path(bucket) / "made.json"
 
     def denied(*_: object, **__: object) -> None:
         raise PermissionError("Access Denied")
@@ -250,33 +250,36 @@ def test_faults_of_a_store_are_reported(server: Any, bucket: str, monkeypatch: p
 
 def test_no_out_is_an_error(server: Any, bucket: str) -> None:
     with pytest.raises(UserError, match="does not exist or is not a folder"):
-        read_manifest(out_path(bucket))
+        read_manifest(user_path(bucket))
     said = preprocess("verify", bucket)
     assert said.code == 2 and f"preprocess build-labels DATA --out {bucket}" in said.err
 
 
-def test_out_paths() -> None:
-    assert out_path("a/b") == Path("a/b") and out_path("file:///a/b") == Path("/a/b") and not is_remote(out_path("/a"))
-    remote = out_path("memory://bucket/out/")
+def test_user_paths() -> None:
+    assert (
+        user_path("a/b") == Path("a/b") and user_path("file:///a/b") == Path("/a/b") and not is_remote(user_path("/a"))
+    )
+    remote = user_path("memory://bucket/out/")
     assert is_remote(remote) and str(Layout(remote).label_file("a")) == "memory://bucket/out/labels/a.parquet"
     with pytest.raises(
         UserError, match=r"nosuch://a cannot be opened: .*\n  allowed: a local folder, or a URL that fsspec knows"
     ):
-        out_path("nosuch://a")
+        user_path("nosuch://a")
 
 
 def test_training_is_refused_with_the_command_that_copies(tmp_path: Path) -> None:
     assert (
-        local_out("a/b") == Path("a/b") and local_out(Path("/a")) == Path("/a") and local_out("file:///a") == Path("/a")
+        local_path("a/b") == Path("a/b")
+        and local_path(Path("/a")) == Path("/a")
+        and local_path("file:///a") == Path("/a")
     )
-    (tmp_path / "s3:").mkdir()
-    assert local_out(tmp_path / "s3:") == tmp_path / "s3:"
-    for url in ("s3://bucket/my/out/", "s3://bucket/my/out", Path("s3://bucket/my/out")):
+    assert local_path(tmp_path / "s3:") == tmp_path / "s3:"
+    for url in ("s3://bucket/my/out/", "s3://bucket/my/out"):
         with pytest.raises(UserError, match=r"s3://bucket/my/out is not on this machine") as caught:
-            local_out(url)
+            local_path(url)
         assert caught.value.fix == "aws s3 sync s3://bucket/my/out out; then give out"
     with pytest.raises(UserError, match=r"fix: copy gs://bucket/out to a local folder out; then give out"):
-        local_out("gs://bucket/out")
+        local_path("gs://bucket/out")
 
 
 def test_what_is_read_back_is_what_was_written(server: Any, bucket: str, finished: Built) -> None:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from labels.arrays import check_same_rows
 from labels.idf import read_idf
 from labels.manifest import BetonPart, Manifest, read_manifest
-from labels.storage import Layout, UserError, local_copy, out_path, sha256_file
+from labels.storage import Layout, UserError, is_remote, is_url, local_copy, sha256_file, user_path
 
 _FORMS = (
     "an output folder, its manifest.json, its beton/*.beton, or a glob of these; each may end in =SHARE, e.g. out=0.3"
@@ -77,7 +77,7 @@ def parse_sources(texts: Sequence[str], labels: Sequence[Path] = ()) -> Mixture:
 
 def _split_share(text: str) -> tuple[str, Fraction | None]:
     name, equals, share = text.rpartition("=")
-    if not equals or Path(text).exists():
+    if not equals or (not is_url(text) and user_path(text).exists()):
         return text, None
     try:
         value = Fraction(share)
@@ -104,11 +104,11 @@ def _quotas(shares: list[Fraction]) -> tuple[int, ...]:
 
 def _sources_of(text: str) -> list[DataSource]:
     """The sources under one name; betons of the same output folder are one source."""
-    if "://" in text and not text.startswith(("file://", "local://")):
-        return [DataSource(_without_manifest(out_path(text)))]
-    plain = str(out_path(text))
-    paths = [Path(plain)]
-    if not paths[0].exists() and _GLOB.search(plain):
+    path = user_path(text)
+    if is_remote(path):
+        return [DataSource(_without_manifest(path))]
+    plain, paths = str(path), [path]
+    if not path.exists() and _GLOB.search(plain):
         paths = [Path(match) for match in sorted(glob.glob(plain))]
         if not paths:
             raise UserError(f"--beton {text} matches nothing", allowed=_FORMS)

@@ -23,7 +23,7 @@ from labels import beton
 from labels.arrays import Column, check_same_rows, open_rows, shards_needed, write_rows
 from labels.manifest import IMAGE_SPAN, read_manifest
 from labels.settings import Data, Train
-from labels.storage import Layout, UserError, fingerprint, is_remote, sha256_file
+from labels.storage import Layout, UserError, fingerprint, is_remote, local_path, sha256_file
 from labels.subset import (
     ROWS_AT_ONCE,
     UIDS,
@@ -85,7 +85,7 @@ def open_data(
         labels = source.labels or (source.out if in_arrays else None)
         if labels and not make_rows_once(source.out, labels, world, stopping, column):
             return None
-    cache = Cache(Path(settings.cache).expanduser(), settings.cache_size)
+    cache = Cache(local_path(settings.cache), settings.cache_size)
     betons = BetonSet(mixture, idf=chosen.idf, cache=cache, column=column)
     _check_window(betons, settings)
     if settings.verify:

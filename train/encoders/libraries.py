@@ -20,7 +20,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from labels.storage import UserError
+from labels.storage import UserError, local_path
 from train.checkpoint import load_exactly, read_weights, weights_fingerprint
 from train.encoders.encoder import Blocks, Encoder, EncoderSpec, ImageForm, finish, read_out, timm_blocks
 from train.encoders.text import TextSide, open_clip_text_side
@@ -51,8 +51,9 @@ def load_timm(requested: EncoderSpec, name: str) -> Encoder:
         net = timm.create_model(name, pretrained=False, num_classes=0)
         head = getattr(net, "pretrained_cfg", {}).get("classifier") or ()
         prefixes = tuple(f"{part}." for part in ((head,) if isinstance(head, str) else head))
-        tensors = read_weights(Path(weights))
-        load_exactly(net, {key: value for key, value in tensors.items() if not key.startswith(prefixes)}, Path(weights))
+        file = local_path(weights)
+        kept = {key: value for key, value in read_weights(file).items() if not key.startswith(prefixes)}
+        load_exactly(net, kept, file)
     return _finish_timm(requested, name, net, weights, seeded=False)
 
 
@@ -136,7 +137,7 @@ def load_clip(name: str, weights: str | None) -> Any:
             fix=f"--encoder open_clip:{name} --weights FILE",
         )
     model: nn.Module = open_clip.create_model(name, load_weights=False)
-    load_exactly(model, read_weights(Path(weights)), Path(weights))
+    load_exactly(model, read_weights(local_path(weights)), local_path(weights))
     return model.eval()
 
 

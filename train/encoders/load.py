@@ -20,7 +20,7 @@ from torch import nn
 
 from labels.config import load_pipeline
 from labels.settings import Model, Train
-from labels.storage import UserError, sha256_file
+from labels.storage import UserError, local_path, sha256_file
 from train.checkpoint import checkpoint_folders, load_exactly, read_weights
 from train.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish, with_unique_names
 from train.encoders.libraries import load_hf, load_open_clip, load_timm, untrained_timm, with_readout
@@ -53,13 +53,14 @@ def load_encoder(requested: EncoderSpec | str, *, seed: int = 0) -> Encoder:
     if kind == "open_clip" and value:
         return load_open_clip(requested, value)
     if kind == "hf" and value:
-        return load_hf(requested, Path(value))
+        return load_hf(requested, local_path(value))
     if kind == "pixels" and colon:
         return _pixels(requested, value)
     if kind == "untrained" and value:
-        name = value.removeprefix("timm:")
-        return _untrained_run(requested, Path(value), seed) if name == value else untrained_timm(requested, name, seed)
-    path = Path(value if kind == "run" and value else requested.spec)
+        if value.startswith("timm:"):
+            return untrained_timm(requested, value.removeprefix("timm:"), seed)
+        return _untrained_run(requested, local_path(value), seed)
+    path = local_path(value if kind == "run" and value else requested.spec)
     if not path.is_dir():
         problem = f"the encoder {requested.spec!r} is no known kind, nor is a folder at {path}"
         raise UserError(problem, allowed=KINDS, fix="fix --encoder")
@@ -154,7 +155,7 @@ def _pixels(requested: EncoderSpec, side: str) -> Encoder:
 def trained_model(encoder: Encoder) -> Model | None:
     """The trunk's configuration if the encoder is a run, trained or not; None for other kinds."""
     spec, checkpoint = encoder.requested.spec, encoder.checkpoint
-    run = checkpoint.parent.parent if checkpoint else Path(spec.removeprefix("untrained:"))
+    run = checkpoint.parent.parent if checkpoint else local_path(spec.removeprefix("untrained:"))
     own = (run / "config.yaml").is_file() and foreign_encoder(run) is None
     return load_pipeline(run / "config.yaml").train.model if own else None
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from labels.manifest import PAD_ID
 from labels.settings import Positive, Section, parse_count
-from labels.storage import UserError
+from labels.storage import UserError, local_path
 from train.encoders.libraries import check_whole, import_transformers, load_folder
 
 _HEADS = 8
@@ -141,7 +141,7 @@ def make_decoder(name: str, captions: Sequence[str], small: SmallDecoder, positi
     from `seed`.
     """
     if name != BUILT_IN:
-        return load_language_model(Path(name))
+        return load_language_model(local_path(name))
     transformers = import_transformers()
     tokenizer = transformers.GPT2Tokenizer().train_new_from_iterator(captions, small.vocabulary, show_progress=False)
     end = tokenizer.eos_token_id

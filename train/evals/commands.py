@@ -17,7 +17,6 @@ from labels.settings import EVALUATORS, names_in, summary
 from labels.storage import UserError
 from train import options
 
-_PATH = click.Path(path_type=Path)
 _CLASSES = "imagenet:, pets:, cars:, folders:, shards: or parquet:DIR, as downloaded"
 _CAPTIONS = "coco:, karpathy:, flickr30k: or pairs:DIR"
 _CAPTIONED = f"{_CAPTIONS}, as downloaded"
@@ -43,8 +42,10 @@ _COMMON = (
         metavar="avg|cls|cls+avg",
         help="Pool of the patches, the class token, or both (default: the model's own).",
     ),
-    click.option("--out", type=_PATH, help="Result JSON; what was drawn is written to <name>.splits.parquet."),
-    click.option("--cache", type=_PATH, help="Folder that keeps features, and checkpoints of models that are trained."),
+    click.option("--out", type=options.PATH, help="Result JSON; what was drawn is written to <name>.splits.parquet."),
+    click.option(
+        "--cache", type=options.PATH, help="Folder that keeps features, and checkpoints of models that are trained."
+    ),
     options.config,
     options.overrides,
 )
@@ -58,8 +59,8 @@ def _parts(help: str) -> tuple[Callable[..., Any], ...]:
     train = "Instead of --data: training part, class folders or shards."
     return (
         _data(help),
-        click.option("--train", "train_dir", type=_PATH, help=train),
-        click.option("--test", "test_dir", type=_PATH, help="Test part, in the same layout."),
+        click.option("--train", "train_dir", type=options.PATH, help=train),
+        click.option("--test", "test_dir", type=options.PATH, help="Test part, in the same layout."),
     )
 
 
@@ -134,10 +135,12 @@ def caption(decoder: str | None, **arguments: Any) -> None:
 
 
 @click.command("eval")
-@click.option("--suite", type=_PATH, required=True, metavar="FILE", help="YAML: lists of encoders, data and protocols.")
+@click.option(
+    "--suite", type=options.PATH, required=True, metavar="FILE", help="YAML: lists of encoders, data and protocols."
+)
 @click.option(
     "--out",
-    type=_PATH,
+    type=options.PATH,
     required=True,
     help="Folder of features, results and the table; the same command resumes there.",
 )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from labels.settings import Pipeline, Train
+from labels.storage import local_path
 from train.clip import LIT, check_whole_batches, make_two_tower_state, text_side, two_tower_method
 from train.costs import Costs, tower_costs, trunk_costs
 from train.data.dataset import BetonSet
@@ -57,9 +58,9 @@ def _with_encoder(pipeline: Pipeline, encoder: Encoder) -> Pipeline:
 def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
     """For data.json. `by_config`: RUN/config.yaml and trunk.safetensors hold the encoder; else `spec` loads it."""
     requested, description = encoder.requested, encoder.describe()
-    kind, colon, value = requested.spec.rpartition(":")
-    spec = f"{kind}{colon}{Path(value).resolve()}" if Path(value).is_dir() else requested.spec
-    weights = requested.weights and str(Path(requested.weights).resolve())
+    kind, colon, value = ("", "", requested.spec) if ":" not in requested.spec else requested.spec.partition(":")
+    spec = f"{kind}{colon}{local_path(value).resolve()}" if value and local_path(value).is_dir() else requested.spec
+    weights = requested.weights and str(local_path(requested.weights).resolve())
     run = encoder.checkpoint.parent.parent if encoder.checkpoint else None
     if run and (foreign := foreign_encoder(run)):  # the encoder is itself a run of `train lit`
         spec, weights = foreign.spec, foreign.weights

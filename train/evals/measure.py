@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from labels.settings import Pipeline
-from labels.storage import UserError, write_json, write_whole
+from labels.storage import UserError, local_path, write_json, write_whole
 from train.encoders.encoder import Encoder, EncoderSpec
 from train.encoders.load import load_encoder
 from train.evals.data.captions import CaptionSet
@@ -310,7 +310,7 @@ class Row:
     def run(self) -> Path | None:
         """The run that was evaluated, None if the encoder is not a run."""
         kind, _, rest = self.encoder.partition(":")
-        return Path(rest.partition(",")[0]).resolve() if kind == "run" else None
+        return local_path(rest.partition(",")[0]).resolve() if kind == "run" else None
 
 
 def read_results(paths: Sequence[Path], *, may_be_none: bool = False) -> list[Row]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from labels.storage import UserError
+from labels.storage import UserError, local_path
 from train.data.inputs import feed_batches, pinned, rows_of_steps, stack_pinned
 from train.distributed import World
 from train.encoders.encoder import ImageForm
@@ -54,7 +54,7 @@ def load_records(data: str, images: Path | None) -> list[Record]:
         UserError: see read_records and load_captions.
     """
     if data.partition(":")[0] not in CAPTION_KINDS:
-        return read_records(Path(data), images if images is not None else Path(data).parent)
+        return read_records(local_path(data), images if images is not None else local_path(data).parent)
     if images is not None:
         fix = "omit --images: these data have their own"
         raise UserError(f"--images {images} was given with --data {data}", fix=fix)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from labels.settings import Llava, Optimizer, Pipeline, Train
-from labels.storage import UserError, fingerprint, whole_folder, write_json
+from labels.storage import UserError, fingerprint, local_path, whole_folder, write_json
 from train.checkpoint import weights_fingerprint
 from train.distributed import World, distributed_world
 from train.encoders.encoder import EncoderSpec, ImageForm
@@ -119,7 +119,7 @@ def train_llava(
 def _tower_folder(spec: EncoderSpec, work: Path) -> Path:
     """The tower in Hugging Face's format: the folder of hf:DIR, or an export of any other encoder, made in `work`."""
     if spec.spec.startswith("hf:"):
-        return Path(spec.spec.removeprefix("hf:"))
+        return local_path(spec.spec.removeprefix("hf:"))
     export_encoder(spec, "hf", work / "tower")
     return work / "tower"
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from labels.settings import Labels
-from labels.storage import UserError, fingerprint, write_json
+from labels.storage import UserError, fingerprint, local_path, write_json
 from labels.tokenizers.kinds.clip import clean_piece, clip_clean
 from labels.tokenizers.tokenizer import Tokenizer, find_file, read_json, remove_stop_words, stop_words
 from labels.tokenizers.word_table import FastPieces, flat_rows
@@ -201,7 +201,7 @@ class Nouns:
 @cache
 def load_nouns(setting: str) -> Nouns:
     """The nouns of `labels.wordnet`: a folder, or `auto` for the usual folders."""
-    folders = _usual_folders() if setting == "auto" else [Path(setting).expanduser()]
+    folders = _usual_folders() if setting == "auto" else [local_path(setting)]
     for folder in folders:
         if all((folder / name).is_file() for name in _FILES):
             return Nouns(folder)

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from labels.storage import UserError
+from labels.storage import UserError, local_path
 from train.evals.data.images import CaptionedImages, FileSpan, check_overlap, image_member, list_tars, tar_members
 from train.evals.data.sets import first_file, missing
 
@@ -66,7 +66,7 @@ def load_caption_set(spec: str, cache: Path | None = None, part: str | None = No
     kind, _, value = spec.partition(":")
     name = spec
     if kind == "karpathy":  # named by the images, so that tables show it next to published figures
-        images = "coco" if (Path(value) / "dataset_coco.json").is_file() else "flickr30k"
+        images = "coco" if (local_path(value) / "dataset_coco.json").is_file() else "flickr30k"
         name = f"{images}:{value}, Karpathy's splits"
     return CaptionSet(name, kind, evaluated, parts[evaluated], parts.get("train"), cache)
 
@@ -77,7 +77,7 @@ def load_captions(spec: str) -> dict[str, CaptionedImages]:
     if kind not in CAPTION_KINDS or not value:
         allowed = ", ".join(f"{name}:DIR" for name in CAPTION_KINDS)
         raise UserError(f"--data {spec!r} names no captioned data", allowed=allowed)
-    directory = Path(value)
+    directory = local_path(value)
     if not directory.is_dir():
         raise UserError(f"no directory at {directory}", fix="fix the path given to --data")
     return CAPTION_KINDS[kind](directory)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from labels.storage import UserError
+from labels.storage import UserError, local_path
 from train.evals.data.images import (
     FileSpan,
     LabelledImages,
@@ -74,7 +74,7 @@ def load_data(spec: str, cache: Path | None = None) -> DataSet:
     if kind not in _KINDS or not value:
         allowed, fix = ", ".join(f"{name}:DIR" for name in _KINDS), "name the kind, or give --train DIR --test DIR"
         raise UserError(f"--data {spec!r} is no known kind of data", allowed=allowed, fix=fix)
-    directory = Path(value)
+    directory = local_path(value)
     if not directory.is_dir():
         raise UserError(f"no directory at {directory}", fix="fix the path given to --data")
     return _checked(spec, kind, directory, directory, _KINDS[kind](directory), cache)

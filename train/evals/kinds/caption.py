@@ -38,7 +38,7 @@ from labels.settings import (
     Train,
     within_budget,
 )
-from labels.storage import fingerprint, write_json
+from labels.storage import fingerprint, local_path, write_json
 from train.checkpoint import weights_fingerprint
 from train.data.inputs import feed_batches, pinned, rows_of_steps
 from train.distributed import World, distributed_world
@@ -96,7 +96,7 @@ class Captioning(Evaluation):
 
     def check(self, data: CaptionSet, settings: Caption) -> None:
         if settings.decoder != BUILT_IN:
-            check_folder(Path(settings.decoder))
+            check_folder(local_path(settings.decoder))
         _ = data.overlap  # a UserError if test images are also in the training part
 
     def scores(
@@ -128,7 +128,7 @@ class Captioning(Evaluation):
                     write_json(file, [{"image_id": key, "caption": caption} for key, caption in rows])
                 error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
                 about = {"decoder_weights": weights, "captions": str(file), "test_images_in_train": data.overlap}
-                decoder = "built-in decoder" if settings.decoder == BUILT_IN else Path(settings.decoder).name
+                decoder = "built-in decoder" if settings.decoder == BUILT_IN else local_path(settings.decoder).name
                 cider: dict[str, float | None] = {"cider": statistics.fmean(values)}
                 scores.append(Score(f"caption, {decoder}", seed, cider, about, standard_error=error))
         return scores
@@ -141,7 +141,8 @@ def _decoder_name(decoder: str) -> str:
     """A folder with the fingerprint of its files' names, sizes and times: reading all of them would take long."""
     if decoder == BUILT_IN:
         return decoder
-    about = [(file.name, (facts := file.stat()).st_size, facts.st_mtime_ns) for file in sorted(Path(decoder).iterdir())]
+    files = sorted(local_path(decoder).iterdir())
+    about = [(file.name, (facts := file.stat()).st_size, facts.st_mtime_ns) for file in files]
     return f"{decoder} ({fingerprint(about)})"
 
 

@@ -8,7 +8,6 @@ Ties go to the item with the smaller number. N images, M captions, D width of th
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -17,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from labels.settings import Positive, Section, Seeds
-from labels.storage import UserError
+from labels.storage import UserError, local_path
 from train.encoders.encoder import Encoder
 from train.evals.data.captions import CaptionSet
 from train.evals.features import Extractor
@@ -53,7 +52,7 @@ class Recall(Evaluation):
         assert encoder.text is not None
         side, device, captions_of = encoder.text(), extract.device, data.test.captions
         flat = [caption for captions in captions_of for caption in captions]
-        texts = side.texts(flat, device, Path(settings.labels) if settings.labels else None)  # [M, D]
+        texts = side.texts(flat, device, local_path(settings.labels) if settings.labels else None)  # [M, D]
         images = side.images(extract(encoder, data.test), device)  # [N, D]
         image_of = np.repeat(np.arange(len(captions_of)), list(map(len, captions_of)))  # [M]
         pairs = torch.from_numpy(np.stack([image_of, np.arange(len(texts))], axis=1)).to(device)

@@ -24,7 +24,7 @@ from torch.nn import functional
 from labels.config import load_pipeline
 from labels.idf import read_idf
 from labels.settings import Section, Seeds
-from labels.storage import Layout, UserError, sha256_file
+from labels.storage import Layout, UserError, local_path, sha256_file
 from train.checkpoint import read_weights
 from train.encoders.encoder import Encoder
 from train.encoders.text import label_texts
@@ -77,7 +77,7 @@ class ZeroShot(Evaluation):
     ) -> list[Score]:
         names, forms = class_names(settings.classnames, data), templates(settings.templates)
         texts = [form.replace("{}", name) for name in names for form in forms]
-        labels = Path(settings.labels) if settings.labels else None
+        labels = local_path(settings.labels) if settings.labels else None
         if encoder.text is None:
             notice = "has no text tower: its head's token logits are used; `train lit` adds one"
             print(f"zeroshot: {encoder.name} {notice}", flush=True)
@@ -198,9 +198,9 @@ def class_names(source: str, data: DataSet) -> list[str]:
         return names
     if source == "auto":
         return list(data.names)
-    lines = _lines(Path(source), "class names")
+    lines = _lines(local_path(source), "class names")
     if any("\t" in line for line in lines):
-        return _by_class(Path(source), lines, data)
+        return _by_class(local_path(source), lines, data)
     if len(lines) != len(data.classes):
         raise UserError(
             f"{source} has {len(lines)} names, {data.name} has {len(data.classes)} classes: {shorten(data.classes)}",
@@ -217,7 +217,7 @@ def templates(source: str) -> list[str]:
     if source == "openai":
         makers: list[Callable[[str], str]] = list(_metadata().OPENAI_IMAGENET_TEMPLATES)
         return [make("{}") for make in makers]
-    lines = _lines(Path(source), "templates")
+    lines = _lines(local_path(source), "templates")
     without = [line for line in lines if "{}" not in line]
     if without:
         problem = f"{source}: {len(without)} templates have no {{}}, the first: {without[0]!r}"
@@ -227,7 +227,8 @@ def templates(source: str) -> list[str]:
 
 def source_name(source: str) -> str:
     """The source as results name it; a file with its fingerprint, since its content decides the scores."""
-    return f"{source} ({sha256_file(Path(source))[:16]})" if Path(source).is_file() else source
+    file = local_path(source)
+    return f"{source} ({sha256_file(file)[:16]})" if file.is_file() else source
 
 
 def _by_class(file: Path, lines: list[str], data: DataSet) -> list[str]:
