@@ -72,8 +72,15 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         return dtypes[precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    capabilities = torch.cpu.get_capabilities()
-    return torch.bfloat16 if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else None
+    return torch.bfloat16 if _cpu_has_bf16() else None
+
+
+def _cpu_has_bf16() -> bool:
+    cpu: Any = torch.cpu
+    if hasattr(cpu, "get_capabilities"):  # torch 2.11 has it, 2.8 has not
+        capabilities = cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
 
 
 class LossScale:

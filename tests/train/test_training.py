@@ -266,3 +266,15 @@ def test_synthetic_runs_need_no_data_and_leave_no_checkpoint(config: Path, tmp_p
     found = losses(tmp_path / "run" / "synthetic")
     assert len(found) == 10 and found[-1][1] < found[0][1], "the same batch each time is learnt by heart"
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_training_needs_no_package_for_text(out: Path, config: Path, tmp_path: Path) -> None:
+    """A training node needs neither these packages nor those that only some options need."""
+    absent = ["duckdb", "ftfy", "tokenizers", "regex", "fsspec", "upath", "rich", "psutil", "tensorboard", "open_clip"]
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(','))); from train.cli import main; main()"
+    )
+    words = map(str, command(out, tmp_path / "run", config, "train.samples=320", "train.model.image_size=8"))
+    ended = subprocess.run([sys.executable, "-c", code, ",".join(absent), *words], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert len(losses(tmp_path / "run")) == 20
