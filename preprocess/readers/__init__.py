@@ -1,7 +1,7 @@
 """Readers of captions: DATA -> shards.py -> `read_rows` -> RowBatch of schema ROWS (base.py), in the shard's order.
 
 tar                tar.py, compiled in tar_index.py   -> rows of its json, txt and image members
-Parquet, CSV, TSV  table.py, cells in columns.py      -> rows of its columns; also the side Parquet of a tar
+Parquet, CSV, TSV  table.py, quoting.py, columns.py   -> rows of its columns; also the side Parquet of a tar
 either             base.py, from build.caption_key     -> which member, field or column the caption is
                    images.py                          -> where the image files of the label rows are
 """

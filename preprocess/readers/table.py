@@ -3,16 +3,21 @@
     open_table -> Table.batches -> `identified`: status success, keys -> Repeats: repeated keys are rejected
                -> columns.row_captions: rows without a caption, or with one that is not UTF-8, are rejected -> RowBatch
 
-CSV needs a header line; every column is read as binary, an empty cell that is not quoted as null. A table that is cut
-or damaged ends with a Fault of an empty key.
+CSV needs a header line; whether its quotes enclose fields is decided in quoting.py. Every column is read as binary, an
+empty cell that is not quoted as null. A table that is cut or damaged ends with a Fault of an empty key.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
+import io
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -35,10 +40,12 @@ from preprocess.readers.columns import (
     row_uids,
     success_rows,
 )
+from preprocess.readers.quoting import Quotes, WithoutRows
 from preprocess.readers.shards import Shard
 
 _BLOCK_BYTES = 1 << 24  # of CSV, at once in memory; also the longest row that can be read
 _READ_BYTES = 1 << 20
+_HEADER_BYTES = 1 << 20  # a CSV's header is no longer
 _KEY_ROWS = 1 << 17
 _IDENTITY = (*KEY_COLUMNS, STATUS_COLUMN)
 
@@ -228,26 +235,46 @@ def _read(file: pq.ParquetFile, groups: list[int], columns: list[str], batch_row
 
 
 class _Csv(Table):
-    """Arrow ends a table at a line that is damaged and not UTF-8. A table that is not all UTF-8 is therefore read as
-    Latin-1, in which any bytes are text, and its cells are turned back into their bytes."""
+    """`delimiter`: of fields. `quoted`: whether quotes enclose fields; if not, they are text, and every line is a row.
+
+    Arrow ends a table at a line that is damaged and not UTF-8. A table that is not all UTF-8 is therefore read as
+    Latin-1, in which any bytes are text, and its cells are turned back into their bytes.
+    """
 
     def __init__(self, shard: Shard) -> None:
-        self._is_utf8 = _is_utf8(shard)
         with shard.open() as file:
-            self._begin = 3 if file.read(3) == codecs.BOM_UTF8 else 0
+            start = file.read(_HEADER_BYTES)
+            _refuse_wide_characters(shard.path, start[:4])
+            self._begin = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+            start = start[self._begin :].lstrip(b"\r\n")
+            self.delimiter = _delimiter(shard.path, start.partition(b"\n")[0].partition(b"\r")[0])
+            quotes = Quotes(self.delimiter)
             file.seek(self._begin)
-            header = file.readline(1 << 16)
-        # A .csv whose header holds tabs and no comma is as open_clip's.
-        self._delimiter = "\t" if shard.path.endswith(".tsv") or (b"\t" in header and b"," not in header) else ","
-        self.shard = shard
-        with self._open([], None) as reader:
-            self._read_as = reader.schema.names
-        names = self._read_as
+            self._is_utf8 = _read_all(file, quotes)
+        self.quoted, self._broken = quotes.decide(shard.path), quotes.broken
+        self._read_as = names = self._names(start)
         if not self._is_utf8:
             names = [name.encode("latin1").decode("utf8", "backslashreplace") for name in names]
         super().__init__(shard, pa.schema([(name, pa.binary()) for name in names]), None)
 
+    def _names(self, start: bytes) -> list[str]:
+        """Those in the header, as Arrow reads them."""
+        text = io.StringIO(start.decode("utf8" if self._is_utf8 else "latin1", "ignore"), newline="")
+        quoting = csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE
+        try:
+            return next(csv.reader(text, delimiter=self.delimiter, quoting=quoting))
+        except StopIteration:
+            raise TableDamaged("not a table", "the file is empty") from None
+        except csv.Error as error:
+            raise TableDamaged("not a table", f"the header cannot be read: {error}") from None
+
     def _stream(self, columns: list[str], batch_rows: int, faults: list[Fault] | None) -> Iterator[pa.RecordBatch]:
+        if faults is not None:
+            for _, _, first, last in self._broken.tolist():
+                detail = f"{{}}: the quote that begins a field in line {first} does not end with the field"
+                faults += [
+                    Fault("", "row is damaged", detail.format(f"line {line}")) for line in range(first, last + 1)
+                ]
         with self._open([self._read_as[self.schema.names.index(name)] for name in columns], faults) as reader:
             while True:
                 try:
@@ -260,8 +287,6 @@ class _Csv(Table):
 
     @contextmanager
     def _open(self, columns: list[str], faults: list[Fault] | None) -> Iterator[pacsv.CSVStreamingReader]:
-        """A reader of the columns, of all if `columns` is empty."""
-
         def skip(row: pacsv.InvalidRow) -> str:
             if faults is not None:
                 detail = f"line {row.number}: {row.actual_columns} fields, the header has {row.expected_columns}"
@@ -270,9 +295,15 @@ class _Csv(Table):
 
         with self.shard.open() as file:
             file.seek(self._begin)
+            source = io.BufferedReader(WithoutRows(file, self._begin, self._broken)) if len(self._broken) else file
             encoding = "utf8" if self._is_utf8 else "latin1"
             read = pacsv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, encoding=encoding)
-            parse = pacsv.ParseOptions(delimiter=self._delimiter, newlines_in_values=True, invalid_row_handler=skip)
+            parse = pacsv.ParseOptions(
+                delimiter=self.delimiter,
+                quote_char='"' if self.quoted else False,
+                newlines_in_values=self.quoted,
+                invalid_row_handler=skip,
+            )
             convert = pacsv.ConvertOptions(
                 include_columns=columns,
                 column_types=dict.fromkeys(columns, pa.binary()),
@@ -281,21 +312,45 @@ class _Csv(Table):
                 quoted_strings_can_be_null=False,
             )
             with _damage("not a table"):
-                reader = pacsv.open_csv(file, read, parse, convert)
+                reader = pacsv.open_csv(source, read, parse, convert)
             with reader:
                 yield reader
 
 
-def _is_utf8(shard: Shard) -> bool:
-    decoder = codecs.getincrementaldecoder("utf8")()
-    with shard.open() as file:
-        try:
-            while part := file.read(_READ_BYTES):
-                decoder.decode(part)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
-    return True
+def _refuse_wide_characters(path: str, start: bytes) -> None:
+    """Refuse UTF-16 and UTF-32, by the byte order mark; UTF-16 of ASCII names also by the zero bytes."""
+    encoding = None
+    if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        encoding = "UTF-32"
+    elif start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        encoding = "UTF-16"
+    elif len(start) == 4 and start[0::2].count(0) != start[1::2].count(0) and 0 in (any(start[0::2]), any(start[1::2])):
+        encoding = "UTF-16LE" if start[0] else "UTF-16BE"
+    if encoding:
+        command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(path)} > utf8{PurePosixPath(path).suffix}"
+        raise UserError(f"{path} is {encoding} text", allowed="UTF-8", fix=f"convert it: {command}")
+
+
+def _delimiter(path: str, header: bytes) -> str:
+    """Tab for .tsv. The header of a .csv decides: open_clip's has tabs, a spreadsheet's may have semicolons."""
+    if path.endswith(".tsv"):
+        return "\t"
+    return next((delimiter for delimiter in ",\t;" if delimiter.encode() in header), ",")
+
+
+def _read_all(file: BinaryIO, quotes: Quotes) -> bool:
+    """Add the rest of a file to `quotes`; whether it is UTF-8."""
+    decoder, is_utf8 = codecs.getincrementaldecoder("utf8")(), True
+    while True:
+        part = file.read(_READ_BYTES)
+        if is_utf8 and not (part.isascii() and not decoder.getstate()[0] and part):
+            try:
+                decoder.decode(part, final=not part)
+            except UnicodeDecodeError:
+                is_utf8 = False
+        if not part:
+            return is_utf8
+        quotes.add(part)
 
 
 def _from_latin1(column: pa.Array) -> pa.BinaryArray:

@@ -1,10 +1,11 @@
-"""A short stretch of the fuzz run; `python tests/helpers/fuzz.py` runs any number of inputs."""
+"""A short stretch of the fuzz runs; `python tests/helpers/fuzz.py` and `fuzz_tables.py` run any number of inputs."""
 
 from pathlib import Path
 
 import pytest
 
 from fuzz import fuzz
+from fuzz_tables import fuzz_tables
 
 
 def test_a_short_fuzz_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -12,3 +13,11 @@ def test_a_short_fuzz_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     total = fuzz(400, 20_241_124, tmp_path)
     # A mutator that only ever broke the tars, or never did, would test nothing.
     assert total["labelled"] > 100 and total["tar cut or damaged"] > 20 and len(total) > 6
+
+
+def test_a_short_fuzz_run_over_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    total = fuzz_tables(200, 20_241_124, tmp_path)
+    assert total["unquoted, labelled"] > 100 and total["unquoted, read as quoted=False"] > 10
+    assert total["quoted, labelled"] > 100 and total["quoted, read as quoted=True"] > 10
+    assert total["mixed, refused: " + 'the quote (") that begins a field in line N does not end wit'] > 3
