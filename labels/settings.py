@@ -103,6 +103,7 @@ Jitter = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=4, max_
 Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what NumPy, torch and compiled code all take
 
 
 class Section(BaseModel):
@@ -164,7 +165,7 @@ class Build(Section):
     beton_samples: PositiveCount = 10_000
     beton_size: PositiveFloat = 4.0
     shuffle_window: Positive = 1
-    shuffle_seed: NotNegative = 0
+    shuffle_seed: Seed = 0
 
 
 class Model(Section):
@@ -247,7 +248,7 @@ class Runtime(Section):
     accumulation: Annotated[Positive, MAY_CHANGE] = 1
     parallel: Annotated[Literal["ddp", "fsdp"], MAY_CHANGE] = "ddp"
     threads: Annotated[NotNegative, MACHINE] = 0
-    seed: NotNegative = 0
+    seed: Seed = 0
     max_skipped_steps: Annotated[Positive, MAY_CHANGE] = 20
     peak_tflops: Annotated[PositiveFloat | None, MACHINE] = None
 
@@ -309,7 +310,15 @@ class Features(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
 
-Seeds = Annotated[list[NotNegative], Field(min_length=1)]
+def _once(values: list[Any]) -> list[Any]:
+    if repeated := sorted({value for value in values if values.count(value) > 1}):
+        raise ValueError(f"{repeated[0]} comes {values.count(repeated[0])} times; allowed: each value once")
+    return values
+
+
+# Each value once: a repeated one would count twice in means and deviations.
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_once)]
+PositiveOnce = Annotated[list[Positive], Field(min_length=1), AfterValidator(_once)]
 
 
 def within_budget(section: Any, samples: int, batch_size: int, optimizer: Any) -> Any:

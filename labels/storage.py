@@ -5,12 +5,14 @@ file -> one put. A full disk or missing rights become a UserError (`disk_errors`
 user_path("s3://bucket/out") -> UPath; Layout(out): every path below the output folder
 """
 
+import codecs
 import errno
 import hashlib
 import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -240,6 +242,27 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf8"))
 
 
+def read_text(path: Path) -> str:
+    """A text file of the user's: UTF-8 with or without a byte order mark, or UTF-16 with one. Lines end with \n.
+
+    UserError: it cannot be read, or is in another encoding; the line and the command that converts it.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", fix="fix the path") from None
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line, utf8 = content.count(b"\n", 0, error.start) + 1, path.with_name(f"{path.stem}.utf8{path.suffix}")
+        raise UserError(
+            f"{path} is no UTF-8 text: line {line} has the byte 0x{content[error.start]:02x}",
+            allowed="UTF-8",
+            fix=f"if it is Latin-1: iconv -f latin1 -t utf8 {shlex.quote(str(path))} > {shlex.quote(str(utf8))}",
+        ) from None
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
@@ -310,7 +333,10 @@ def local_path(text: str | Path) -> Path:
 
 def printable(text: str) -> str:
     """The same text; bytes that are not UTF-8 as `\\xe9`, for what is stored as UTF-8 and never opened again."""
-    return text.encode("utf8", "surrogateescape").decode("utf8", "backslashreplace")
+    try:
+        return text.encode("utf8", "surrogateescape").decode("utf8", "backslashreplace")
+    except UnicodeEncodeError:  # surrogates that stand for no byte, of escapes in JSON
+        return text.encode("utf8", "backslashreplace").decode()
 
 
 def is_utf8(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def write_folders(directory: Path, counts: dict[str, int], start: int = 0) -> Pa
     for label, count in counts.items():
         (directory / label).mkdir(parents=True)
         for index in range(start, start + count):
-            (directory / label / f"{index}.png").write_bytes(encoded((index % 256, *label.ljust(2).encode()[:2])))
+            (directory / label / f"{index}.png").write_bytes(encoded((index % 256, *os.fsencode(label).ljust(2)[:2])))
     return directory
 
 

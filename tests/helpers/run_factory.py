@@ -38,6 +38,7 @@ def write_run(run: Path, *samples_seen: int) -> dict[int, torch.nn.Module]:
 
 def write_hf(folder: Path, model: Any, side: int = 32, **processor) -> Path:
     model.save_pretrained(folder)
-    words = {"size": {"height": side, "width": side}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3, **processor}
+    kind, size = {"image_processor_type": "ViTImageProcessor"}, {"size": {"height": side, "width": side}}
+    words = kind | size | {"image_mean": [0.5] * 3, "image_std": [0.25] * 3} | processor
     (folder / "preprocessor_config.json").write_text(json.dumps(words))
     return folder

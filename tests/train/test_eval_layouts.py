@@ -226,10 +226,10 @@ def test_coco_captions(tmp_path: Path) -> None:
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps(content))
     parts = load_captions(f"coco:{tmp_path}")
-    assert list(parts) == ["val"] and parts["val"].captions == [["first", "second"], ["only"]]
-    assert parts["val"].describe()["captions"] == 3
+    assert list(parts) == ["val"] and parts["val"]().captions == [["first", "second"], ["only"]]
+    assert parts["val"]().describe()["captions"] == 3
     (tmp_path / "val2017" / "b.jpg").unlink()
-    assert "1 of 2 images are missing, the first" in refusal(load_captions, f"coco:{tmp_path}")
+    assert "1 of 2 images of the part val are missing, the first" in refusal(load_captions(f"coco:{tmp_path}")["val"])
     shutil.rmtree(tmp_path / "annotations")
     assert "captions_{train,val}{2014,2017}.json is missing" in refusal(load_captions, f"coco:{tmp_path}")
 
@@ -245,8 +245,8 @@ def test_karpathys_splits(tmp_path: Path, kind: str) -> None:
         write_image(tmp_path / ("val2014" if kind == "coco" else "flickr30k-images") / f"{index}.jpg", index * 80)
     (tmp_path / f"dataset_{kind}.json").write_text(json.dumps({"images": images}))
     parts = load_captions(f"karpathy:{tmp_path}" if kind == "coco" else f"flickr30k:{tmp_path}")
-    assert {name: len(part) for name, part in parts.items()} == {"train": 2, "test": 1}
-    assert parts["test"].captions == [["no. 2", "x"]] and parts["test"].encoded[0].read() == encoded(
+    assert {name: len(part()) for name, part in parts.items()} == {"train": 2, "test": 1}
+    assert parts["test"]().captions == [["no. 2", "x"]] and parts["test"]().encoded[0].read() == encoded(
         (160, 1, 2), "JPEG"
     )
 
@@ -254,7 +254,7 @@ def test_karpathys_splits(tmp_path: Path, kind: str) -> None:
 def test_pairs_in_tars(tmp_path: Path) -> None:
     write_tar(tmp_path / "test" / "0.tar", sample("k", "cat"))
     parts = load_captions(f"pairs:{tmp_path}")
-    assert parts["test"].captions == [["x"]] and parts["test"].keys == ["0.tar/k"]
+    assert parts["test"]().captions == [["x"]] and parts["test"]().keys == ["0.tar/k"]
     write_tar(tmp_path / "test" / "0.tar", sample("k", "cat")[:2])
-    assert "the sample 'k' has no txt" in refusal(load_captions, f"pairs:{tmp_path}")
+    assert "the sample 'k' has no txt" in refusal(load_captions(f"pairs:{tmp_path}")["test"])
     assert "coco:DIR, karpathy:DIR, flickr30k:DIR, pairs:DIR" in refusal(load_captions, "flickr8k:x")

@@ -349,7 +349,7 @@ def test_a_bad_image_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "data" / "train" / "red" / "3.png").write_bytes(b"no image")
     with pytest.raises(
         UserError,
-        match=r"the image red/3\.png of .* cannot be decoded \(UnidentifiedImageError[\s\S]*fix or remove it",
+        match=r"of the training part cannot be decoded: .*/train/red/3\.png \(Unidentified[\s\S]*fix or remove it",
     ):
         FineTune().scores(
             load_encoder(f"run:{folder}/run"), load_data(f"folders:{tmp_path}/data"), QUICK, extractor(), [0]

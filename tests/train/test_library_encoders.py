@@ -147,7 +147,7 @@ def test_hf_refusals(tmp_path: Path) -> None:
     text = refusal(f"hf:{folder}")
     assert "has no preprocessor_config.json" in text and "save the image processor next to the model" in text
     write_hf(folder, model, size={})
-    assert "gives no size, mean and std" in refusal(f"hf:{folder}")
+    assert "preprocessor_config.json cannot be loaded by transformers: size must" in refusal(f"hf:{folder}")
     write_hf(folder, model, crop_size={"height": 32, "width": 32})
     assert load_encoder(f"hf:{folder}").images.side == 32
     weights = folder / "model.safetensors"

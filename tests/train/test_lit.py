@@ -109,6 +109,18 @@ def test_any_encoder_takes_a_text_tower_and_is_found_again(runs: Runs, data: Dat
     assert "has other weights than when" in refused(load_encoder, f"run:{tmp_path / 'lit'}")
 
 
+def test_an_encoder_of_the_hub_is_found_again(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(name: str, *, pretrained: bool, num_classes: int) -> torch.nn.Module:
+        torch.manual_seed(5)
+        return create_model(name, num_classes=num_classes)
+
+    monkeypatch.setattr("train.encoders.libraries.timm.create_model", fetched)
+    (tmp_path / "test_vit").mkdir()  # a folder that is named as the model
+    monkeypatch.chdir(tmp_path)
+    assert runs.lit("timm:test_vit", str(tmp_path / "lit"), "hub", "train.samples=32")
+    assert load_encoder("run:lit").describe()["frozen"] == "timm:test_vit"
+
+
 # -- zero-shot
 
 

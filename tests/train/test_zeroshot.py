@@ -1,6 +1,7 @@
 """Zero-shot by token logits: the loss of the name as a caption, names labelled as captions, names that do not match."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from labels.settings import Features, Loss, Pipeline
 from labels.storage import Layout, UserError
 from train.encoders.encoder import EncoderSpec
 from train.encoders.load import load_encoder
-from train.encoders.text import label_texts
+from train.encoders.text import label_dataset, label_texts
 from train.evals.data.sets import DataSet, load_pair
 from train.evals.features import Extractor
 from train.evals.kinds.zeroshot import ZeroShot, Zeroshot, class_names, class_scores, class_targets, templates
@@ -167,7 +168,67 @@ def test_encoders_that_have_no_head_are_refused(trained, data: DataSet) -> None:
 
 def test_labels_that_have_moved(trained, data: DataSet, tmp_path: Path) -> None:
     text = refused(lambda: zeroshot(trained[1], data, Zeroshot(labels=str(tmp_path / "gone"))))
-    assert "no IDF table is there" in text and "--set zeroshot.labels=OUT" in text
+    assert "no manifest is there" in text and "--set zeroshot.labels=OUT" in text
+
+
+@pytest.fixture(scope="module")
+def other_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A label dataset with the same tokenizer and another IDF."""
+    return build_out(tmp_path_factory.mktemp("other"), [12])
+
+
+def moved(trained: tuple[Path, Path], other_out: Path, folder: Path, **facts: object) -> tuple[Path, Path]:
+    """The dataset and the run as A/out and A/run with changed facts in data.json; another dataset as B/out."""
+    out, run = folder / "A" / "out", folder / "A" / "run"
+    for source, copy in ((trained[0], out), (trained[1], run), (other_out, folder / "B" / "out")):
+        shutil.copytree(source, copy)
+    known = json.loads((run / "data.json").read_text()) | facts
+    (run / "data.json").write_text(json.dumps({key: value for key, value in known.items() if value is not None}))
+    return out, run
+
+
+@pytest.mark.parametrize("labels", ["out", "./out", "A/out", "../A/out"])
+@pytest.mark.parametrize("cwd", ["A", "B", "."])
+def test_the_labels_of_a_run_that_names_them_relatively(
+    trained, other_out: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str, cwd: str
+) -> None:
+    out, run = moved(trained, other_out, tmp_path, labels=labels, idf=None)
+    monkeypatch.chdir(tmp_path / cwd)
+    assert label_dataset(run, None).resolve() == out
+    found, expected = (zeroshot(path, data, Zeroshot())["results"][1]["top1"] for path in (run, trained[1]))
+    assert found == expected
+
+
+def test_another_idf_or_tokenizer_than_the_runs_is_refused(
+    trained, other_out: Path, data: DataSet, tmp_path: Path
+) -> None:
+    out, run = moved(trained, other_out, tmp_path, idf=None)
+    other = tmp_path / "B" / "out"
+    text = refused(zeroshot, run, data, Zeroshot(labels=str(other)))
+    assert (
+        "was trained with the IDF table of SHA-256" in text and f"{other / 'idf.parquet'} is another or missing" in text
+    )
+    Layout(out).idf_parquet.unlink()
+    assert "is another or missing" in refused(zeroshot, run, data, Zeroshot(labels=str(out)))
+    _, run = moved(trained, other_out, tmp_path / "c", tokenizer_fingerprint="0123")
+    assert "was trained with the tokenizer 0123" in refused(zeroshot, run, data, Zeroshot())
+
+
+def test_a_table_of_its_own_is_named_by_the_run(trained, other_out: Path, data: DataSet, tmp_path: Path) -> None:
+    """After `--idf TABLE`, scores are weighted by TABLE, not by the table of the labels."""
+    table = tmp_path / "table.parquet"
+    shutil.copy(Layout(trained[0]).idf_parquet, table)
+    _, run = moved(trained, other_out, tmp_path, labels=str(tmp_path / "B" / "out"), idf=str(table))
+    found, expected = (zeroshot(path, data, Zeroshot())["results"][1]["top1"] for path in (run, trained[1]))
+    assert found == expected
+
+
+def test_a_run_names_its_data_by_absolute_paths(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained[0].parent)
+    assert train_run(Path("out"), tmp_path / "run", load_pipeline(overrides=CONFIG))
+    facts = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert facts["beton"] == facts["labels"] == str(trained[0])
+    assert facts["idf"] == str(Layout(trained[0]).idf_parquet)
 
 
 def test_names_without_labels_are_rejected(trained, data: DataSet, monkeypatch) -> None:
@@ -201,6 +262,16 @@ def test_names_that_do_not_match_the_classes(data: DataSet, tmp_path: Path) -> N
     assert "is empty" in refused(class_names, str(names), data)
     assert "no file of class names at" in refused(class_names, "gone.txt", data)
     assert "2 classes, ImageNet's names are 1000" in refused(class_names, "imagenet", data)
+
+
+def test_names_that_are_not_utf8_need_a_file(tmp_path: Path) -> None:
+    write_folders(tmp_path / "train", {os.fsdecode(b"caf\xe9"): 1, "dog": 1})
+    data = load_pair(tmp_path / "train", write_folders(tmp_path / "test", {"dog": 1}, start=40))
+    text = refused(ZeroShot().check, data, Zeroshot())
+    assert r"1 class names are not UTF-8: caf\xe9" in text and "--classnames FILE with lines class<TAB>name" in text
+    (tmp_path / "names.txt").write_text("caf\\xe9\tcafé\ndog\tdog\n")
+    ZeroShot().check(data, Zeroshot(classnames=str(tmp_path / "names.txt")))
+    assert class_names(str(tmp_path / "names.txt"), data) == ["café", "dog"]
 
 
 def test_templates(tmp_path: Path) -> None:

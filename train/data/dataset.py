@@ -21,7 +21,7 @@ from labels.manifest import BetonPart, Manifest, read_sources
 from labels.storage import Layout, UserError, fingerprint, is_remote, sha256_file
 from train.data.files import Cache, OpenFiles, Staging, allow_open_files
 from train.data.image_index import NO_FILE, TABLE_BYTES, SampleSpan, Tables, find_sample
-from train.data.mixture import DataSource, Mixture, OpenedSource, check_agreement, idf_of, open_source
+from train.data.mixture import DataSource, Mixture, OpenedSource, check_agreement, idf_of, idf_table, open_source
 
 
 class BetonSet:
@@ -49,6 +49,7 @@ class BetonSet:
         mixture = sources if isinstance(sources, Mixture) else Mixture((DataSource(sources, labels),))
         self.opened = [open_source(source) for source in mixture.sources]
         check_agreement(self.opened)
+        self.idf_path = idf_table(self.opened[0], idf)
         self.idf, self.idf_sha256 = idf_of(self.opened, idf)  # float32 [V]
         self.vocabulary, self.label_limit = len(self.idf), self.opened[0].labels.label_limit
         self._owners = [source for source in self.opened for _ in source.parts]

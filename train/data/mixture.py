@@ -208,6 +208,12 @@ def check_agreement(opened: list[OpenedSource]) -> None:
                 )
 
 
+def idf_table(first: OpenedSource, idf: Path | None) -> Path:
+    """The IDF table of a set: `--idf`, an idf.parquet or an output folder that has one, or its first source's."""
+    folder = idf or first.labels_out
+    return Layout(folder).idf_parquet if folder.is_dir() or not idf else folder
+
+
 def idf_of(opened: list[OpenedSource], idf: Path | None) -> tuple[np.ndarray, str]:
     """The IDF of a set, float32 [V], and the SHA-256 of its table.
 
@@ -216,9 +222,8 @@ def idf_of(opened: list[OpenedSource], idf: Path | None) -> tuple[np.ndarray, st
     """
     first, folders = opened[0], " ".join(str(source.labels_out) for source in opened)
     if idf:
-        path = Layout(idf).idf_parquet if idf.is_dir() else idf
+        path, own_path = idf_table(first, idf), idf_table(first, None)
         table = read_idf(path)
-        own_path = Layout(first.labels_out).idf_parquet
         if len(table) != first.labels.tokenizer.vocabulary or _tokens(path) != _tokens(own_path):
             problem = f"{path} is the table of other tokens than those of {first.labels_out}"
             raise UserError(problem, fix=f"run `preprocess idf {folders} --out {path}`")
@@ -239,7 +244,7 @@ def _tokens(path: Path) -> list[str]:
 
 def _own_idf(opened: OpenedSource) -> np.ndarray:
     out, manifest = opened.labels_out, opened.labels
-    path, rebuild = Layout(out).idf_parquet, f"run `preprocess build-labels DATA --out {out}`"
+    path, rebuild = idf_table(opened, None), f"run `preprocess build-labels DATA --out {out}`"
     idf = read_idf(path)
     if len(idf) != manifest.tokenizer.vocabulary:
         raise UserError(f"{path} has {len(idf)} tokens, the manifest {manifest.tokenizer.vocabulary}", fix=rebuild)

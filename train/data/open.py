@@ -122,8 +122,9 @@ def data_facts(betons: BetonSet) -> dict[str, Any]:
     """What a run was trained on, for people and reports: written as data.json next to its configuration."""
     labels = betons.labels
     facts = {
-        "beton": str(betons.out),
-        "labels": str(betons.labels_out),
+        "beton": _absolute(betons.out),
+        "labels": _absolute(betons.labels_out),
+        "idf": _absolute(betons.idf_path),
         "fingerprints": betons.identity,
         "samples": betons.samples,
         "vocabulary": betons.vocabulary,
@@ -137,8 +138,8 @@ def data_facts(betons: BetonSet) -> dict[str, Any]:
     if len(betons.opened) > 1:
         facts["sources"] = [
             {
-                "beton": str(opened.source.out),
-                "labels": str(opened.labels_out),
+                "beton": _absolute(opened.source.out),
+                "labels": _absolute(opened.labels_out),
                 "group": opened.source.group,
                 "betons": len(opened.parts),
             }
@@ -146,6 +147,11 @@ def data_facts(betons: BetonSet) -> dict[str, Any]:
         ]
         facts |= {"samples_of_groups": betons.sizes, "shares": list(betons.quotas)}
     return facts
+
+
+def _absolute(path: Path) -> str:
+    """A run is evaluated from other folders than it was trained in."""
+    return str(path if is_remote(path) else path.absolute())
 
 
 def make_rows_once(

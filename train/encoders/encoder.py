@@ -100,8 +100,12 @@ def finish(
 ) -> Encoder:
     """Freeze the net, measure the width of its features, and add the weights' fingerprint to the description."""
     net.eval().requires_grad_(False)
-    with torch.inference_mode():
-        features = net(torch.zeros(1, 3, form.side, form.side))
+    try:
+        with torch.inference_mode():
+            features = net(torch.zeros(1, 3, form.side, form.side))
+    except (RuntimeError, ValueError, TypeError, AssertionError, LookupError) as error:  # whatever libraries raise
+        problem = f"the encoder {requested.name!r} cannot take RGB images of {form.side} x {form.side}: {error}"
+        raise UserError(problem, allowed="an encoder of square RGB images", fix="name another --encoder") from None
     if features.ndim != 2:
         raise UserError(
             f"the encoder {requested.name!r} gives features of shape {list(features.shape)}",

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -75,7 +77,11 @@ def with_readout(requested: EncoderSpec, net: nn.Module) -> tuple[nn.Module, dic
 
 def _finish_timm(requested: EncoderSpec, name: str, net: nn.Module, weights: str, *, seeded: bool) -> Encoder:
     config = resolve_model_data_config(net)
-    form = ImageForm(int(config["input_size"][-1]), tuple(config["mean"]), tuple(config["std"]))
+    channels, *sides = config["input_size"]
+    if channels != 3 or len(set(sides)) > 1:
+        problem = f"the encoder {requested.spec!r} takes images of {' x '.join(map(str, config['input_size']))}"
+        raise UserError(problem, allowed="an encoder of square RGB images", fix="name another --encoder")
+    form = ImageForm(int(sides[0]), tuple(config["mean"]), tuple(config["std"]))
     net, readout = with_readout(requested, net)
     return finish(requested, net, form, _description(name, weights, readout), seeded=seeded)
 
@@ -110,7 +116,11 @@ def load_open_clip(requested: EncoderSpec, name: str) -> Encoder:
     """
     model = load_clip(name, requested.weights)
     visual, size = model.visual, model.visual.image_size
-    form = ImageForm(size if isinstance(size, int) else int(size[0]), tuple(visual.image_mean), tuple(visual.image_std))
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        problem = f"the encoder {requested.spec!r} takes images of {height} x {width}"
+        raise UserError(problem, allowed="an encoder of square images", fix="name another --encoder")
+    form = ImageForm(int(height), tuple(visual.image_mean), tuple(visual.image_std))
     text: Callable[[], TextSide] | None = None
     if requested.layer is not None or requested.pool is not None:
         net, readout = read_out(requested, visual, _open_clip_blocks(visual))
@@ -231,12 +241,15 @@ def load_hf(requested: EncoderSpec, folder: Path) -> Encoder:
     ):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}", allowed="hf:DIR, a folder in Hugging Face's form", fix=fix)
-    form = image_form(folder)
+    form, flips = image_form(folder)
     model = load_vision_model(folder)
+    if flips:
+        model.register_forward_pre_hook(flip_channels, with_kwargs=True)
     net, readout = _Pooled(model), {"pool": "the model's own", "layer": "last"}
     if requested.layer is not None or requested.pool is not None:
         net, readout = read_out(requested, model, _hf_blocks(model, form.side))
-    return finish(requested, net, form, _description(type(model).__name__, str(folder), readout))
+    about = _description(type(model).__name__, str(folder), readout) | ({"channels": "BGR"} if flips else {})
+    return finish(requested, net, form, about)
 
 
 def load_vision_model(folder: Path) -> Any:
@@ -302,16 +315,96 @@ def _prefix(model: Any, tokens: int, side: int) -> int:
     return max(0, tokens - (side // patch) ** 2) if patch else 0
 
 
-def image_form(folder: Path) -> ImageForm:
-    """Side, mean and std of the folder's image processor."""
-    file = folder / "preprocessor_config.json"
+_SIDES = (64, 96)  # of the images that a processor is asked about
+_BLACK, _COLOURS, _MIXED = (0, 0, 0), ((255, 0, 0), (0, 255, 0), (0, 0, 255)), (51, 102, 204)
+
+
+class Processed(NamedTuple):
+    """What a folder's image processor makes of images; `flips`: the model takes blue first."""
+
+    form: ImageForm
+    flips: bool
+
+
+def image_form(folder: Path) -> Processed:
+    """Side, mean, std and order of the channels, measured: transformers' own processor is given images of one colour.
+
+    So every flag of every class counts (do_rescale, rescale_offset, do_flip_channel_order, ...), with its defaults.
+    UserError: transformers cannot load it, or pixels of one colour do not become one value a channel.
+    """
+    processor = _load_processor(folder)
+    black, *primary = (_channels(processor, folder, colour) for colour in (_BLACK, *_COLOURS))
+    side, offset = black
+    slopes = np.stack([values - offset for _, values in primary], axis=1)  # [channel of the model, colour]
+    order = np.abs(slopes).argmax(axis=1)
+    slope = slopes[range(3), order]
+    mixed = (_channels(processor, folder, _MIXED).values - offset) / np.where(slope, slope, np.inf)
+    if order.tolist() not in ([0, 1, 2], [2, 1, 0]) or np.abs(mixed - np.array(_MIXED)[order] / 255).max() > 1e-3:
+        allowed = "one value for each of red, green and blue, a multiple of the pixel plus a constant"
+        raise UserError(f"the image processor of {folder} mixes colours", allowed=allowed, fix="name another encoder")
+    mean = _rounded((-offset / slope)[order], getattr(processor, "image_mean", None))
+    std = _rounded((1 / slope)[order], getattr(processor, "image_std", None))
+    return Processed(ImageForm(side, mean, std), order[0] != 0)
+
+
+def _rounded(measured: np.ndarray, stated: Any) -> tuple[float, ...]:
+    """The values that the processor states, if they are those that were measured in float32."""
+    values = np.array(stated if np.shape(stated) == (3,) else np.nan, np.float64)
+    if np.allclose(measured, values, rtol=1e-5, atol=1e-6):
+        return tuple(values.tolist())
+    return tuple(float(f"{value:.7g}") for value in measured)
+
+
+def _load_processor(folder: Path) -> Any:
     try:
-        content = json.loads(file.read_bytes())
-        size = content.get("crop_size") or content["size"]
-        if isinstance(size, dict):
-            size = size.get("shortest_edge") or size["height"]
-        mean, std = content.get("image_mean") or [0.5] * 3, content.get("image_std") or [0.5] * 3
-        return ImageForm(int(size), tuple(map(float, mean)), tuple(map(float, std)))
-    except (ValueError, LookupError, TypeError) as error:
-        problem = f"{file} gives no size, mean and std: {error!r}"
-        raise UserError(problem, allowed="size or crop_size, image_mean, image_std") from None
+        auto = import_transformers().AutoImageProcessor
+        return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many types; the folder is the user's
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{folder / 'preprocessor_config.json'} cannot be loaded by transformers: {reason}",
+            allowed="what an image processor's save_pretrained writes",
+            fix="save the image processor of the model there again",
+        ) from None
+
+
+class _Channels(NamedTuple):
+    side: int
+    values: np.ndarray  # float64 [3]
+
+
+def _channels(processor: Any, folder: Path, colour: tuple[int, int, int]) -> _Channels:
+    """The side of the processor's images, and the values that it gives for a colour."""
+    file, shapes, values = folder / "preprocessor_config.json", [], np.zeros(3)
+    for side in _SIDES:
+        try:
+            pixels = processor(images=Image.new("RGB", (side, side), colour), return_tensors="pt")["pixel_values"]
+        except Exception as error:  # as above
+            problem = f"{file} cannot be applied to an image of {side} x {side}: {str(error) or type(error).__name__}"
+            raise UserError(problem, allowed="a processor of single RGB images", fix="fix the file") from None
+        shapes.append(tuple(getattr(pixels, "shape", ())))
+        if len(shapes[-1]) != 4 or shapes[-1][:2] != (1, 3) or shapes[-1][2] != shapes[-1][3]:
+            problem = f"{file} gives square images the shape {list(shapes[-1])}"
+            raise UserError(problem, allowed="[1, 3, S, S]", fix="set `size` or `crop_size` to a square")
+        values = pixels[0, :, shapes[-1][2] // 2, shapes[-1][2] // 2].double().numpy()
+    sides = {shape[2] for shape in shapes}
+    side = sides.pop() if len(sides) == 1 else _own_side(folder)
+    if side is None:
+        problem = f"{file} neither resizes nor crops images, and config.json has no `image_size`"
+        raise UserError(problem, allowed="one image size", fix="set do_resize: true and `size`")
+    return _Channels(side, values)
+
+
+def _own_side(folder: Path) -> int | None:
+    """The image size in a model's configuration."""
+    config = json.loads((folder / "config.json").read_bytes())
+    size = config.get("vision_config", config).get("image_size")
+    size = size[0] if isinstance(size, list) and len(set(size)) == 1 else size
+    return size if isinstance(size, int) else None
+
+
+def flip_channels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook before the forward of a model that takes blue first: `pixel_values` are RGB everywhere else."""
+    return args, {**kwargs, "pixel_values": kwargs["pixel_values"].flip(1)}

@@ -21,7 +21,7 @@ from torch.nn import functional
 from labels.arrays import Column
 from labels.config import load_pipeline
 from labels.manifest import PAD_ID, read_manifest
-from labels.storage import Layout, UserError
+from labels.storage import Layout, UserError, local_path
 from labels.tokenizers.tokenizer import make_tokenizer
 from train.checkpoint import load_exactly, read_weights
 from train.text_tower import Joint, build_text_tower, framed, specials_of
@@ -76,7 +76,7 @@ def run_text_side(checkpoint: Path) -> TextSide:
     load_exactly(joint, joint_tensors, joint_file)
 
     def tokens(texts: Sequence[str], labels: Path | None) -> Tensor:
-        dataset = _label_dataset(run, labels)
+        dataset = label_dataset(run, labels)
         rows = label_texts(texts, dataset, "token_ids")
         padded = torch.full((len(rows), settings.context), PAD_ID)
         for row, ids in zip(padded, rows, strict=True):
@@ -87,19 +87,28 @@ def run_text_side(checkpoint: Path) -> TextSide:
     return TextSide(tokens, tower, joint.projection, (tower, joint))
 
 
-def _label_dataset(run: Path, labels: Path | None) -> Path:
-    """The label dataset with the tokenizer that a run was trained with: the run's own, or `labels`."""
+def label_dataset(run: Path, labels: Path | None) -> Path:
+    """The label dataset with the tokenizer that a run was trained with: the run's own, or `labels`.
+
+    Older runs name it as their command did. A relative name is looked for in the working folder and in those above the
+    run; of several, the one with the fingerprint of the run's labels is taken.
+    """
     facts = json.loads((run / "data.json").read_bytes())
-    dataset, expected = labels or Path(facts["labels"]), facts["tokenizer_fingerprint"]
+    named, expected = labels or local_path(facts["labels"]), facts["tokenizer_fingerprint"]
+    bases = [Path()] if labels else [Path(), *run.resolve().parents]
+    folders = [base / named for base in bases if Layout(base / named).manifest.is_file()]
     fix = "--set zeroshot.labels=OUT, or retrieval.labels, if it has moved"
-    if not Layout(dataset).manifest.is_file():
-        problem = f"{run} was trained on the captions of {dataset}, and no manifest is there"
+    if not folders:
+        problem = f"{run} was trained on the captions of {named}, and no manifest is there"
         raise UserError(problem, allowed="the output folder of its build-labels", fix=fix)
-    fingerprint = read_manifest(dataset).tokenizer.fingerprint
-    if fingerprint != expected:
-        problem = f"{run} was trained with the tokenizer {expected[:16]}, {dataset} has {fingerprint[:16]}"
+    own = facts.get("fingerprints", {}).get("labels")
+    manifests = {folder: read_manifest(folder) for folder in folders}
+    fitting = [folder for folder in folders if manifests[folder].tokenizer.fingerprint == expected]
+    if not fitting:
+        fingerprint = manifests[folders[0]].tokenizer.fingerprint
+        problem = f"{run} was trained with the tokenizer {expected[:16]}, {folders[0]} has {fingerprint[:16]}"
         raise UserError(problem, allowed="a label dataset of the same tokenizer", fix=fix)
-    return dataset
+    return next((folder for folder in fitting if manifests[folder].fingerprint == own), fitting[0])
 
 
 def open_clip_text_side(name: str, model: Any) -> TextSide:

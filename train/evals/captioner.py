@@ -123,15 +123,19 @@ class TransformerMapper(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, prefix * out_width)
         self.constant = nn.Parameter(torch.randn(prefix, out_width))
-        heads = next(heads for heads in range(min(_HEADS, out_width), 0, -1) if out_width % heads == 0)
         options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "norm_first": True}
-        sizes = out_width, heads, 2 * out_width
+        sizes = out_width, _heads(out_width, _HEADS), 2 * out_width
         self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(*sizes, **options) for _ in range(layers)))
 
     def forward(self, features: Tensor) -> Tensor:
         mapped = self.linear(features).unflatten(1, self.constant.shape)
         learnt = self.constant.to(mapped.dtype).expand(len(features), -1, -1)
         return self.blocks(torch.cat([mapped, learnt], dim=1))[:, len(self.constant) :]
+
+
+def _heads(width: int, most: int) -> int:
+    """The largest number of heads, at most `most`, that divides `width`."""
+    return next(heads for heads in range(max(1, min(most, width)), 0, -1) if width % heads == 0)
 
 
 def make_decoder(name: str, captions: Sequence[str], small: SmallDecoder, positions: int, seed: int) -> LanguageModel:
@@ -150,7 +154,7 @@ def make_decoder(name: str, captions: Sequence[str], small: SmallDecoder, positi
         n_positions=positions,
         n_embd=small.width,
         n_layer=small.layers,
-        n_head=max(1, small.width // _HEAD_WIDTH),
+        n_head=_heads(small.width, small.width // _HEAD_WIDTH),
         **{f"{kind}_token_id": end for kind in ("bos", "eos", "pad")},
         **{f"{kind}_pdrop": 0.0 for kind in ("resid", "embd", "attn")},
     )

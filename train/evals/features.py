@@ -61,7 +61,7 @@ class Extractor:
 
         Raises UserError for images that cannot be decoded, and for features that are not finite.
         """
-        key = fingerprint([encoder.describe(), data.fingerprint, data.modified_ns, TRANSFORM, self.precision])
+        key = fingerprint([encoder.describe(), data.fingerprint, data.state, TRANSFORM, self.precision])
         file = self.cache / f"{key}.npy" if self.cache else None
         if file and file.is_file():
             return np.load(file, allow_pickle=False)
@@ -95,7 +95,7 @@ class Extractor:
             return decode(data.encoded[row].read(), side, row)
 
         for batch in decoded_batches(batches, side, image_of, self.threads, self.device):
-            bad += [f"{data.keys[row]} ({reason})" for row, reason in batch.bad]
+            bad += [f"{data.locate(row)} ({reason})" for row, reason in batch.bad]
             if bad:
                 continue  # after the first bad image only decode, to count the others
             with torch.inference_mode(), autocast:
@@ -106,7 +106,7 @@ class Extractor:
                 f" and {len(bad) - _BAD_SHOWN} more" if len(bad) > _BAD_SHOWN else ""
             )
             raise UserError(
-                f"{len(bad)} of {len(rows)} images of {data.directory} cannot be decoded: {first}",
+                f"{len(bad)} of {len(rows)} images of the {data.part} part cannot be decoded: {first}",
                 allowed="whole image files that Pillow reads",
                 fix="fix or remove them: if they were skipped, accuracies on other copies of the data would differ",
             )

@@ -18,6 +18,7 @@ from train.data.dataset import BetonSet
 from train.data.open import Chosen
 from train.distributed import World
 from train.encoders.encoder import Encoder, EncoderSpec
+from train.encoders.libraries import HUB
 from train.encoders.load import load_encoder, trained_model
 from train.encoders.text import foreign_encoder
 from train.loop import TrainState
@@ -58,9 +59,11 @@ def _with_encoder(pipeline: Pipeline, encoder: Encoder) -> Pipeline:
 def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
     """For data.json. `by_config`: RUN/config.yaml and trunk.safetensors hold the encoder; else `spec` loads it."""
     requested, description = encoder.requested, encoder.describe()
-    kind, colon, value = ("", "", requested.spec) if ":" not in requested.spec else requested.spec.partition(":")
-    spec = f"{kind}{colon}{local_path(value).resolve()}" if value and local_path(value).is_dir() else requested.spec
-    weights = requested.weights and str(local_path(requested.weights).resolve())
+    kind, _, value = requested.spec.partition(":")
+    named = value if kind in ("run", "untrained", "hf") else requested.spec  # the path of a run is a spec, too
+    path = local_path(named)
+    spec = requested.spec.removesuffix(named) + str(path.resolve()) if path.is_dir() else requested.spec
+    weights = requested.weights if requested.weights in (None, HUB) else str(local_path(requested.weights).resolve())
     run = encoder.checkpoint.parent.parent if encoder.checkpoint else None
     if run and (foreign := foreign_encoder(run)):  # the encoder is itself a run of `train lit`
         spec, weights = foreign.spec, foreign.weights

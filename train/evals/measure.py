@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from labels.settings import Pipeline
-from labels.storage import UserError, local_path, write_json, write_whole
+from labels.storage import UserError, local_path, printable, write_json, write_whole
 from train.encoders.encoder import Encoder, EncoderSpec
 from train.encoders.load import load_encoder
 from train.evals.data.captions import CaptionSet
@@ -133,7 +133,7 @@ def measure(
         varies = "initialisation and what is drawn" if encoder.seeded else "what is drawn"
         about = {"encoder": encoder.name, "variant": variant, "description": encoder.describe(), "seed_varies": varies}
         rows.append({**about, "metrics": list(names), **metrics, "seeds": seeds, "seconds": seconds})
-    return Measured(rows, _split_table(encoder.name, train, [score for score, _ in scores]))
+    return Measured(rows, _split_table(printable(encoder.name), train, [score for score, _ in scores]))
 
 
 def floor_rows(data: DataSet | CaptionSet) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from labels.config import load_pipeline, read_yaml
 from labels.settings import Pipeline, Section
-from labels.storage import UserError, fingerprint, write_json, write_whole
+from labels.storage import UserError, fingerprint, printable, write_json, write_whole
 from train.encoders.encoder import Encoder, EncoderSpec, with_unique_names
 from train.encoders.load import load_encoder
 from train.evals.data.captions import CAPTION_KINDS, CaptionSet, load_caption_set
@@ -163,7 +163,8 @@ def run_suite(
     stems = [cell.file.stem for cell in cells if not cell.reason]
     content = {"results": rows, "suite": suite.model_dump(), "cells": stems}
     write_json(out / "suite.json", content)
-    write_whole(out / "table.md", lambda partial: partial.write_text(grid.markdown(), encoding="utf8"))
+    table = printable(grid.markdown())
+    write_whole(out / "table.md", lambda partial: partial.write_text(table, encoding="utf8"))
     return content
 
 
@@ -203,7 +204,7 @@ def _cells(
                     continue
                 settings: Any = plan.evaluation.settings(plan.pipeline)
                 parts = [part for part in (data.train, data.test) if part is not None]
-                data_key = [data.name, *((part.fingerprint, part.modified_ns) for part in parts)]
+                data_key = [data.name, *((part.fingerprint, part.state) for part in parts)]
                 protocol_key = [plan.evaluation.describe(settings), settings.model_dump()]
                 key = [data_key, [*protocol_key, requested.name, description, extract.precision, TRANSFORM]]
                 yield _Cell(data, requested, plan, out / "results" / f"{fingerprint(key)}.json", reason)

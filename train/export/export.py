@@ -84,7 +84,7 @@ class _Training(NamedTuple):
 
 
 _SECTIONS = ("labels", "train")
-_PATHS = ("beton", "labels", "sources")  # keys of data.json: paths of the machine that trained
+_PATHS = ("beton", "labels", "idf", "sources")  # keys of data.json: paths of the machine that trained
 _FOLDERS = re.compile(r"(^|[:`])/[^`]*/")
 
 

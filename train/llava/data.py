@@ -63,7 +63,7 @@ def load_records(data: str, images: Path | None) -> list[Record]:
         raise UserError(
             f"--data {data} has no part 'train'", allowed=f"its parts: {', '.join(parts)}", fix="fix --data"
         )
-    part = parts["train"]
+    part = parts["train"]()
     rows = zip(part.keys, part.encoded, part.captions, strict=True)
     return [Record(key, image, [_QUESTION, caption]) for key, image, captions in rows for caption in captions]
 

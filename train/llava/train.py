@@ -23,7 +23,7 @@ from labels.storage import UserError, fingerprint, local_path, whole_folder, wri
 from train.checkpoint import weights_fingerprint
 from train.distributed import World, distributed_world
 from train.encoders.encoder import EncoderSpec, ImageForm
-from train.encoders.libraries import image_form, load_vision_model
+from train.encoders.libraries import flip_channels, image_form, load_vision_model
 from train.evals.captioner import LanguageModel, check_folder, load_language_model
 from train.evals.features import Normaliser
 from train.export.export import export_encoder
@@ -216,7 +216,10 @@ def assemble(tower: Path, language: LanguageModel, settings: Llava, seed: int) -
         chat_template=TEMPLATE,
         num_additional_image_tokens=1,
     )
-    return Assembled(model, processor, image_form(tower))
+    form, flips = image_form(tower)
+    if flips:
+        net.register_forward_pre_hook(flip_channels, with_kwargs=True)
+    return Assembled(model, processor, form)
 
 
 def load_tower(folder: Path) -> "PreTrainedModel":

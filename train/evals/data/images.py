@@ -2,7 +2,7 @@
 
     DIR/<class>/**/*.jpg                      folders: the folder's name is the class, the path the key
     DIR/*.tar or DIR/shards/*.tar             shards: <key>.jpg with <key>.cls or <key>.json ({"class": ...})
-    *.parquet                                 image bytes and classes, as Hugging Face's hub keeps them
+    *.parquet                                 image bytes and classes, as Hugging Face's hub keeps them: parquet.py
 
 Each reader gives `Sample`s: key, class name and an `EncodedImage`, which reads its bytes later. `LabelledImages` and
 `CaptionedImages` are one part (train or test) of a data set. `check_overlap` finds test images in the training part.
@@ -13,23 +13,19 @@ import hashlib
 import json
 import os
 import tarfile
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from labels.storage import UserError, fingerprint, write_json
+from labels.storage import UserError, fingerprint, printable, write_json
 
-IMAGE_SUFFIXES = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+IMAGE_SUFFIXES = ("bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
 _NAMES_SHOWN = 5
 _LAYOUTS = f"DIR/<class>/*.{{{','.join(IMAGE_SUFFIXES)}}}, or DIR/*.tar, or DIR/shards/*.tar"
 _CLASS_FIX = "write the class into each sample's json under the key `class`, or into <key>.cls"
@@ -80,15 +76,20 @@ class Images:
     """Images without classes: all that feature extraction needs."""
 
     directory: Path
+    part: str  # "training" or "test"
     keys: list[str]
     encoded: Sequence[EncodedImage]
-    fingerprint: (
-        str  # SHA-256 of the sorted (key, class or captions, size), 16 hex digits: independent of the directory
-    )
-    modified_ns: int  # newest modification time of the files: changes that the fingerprint cannot see
+    # SHA-256 of the sorted (key, class or captions, size), 16 hex digits: independent of the directory
+    fingerprint: str
+    state: str  # file_states of the files: changes that the fingerprint cannot see
 
     def __len__(self) -> int:
         return len(self.encoded)
+
+    def locate(self, row: int) -> str:
+        """The file of an image, for messages; in a shard, the shard and the key."""
+        file, key = self.encoded[row].path, self.keys[row]
+        return printable(str(file)) if key.endswith(printable(file.name)) else f"{printable(str(file.parent))}/{key}"
 
     def describe(self) -> dict[str, Any]:
         """The part's entry in a result JSON."""
@@ -103,11 +104,19 @@ class LabelledImages(Images):
     classes: tuple[str, ...]
 
     @classmethod
-    def of(cls, directory: Path, samples: Sequence[Sample], classes: tuple[str, ...]) -> Self:
-        """Number the classes and check that no key comes twice."""
+    def of(cls, directory: Path, part: str, samples: Sequence[Sample], classes: tuple[str, ...]) -> Self:
+        """Number the classes. UserError: a key or the name of a class comes twice."""
+        classes = tuple(map(printable, classes))
         number = {name: index for index, name in enumerate(classes)}
-        targets = np.array([number[sample.label] for sample in samples], dtype=np.int64)
-        return cls(**_image_fields(directory, samples), targets=targets, classes=classes)
+        if len(number) < len(classes):
+            repeated = sorted(name for name, count in Counter(classes).items() if count > 1)
+            raise UserError(
+                f"{len(repeated)} names stand for several classes of {directory}: {shorten(repeated)}",
+                allowed="one name per class: images of classes with one name could not be told apart",
+                fix="rename the class in the data's list of classes (Parquet: `names` in the metadata `huggingface`)",
+            )
+        targets = np.array([number[printable(sample.label)] for sample in samples], dtype=np.int64)
+        return cls(**_image_fields(directory, part, samples), targets=targets, classes=classes)
 
     def describe(self) -> dict[str, Any]:
         """As for `Images`, with the samples per class."""
@@ -122,28 +131,47 @@ class CaptionedImages(Images):
     captions: list[list[str]]  # one or more for each image, in the file's order
 
     @classmethod
-    def of(cls, directory: Path, samples: Sequence[tuple[str, list[str], EncodedImage]]) -> Self:
-        """From (key, captions, image); checks that no key comes twice."""
-        return cls(**_image_fields(directory, samples), captions=[captions for _, captions, _ in samples])
+    def of(cls, directory: Path, part: str, samples: Sequence[tuple[str, list[str], EncodedImage]]) -> Self:
+        """From (key, captions, image). UserError: a key comes twice."""
+        captions = [[printable(caption) for caption in captions] for _, captions, _ in samples]
+        return cls(**_image_fields(directory, part, samples), captions=captions)
 
     def describe(self) -> dict[str, Any]:
         """As for `Images`, with the number of captions."""
         return super().describe() | {"captions": sum(map(len, self.captions))}
 
 
-def _image_fields(directory: Path, samples: Sequence[tuple[str, Any, EncodedImage]]) -> dict[str, Any]:
+def _image_fields(directory: Path, part: str, samples: Sequence[tuple[str, Any, EncodedImage]]) -> dict[str, Any]:
     """The fields of `Images` from (key, class or captions, image)."""
+    if not samples:
+        raise UserError(f"the {part} part of {directory} holds no image", fix="fix the path of the data")
     key, count = Counter(key for key, _, _ in samples).most_common(1)[0]
     if count > 1:
         raise UserError(f"{directory} has the key {key!r} {count} times", allowed="each key once, its members adjacent")
     rows = sorted(json.dumps([key, content, image.size_bytes]) for key, content, image in samples)
     return {
         "directory": directory,
-        "keys": [key for key, _, _ in samples],
+        "part": part,
+        "keys": [printable(key) for key, _, _ in samples],
         "encoded": [image for _, _, image in samples],
         "fingerprint": hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16],
-        "modified_ns": max(path.stat().st_mtime_ns for path in {image.path for _, _, image in samples}),
+        "state": file_states(image.path for _, _, image in samples),
     }
+
+
+def file_states(files: Iterable[Path]) -> str:
+    """Fingerprint of size, modification and change time and inode of every file, in order: it stands for the contents.
+
+    What is computed from images is kept under this key. Hashing a terabyte before every evaluation is no option, and
+    size and modification time alone miss an image that is replaced with its time kept (`cp -p`, `rsync -t`, `tar x`).
+    The change time cannot be set by programs, and the inode changes where a file system's clock is too coarse. So no
+    result of other images is ever taken; the price is that copied or touched data are computed again.
+    """
+    states = hashlib.sha256()
+    for file in dict.fromkeys(files):
+        stat = file.stat()
+        states.update(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}\n".encode())
+    return states.hexdigest()[:16]
 
 
 def class_order(labels: Iterable[str]) -> tuple[str, ...]:
@@ -174,23 +202,71 @@ def list_samples(directory: Path) -> list[Sample]:
 
 
 def list_tars(directory: Path) -> list[Path]:
-    """DIR/*.tar, or else DIR/shards/*.tar, sorted."""
-    return sorted(directory.glob("*.tar")) or sorted((directory / "shards").glob("*.tar"))
+    """DIR/*.tar, or else DIR/shards/*.tar, sorted, without hidden files."""
+    folders = (directory, directory / "shards")
+    tars = (sorted(tar for tar in folder.glob("*.tar") if not _is_hidden(tar.name)) for folder in folders)
+    return next(filter(None, tars), [])
 
 
 def list_folders(directory: Path) -> list[Sample]:
-    """Samples of DIR/<class>/**/*.jpg, without hidden folders and files."""
-    return [
-        Sample(file.relative_to(directory).as_posix(), folder.name, FileSpan.of_file(file))
-        for folder in sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
-        for file in list_images(folder)
-    ]
+    """Samples of DIR/<class>/**/*.jpg, without hidden folders and files. UserError: a class folder without image."""
+    samples: list[Sample] = []
+    for folder in sorted(Path(entry.path) for entry in _entries(directory) if entry.is_dir()):
+        images = list_images(folder)
+        if not images:
+            raise UserError(
+                f"the class folder {folder} holds no image",
+                allowed=f"files with an ending of {', '.join(IMAGE_SUFFIXES)}",
+                fix="put the images of the class there, or remove the folder",
+            )
+        samples += (
+            Sample(file.relative_to(directory).as_posix(), folder.name, FileSpan.of_file(file)) for file in images
+        )
+    return samples
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Image files anywhere below `folder`, sorted."""
-    files = (file for file in sorted(folder.rglob("*")) if file.suffix[1:].lower() in IMAGE_SUFFIXES)
-    return [file for file in files if not file.name.startswith(".") and file.is_file()]
+    """Image files anywhere below `folder`, sorted, without hidden folders and files. Linked folders are followed.
+
+    Each folder is listed once, and a link to a folder above is not followed: links in a circle end. UserError: a link
+    that leads nowhere, a folder that cannot be read.
+    """
+    above = {*folder.resolve().parents, folder.parent.resolve(), *folder.parent.resolve().parents}
+    images, waiting, listed = [], [folder], {_identity(parent.stat()) for parent in above}
+    while waiting:
+        current = waiting.pop()
+        if (identity := _identity(current.stat())) in listed:
+            continue
+        listed.add(identity)
+        for entry in _entries(current):
+            if entry.is_dir():
+                waiting.append(Path(entry.path))
+            elif os.path.splitext(entry.name)[1][1:].lower() in IMAGE_SUFFIXES and entry.is_file():
+                images.append(Path(entry.path))
+    return sorted(images)
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_dev, stat.st_ino
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, sorted by name, without hidden names. UserError: see list_images."""
+    try:
+        with os.scandir(folder) as entries:
+            visible = sorted((entry for entry in entries if not _is_hidden(entry.name)), key=lambda entry: entry.name)
+    except OSError as error:
+        fix = "give this user the right to read it, or remove it"
+        raise UserError(f"the folder {folder} cannot be read: {error.strerror}", fix=fix) from None
+    for entry in visible:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            problem = f"{entry.path} is a link that leads nowhere: to {os.readlink(entry.path)}"
+            raise UserError(problem, fix="restore what it leads to, or remove the link")
+    return visible
 
 
 def tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, str, dict[str, tarfile.TarInfo]]]:
@@ -253,7 +329,7 @@ def _class_of(tar: tarfile.TarFile, path: Path, key: str, fields: dict[str, tarf
     except ValueError as error:  # both JSON and UTF-8 faults
         raise UserError(f"{where} has a json that cannot be read: {error}", fix=_CLASS_FIX) from None
     label = content.get("class") if isinstance(content, dict) else None
-    if not _is_class(label):
+    if not is_class(label):
         keys = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise UserError(
             f"{where} has no class in its json: `class` is {label!r}, the json holds {keys}",
@@ -263,7 +339,7 @@ def _class_of(tar: tarfile.TarFile, path: Path, key: str, fields: dict[str, tarf
     return str(label)
 
 
-def _is_class(value: Any) -> bool:
+def is_class(value: Any) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
 
 
@@ -272,102 +348,6 @@ def _split_key(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     key, _, ending = base.partition(".")
     return folder + slash + key, ending.lower()
-
-
-# Parquet: an image column, binary or struct<bytes: binary, ...>, and a class column, text or whole numbers, which the
-# file's own `huggingface` metadata may name
-
-_IMAGE_COLUMNS, _CLASS_COLUMNS = ("image", "img", "jpg"), ("label", "class", "fine_label")
-_GROUPS_HELD = 4  # row groups of encoded images in memory: threads read neighbouring rows
-_reading = threading.Lock()
-
-
-class ParquetCell(NamedTuple):
-    """Row `row` of a row group; `column` is the leaf that holds the bytes, e.g. `image.bytes`."""
-
-    path: Path
-    group: int
-    row: int
-    column: str
-
-    @property
-    def size_bytes(self) -> int:
-        """Unknown before it is read."""
-        return -1
-
-    def read(self) -> bytes:
-        """The encoded image."""
-        with _reading:  # else all threads would read the same new group
-            values = _read_group(self.path, self.path.stat().st_mtime_ns, self.group, self.column)
-        return values[self.row].as_py() or b""
-
-
-@lru_cache(_GROUPS_HELD)
-def _read_group(path: Path, modified_ns: int, group: int, column: str) -> pa.ChunkedArray:
-    with pq.ParquetFile(path) as file:
-        values = file.read_row_group(group, columns=[column]).column(0)
-    return pa.chunked_array([chunk.field("bytes") for chunk in values.chunks]) if "." in column else values
-
-
-def list_parquet(files: list[Path]) -> tuple[list[Sample], tuple[str, ...] | None]:
-    """Every labelled image of Parquet files of one schema, and the classes in order if the files name them.
-
-    Only the class column is read.
-    """
-    samples: list[Sample] = []
-    names: tuple[str, ...] | None = None
-    for path in files:
-        try:
-            with pq.ParquetFile(path) as file:
-                schema = file.schema_arrow
-                image, label = _columns(path, schema)
-                names = _class_names(schema, label) or names
-                for group in range(file.num_row_groups):
-                    for row, value in enumerate(file.read_row_group(group, columns=[label]).column(0).to_pylist()):
-                        name, cell = _class_name(path, row, value, names), ParquetCell(path, group, row, image)
-                        samples.append(Sample(f"{path.name}/{len(samples)}", name, cell))
-        except (pa.ArrowException, OSError) as error:
-            fix = "fetch or write this file again"
-            raise UserError(f"{path} is not readable as Parquet: {error}", fix=fix) from None
-    return samples, names
-
-
-def _columns(path: Path, schema: pa.Schema) -> tuple[str, str]:
-    """The leaf of the image bytes, and the class column."""
-    image = next((name for name in _IMAGE_COLUMNS if name in schema.names), None)
-    label = next((name for name in _CLASS_COLUMNS if name in schema.names), None)
-    if image is None or label is None:
-        raise UserError(
-            f"{path} has the columns {', '.join(schema.names)}",
-            allowed=f"an image column ({', '.join(_IMAGE_COLUMNS)}) and a class column ({', '.join(_CLASS_COLUMNS)})",
-            fix="rename the columns",
-        )
-    kind = schema.field(image).type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        return f"{image}.bytes", label
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise UserError(f"{path}: the column {image} is of type {kind}", allowed="binary, or a struct with `bytes`")
-    return image, label
-
-
-def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
-    """The names that Hugging Face's metadata gives to the numbers of a class column."""
-    try:
-        features: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        return tuple(map(str, features[label]["names"]))
-    except (ValueError, LookupError, TypeError):
-        return None
-
-
-def _class_name(path: Path, row: int, value: Any, names: tuple[str, ...] | None) -> str:
-    if isinstance(value, int) and names is not None:
-        if 0 <= value < len(names):
-            return names[value]
-        allowed = f"0 to {len(names) - 1}, which the file names"
-        raise UserError(f"{path} has the class {value} in row {row}", allowed=allowed)
-    if not _is_class(value):
-        raise UserError(f"{path} has no class in row {row}: {value!r}", allowed="a name or a whole number")
-    return str(value)
 
 
 # Test images that are also in the training part, found by their bytes, whatever their names: an error in the user's own
@@ -402,8 +382,8 @@ def check_overlap(name: str, train: Images, test: Images, cache: Path | None, *,
 
 
 def _find_overlap(train: Images, test: Images, cache: Path | None) -> Overlap:
-    """Compare by SHA-256; kept in the cache under the fingerprints and times of both parts."""
-    key = fingerprint([part.fingerprint + str(part.modified_ns) for part in (train, test)])
+    """Compare by SHA-256; kept in the cache under the fingerprints and file states of both parts."""
+    key = fingerprint([part.fingerprint + part.state for part in (train, test)])
     file = cache / f"overlap-{key}.json" if cache else None
     if file and file.is_file():
         return Overlap(**json.loads(file.read_bytes()))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from labels.storage import UserError, local_path
+from labels.storage import UserError, local_path, printable, read_text
 from train.evals.data.images import (
     FileSpan,
     LabelledImages,
@@ -23,11 +23,11 @@ from train.evals.data.images import (
     class_order,
     list_folders,
     list_images,
-    list_parquet,
     list_samples,
     list_tars,
     shorten,
 )
+from train.evals.data.parquet import list_parquet
 
 _TEST_NAMES = ("test", "val", "validation")
 
@@ -87,23 +87,26 @@ def load_pair(train_dir: Path, test_dir: Path, cache: Path | None = None) -> Dat
 
 
 def _checked(name: str, kind: str, train_dir: Path, test_dir: Path, parts: Parts, cache: Path | None) -> DataSet:
-    train = LabelledImages.of(train_dir, parts.train, parts.classes)
+    train = LabelledImages.of(train_dir, "training", parts.train, parts.classes)
     if len(parts.classes) == 1:
         raise UserError(
             f"{train_dir} holds one class only: {parts.classes[0]!r}",
             allowed="two classes or more",
             fix="give a folder for every class, or shards whose json has a key `class`",
         )
-    unknown = sorted({sample.label for sample in parts.test} - set(parts.classes))
+    known = set(parts.classes)
+    unknown = {printable(sample.label): sample for sample in reversed(parts.test) if sample.label not in known}
     if unknown:
+        first = printable(f"{unknown[min(unknown)].image.path}: {unknown[min(unknown)].key}")
         raise UserError(
-            f"{test_dir} has {len(unknown)} classes that {train_dir} lacks: {shorten(unknown)}",
+            f"the test part of {printable(name)} has {len(unknown)} classes that its training part lacks: "
+            f"{shorten(sorted(unknown))}; an image of the first: {first}",
             allowed=f"the {len(parts.classes)} classes of the training part: {shorten(parts.classes)}",
             fix="give two parts of one data set, or remove these classes from the test part",
         )
-    test = LabelledImages.of(test_dir, parts.test, parts.classes)
-    overlap = check_overlap(name, train, test, cache, published=kind in _PUBLISHED)
-    return DataSet(name, kind, train, test, parts.names, overlap)
+    test = LabelledImages.of(test_dir, "test", parts.test, parts.classes)
+    overlap = check_overlap(printable(name), train, test, cache, published=kind in _PUBLISHED)
+    return DataSet(printable(name), kind, train, test, tuple(map(printable, parts.names)), overlap)
 
 
 def _named_by_class(train: list[Sample], test: list[Sample], classes: tuple[str, ...] | None) -> Parts:
@@ -280,8 +283,14 @@ def _kaggle_wnids(directory: Path) -> dict[str, str]:
     file = first_file(directory, "LOC_val_solution.csv", "../LOC_val_solution.csv")
     if file is None:
         return {}
-    with open(file, newline="", encoding="utf8") as stream:
-        return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(stream)}
+    wnids: dict[str, str] = {}
+    for number, row in enumerate(csv.DictReader(read_text(file).splitlines()), start=2):
+        image, boxes = row.get("ImageId"), (row.get("PredictionString") or "").split()
+        if not image or not boxes:
+            problem = f"{file}: line {number} has no image with a class: {printable(str(row))}"
+            raise UserError(problem, allowed="ImageId,PredictionString with `wnid x y x y ...`", fix="fetch it again")
+        wnids[image] = boxes[0]
+    return wnids
 
 
 def _devkit_wnids(directory: Path, images: int) -> dict[str, str]:
@@ -295,8 +304,11 @@ def _devkit_wnids(directory: Path, images: int) -> dict[str, str]:
             allowed="LOC_val_solution.csv in DIR, or the devkit (ILSVRC2012_devkit_t12/) in DIR, or val/<wnid>/*.JPEG",
             fix="unpack ILSVRC2012_devkit_t12.tar.gz into DIR",
         )
-    wnid_of = {int(synset.ILSVRC2012_ID): str(synset.WNID) for synset in read_mat(meta)["synsets"]}
-    numbers = [int(line) for line in truth.read_text(encoding="ascii").split()]
+    wnid_of = {str(int(synset.ILSVRC2012_ID)): str(synset.WNID) for synset in read_mat(meta)["synsets"]}
+    numbers = read_text(truth).split()
+    if unknown := sorted({number for number in numbers if number not in wnid_of}):
+        problem = f"{truth} has {len(unknown)} class numbers that {meta.name} lacks: {shorten(unknown)}"
+        raise UserError(problem, allowed=f"1 to {len(wnid_of)}, one a line", fix="fetch it again")
     if len(numbers) != images:
         problem = f"{truth} has {len(numbers)} lines for {images} images"
         raise UserError(problem, allowed="a line for every image", fix="fetch both whole")
@@ -306,7 +318,7 @@ def _devkit_wnids(directory: Path, images: int) -> dict[str, str]:
 def _synsets(directory: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
     """The first word of each synset, where a list of synsets is there; else the wnid itself."""
     file = first_file(directory, *_SYNSETS)
-    lines = file.read_text(encoding="utf8").splitlines() if file else []
+    lines = read_text(file).split("\n") if file else []
     words = {line.partition(" ")[0]: line.partition(" ")[2].partition(",")[0].strip() for line in lines}
     return tuple(words.get(wnid) or wnid for wnid in classes)
 
@@ -328,7 +340,7 @@ def _pets_part(directory: Path, name: str, order: dict[int, str]) -> list[Sample
     if not file.is_file() or not (directory / "images").is_dir():
         raise missing("Oxford-IIIT Pets", directory, name if not file.is_file() else "images/")
     samples = []
-    for line in file.read_text(encoding="utf8").splitlines():
+    for line in read_text(file).split("\n"):
         if not line.strip() or line.startswith("#"):
             continue
         stem, number, *_ = *line.split(), ""

@@ -38,7 +38,7 @@ from labels.settings import (
     Train,
     within_budget,
 )
-from labels.storage import fingerprint, local_path, write_json
+from labels.storage import UserError, fingerprint, local_path, write_json
 from train.checkpoint import weights_fingerprint
 from train.data.inputs import feed_batches, pinned, rows_of_steps
 from train.distributed import World, distributed_world
@@ -53,6 +53,7 @@ from train.evals.captioner import (
     make_mapper,
 )
 from train.evals.data.captions import CaptionSet
+from train.evals.data.images import file_states
 from train.evals.features import TRANSFORM, Extractor
 from train.evals.protocol import Evaluation, Score, work_folder
 from train.loop import Stopped, stop_signals
@@ -98,13 +99,14 @@ class Captioning(Evaluation):
         if settings.decoder != BUILT_IN:
             check_folder(local_path(settings.decoder))
         _ = data.overlap  # a UserError if test images are also in the training part
+        _check_scorable(data)
 
     def scores(
         self, encoder: Encoder, data: CaptionSet, settings: Caption, extract: Extractor, seeds: Sequence[int]
     ) -> list[Score]:
         train_x, test_x = extract(encoder, data.trained), extract(encoder, data.test)
         runtime = Runtime(device=extract.device.type, precision=extract.precision)  # type: ignore[arg-type]
-        images, texts = [data.trained.fingerprint, data.trained.modified_ns], data.trained.captions
+        images, texts = [data.trained.fingerprint, data.trained.state], data.trained.captions
         chosen = settings.model_dump(exclude={"seeds", "beams"})
         references = [[ptb_tokens(caption) for caption in captions] for captions in data.test.captions]
         about_test = fingerprint([data.test.fingerprint, settings.beams])
@@ -137,13 +139,25 @@ class Captioning(Evaluation):
 EVALUATION = Captioning()
 
 
+def _check_scorable(data: CaptionSet) -> None:
+    """CIDEr-D weighs an n-gram by the images that lack it: captions are not scored where no image lacks any."""
+    ngrams = ({n for caption in captions for n in _ngrams(ptb_tokens(caption))} for captions in data.test.captions)
+    first = next(ngrams)
+    if all(of_image == first for of_image in ngrams):
+        images = "one image" if len(data.test) == 1 else f"{len(data.test)} images with equal captions"
+        raise UserError(
+            f"the part {data.part} of {data.name} has {images}: CIDEr-D would be 0 for any caption",
+            allowed="two test images or more, with different captions: n-grams that all images have weigh nothing",
+            fix="caption more images",
+        )
+
+
 def _decoder_name(decoder: str) -> str:
-    """A folder with the fingerprint of its files' names, sizes and times: reading all of them would take long."""
+    """A folder with the fingerprint of its files' names and states: reading all of them would take long."""
     if decoder == BUILT_IN:
         return decoder
     files = sorted(local_path(decoder).iterdir())
-    about = [(file.name, (facts := file.stat()).st_size, facts.st_mtime_ns) for file in files]
-    return f"{decoder} ({fingerprint(about)})"
+    return f"{decoder} ({fingerprint([[file.name for file in files], file_states(files)])})"
 
 
 # -- training and captions

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from labels.settings import Positive, Section, Seeds
+from labels.settings import PositiveOnce, Section, Seeds
 from labels.storage import UserError
 from train.encoders.encoder import Encoder
 from train.evals.data.images import shorten
@@ -28,7 +28,7 @@ from train.evals.protocol import Evaluation, Score
 
 
 class Fewshot(Section):
-    shots: Annotated[list[Positive], Field(min_length=1)] = [10]
+    shots: PositiveOnce = [10]
     seeds: Seeds = [0, 1, 2]
     l2: Annotated[float, Field(gt=0)] = 1024.0
 

@@ -97,7 +97,7 @@ class FineTune(Evaluation):
         with distributed_world(runtime) as world, stop_signals() as stopping:
             train = train_settings(settings, runtime, len(data.train), world)
             model, drop_path = make_model(encoder, len(data.classes), settings.drop_path, seed, world)
-            images, chosen = [data.train.fingerprint, data.train.modified_ns], settings.model_dump(exclude={"seeds"})
+            images, chosen = [data.train.fingerprint, data.train.state], settings.model_dump(exclude={"seeds"})
             facts = [encoder.describe(), images, chosen, seed, world.size, TRANSFORM, extract.precision]
             identity = fingerprint(facts)
             mixing = Mixing(settings, len(data.classes), encoder.images, seed, world.device)
@@ -189,7 +189,7 @@ def cropped_batches(
     for batch in decoded_batches(numbers(), side, crop, threads, world.device):
         for number, reason in batch.bad:
             raise UserError(
-                f"the image {data.keys[number % count]} of {data.directory} cannot be decoded ({reason})",
+                f"an image of the {data.part} part cannot be decoded: {data.locate(number % count)} ({reason})",
                 allowed="whole image files that Pillow reads",
                 fix="fix or remove it; `train probe` on the same data names all of them",
             )

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from labels.settings import Positive, Section, Seeds
+from labels.settings import PositiveOnce, Section, Seeds
 from labels.storage import UserError
 from train.encoders.encoder import Encoder
 from train.evals.data.sets import DataSet
@@ -25,7 +25,7 @@ from train.evals.protocol import Evaluation, Score, accuracies
 
 
 class Knn(Section):
-    k: Annotated[list[Positive], Field(min_length=1)] = [10, 20]
+    k: PositiveOnce = [10, 20]
     temperature: Annotated[float, Field(gt=0)] = 0.07
     seeds: Seeds = [0, 1, 2]
 
@@ -77,9 +77,10 @@ def nearest(train_x: Tensor, test_x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def weighted_votes(cosines: Tensor, neighbours: Tensor, classes: int, temperature: float) -> Tensor:
-    """Cosines [M, k] and the neighbours' classes [M, k] -> votes float64 [M, C]."""
+    """Cosines [M, k], greatest first, and the neighbours' classes [M, k] -> votes float64 [M, C], at most k."""
     votes = torch.zeros(len(cosines), classes, dtype=torch.float64, device=cosines.device)
-    return votes.scatter_add_(1, neighbours, (cosines.double() / temperature).exp())
+    above = cosines[:, :1].double()  # the largest: a common factor, without which a low temperature gives infinities
+    return votes.scatter_add_(1, neighbours, ((cosines.double() - above) / temperature).exp())
 
 
 def majority_votes(neighbours: Tensor, classes: int) -> Tensor:

@@ -32,7 +32,7 @@ from train.evals.protocol import Evaluation, Score, accuracies, top_k
 
 class MaeProbe(Section):
     epochs: Positive = 90
-    batch_size: Positive = 16_384
+    batch_size: Annotated[int, Field(ge=2)] = 16_384  # BatchNorm needs two
     base_lr: Annotated[float, Field(gt=0)] = 0.1
     warmup_epochs: Annotated[int, Field(ge=0)] = 10
     augment: bool = True

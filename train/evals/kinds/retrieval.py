@@ -8,14 +8,12 @@ Ties go to the item with the smaller number. N images, M captions, D width of th
 """
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from labels.settings import Positive, Section, Seeds
+from labels.settings import PositiveOnce, Section, Seeds
 from labels.storage import UserError, local_path
 from train.encoders.encoder import Encoder
 from train.evals.data.captions import CaptionSet
@@ -24,7 +22,7 @@ from train.evals.protocol import Evaluation, Score
 
 
 class Retrieval(Section):
-    k: Annotated[list[Positive], Field(min_length=1)] = [1, 5, 10]
+    k: PositiveOnce = [1, 5, 10]
     labels: str | None = None
     seeds: Seeds = [0]
 

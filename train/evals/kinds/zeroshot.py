@@ -11,6 +11,8 @@ C classes, T templates, N images, L tokens, D width of the common space, V vocab
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,11 +25,12 @@ from torch.nn import functional
 
 from labels.config import load_pipeline
 from labels.idf import read_idf
+from labels.manifest import read_manifest
 from labels.settings import Section, Seeds
-from labels.storage import Layout, UserError, local_path, sha256_file
+from labels.storage import Layout, UserError, local_path, read_text, sha256_file
 from train.checkpoint import read_weights
 from train.encoders.encoder import Encoder
-from train.encoders.text import label_texts
+from train.encoders.text import label_dataset, label_texts
 from train.evals.data.images import shorten
 from train.evals.data.sets import DataSet
 from train.evals.features import Extractor
@@ -42,6 +45,7 @@ class Zeroshot(Section):
 
 
 _OTHER_NAMES = "--classnames FILE with other words for them"
+_ESCAPED = re.compile(r"\\x[0-9a-f]{2}|\\ud[89a-f][0-9a-f]{2}")  # of `printable`: bytes that are no text
 
 
 class ZeroShot(Evaluation):
@@ -56,6 +60,9 @@ class ZeroShot(Evaluation):
 
     def check(self, data: DataSet, settings: Zeroshot) -> None:
         names = class_names(settings.classnames, data)
+        if escaped := [name for name in names if settings.classnames == "auto" and _ESCAPED.search(name)]:
+            problem = f"{len(escaped)} class names are not UTF-8: {shorten(escaped)}"
+            raise UserError(problem, allowed="words", fix="--classnames FILE with lines class<TAB>name")
         repeated = sorted({name for name in names if names.count(name) > 1})
         # ImageNet's own names contain some twice, such as `crane`
         if repeated and settings.classnames != "imagenet" and data.kind != "imagenet":
@@ -144,17 +151,19 @@ def _token_targets(
 
 
 def _labels_of(run: Path, labels: Path | None) -> tuple[Path, np.ndarray]:
-    """The label dataset that a run was trained on, and its weights [V] as the loss used them."""
-    dataset = labels or Path(json.loads((run / "data.json").read_bytes())["labels"])
-    table = Layout(dataset).idf_parquet
-    if not table.is_file():
+    """A label dataset with the tokenizer of a run, and the weights [V] that the run's loss used."""
+    dataset, facts = label_dataset(run, labels), json.loads((run / "data.json").read_bytes())
+    if not load_pipeline(run / "config.yaml").train.loss.idf:
+        return dataset, np.ones(read_manifest(dataset).tokenizer.vocabulary, np.float32)
+    tables, expected = [Layout(dataset).idf_parquet, Path(facts.get("idf", ""))], facts["fingerprints"]["idf"]
+    table = next((table for table in tables if table.is_file() and sha256_file(table) == expected), None)
+    if table is None:
         raise UserError(
-            f"{run} was trained on the labels of {dataset}, and no IDF table is there",
-            allowed="the output folder of its build-labels",
-            fix="--set zeroshot.labels=OUT, if it has moved",
+            f"{run} was trained with the IDF table of SHA-256 {expected[:16]}, {tables[0]} is another or missing",
+            allowed="the output folder that the run was trained on, with its idf.parquet",
+            fix=f"--set zeroshot.labels=OUT, if it has moved; after --idf TABLE: `idf` in {run}/data.json names TABLE",
         )
-    idf = read_idf(table)
-    return dataset, idf if load_pipeline(run / "config.yaml").train.loss.idf else np.ones_like(idf)
+    return dataset, read_idf(table)
 
 
 def class_targets(label_sets: Sequence[Sequence[np.ndarray]], idf: np.ndarray) -> np.ndarray:
@@ -233,6 +242,9 @@ def source_name(source: str) -> str:
 
 def _by_class(file: Path, lines: list[str], data: DataSet) -> list[str]:
     pairs = [line.split("\t", 1) for line in lines]
+    if repeated := sorted(label for label, count in Counter(label.strip() for label, *_ in pairs).items() if count > 1):
+        problem = f"{file} has {len(repeated)} classes several times: {shorten(repeated)}"
+        raise UserError(problem, allowed="one line for every class", fix="remove the other lines of these classes")
     names = {label.strip(): rest[0].strip() for label, *rest in pairs if rest and rest[0].strip()}
     missing, unknown = [label for label in data.classes if label not in names], sorted(set(names) - set(data.classes))
     if missing or unknown:
@@ -249,7 +261,7 @@ def _by_class(file: Path, lines: list[str], data: DataSet) -> list[str]:
 def _lines(file: Path, what: str) -> list[str]:
     if not file.is_file():
         raise UserError(f"no file of {what} at {file}", fix="fix the path")
-    lines = [line.strip() for line in file.read_text(encoding="utf8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(file).split("\n") if line.strip()]
     if not lines:
         raise UserError(f"{file} is empty", allowed=f"a line for each of the {what}")
     return lines
