@@ -33,6 +33,7 @@ from rich.text import Text
 from labels import beton
 from labels.html import Html, Section, join, page, paragraph, picture, tag
 from labels.idf import target_weights
+from labels.image_metadata import decode_leniently
 from labels.manifest import BetonPart, Manifest, ShardPart, Source, open_image_index, read_manifest, read_sources
 from labels.storage import Layout, UserError, is_remote, local_copy, write_whole
 from labels.tokenizers.tokenizer import name_of, text_of
@@ -179,11 +180,14 @@ def _from_beton(file: Path, part: BetonPart, index: int) -> bytes | None:
 
 def thumbnail(data: bytes, side: int) -> bytes | None:
     """The image as a JPEG of at most `side` pixels a side; None if it cannot be decoded."""
+
+    def decoded(image: Image.Image, _: int) -> Image.Image:
+        image.draft("RGB", (side, side))
+        return image.convert("RGB")
+
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.draft("RGB", (side, side))
-            small = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        small, _ = decode_leniently(data, decoded)
+    except Exception:  # Pillow's plugins raise many types
         return None
     small.thumbnail((side, side))
     buffer = io.BytesIO()

@@ -145,7 +145,10 @@ def complete(build: BuildContext, inputs: BuildInputs, fresh: frozenset[str] = f
         rejected += _reasons(written)
         _check_usable(build, rejected, sum(marker.samples for marker in written), outside, parts)
     write_idf(build, parts, labelled)
-    return _finalize(build, inputs, parts, written, copy=copy)
+    manifest = _finalize(build, inputs, parts, written, copy=copy)
+    if damaged := sum(marker.damaged_metadata or 0 for marker in written):
+        print(f"images kept with damaged metadata: {damaged:,}")
+    return manifest
 
 
 def _run_labels(

@@ -139,6 +139,7 @@ class GroupMarker(Marker):
     shards: list[list[Any]]
     files: list[BetonPart]
     reasons: dict[str, int]  # reason -> rejected images
+    damaged_metadata: int | None = None  # images that are kept although their metadata are damaged; None: none
 
     @property
     def name(self) -> str:

@@ -4,6 +4,8 @@
                                                                -> other: `prepare`: decoded by PIL, written as JPEG
                                                                   `check_in_place` (--no-images): rejected
 
+An image whose metadata are damaged (labels/image_metadata.py) is kept and counted.
+
 `decode_check: header` is the default: it costs almost nothing. A full decode costs several times the rest of the
 writer, and the loader checks every decode anyway: it reports a bad image and excludes it from the loss. `full`
 (DecodeCheck) finds bad images before training.
@@ -11,15 +13,16 @@ writer, and the loader checks every decode anyway: it reports a bad image and ex
 
 import ctypes
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from labels import beton
+from labels.image_metadata import decode_leniently, read_orientation
 from labels.native import RGB, TURBOJPEG, Decompressor, njit
 from labels.settings import Build, ShorterSide
 from labels.storage import UserError
@@ -29,8 +32,17 @@ MAX_BYTES = beton.MAX_PAGE_BYTES >> 1  # of an image file: its label row has to 
 _MIN_BYTES = 4
 _JPEG_START = b"\xff\xd8\xff"
 _END_OF_IMAGE = b"\xff\xd9"
-_ORIENTATION = 0x0112
-_TURNED, _SIDEWAYS = range(2, 9), range(5, 9)
+_TURNS = {  # orientation -> what makes it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = range(5, 9)
+_MAX_COMMENT = 65_533  # bytes, of a JPEG: Pillow writes the comment of the file that it read
 # Not all that PIL knows: some of its formats start other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # A JPEG that is shrunk is decoded at a fraction of its size, but not below this many times the wanted size.
@@ -49,48 +61,70 @@ class BadImage(Exception):
         super().__init__(detail)
 
 
-def prepare(data: bytes, settings: Build) -> tuple[bytes, int, int]:
-    """The JPEG bytes that go into the beton, with width and height in pixels.
+class PreparedImage(NamedTuple):
+    """An image for a beton."""
+
+    jpeg: bytes
+    width: int  # pixels
+    height: int
+    damaged_metadata: bool  # of the image file
+
+
+T = TypeVar("T")
+
+
+def prepare(data: bytes, settings: Build) -> PreparedImage:
+    """The JPEG bytes that go into the beton.
 
     Plain RGB JPEGs (8 bits, 3 components, upright, with their end mark) that need no shrinking are returned unchanged.
     The rest is decoded and written as JPEG: transparency on white, EXIF orientation applied, 16-bit and palette images
     reduced. BadImage: no image, cut short, or more than `max_pixels` pixels.
     """
-    header = _plain_header(data, settings)
-    if header is not None:
-        return data, header.width, header.height
-    image = _decode(data, settings)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=settings.jpeg_quality, subsampling=settings.jpeg_subsampling)
-    return buffer.getvalue(), image.width, image.height
+    plain = _take_plain(data, settings)
+    if plain is not None:
+        return plain
+    with _as_bad_image(data):
+        image, damaged = _open(data, lambda image, orientation: _decode(image, orientation, settings))
+        comment = image.info.get("comment", b"")
+        if len(comment.encode() if isinstance(comment, str) else comment) > _MAX_COMMENT:
+            del image.info["comment"]
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=settings.jpeg_quality, subsampling=settings.jpeg_subsampling)
+    return PreparedImage(buffer.getvalue(), image.width, image.height, damaged)
 
 
-def check_in_place(data: bytes, settings: Build) -> tuple[int, int]:
-    """Width and height of an image that stays in its tar (`--no-images`); BadImage if it would have to be converted."""
-    header = _plain_header(data, settings)
-    if header is not None:
-        return header.width, header.height
-    with _as_bad_image(data), _open(data) as image:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-        kind = f"{image.format} {image.mode}, {image.width} x {image.height}, orientation {orientation}"
-        header = jpeg_header(data)
-        if header is not None and header.plain and data.find(_END_OF_IMAGE, header.frame_offset) < 0:
+def check_in_place(data: bytes, settings: Build) -> PreparedImage:
+    """An image that stays in its tar (`--no-images`); BadImage if it would have to be converted."""
+    plain = _take_plain(data, settings)
+    if plain is not None:
+        return plain
+    header = jpeg_header(data)
+    cut = header is not None and header.plain and data.find(_END_OF_IMAGE, header.frame_offset) < 0
+
+    def describe(image: Image.Image, orientation: int) -> str:
+        if cut:
             image.load()  # raises if more than the end mark is missing
-            kind += ", without its end mark"
+        kind = f"{image.format} {image.mode}, {image.width} x {image.height}, orientation {orientation}"
+        return kind + ", without its end mark" * cut
+
+    with _as_bad_image(data):
+        kind, _ = _open(data, describe)
     detail = f"{kind}; with --no-images only upright 8-bit RGB JPEGs can be read in place"
     raise BadImage("not a plain JPEG", detail)
 
 
-def _plain_header(data: bytes, settings: Build) -> "Jpeg | None":
-    """The header, if a beton takes this JPEG byte for byte."""
+def _take_plain(data: bytes, settings: Build) -> PreparedImage | None:
+    """The image itself, if a beton takes this JPEG byte for byte."""
     header = jpeg_header(data)
     if header is None:
         return None
     _check_size(header.width, header.height, settings.max_pixels)
     shrunk = _wanted_size(header.width, header.height, settings) != (header.width, header.height)
     complete = settings.decode_check == "none" or data.find(_END_OF_IMAGE, header.frame_offset) >= 0
-    as_is = header.plain and complete and not shrunk
-    return header if as_is and not (header.exif and _orientation(data) in _TURNED) else None
+    if not header.plain or not complete or shrunk:
+        return None
+    orientation, damaged = read_orientation(data) if header.exif else (1, False)
+    return None if orientation in _TURNS else PreparedImage(data, header.width, header.height, damaged)
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
@@ -99,8 +133,7 @@ def image_size(data: bytes) -> tuple[int, int] | None:
     if header is not None:
         return header.width, header.height
     try:
-        with _open(data) as image:
-            return image.size
+        return _open(data, lambda image, _: image.size)[0]
     except Exception:  # a damaged header, or one that ends later: the image stage names the fault
         return None
 
@@ -112,21 +145,11 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise BadImage("too many pixels", f"{width} x {height}; allowed: {max_pixels} pixels, {MAX_SIDE} a side")
 
 
-def _orientation(data: bytes) -> int:
-    try:
-        with _open(data) as image:
-            return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # unreadable EXIF gives no orientation
-        return 1
-
-
-@contextmanager
-def _open(data: bytes) -> Iterator[Image.Image]:
-    """An image of the allowed formats, for the block; PIL's own limit of pixels is off: `max_pixels` counts."""
+def _open(data: bytes, decode: Callable[[Image.Image, int], T]) -> tuple[T, bool]:
+    """As decode_leniently, of the allowed formats; PIL's own limit of pixels is off: `max_pixels` counts."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            yield image
+        return decode_leniently(data, decode, _FORMATS)
     finally:
         Image.MAX_IMAGE_PIXELS = before
 
@@ -146,19 +169,17 @@ def _as_bad_image(data: bytes) -> Iterator[None]:
         raise BadImage("image cut or damaged", f"{type(error).__name__}: {error}") from None
 
 
-def _decode(data: bytes, settings: Build) -> Image.Image:
+def _decode(image: Image.Image, orientation: int, settings: Build) -> Image.Image:
     """Decode to upright RGB on white, shrunk where the settings require it."""
-    with _as_bad_image(data), _open(data) as image:
-        _check_size(*image.size, settings.max_pixels)
-        wanted = _wanted_size(*image.size, settings)
-        shrunk = wanted != image.size
-        if shrunk:
-            image.draft(None, (_DRAFT * wanted[0], _DRAFT * wanted[1]))
-        image.load()
-        sideways = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
-        plain = _plain(image)
-        width, height = wanted[::-1] if sideways else wanted
-        return plain.resize((width, height), Image.Resampling.BICUBIC) if shrunk else plain
+    _check_size(*image.size, settings.max_pixels)
+    wanted = _wanted_size(*image.size, settings)
+    shrunk = wanted != image.size
+    if shrunk:
+        image.draft(None, (_DRAFT * wanted[0], _DRAFT * wanted[1]))
+    image.load()
+    plain = _plain(image.transpose(_TURNS[orientation]) if orientation in _TURNS else image)
+    width, height = wanted[::-1] if orientation in _SIDEWAYS else wanted
+    return plain.resize((width, height), Image.Resampling.BICUBIC) if shrunk else plain
 
 
 def _wanted_size(width: int, height: int, settings: Build) -> tuple[int, int]:
@@ -170,8 +191,7 @@ def _wanted_size(width: int, height: int, settings: Build) -> tuple[int, int]:
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    """Upright, 8 bits, RGB, transparency on white."""
-    image = ImageOps.exif_transpose(image)
+    """8 bits, RGB, transparency on white."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_eight_bits(image)
     if image.has_transparency_data:

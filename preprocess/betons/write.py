@@ -108,6 +108,7 @@ class _Rows:
     member: np.ndarray  # int64 [R], position of the row's shard in the group
     file: np.ndarray
     good: np.ndarray  # bool [R], has an image
+    damaged: np.ndarray  # bool [R], its image has damaged metadata
     offset: np.ndarray
     bytes: np.ndarray
     width: np.ndarray
@@ -144,7 +145,10 @@ def write_group(task: GroupTask) -> GroupMarker:
             )
             files.append(part)
     reasons = _reasons(fault for _, fault in rows.faults.values())
-    marker = GroupMarker(options=task.options, **group.wanted, files=files, reasons=reasons)
+    damaged = int(np.count_nonzero(rows.damaged & rows.good))
+    marker = GroupMarker(
+        options=task.options, **group.wanted, files=files, reasons=reasons, damaged_metadata=damaged or None
+    )
     faults = [[shard, fault.key, fault.reason, fault.detail] for _, (shard, fault) in sorted(rows.faults.items())]
     write_marker(task.marker, marker, faults)
     return marker
@@ -166,7 +170,7 @@ def _collect(task: GroupTask, converted: ScratchFile | None, scratch: Path | Non
         begin, size = resolved.spans[:, 0], resolved.spans[:, 1] - resolved.spans[:, 0]
         index = np.arange(len(keys)) + member.part.first_index
         position, pixels = np.full(len(keys), number), (resolved.width, resolved.height)
-        columns.append((position, file, resolved.good, begin, size, *pixels, index, labels))
+        columns.append((position, file, resolved.good, resolved.damaged, begin, size, *pixels, index, labels))
         first += len(keys)
     if converted is not None:
         files.append(converted.view())
@@ -219,6 +223,7 @@ class ResolvedImages:
     spans: np.ndarray  # int64 [R, 2], begin and end there
     width: np.ndarray  # int64 [R], pixels
     height: np.ndarray
+    damaged: np.ndarray  # bool [R], its metadata are damaged
     faults: dict[int, Fault]  # row -> why it has none
 
 
@@ -232,20 +237,18 @@ def resolve_images(
     """
     data, spans = images.data, images.spans.copy()
     scan = scan_jpegs(data, spans, settings)
-    good, converted, faults = scan.plain.copy(), np.zeros(len(spans), np.bool_), dict(images.faults)
-    width, height = scan.width, scan.height
+    good, faults = scan.plain.copy(), dict(images.faults)
+    converted, damaged = np.zeros((2, len(spans)), np.bool_)
+    width, height, resolve = scan.width, scan.height, check_in_place if scratch is None else prepare
     for row in np.flatnonzero(~good & (spans[:, 0] >= 0)).tolist():
         begin, end = spans[row].tolist()
         try:
             if end - begin > MAX_BYTES:
                 raise BadImage("image file too large", f"{end - begin} bytes; allowed: {MAX_BYTES}")
             image = data[begin:end].tobytes()
-            if scratch is None:
-                width[row], height[row] = check_in_place(image, settings)
-            else:
-                jpeg, width[row], height[row] = prepare(image, settings)
-                if jpeg is not image:
-                    spans[row], converted[row] = scratch.append(jpeg), True
+            jpeg, width[row], height[row], damaged[row] = resolve(image, settings)
+            if scratch is not None and jpeg is not image:
+                spans[row], converted[row] = scratch.append(jpeg), True
             good[row] = True
         except BadImage as error:
             faults[row] = Fault(keys[row].as_py(), error.reason, str(error))
@@ -255,7 +258,7 @@ def resolve_images(
             begin, end = spans[row].tolist()
             if warning := check.fault(address + begin, end - begin, int(width[row]), int(height[row])):
                 faults[row], good[row] = Fault(keys[row].as_py(), "image cut or damaged", warning), False
-    return ResolvedImages(good, converted, spans, width, height, faults)
+    return ResolvedImages(good, converted, spans, width, height, damaged, faults)
 
 
 # -- the file

@@ -27,7 +27,7 @@ RAMP = np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (24, 1))
 
 def prepared(data: bytes) -> tuple[bytes, np.ndarray]:
     """The bytes for the beton, and their pixels; checks that they are a plain JPEG of the returned size."""
-    found, width, height = prepare(data, PLAIN)
+    found, width, height, _ = prepare(data, PLAIN)
     header = jpeg_header(found)
     assert header is not None and header.plain and (header.width, header.height) == (width, height)
     with Image.open(io.BytesIO(found)) as image:
@@ -198,7 +198,7 @@ def test_a_larger_image_is_shrunk_to_its_shorter_side_and_a_smaller_one_left_alo
         (encode(ramp, exif=EXIF_TURNED), (64, 128)),
         (encode(ramp.resize((130, 65))), (128, 64)),
     ):
-        found, width, height = prepare(data, settings)
+        found, width, height, _ = prepare(data, settings)
         assert (width, height) == size
         with Image.open(io.BytesIO(found)) as image:
             assert image.size == size
@@ -206,7 +206,7 @@ def test_a_larger_image_is_shrunk_to_its_shorter_side_and_a_smaller_one_left_alo
             upright = image.transpose(Image.Transpose.ROTATE_90) if size[0] < size[1] else image
             assert np.abs(np.asarray(upright).astype(int) - np.asarray(expected)).max() <= 4
     small = jpeg(1, 64, 100)
-    assert prepare(small, settings) == (small, 64, 100)
+    assert prepare(small, settings) == (small, 64, 100, False)
 
 
 @pytest.mark.parametrize(("subsampling", "sampling"), [("4:4:4", 0x11), ("4:2:2", 0x21), ("4:2:0", 0x22)])
@@ -262,7 +262,7 @@ def test_the_scan_takes_only_what_stays_unchanged(
     scan = scan_jpegs(padded, np.array([[6, 6 + len(image)], [-1, -1]]), wanted)
     assert not scan.plain[1]
     try:
-        found, width, height = prepare(image, wanted)
+        found, width, height, _ = prepare(image, wanted)
     except BadImage:
         assert not scan.plain[0]
         return
@@ -321,7 +321,7 @@ def test_a_full_check_without_its_library_is_reported(monkeypatch: pytest.Monkey
     ],
 )
 def test_an_image_that_cannot_be_read_in_place_is_described(data: bytes, description: str) -> None:
-    assert check_in_place(jpeg(), Build()) == (32, 32)
+    assert check_in_place(jpeg(), Build()) == (jpeg(), 32, 32, False)
     with pytest.raises(BadImage) as caught:
         check_in_place(data, Build())
     assert (

@@ -2,16 +2,18 @@
 
 import io
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fuzz_images import Input, fuzz_images
 from image_folders import encoded, sample, write_folders, write_tar
 from labels.storage import UserError
 from train.evals.data.sets import load_data, load_pair
-from train.evals.features import decode, decode_crop
+from train.evals.features import DECODE_FAULTS, decode, decode_crop
 
 
 @pytest.fixture
@@ -162,6 +164,24 @@ def test_big_jpegs_decode_alike_with_and_without_the_decoders_own_scaling() -> N
 )
 def test_decode_takes_every_mode(mode: str, colour, kind: str, expected: int) -> None:
     assert (abs(decode(encoded(colour, kind, mode), 8).astype(int) - expected) <= 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:::PIL")
+def test_evaluators_decode_images_whatever_their_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(image: Input) -> Counter[str]:
+        try:
+            found = decode(image.data, 16)
+        except DECODE_FAULTS:
+            assert not image.whole
+            return Counter(refused=1)
+        # Pillow turns TIFFs; no other format is turned, as in published results.
+        difference = abs(found.astype(int) - decode(image.clean, 16)).max()  # two levels: Pillow for compiled code
+        alike = difference <= 2 or (image.form == "TIFF" and image.orientation > 1)
+        return Counter(alike=alike, cut=not image.whole, odd=image.whole and not alike)
+
+    monkeypatch.chdir(tmp_path)
+    total = fuzz_images(200, 7, check)
+    assert total["alike"] > 100 and total["refused"] > 5 and not total["odd"]
 
 
 def test_test_images_in_the_training_part_are_found_by_their_bytes(tmp_path: Path, held_out: Path) -> None:

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from fuzz_images import png_chunk
 from image_folders import encoded, write_folders
 from labels.settings import Features, Train
 from labels.storage import UserError
@@ -97,6 +99,26 @@ def test_unreadable_images_are_named_and_counted(data: DataSet) -> None:
         and "b/1.png" in text
         and "fix or remove" in text
     )
+
+
+def test_images_with_damaged_metadata_are_decoded_and_counted(
+    data: DataSet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = extractor()(load_encoder("pixels:4"), data.train)
+    assert "images decoded" not in capsys.readouterr().out
+    for index in (0, 3):
+        path = data.train.encoded[index].path
+        png = path.read_bytes()
+        chunk = (b"tEXt", b"k\0v", 1) if index else (b"eXIf", b"II*\0\xff")
+        path.write_bytes(png[:33] + png_chunk(*chunk) + png[33:])
+    found = load_pair(data.train.directory, data.test.directory).train
+    assert np.array_equal(extractor()(load_encoder("pixels:4"), found), expected)
+    assert capsys.readouterr().out == "images decoded with damaged metadata: 2\n"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12 * 8 - 1)
+    with pytest.warns(Image.DecompressionBombWarning):  # pytest's filters replace those of a command
+        extractor()(load_encoder("pixels:4"), found)
+    lines = ["images decoded with damaged metadata: 2", "images decoded with more than 95 pixels: 5", ""]
+    assert capsys.readouterr().out == "\n".join(lines)
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path, data: DataSet) -> None:

@@ -10,11 +10,12 @@ messages name the faults. N samples, B batch, S image side, W feature width.
 
 import math
 import os
+import struct
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from labels.image_metadata import decode_leniently
 from labels.native import Decompressor, load_turbojpeg, njit, tj_error, tj_header
 from labels.settings import Features
 from labels.storage import UserError, atomic_write, fingerprint
@@ -38,12 +40,9 @@ TRANSFORM = (
     "centre crop"
 )
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of RandomResizedCrop: shares of the area, width to height
-DECODE_FAULTS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    Image.DecompressionBombError,
-)  # Pillow's, for bytes of no whole image
+# Pillow's, for bytes of no whole image
+_FORM_FAULTS = (ValueError, SyntaxError, LookupError, TypeError, ArithmeticError, EOFError, struct.error)
+DECODE_FAULTS = (OSError, *_FORM_FAULTS, Image.DecompressionBombError)
 Decode = Callable[[bytes, int, int], np.ndarray]  # encoded image, S, row of the data set -> uint8 [S, S, 3]
 _BAD_SHOWN = 5
 
@@ -150,17 +149,23 @@ class DecodedBatch(NamedTuple):
 def decoded_batches(
     batches: Iterable[np.ndarray], side: int, image_of: Callable[[int], np.ndarray], threads: int, device: torch.device
 ) -> Iterator[DecodedBatch]:
-    """Batches of images decoded ahead by threads, in order.
+    """Batches of images decoded ahead by threads, in order; at the end prints how many odd images were among them.
 
     `batches`: numbers of images, int64 [B]; `image_of`: a number -> uint8 [S, S, 3], called in threads (what Pillow
     raises goes into `bad`); `device`: where the batches go later.
     """
 
+    odd: defaultdict[str, set[int]] = defaultdict(set)
+
     def sample(number: int) -> np.ndarray | str:
+        _oddities.found = ()
         try:
-            return image_of(number)
+            image = image_of(number)
         except DECODE_FAULTS as error:
             return f"{type(error).__name__}: {error}"
+        for oddity in _oddities.found:
+            odd[oddity].add(number)
+        return image
 
     def collate(numbers: np.ndarray, samples: list[np.ndarray | str]) -> DecodedBatch:
         black = np.zeros((side, side, 3), np.uint8)
@@ -168,10 +173,23 @@ def decoded_batches(
         bad = [(int(number), image) for number, image in zip(numbers, samples, strict=True) if isinstance(image, str)]
         return DecodedBatch(images, numbers, bad)
 
-    return feed_batches(batches, sample, collate, threads)
+    try:
+        yield from feed_batches(batches, sample, collate, threads)
+    finally:
+        for oddity, numbers in sorted(odd.items()):
+            print(f"images decoded with {oddity}: {len(numbers):,}", flush=True)
 
 
 # -- pixels
+
+
+class _Oddities(threading.local):
+    """What Pillow would warn of in the image that a thread has decoded last."""
+
+    found: tuple[str, ...] = ()
+
+
+_oddities = _Oddities()
 
 
 def decode(encoded: bytes, side: int) -> np.ndarray:
@@ -182,9 +200,8 @@ def decode(encoded: bytes, side: int) -> np.ndarray:
     pixels = _plain_jpeg(encoded, side, None)
     if pixels is not None:
         return pixels
-    with Image.open(BytesIO(encoded)) as image:
-        image.draft(None, (2 * side, 2 * side))  # lets the JPEG decoder halve big images, never below twice the side
-        rgb = _to_rgb(image)
+    # The draft lets the JPEG decoder halve big images, never below twice the side.
+    rgb = _decode_rgb(encoded, (2 * side, 2 * side))
     short = min(rgb.size)
     left, top = (rgb.width - short) / 2, (rgb.height - short) / 2
     return _resize(rgb, side, (left, top, left + short, top + short))
@@ -198,8 +215,7 @@ def decode_crop(encoded: bytes, side: int, seed: int, epoch: int, index: int) ->
     pixels = _plain_jpeg(encoded, side, (seed, epoch, index))
     if pixels is not None:
         return pixels
-    with Image.open(BytesIO(encoded)) as image:
-        rgb = _to_rgb(image)
+    rgb = _decode_rgb(encoded, None)
     left, top, width, height = random_crop(rgb.width, rgb.height, CROP_SCALE, CROP_RATIO, seed, epoch, index)
     pixels = _resize(rgb, side, (left, top, left + width, top + height))
     return pixels[:, ::-1] if flipped(seed, epoch, index) else pixels
@@ -219,6 +235,21 @@ def _has_turbojpeg() -> bool:
     except UserError:
         return False
     return True
+
+
+def _decode_rgb(encoded: bytes, draft: tuple[int, int] | None) -> Image.Image:
+    """By Pillow, as 8-bit RGB that has not been turned; a JPEG not below the size `draft`."""
+
+    def decoded(image: Image.Image, _: int) -> tuple[Image.Image, int]:
+        pixels = image.width * image.height
+        if draft:
+            image.draft(None, draft)
+        return _to_rgb(image), pixels
+
+    (rgb, pixels), damaged = decode_leniently(encoded, decoded)
+    large = pixels > (Image.MAX_IMAGE_PIXELS or pixels)
+    _oddities.found = ("damaged metadata",) * damaged + (f"more than {Image.MAX_IMAGE_PIXELS:,} pixels",) * large
+    return rgb
 
 
 def _resize(rgb: Image.Image, side: int, box: tuple[float, float, float, float]) -> np.ndarray:
