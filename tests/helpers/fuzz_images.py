@@ -201,7 +201,8 @@ def tiff_with(draw: random.Random, clean: bytes) -> tuple[bytes, int]:
         tag = draw.choice([0x10E, 0x10F, 0x11A, 0x11B, 0x128, 0x8773, 0x8649, 0x8769, 0x8825, 0x2BC, 0xFE00])
         offset = draw.choice([0, 8, 0xFFFFFFF0])
         entries.append(struct.pack("<HHLL", tag, draw.randrange(15), draw.choice([0, 1, 2, 9, 1 << 31]), offset))
-    directory = struct.pack("<H", len(entries)) + b"".join(sorted(entries, key=lambda entry: entry[1::-1]))
+    entries.sort(key=lambda entry: entry[1::-1])
+    directory = struct.pack("<H", len(entries)) + b"".join(entries)
     padded = clean + bytes(len(clean) % 2)
     data = padded[:4] + struct.pack("<L", len(padded)) + padded[8:] + directory
     return data + draw.choice([bytes(4), b"", struct.pack("<L", len(padded))]), value if 1 <= value <= 8 else 1
