@@ -48,6 +48,16 @@ def test_a_shifted_crop_would_be_seen() -> None:
     assert difference.max() > 2 and difference.mean() > 0.2
 
 
+def test_a_damaged_header_leaves_the_next_images_to_the_compiled_decoder() -> None:
+    whole = jpeg(256, 200)
+    expected = decode_plain_jpeg(whole, 32, None)
+    assert expected is not None
+    for end in (22, 91, 165, whole.index(b"\xff\xda") + 5):
+        assert decode_plain_jpeg(whole[:end], 32, None) is None
+        found = decode_plain_jpeg(whole, 32, None)
+        assert found is not None and np.array_equal(found, expected)
+
+
 def test_images_that_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = jpeg(256, 200)
     assert decode_plain_jpeg(whole[: len(whole) // 2], 32, None) is None  # the decoder would fill it with grey

@@ -269,7 +269,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 # -- plain JPEGs, compiled
 
-_UNFIT = -2
+_UNFIT, _NO_HEADER = -2, -3
 _MOST_PIXELS = 89_478_485  # Pillow warns beyond
 _YCBCR, _GREY = 1, 2  # TJCS
 _WARNING = 0
@@ -295,6 +295,8 @@ def decode_plain_jpeg(encoded: bytes, side: int, crop: tuple[int, int, int] | No
     data, draw = np.frombuffer(encoded, np.uint8), crop or (0, 0, 0)
     while True:
         status = _decode_plain(data, side, crop is None, *draw, memory.decompressor.handle, memory.scratch, image)
+        if status == _NO_HEADER:  # a handle decodes nothing more after that
+            memory.decompressor = Decompressor()
         if status <= DONE:
             return image if status == DONE else None
         memory.scratch = np.empty(status + status // 4, np.uint8)
@@ -312,11 +314,11 @@ def _decode_plain(
     scratch: np.ndarray,
     image: np.ndarray,
 ) -> int:
-    """Fill `image`, uint8 [S, S, 3]; DONE, _UNFIT, or the bytes of scratch that are needed."""
+    """Fill `image`, uint8 [S, S, 3]; DONE, _UNFIT, _NO_HEADER, or the bytes of scratch that are needed."""
     header, box = np.empty(4, np.int32), np.empty(BOX, np.float32)
     data, size, fields = encoded.ctypes.data, len(encoded), header.ctypes.data
     if tj_header(handle, data, np.uint64(size), fields, fields + 4, fields + 8, fields + 12) != 0:
-        return _UNFIT
+        return _NO_HEADER
     width, height = int(header[0]), int(header[1])
     if header[3] not in (_YCBCR, _GREY) or width * height > _MOST_PIXELS:
         return _UNFIT
