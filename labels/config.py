@@ -148,6 +148,15 @@ def _keys_at(model: Any, location: tuple[int | str, ...]) -> list[str]:
     return [name for name in names if name != "evaluators"] + names_in(EVALUATORS) if model is Pipeline else names
 
 
+def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted key: {"a": {"b": 1}} -> {"a.b": 1}; an empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= dotted(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
+
+
 def dump_yaml(path: Path, settings: BaseModel, exclude: dict[str, Any] | None = None) -> None:
     """Write the resolved configuration, which --config reads again; `exclude`: as pydantic's, what had no effect."""
     text = yaml.safe_dump(settings.model_dump(exclude=exclude), sort_keys=False)

@@ -167,7 +167,7 @@ def _metadata_files(
         raise UserError(
             f"--subset {condition!r} is an SQL condition, and {missing}",
             allowed=ALLOWED,
-            fix="give --metadata FOLDER, or --set build.metadata=FOLDER; a file has to end in .npy or .parquet",
+            fix="--set build.metadata=FOLDER (in training train.data.metadata); a file has to end in .npy or .parquet",
         )
     return files
 

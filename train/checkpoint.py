@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from labels.settings import Section
 from labels.storage import TEMPORARY_SUFFIX, UserError, disk_errors, fsync_directory
-from train.distributed import split_like, whole
+from train.distributed import local, split_like, whole
 from train.loop import TrainState
 
 _PREFIX = "samples-"
@@ -57,6 +57,11 @@ def checkpoint_folders(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob(f"{_PREFIX}*")
     return sorted(folder for folder in folders if folder.is_dir() and folder.name.removeprefix(_PREFIX).isdigit())
+
+
+def weight_file(checkpoint: Path, part: str, *, averaged: bool = False) -> Path:
+    """The file with the weights of a part of the model (trunk, head, text, joint), or with their moving averages."""
+    return checkpoint / f"{part}{'_ema' if averaged else ''}.safetensors"
 
 
 class CheckpointWriter:
@@ -130,6 +135,14 @@ def snapshot(train_state: TrainState, on_this_rank: bool) -> Tensors:
     for name, tensor in _moments(train_state).items():
         keep("optimizer", name, tensor)
     return tensors
+
+
+@torch.no_grad()
+def is_finite(train_state: TrainState) -> bool:
+    """Whether this rank's part of all tensors of a checkpoint is finite; waits for the device once."""
+    averages = train_state.ema.average if train_state.ema else {}
+    tensors = [*train_state.model.state_dict().values(), *averages.values(), *_moments(train_state).values()]
+    return bool(torch.stack([local(each).isfinite().all() for each in tensors]).all())
 
 
 def read_state(folder: Path) -> State:

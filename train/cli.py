@@ -94,7 +94,7 @@ def clip(**arguments: Any) -> None:
 @_run_folder
 @options.configuration
 def lit(encoder: str, weights: str | None, **arguments: Any) -> None:
-    """Train a text tower for a frozen ENCODER (a run, run:RUN, timm:NAME, ...), for `zeroshot` and `retrieval`."""
+    """Train a text tower for a frozen ENCODER (run:RUN, ema:RUN, timm:NAME, ...), for `zeroshot` and `retrieval`."""
     from train.encoders.encoder import EncoderSpec
     from train.evals.lit import train_lit
 
@@ -165,7 +165,6 @@ def plan(
 
     from train.bench.estimate import measure_pace, plan_lines
     from train.clip import check_whole_batches
-    from train.losses.kinds import check_accumulation
 
     pipeline = _pipeline(arguments)
     settings = pipeline.train
@@ -180,7 +179,6 @@ def plan(
     tower = None if method == "run" else pipeline.text_tower
     if tower:
         check_whole_batches(settings, f"train {method}")
-    check_accumulation(settings)
     pace = None
     if measure is not None and beton is not None:
         dataset = options.chosen(pipeline, [beton], (), None, "train plan")
@@ -280,11 +278,11 @@ def _measure(measure: Callable[..., tuple[dict[str, Any], list[str]]], arguments
 
 
 @cli.command("predict")
-@click.argument("run", type=options.PATH)
+@click.argument("run")
 @click.argument("images", nargs=-1, required=True, type=options.PATH)
 @click.option("--top", type=_top, default=10, show_default=True, help="Number of tokens for each image.")
-def predict(run: Path, images: tuple[Path, ...], top: int) -> None:
-    """Print the likeliest tokens of images by RUN's newest checkpoint, as JSON."""
+def predict(run: str, images: tuple[Path, ...], top: int) -> None:
+    """Print the likeliest tokens of images by RUN's newest checkpoint (ema:RUN: by its moving average), as JSON."""
     from train.evals.predict import predict_tokens, read_images
 
     print(json.dumps(predict_tokens(run, read_images(images), top), indent=1))
@@ -293,15 +291,13 @@ def predict(run: Path, images: tuple[Path, ...], top: int) -> None:
 @cli.command("explain")
 @click.argument("out")
 @click.argument("sample", metavar="KEY|UID")
-@click.option(
-    "--checkpoint", "run", type=options.PATH, metavar="RUN", required=True, help="A run, or one checkpoint's folder."
-)
+@click.option("--checkpoint", "run", metavar="RUN", required=True, help="A run, ema:RUN, or one checkpoint's folder.")
 @click.option("--shard", metavar="NAME", help="The shard to search, if several have the key.")
 @click.option("--top", type=_top, default=10, show_default=True, help="Predicted tokens to show.")
 @click.option("--html", type=options.FILE, help="Write a page that opens without a network.")
 @click.option("--svg", type=options.FILE, help="Write a vector picture.")
 @click.option("--png", type=options.FILE, help="Write a picture, 1200 pixels wide.")
-def explain(out: str, sample: str, run: Path, shard: str | None, top: int, **pages: Path | None) -> None:
+def explain(out: str, sample: str, run: str, shard: str | None, top: int, **pages: Path | None) -> None:
     """Show one sample of a dataset with a run's predictions: image, tokens, labels, weights, likeliest tokens."""
     from labels.explanation import show
     from train.evals.predict import explain_with_predictions
@@ -331,8 +327,8 @@ def explain(out: str, sample: str, run: Path, shard: str | None, top: int, **pag
 def export(
     encoder: str, format_name: str, out: Path, results: tuple[Path, ...], weights: str | None, **features: Any
 ) -> None:
-    """Write ENCODER (run:RUN, timm:NAME, open_clip:NAME, hf:DIR) for another library, check it by loading it back, and
-    write its card.
+    """Write ENCODER (run:RUN, ema:RUN, timm:NAME, open_clip:NAME, hf:DIR) for another library, check it by loading it
+    back, and write its card.
     """
     from train.encoders.encoder import EncoderSpec
     from train.export.export import export_encoder
@@ -352,7 +348,7 @@ def export(
     "--encoder",
     required=True,
     metavar="SPEC",
-    help="The tower: run:RUN, timm:NAME, or hf:DIR of `train export --format hf`.",
+    help="The tower: run:RUN, ema:RUN, timm:NAME, or hf:DIR of `train export --format hf`.",
 )
 @click.option("--weights", metavar="FILE", help="Weight file of a timm: encoder.")
 @click.option(
@@ -400,9 +396,13 @@ def llava(
 def report(runs: tuple[Path, ...], results: tuple[Path, ...], page: Path) -> None:
     """Write one HTML file about runs: loss, speed, recipes, results next to the paper's. It opens without a network."""
     from train.evals.measure import read_results
-    from train.report.page import report_page
+    from train.report.page import damaged_lines, report_page
     from train.report.runs import read_runs
 
-    text = report_page(read_runs(runs), read_results(results))
+    read = read_runs(runs)
+    text = report_page(read, read_results(results))
     write_whole(page, lambda partial: partial.write_text(text, encoding="utf8"))
+    for run in read:
+        if damaged := damaged_lines(run):
+            print(damaged, file=sys.stderr)
     print(f"{page}: {page.stat().st_size / 2**20:.1f} MiB")

@@ -16,7 +16,7 @@ from train.data.dataset import BetonSet
 from train.data.open import Chosen
 from train.distributed import World, spread
 from train.loop import TrainState
-from train.model import build_trunk, set_up_trunk
+from train.model import build_trunk, feature_width, set_up_trunk
 from train.text_tower import Contrastive, Specials, TextInput, build_text_tower, specials_of
 from train.trainer import Method, as_train_state, train_run
 
@@ -32,7 +32,7 @@ def train_clip(chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
         torch.manual_seed(settings.runtime.seed)
         trunk: Any = build_trunk(settings.model)  # first, so that it has the initial weights of `train run`
         text, specials = text_side(tower, betons)
-        model = Contrastive(trunk, int(trunk.num_features), text, specials, locked=False).to(world.device)
+        model = Contrastive(trunk, feature_width(trunk), text, specials, locked=False).to(world.device)
         set_up_trunk(trunk, settings.model)
         return make_two_tower_state(model, settings, world)
 

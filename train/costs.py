@@ -63,13 +63,9 @@ class Costs:
 def model_costs(model: Model, vocabulary: int) -> Costs:
     """Costs of a trunk with a head of `vocabulary` classes; no memory is taken for weights."""
     with torch.device("meta"):
-        trunk = build_trunk(model).eval()
-        head = build_head(int(trunk.num_features), vocabulary)  # type: ignore[arg-type]
-        image = torch.empty(1, 3, model.image_size, model.image_size)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        trunk(image)
-    width = int(trunk.num_features)  # type: ignore[arg-type]
-    return Costs(_count(trunk), _count(head), 3 * (counter.get_total_flops() + 2 * width * vocabulary), width)
+        trunk = trunk_costs(build_trunk(model), model.image_size)
+        head = _count(build_head(trunk.width, vocabulary))
+    return Costs(trunk.parameters, head, 3 * (trunk.flops + 2 * trunk.width * vocabulary), trunk.width)
 
 
 class Trunk(NamedTuple):
@@ -79,10 +75,10 @@ class Trunk(NamedTuple):
 
 
 def trunk_costs(trunk: nn.Module, side: int) -> Trunk:
-    """Count a trunk on one image of `side` pixels, possibly on the meta device; leaves it in evaluation mode."""
+    """Count a trunk on one image of `side` pixels, also on the meta device; leaves it frozen, in evaluation mode."""
     images = torch.zeros(1, 3, side, side, device=_device(trunk))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        width = trunk.eval()(images).shape[1]
+        width = trunk.eval().requires_grad_(False)(images).shape[1]  # the counter fails at a weight without gradient
     return Trunk(_count(trunk), counter.get_total_flops(), width)
 
 

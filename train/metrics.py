@@ -22,6 +22,8 @@ from labels.settings import Log, Train
 from labels.storage import UserError, fingerprint, write_whole
 from train.distributed import World
 
+STABLE = "lower train.optimizer.lr, lengthen train.optimizer.warmup_samples, set train.optimizer.clip_norm, or use bf16"
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -92,8 +94,7 @@ class Metrics:
                 f"the last {self.skipped_in_a_row} steps, up to step {self._step}, were skipped: their loss or "
                 "gradient is not finite",
                 allowed=f"fewer than train.runtime.max_skipped_steps = {limit} in a row",
-                fix="lower train.optimizer.lr, lengthen train.optimizer.warmup_samples, set train.optimizer.clip_norm, "
-                "or use bf16",
+                fix=STABLE,
             )
         if self._world.is_first:
             print(self._log_line(lines[-1], throughput), flush=True)
@@ -174,20 +175,42 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """All lines of metrics.jsonl, and the numbers of the damaged ones, from 1. The last line may be cut, in a run that
+    is writing or was killed.
+    """
+    texts, lines, damaged = path.read_bytes().split(b"\n"), [], []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(_whole_line(text))
+        except (ValueError, RecursionError):
+            if number < len(texts):
+                damaged.append(number)
+    return lines, damaged
+
+
+def _whole_line(text: bytes) -> dict[str, Any]:
+    """ValueError unless it is a mapping of finite numbers with step and samples, as `Metrics` writes it."""
+    line = json.loads(text.decode("utf8"))
+    if not isinstance(line, dict) or not {"step", "samples"} <= line.keys():
+        raise ValueError("no line of metrics")
+    for name, value in line.items():
+        if value is None and name in ("loss", "grad_norm"):
+            continue
+        if not isinstance(value, int | float) or not math.isfinite(value) or (name == "samples_per_s" and value <= 0):
+            raise ValueError(f"{name} is {value!r}")
+    return line
+
+
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Remove lines beyond the checkpoint, and a line cut by a kill; they will be written again."""
+    """Remove lines beyond the checkpoint, which will be written again, a line cut by a kill, and damaged lines."""
     if not path.is_file():
         return
-    kept = []
-    for text in path.read_text(encoding="utf8").splitlines(keepends=True):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if line["step"] > step:
-            break
-        kept.append(text)
-    write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf8"))
+    lines, damaged = read_metrics(path)
+    if damaged:
+        print(f"{path}: damaged lines are removed: {', '.join(map(str, damaged))}", flush=True)
+    kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
+    write_whole(path, lambda partial: partial.write_text(kept, encoding="utf8"))
 
 
 # -- trackers

@@ -9,6 +9,10 @@ and the reference's initial weights; ResNet-50 and ConvNeXt-T, of which no confi
 B batch, S image size, W trunk width, V vocabulary.
 """
 
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import timm
@@ -37,6 +41,13 @@ PRESETS = {
     "rn50": Preset("resnet50", {}),
     "convnext_t": Preset("convnext_tiny", {}),
 }
+# Arguments of timm.create_model that make something else than a trunk with weights of its own and images in RGB.
+_OWN_ARGUMENTS = {*inspect.signature(timm.create_model).parameters} - {"kwargs"} | {
+    "num_classes",
+    "in_chans",
+    "features_only",
+    "out_indices",
+}
 
 
 class Classifier(nn.Module):
@@ -49,7 +60,7 @@ class Classifier(nn.Module):
     def __init__(self, trunk: nn.Module, loss: HeadLoss) -> None:
         super().__init__()
         self.trunk = trunk
-        self.head = build_head(int(trunk.num_features), len(loss.idf))  # type: ignore[arg-type]
+        self.head = build_head(feature_width(trunk), len(loss.idf))
         self.loss = loss
 
     def forward(self, images: Tensor, label_ids: Tensor) -> Tensor:
@@ -69,24 +80,81 @@ def build_trunk(model: Model) -> nn.Module:
     """A timm model without classifier: normalised images [B, 3, S, S] -> pooled features [B, W].
 
     A ViT pools by the mean of its patch tokens after the final norm; other architectures keep timm's average pool.
-    UserError if timm does not know the model, or rejects `model.trunk_args`.
+    It is first built and run on one image on the meta device, without memory. UserError, before any weight is drawn, if
+    timm does not know the model, or cannot build or run it as requested.
     """
-    name, arguments = trunk_arguments(model)
     try:
-        trunk = timm.create_model(name, pretrained=False, **{"num_classes": 0, **arguments})
-    except (TypeError, ValueError, AssertionError) as error:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            _run_once(_create(model), model.image_size)
+    except UserError:
+        raise
+    except Exception as error:  # timm checks few arguments: anything may be raised, anywhere
         raise UserError(
-            f"timm cannot build {model.trunk!r} with {arguments}: {error}",
-            fix="fix train.model.trunk_args or train.model.image_size",
+            f"timm cannot build and run {model.trunk!r} with train.model.image_size {model.image_size} and "
+            f"train.model.trunk_args {model.trunk_args}: "
+            f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+            allowed="what timm builds, with features [B, W] of images [B, 3, image_size, image_size]",
+            fix=", or ".join(_fixes(model)) or "change train.model.trunk_args or train.model.image_size",
         ) from None
+    return _create(model)
+
+
+def _create(model: Model) -> nn.Module:
+    name, arguments = trunk_arguments(model)
+    trunk = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
     if model.trunk in PRESETS and isinstance(trunk, VisionTransformer):
         init_like_reference(trunk)
     return trunk
 
 
+@torch.no_grad()
+def _run_once(trunk: nn.Module, side: int) -> None:
+    """Raise what the trunk raises on one image, and ValueError for features that are not pooled."""
+    features = trunk.eval()(torch.zeros(1, 3, side, side))
+    shape, wanted = list(getattr(features, "shape", [type(features).__name__])), [1, feature_width(trunk)]
+    if shape != wanted:
+        raise ValueError(f"its features of one image are {shape}, not {wanted}")
+
+
+def _fixes(model: Model) -> Iterator[str]:
+    """The changes of one key with which timm builds and runs the model; each is tried."""
+    arguments, side = model.trunk_args, model.image_size
+    changes: dict[str, dict[str, Any]] = {
+        f"omit train.model.trunk_args.{key}": {
+            "trunk_args": {name: arguments[name] for name in arguments if name != key}
+        }
+        for key in arguments
+    }
+    # Trunks with a fixed size other than ViTs
+    changes[f"--set train.model.trunk_args.img_size={side}"] = {"trunk_args": {**arguments, "img_size": side}}
+    own = timm.get_pretrained_cfg(_preset(model).name)
+    if own:
+        changes[f"--set train.model.image_size={own.input_size[-1]}"] = {"image_size": own.input_size[-1]}
+    for change, update in changes.items():
+        changed = model.model_copy(update=update)
+        with suppress(Exception), torch.device("meta"), torch.random.fork_rng(devices=[]):
+            trunk = _create(changed)
+            _run_once(trunk, changed.image_size)
+            check_patches(trunk, changed)
+            yield change
+
+
+def feature_width(trunk: nn.Module) -> int:
+    """W. timm's `num_features` is the width before the hidden layer of a classifier that has one."""
+    return int(getattr(trunk, "head_hidden_size", None) or trunk.num_features)  # type: ignore[arg-type]
+
+
 def trunk_arguments(model: Model) -> tuple[str, dict[str, Any]]:
-    """timm's name of the trunk and its JSON arguments, without num_classes; UserError if timm has no such model."""
+    """timm's name of the trunk and its JSON arguments, without num_classes; UserError if timm has no such model, or an
+    argument is set by this program.
+    """
     preset = _preset(model)
+    if own := sorted(_OWN_ARGUMENTS & model.trunk_args.keys()):
+        raise UserError(
+            f"train.model.trunk_args.{own[0]} is {model.trunk_args[own[0]]!r}, but `train` sets {own[0]} itself",
+            allowed="arguments of the architecture, such as depth or drop_path_rate",
+            fix=f"omit train.model.trunk_args.{own[0]}",
+        )
     if not timm.is_model(preset.name):
         near = timm.list_models(f"*{model.trunk.split('_')[0]}*")[:5]
         names = f"{', '.join(PRESETS)}, or any name of timm.list_models()"
@@ -117,19 +185,24 @@ def init_like_reference(vit: VisionTransformer) -> None:
     Xavier, all other layers as torch draws them, biases of the attention 0.
     """
     for tokens in (vit.cls_token, vit.pos_embed):
-        nn.init.normal_(tokens, std=vit.embed_dim**-0.5)  # type: ignore[arg-type]
+        if tokens is not None:
+            nn.init.normal_(tokens, std=vit.embed_dim**-0.5)
     vit.patch_embed.proj.reset_parameters()
     blocks: Any = vit.blocks
     for block in blocks:
         for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
             linear.reset_parameters()
         nn.init.xavier_uniform_(block.attn.qkv.weight)
-        nn.init.zeros_(block.attn.qkv.bias)
-        nn.init.zeros_(block.attn.proj.bias)
+        for bias in (block.attn.qkv.bias, block.attn.proj.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
 
 def set_up_trunk(trunk: nn.Module, model: Model) -> None:
-    """Switch on gradient checkpointing and compilation, in place; UserError if timm has no checkpointing for it."""
+    """Make a trunk ready for training, in place: gradient checkpointing, compilation. UserError if timm has no
+    checkpointing for it, or if its patches do not cover the image.
+    """
+    check_patches(trunk, model)
     if model.grad_checkpointing:
         try:
             trunk.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -140,3 +213,21 @@ def set_up_trunk(trunk: nn.Module, model: Model) -> None:
             ) from None
     if model.compile:
         trunk.compile()
+
+
+def check_patches(trunk: nn.Module, model: Model) -> None:
+    """Refuse an image size of which the last rows and columns would silently not be used."""
+    stem = next((module for module in trunk.modules() if isinstance(module, nn.Conv2d)), None)
+    if stem is None or stem.padding != (0, 0) or stem.kernel_size != stem.stride:
+        return
+    if getattr(getattr(trunk, "patch_embed", None), "dynamic_img_pad", False):
+        return
+    side, patch = model.image_size, math.lcm(*stem.stride)
+    if side % patch:
+        below = side // patch * patch
+        raise UserError(
+            f"train.model.image_size is {side}, but {model.trunk} takes patches of {patch} pixels: "
+            f"{side - below} of {side} rows and columns would not be used",
+            allowed=f"multiples of {patch}",
+            fix=f"--set train.model.image_size={below}, or {below + patch}",
+        )

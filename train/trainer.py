@@ -16,14 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from labels.arrays import Column
-from labels.config import dump_yaml, load_pipeline
+from labels.config import dotted, dump_yaml, load_pipeline, read_yaml
 from labels.settings import MACHINE, MAY_CHANGE, Optimizer, Pipeline, Train, marked_keys
 from labels.storage import UserError, fingerprint, make_folder, write_json
-from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
+from train.checkpoint import (
+    CheckpointWriter,
+    State,
+    checkpoint_folders,
+    is_finite,
+    load_checkpoint,
+    read_state,
+    snapshot,
+)
 from train.costs import Costs, messages, model_costs, peak_flops, splits_vocabulary
 from train.data.dataset import BetonSet
 from train.data.inputs import ImageInput, synthetic_batches, synthetic_inputs
@@ -32,7 +39,7 @@ from train.distributed import World, distributed_world, spread
 from train.loop import Budget, Inputs, TrainState, run_loop, stop_signals
 from train.losses.head import HeadLoss
 from train.losses.kinds import check_accumulation
-from train.metrics import Metrics, Speed, make_trackers
+from train.metrics import STABLE, Metrics, Speed, make_trackers
 from train.model import Classifier, build_trunk, set_up_trunk
 from train.optim import Ema, LossScale, autocast_dtype, by_decay, make_optimizer
 
@@ -101,8 +108,9 @@ def train_run(
         # -- what the run is: costs, configuration, data
         costs = method.costs(settings, betons)
         if world.is_first:
-            dump_yaml(run / "config.yaml", pipeline, exclude={"recipes": True})
-            write_json(run / "data.json", data_facts(betons) | method.facts)
+            if state.options == fingerprint(_kept(settings, method.kept)):  # else it has those of an older version
+                dump_yaml(run / "config.yaml", pipeline, exclude={"recipes": True})
+                write_json(run / "data.json", data_facts(betons) | method.facts)
             epochs = trainer.budget.steps * settings.batch_size / betons.samples
             line = (
                 f"{betons.samples:,} samples in {len(betons.paths)} betons, labels of {betons.labels_out} "
@@ -236,8 +244,8 @@ class Trainer:
         with CheckpointWriter(self._run, settings.checkpoint.keep, settings.checkpoint.keep_every) as writer:
 
             def save(finished: int) -> None:
-                if not checkpoints or (metrics.skipped_in_a_row and finished < budget.steps):
-                    return  # after a skipped step the weights may be what makes the loss infinite
+                if not checkpoints or not self._worth_saving(train_state, finished, metrics):
+                    return
                 self._state = self._state.model_copy(
                     update={
                         "samples_seen": finished * settings.batch_size,
@@ -258,6 +266,25 @@ class Trainer:
                     )
             finally:
                 metrics.close()
+
+    def _worth_saving(self, train_state: TrainState, finished: int, metrics: Metrics) -> bool:
+        """After a skipped step the weights may be what makes the loss infinite: a later checkpoint is awaited.
+
+        UserError if none can come: a tensor is not finite, or the last steps of the run were all skipped.
+        """
+        skipped, infinite = metrics.skipped_in_a_row, self._world.any(not is_finite(train_state))[0]
+        if infinite or (finished == self.budget.steps and (skipped > 1 or metrics.skipped == finished)):
+            what = "weights or moments are not finite" if infinite else f"the last {skipped} steps were skipped"
+            raise UserError(
+                f"{self._run}: {what} at step {finished} of {self.budget.steps}; no checkpoint of it was written",
+                allowed="finite weights, and steps with a finite loss and gradient at the end",
+                fix=f"{STABLE}; with another --out, if {self._run} has checkpoints",
+            )
+        if skipped and finished < self.budget.steps:
+            if self._world.is_first:
+                print(f"no checkpoint at step {finished}: the last steps were skipped ({skipped})", flush=True)
+            return False
+        return True
 
     def _metrics(self, shown: dict[str, Any], costs: Costs | None) -> Metrics:
         settings, first_step, world = self._settings, self.budget.first_step, self._world
@@ -344,15 +371,49 @@ def resume_point(run: Path, betons: BetonSet, settings: Train, method: Method) -
                 fix="give the --beton and --labels that the run was begun with, or another --out",
             )
     if state.options != fingerprint(kept):
-        facts = run / "data.json"
-        kept_before = json.loads(facts.read_bytes()).get("kept", {}) if facts.is_file() else {}
-        before = _kept(load_pipeline(run / "config.yaml").train, kept_before)
-        raise UserError(
-            f"{run} was begun with another configuration: {'; '.join(_differences(before, kept))}",
-            allowed="the configuration it was begun with",
-            fix=f"take --config {run / 'config.yaml'}, or another --out",
-        )
+        _check_older(run, state, settings, method)
     return folders[-1], state
+
+
+def _check_older(run: Path, state: State, settings: Train, method: Method) -> None:
+    """A run of an older version, whose configuration lacks newer keys, may go on with their defaults. UserError: a key
+    has another value, or RUN/config.yaml is not what the checkpoint was written with.
+    """
+    file, facts = run / "config.yaml", run / "data.json"
+    pipeline, written = load_pipeline(file), read_yaml(file).get("train") or {}
+    kept = json.loads(facts.read_bytes()).get("kept", {}) if facts.is_file() else {}
+    filled = kept | ({"text_tower": pipeline.text_tower.model_dump()} if "text_tower" in kept else {})
+    before, now = (
+        {key: value for key, value in dotted({"train": _kept(given[0], {}), **given[1]}).items() if value != {}}
+        for given in ((pipeline.train, filled), (settings, method.kept))
+    )
+    changed = [
+        f"{key} was {_shown(before, key)}, is now {_shown(now, key)}"
+        for key in before | now
+        if before.get(key) != now.get(key)
+    ]
+    if changed or state.options != fingerprint(_without(written, marked_keys(Train, MAY_CHANGE, MACHINE)) | kept):
+        raise UserError(
+            f"{run} was begun with another configuration"
+            + (f": {'; '.join(changed)}" if changed else f", and {file} was changed since"),
+            allowed="the configuration it was begun with",
+            fix=f"take --config {file} without --set and --recipe, or another --out"
+            if changed
+            else f"undo the change of {file}, or take another --out",
+        )
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "not set"
+
+
+def _without(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """`values` without `keys`, which are those of `marked_keys`."""
+    return {
+        key: _without(value, keys[key]) if key in keys else value
+        for key, value in values.items()
+        if keys.get(key) is not True
+    }
 
 
 def _resume_point_of_model(run: Path, identity: str) -> tuple[Path | None, State]:
@@ -375,9 +436,3 @@ def _first_state(options: str, vocabulary: int) -> State:
 def _kept(settings: Train, kept: dict[str, Any]) -> dict[str, Any]:
     """Settings that must not change on resume: those of `train`, and those of the method."""
     return settings.model_dump(exclude=marked_keys(Train, MAY_CHANGE, MACHINE)) | kept
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    old, new = (yaml.safe_dump(part, default_flow_style=None).splitlines() for part in (before, now))
-    pairs = zip(old, new, strict=False)
-    return [f"was `{line.strip()}`, is now `{changed.strip()}`" for line, changed in pairs if line != changed]

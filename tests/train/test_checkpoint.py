@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from labels.config import load_pipeline
-from labels.storage import UserError
+from labels.settings import MACHINE, MAY_CHANGE, Train, marked_keys
+from labels.storage import UserError, fingerprint
 from loop_factory import VOCABULARY, settings, train_in_this_process
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
 from train.distributed import World
@@ -243,3 +245,40 @@ def test_weights_of_another_model_are_an_error(out: Path, config: Path, spoilt: 
     (folder / "head.safetensors").unlink()
     assert "no weight file at" in refused(out, spoilt, config)
     assert "was begun with another configuration" in refused(out, spoilt, config, "train.model.image_size=32")
+
+
+def test_a_key_that_an_older_configuration_lacks_has_its_default(out: Path, config: Path, spoilt: Path) -> None:
+    """The files as a version without `grey_probability` and `ema_decay` would have written them."""
+    file, folder = spoilt / "config.yaml", checkpoint_folders(spoilt)[-1]
+    older = yaml.safe_load(file.read_text())
+    del older["train"]["data"]["grey_probability"], older["train"]["optimizer"]["ema_decay"]
+    file.write_text(yaml.safe_dump(older))
+    kept = load_pipeline(config).train.model_dump(exclude=marked_keys(Train, MAY_CHANGE, MACHINE))
+    del kept["data"]["grey_probability"], kept["optimizer"]["ema_decay"]
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"options": fingerprint(kept)}))
+    changed = refused(out, spoilt, config, "train.data.grey_probability=0.5")
+    assert "was begun with another configuration: train.data.grey_probability was 0.0, is now 0.5\n" in changed
+    assert train_run(out, spoilt, load_pipeline(config)) and losses(spoilt)[-1][0] == 120
+    shutil.rmtree(checkpoint_folders(spoilt)[-1])
+    assert train_run(out, spoilt, load_pipeline(config)), "and again"
+
+
+def test_damaged_lines_of_metrics_are_named_and_removed_on_resume(
+    out: Path, config: Path, spoilt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = spoilt / "metrics.jsonl"
+    texts = file.read_bytes().split(b"\n")
+    number = next(number for number, text in enumerate(texts, start=1) if b'"step": 10,' in text and b'"loss"' in text)
+    texts[number - 1] = texts[number - 1].replace(b'"loss"', b'"lo\xff\xfe"')
+    file.write_bytes(b"\n".join([*texts[:4], b"[]", *texts[4:]]))
+    assert train_run(out, spoilt, load_pipeline(config))
+    assert f"{file}: damaged lines are removed: 5, {number + 1}\n" in capsys.readouterr().out
+    assert [step for step, *_ in losses(spoilt)] == [*range(1, 10), *range(11, 121)]
+
+
+def test_a_configuration_that_was_changed_in_the_run_folder_is_an_error(out: Path, spoilt: Path) -> None:
+    file = spoilt / "config.yaml"
+    file.write_text(file.read_text().replace("lr: 0.004", "lr: 0.002"))
+    text = refused(out, spoilt, file)
+    assert f"{file} was changed since" in text and f"undo the change of {file}" in text

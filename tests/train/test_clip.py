@@ -1,6 +1,7 @@
 """`train clip`: open_clip's loss over all ranks, captions joined by row position, runs as exact as `train run`'s."""
 
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -225,6 +226,20 @@ def test_a_clip_run_learns_and_keeps_the_trunk_by_timms_keys(reference: Path, ou
     assert [line for line in lines(reference) if "samples_per_s" in line][-1]["bad_images"] == 0
 
 
+def test_both_towers_have_a_moving_average(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference, tmp_path / "run")
+    folder = checkpoint_folders(tmp_path / "run")[-1]
+    for part in ("trunk", "text", "joint"):
+        halved = {key: tensor / 2 for key, tensor in load_file(folder / f"{part}.safetensors").items()}
+        save_file(halved, folder / f"{part}_ema.safetensors")
+    own, average = (load_encoder(f"{kind}:{tmp_path / 'run'}") for kind in ("run", "ema"))
+    assert own.text is not None and average.text is not None
+    assert own.describe()["text_tower"] != average.describe()["text_tower"]
+    for one, other in zip(own.text().modules, average.text().modules, strict=True):
+        halves = {key: tensor / 2 for key, tensor in one.state_dict().items()}
+        assert all(torch.equal(halves[key], tensor) for key, tensor in other.state_dict().items())
+
+
 def test_killed_at_random_moments_the_losses_are_the_same_floats(
     out: Path, config: Path, reference: Path, tmp_path: Path
 ) -> None:
@@ -257,8 +272,7 @@ def test_the_methods_are_not_mixed(out: Path, config: Path, reference: Path) -> 
     text = refused(train_clip, chosen, reference, wider)
     assert (
         "was begun with another configuration" in text
-        and "width: 16" in text
-        and "width: 32" in text
+        and "text_tower.width was 16, is now 32" in text
         and "take --config" in text
     )
 

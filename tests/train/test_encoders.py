@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from labels.storage import UserError
 from run_factory import MODEL, write_run
 from train.encoders.encoder import EncoderSpec
 from train.encoders.load import load_encoder, pair_weights
+from train.export.export import export_encoder
 from train.model import build_trunk
 
 
@@ -46,6 +47,35 @@ def test_a_run_is_its_newest_finished_checkpoint(tmp_path: Path) -> None:
         "std": [0.26862954, 0.26130258, 0.27577711],
         "width": 24,
     }
+
+
+def test_the_moving_average_of_a_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, 1000)
+    average = build_trunk(MODEL).eval()
+    folder = tmp_path / "run" / "checkpoints" / "samples-000000001000"
+    save_file(average.state_dict(), folder / "trunk_ema.safetensors")
+    images = torch.randn(2, 3, 32, 32)
+    for path in (tmp_path / "run", folder):
+        encoder = load_encoder(f"ema:{path}")
+        assert torch.equal(encoder(images), average(images))
+        assert encoder.describe()["checkpoint"] == "samples-000000001000, moving average"
+    one, other = pair_weights([f"run:{tmp_path}/run", f"ema:{tmp_path}/run"], [])  # both in one table
+    assert one.name != other.name
+    block = load_encoder(EncoderSpec(f"ema:{tmp_path}/run", layer=1, pool="cls"))
+    assert torch.equal(block(images), average.forward_features(images)[:, 0])  # type: ignore[operator]
+    export_encoder(EncoderSpec(f"ema:{tmp_path}/run"), "timm", tmp_path / "out")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(exported[key], tensor) for key, tensor in average.state_dict().items())
+    assert "`samples-000000001000, moving average`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_run_without_moving_average(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9)
+    text = refusal(f"ema:{tmp_path}/run")
+    assert "has no moving average: train.optimizer.ema_decay was not set" in text
+    fix = text.partition("fix: give ")[2].partition(",")[0]
+    assert load_encoder(fix).describe()["checkpoint"] == "samples-000000000009"
+    assert "nor is a folder at" in refusal(f"ema:{tmp_path}/gone")
 
 
 def test_untrained_is_drawn_from_its_seed_alone(tmp_path: Path) -> None:

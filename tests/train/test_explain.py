@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from labels.config import dump_yaml, load_pipeline
 from labels.explanation import _blocks, describe, to_html, to_png, to_svg
@@ -172,6 +172,23 @@ def run(finished: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_likeliest_tokens_by_the_moving_average(finished: Built, run: Path, tmp_path: Path) -> None:
+    folder = run / "checkpoints" / "samples-000000000064"
+    (tmp_path / "x.jpg").write_bytes(explain(finished.out, "000000003").image or b"")
+    said = train("predict", f"ema:{run}", tmp_path / "x.jpg")
+    assert "has no moving average" in str(said.exception)
+    head = load_file(folder / "head.safetensors")
+    save_file(load_file(folder / "trunk.safetensors"), folder / "trunk_ema.safetensors")
+    save_file({**head, "1.bias": torch.linspace(0, 100, 49_408)}, folder / "head_ema.safetensors")
+    answer = json.loads(train("predict", f"ema:{run}", tmp_path / "x.jpg", "--top", 1).output)
+    assert answer["checkpoint"] == "samples-000000000064, moving average"
+    assert answer["images"][0]["tokens"][0]["token_id"] > 48_000, "as the bias of the averaged head has it"
+    said = train("explain", finished.out, "000000003", "--checkpoint", f"ema:{run}", "--top", 5)
+    assert "likeliest tokens by samples-000000000064, moving average" in said.output
+    for file in folder.glob("*_ema.safetensors"):
+        file.unlink()
 
 
 def test_a_runs_likeliest_tokens(finished: Built, run: Path, tmp_path: Path) -> None:

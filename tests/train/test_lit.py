@@ -92,7 +92,7 @@ def test_a_lit_run_resumes_as_if_it_had_not_stopped(runs: Runs, tmp_path: Path) 
 
 def test_another_encoder_is_not_mixed_into_a_run(runs: Runs) -> None:
     text = refused(runs.lit, f"run:{runs.folder / 'clip'}", "lit")
-    assert "was begun with another configuration: was `encoder: " in text
+    assert "was begun with another configuration: encoder was '" in text
 
 
 def test_any_encoder_takes_a_text_tower_and_is_found_again(runs: Runs, data: DataSet, tmp_path: Path) -> None:

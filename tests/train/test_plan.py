@@ -187,3 +187,23 @@ def test_two_towers_and_a_frozen_one() -> None:
         CliRunner().invoke(cli, [*arguments, "--method", "clip", "--set", "train.runtime.accumulation=2"]).exception
     )
     assert "`train clip` compares every image" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices", "problem"),
+    [
+        (["batch_size=64"], 3, "train.batch_size is 64, the number of ranks 3, train.runtime.accumulation 1"),
+        (["batch_size=64", "runtime.accumulation=8"], 16, "train.batch_size is 64, the number of ranks 16"),
+        (["loss.name=two_way", "runtime.accumulation=2"], 1, "train.loss.name is two_way"),
+        (["loss.split_vocabulary=true"], 512, "leave some of the 512 ranks without classes"),
+        (["model.trunk=vit_l14", "model.image_size=64"], 1, "train.model.image_size is 64"),
+        (["model.trunk=swin_tiny_patch4_window7_224", "model.image_size=64"], 1, "train.model.image_size 64"),
+        (["model.trunk_args={num_classes: 3}"], 1, "train.model.trunk_args.num_classes is 3"),
+        (["model.trunk=dla46x_c", "model.grad_checkpointing=true"], 1, "timm has no gradient checkpointing"),
+    ],
+)
+def test_a_plan_is_refused_as_its_run_would_be(overrides: list[str], devices: int, problem: str) -> None:
+    sets = [word for key in overrides for word in ("--set", f"train.{key}")]
+    with pytest.raises(UserError) as caught:
+        CliRunner().invoke(cli, ["plan", "--devices", str(devices), "--rate", "9", *sets], catch_exceptions=False)
+    assert problem in str(caught.value)

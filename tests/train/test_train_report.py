@@ -225,14 +225,75 @@ def test_mistakes_are_reported(folder: Path, tmp_path: Path) -> None:
     assert "is not a run: there is no such folder" in refusal(read_runs, tmp_path / "gone")
     assert "is not a run: it has no config.yaml" in refusal(read_runs, tmp_path)
     run = write_run(tmp_path / "run")
-    metrics = run / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace('"step": 3,', '"step": 3', 1))
-    assert "metrics.jsonl: line 3 is damaged" in refusal(read_runs, run)
+    for content in ("[1]", "3", '{"label_options": 3}', '{"lab'):
+        (run / "data.json").write_text(content)
+        assert "data.json is damaged" in refusal(read_runs, run)
+    (run / "data.json").unlink()
     assert "there is no" in refusal(read_results, tmp_path / "gone")
     assert "other.json is not a result" in refusal(read_results, folder / "results" / "other.json")
     assert "has no result" in refusal(read_results, run)
     (tmp_path / "cut.json").write_text('{"results": [')
     assert "cut.json is damaged" in refusal(read_results, tmp_path / "cut.json")
+
+
+DAMAGE = {
+    "other bytes": b'{"step": 3, "samples": 192, "caf\xe9": 1}',
+    "cut": b'{"step": 3, "sam',
+    "nothing": b"",
+    "NaN": b'{"step": 3, "samples": 192, "loss": NaN, "lr": 1e-3}',
+    "Infinity": b'{"step": 3, "samples": 192, "samples_per_s": Infinity}',
+    "too large": b'{"step": 3, "samples": 192, "loss": 1e999}',
+    "a word": b'{"step": 3, "samples": 192, "loss": "low"}',
+    "a list": b"[1, 2]",
+    "a number": b"3",
+    "null": b"null",
+    "no samples": b'{"step": 3, "loss": 9.0}',
+    "null samples": b'{"step": 3, "samples": null, "loss": 9.0}',
+    "rate 0": b'{"step": 3, "samples": 192, "samples_per_s": 0.0}',
+    "deep": b"[" * 100_000,
+    "zeros": b"\0" * 50,
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_lines_are_named_and_the_rest_is_shown(case: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    file = run / "metrics.jsonl"
+    lines = file.read_bytes().split(b"\n")
+    file.write_bytes(b"\n".join([*lines[:2], DAMAGE[case], *lines[3:200], DAMAGE[case], *lines[200:]]))
+    called = CliRunner().invoke(cli, ["report", str(run), "--out", str(tmp_path / "page.html")], catch_exceptions=False)
+    said = f"{file}: damaged lines, not shown (2): 3, 201"
+    assert called.exit_code == 0 and said in called.output
+    assert said in check_page((tmp_path / "page.html").read_text("utf8")).text
+    [read] = read_runs([run])
+    assert [line["step"] for line in read.steps] == [1, 2, *range(4, STEPS + 1)]
+
+
+def test_a_line_that_is_being_written_is_no_damage(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 401, "caf\xc3')
+    assert not read_runs([run])[0].damaged
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["loss=bce,lr=1e-3", "a, b", "run:1", "x, layer 2", "50% <b>|\"'", "line\nbreak", "café", " space ", "=", "a:b,c"],
+)
+def test_runs_of_any_name_are_next_to_the_papers_losses(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = {name: "bce", "other": "soft_margin"}
+    for run, loss in runs.items():
+        write_run(tmp_path / run, "train.loss.idf=false", f"train.loss.name={loss}")
+    # as --encoder names them: with and without `run:`, relative and absolute; a layer is not the run's own output
+    specs = [f"run:{name}", f"{tmp_path}/other", "run:other, layer 1, avg"]
+    rows = [result(spec, "probe", value) for spec, value in zip(specs, (0.5, 0.4, 0.1), strict=True)]
+    write_json(tmp_path / "r.json", {"data": "imagenet:/data", "protocol": "p", "results": rows})
+    losses = {ablation.title: ablation for ablation in published().ablations}["Losses"]
+    found = measured(losses, read_runs([tmp_path / run for run in runs]), read_results([tmp_path / "r.json"]))
+    assert found and sorted(cell for line in found.cells for cell in line if cell != "-") == ["40.0", "50.0"]
+    text = check_page(report(tmp_path, str(tmp_path / name), str(tmp_path / "other"), "--results", "r.json")).text
+    assert " ".join(name.split()) in " ".join(text.split())
 
 
 def test_defaults_are_no_difference(tmp_path: Path) -> None:

@@ -206,8 +206,8 @@ def test_another_configuration_or_other_labels_are_not_mixed_into_a_run(
     out: Path, config: Path, reference: Path, tmp_path: Path
 ) -> None:
     text = refused(out, reference, config, "train.optimizer.lr=5e-3")
-    assert "was begun with another configuration: was `lr: 0.004`, is now `lr: 0.005`" in text
-    assert "config.yaml, or another --out" in text
+    assert "was begun with another configuration: train.optimizer.lr was 0.004, is now 0.005\n" in text
+    assert "config.yaml without --set and --recipe, or another --out" in text
     other = small_out(tmp_path)
     assert refused(other, reference, config, "train.optimizer.lr=5e-3") == text, (
         "the same labels made elsewhere are the same"
@@ -217,6 +217,53 @@ def test_another_configuration_or_other_labels_are_not_mixed_into_a_run(
     assert "was trained with other labels: fingerprint" in refused(
         build_out(tmp_path / "more", [30]), reference, config
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (
+            ["train.model.trunk_args.reg_tokens=4", "train.model.trunk_args.qk_norm=true"],
+            ["model.trunk_args.reg_tokens was not set, is now 4", "model.trunk_args.qk_norm was not set, is now True"],
+        ),
+        (
+            ["train.model.trunk_args={patch_size: 8, depth: 1, embed_dim: 24}"],
+            ["model.trunk_args.num_heads was 2, is now not set"],
+        ),
+        (["train.data.mean=[0.5, 0.25, 0.125]"], ["data.mean was [0.48145466, 0.4578275, 0.40821073], is now [0.5,"]),
+        (["train.data.color_jitter=[0.1, 0.2, 0.3, 0.4]"], ["data.color_jitter was [0.32, 0.32, 0.32, 0.08], is now"]),
+        (["train.loss={name: bce, gamma_negative: 2.0}"], ["loss.name was 'softmax', is now 'bce'", "loss.gamma_neg"]),
+    ],
+)
+def test_every_changed_key_is_named_and_no_other(
+    out: Path, config: Path, reference: Path, overrides: list[str], named: list[str]
+) -> None:
+    problem = refused(out, reference, config, *overrides).splitlines()[0]
+    for text in named:
+        assert f"train.{text}" in problem
+    assert problem.count(" was ") == len(named) + 1, problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["train.optimizer.lr=1e30"],
+            "the last 9 steps were skipped at step 10 of 10; no checkpoint of it was written",
+        ),
+        (["train.optimizer.lr=1e30", "train.samples=48"], "the last 2 steps were skipped at step 3 of 3"),
+        (["train.optimizer.lr=1e300", "train.samples=16"], "weights or moments are not finite at step 1 of 1"),
+        (["train.optimizer.lr=1e300", "train.checkpoint.every_samples=16"], "are not finite at step 1 of 10"),
+        (["train.optimizer.lr=1e30", "train.optimizer.ema_decay=0.5"], "the last 9 steps were skipped"),
+    ],
+)
+def test_a_run_that_ends_in_infinities_fails_and_leaves_no_checkpoint_of_them(
+    out: Path, config: Path, tmp_path: Path, overrides: list[str], problem: str
+) -> None:
+    few = ["train.samples=160", "train.optimizer.warmup_samples=0", "train.checkpoint.every_samples=48"]
+    text = refused(out, tmp_path / "run", config, *few, *overrides)
+    assert problem in text and "fix: lower train.optimizer.lr" in text and "with another --out" in text
+    assert checkpoint_folders(tmp_path / "run") == []
 
 
 def test_steps_that_are_not_finite_end_the_run_and_leave_the_last_good_checkpoint(

@@ -11,7 +11,7 @@ from labels.settings import Loss, Model, Optimizer
 from labels.storage import UserError
 from train.costs import model_costs
 from train.losses.head import HeadLoss
-from train.model import Classifier, build_trunk, set_up_trunk
+from train.model import Classifier, build_trunk, feature_width, set_up_trunk
 from train.optim import by_decay, make_optimizer
 
 SMALL = {"depth": 2, "embed_dim": 128, "num_heads": 2}
@@ -142,7 +142,106 @@ def test_trunks_that_cannot_be_built_are_refused() -> None:
         UserError, match=r"timm has no model named 'vit_huuge'\n  allowed: vit_s16, vit_b16, .*timm.list_models\(\)"
     ):
         build_trunk(Model(trunk="vit_huuge"))
-    with pytest.raises(UserError, match=r"timm cannot build 'vit_b16' .*depht"):
+    with pytest.raises(UserError, match=r"timm cannot build and run 'vit_b16' .*depht"):
         build_trunk(Model(trunk="vit_b16", trunk_args={"depht": 3}))
     with pytest.raises(UserError, match="timm has no gradient checkpointing for 'test_byobnet_like'"):
         set_up_trunk(nn.Linear(1, 1), Model(trunk="test_byobnet_like", grad_checkpointing=True))
+
+
+VIT, DEPTH = "vit_tiny_patch16_224", {"depth": 1}
+REFUSED: dict[str, tuple[Model, str]] = {  # the model, and a part of the error
+    "swin": (Model(trunk="swin_tiny_patch4_window7_224", image_size=64), "train.model.image_size 64"),
+    "deit": (Model(trunk="deit_tiny_patch16_224", image_size=64), "train.model.image_size 64"),
+    "eva02": (Model(trunk="eva02_tiny_patch14_224", image_size=56), "train.model.image_size 56"),
+    "mixer": (Model(trunk="mixer_s32_224", image_size=64), "train.model.image_size 64"),
+    "image of two": (Model(trunk=VIT, trunk_args={"img_size": [64, 96]}), "'img_size': [64, 96]"),
+    "norm": (Model(trunk=VIT, trunk_args={"norm_layer": "nonsense"}), "KeyError: 'nonsense'"),
+    "no patch": (Model(trunk=VIT, trunk_args={"patch_size": 0}), "ZeroDivisionError"),
+    "word": (Model(trunk=VIT, trunk_args={"depth": "x"}), "{'depth': 'x'}"),
+    "list": (Model(trunk="resnet18", trunk_args={"block": [1]}), "{'block': [1]}"),
+    "heads": (Model(trunk=VIT, trunk_args={"num_heads": 5}), "{'num_heads': 5}"),
+    "no pool": (Model(trunk=VIT, trunk_args={"global_pool": ""}), "are [1, 197, 192], not [1, 192]"),
+    "no pool of maps": (Model(trunk="resnet18", trunk_args={"global_pool": ""}), "not [1, 512]"),
+    "unknown": (Model(trunk="resnet18", trunk_args={"img_size": 64}), "{'img_size': 64}"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_that_timm_cannot_build_or_run_are_refused_with_a_fix_that_works(case: str) -> None:
+    model, part = REFUSED[case]
+    with pytest.raises(UserError) as caught:
+        build_trunk(model)
+    assert part in caught.value.problem and "train.model.trunk_args" in caught.value.problem
+    assert caught.value.fix
+    for fix in caught.value.fix.split(", or "):
+        key, _, value = fix.removeprefix("--set ").removeprefix("omit ").removeprefix("train.model.").partition("=")
+        name = key.removeprefix("trunk_args.")
+        if fix.startswith("omit"):
+            kept = {other: number for other, number in model.trunk_args.items() if other != name}
+            changed = model.model_copy(update={"trunk_args": kept})
+        elif key != name:
+            changed = model.model_copy(update={"trunk_args": {**model.trunk_args, name: int(value)}})
+        else:
+            changed = model.model_copy(update={key: int(value)})
+        costs = model_costs(changed, 10)
+        assert costs.width and costs.width > 100, fix
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"num_classes": 10}, {"in_chans": 1}, {"pretrained": True}, {"features_only": True}, {"checkpoint_path": "x"}],
+)
+def test_arguments_that_are_not_the_architectures_are_refused(own: dict) -> None:
+    ((key, value),) = own.items()
+    with pytest.raises(UserError) as caught:
+        build_trunk(Model(trunk=VIT, trunk_args={**DEPTH, **own}))
+    assert f"train.model.trunk_args.{key} is {value!r}" in caught.value.problem
+    assert caught.value.fix == f"omit train.model.trunk_args.{key}"
+
+
+@pytest.mark.parametrize("name", ["vgg11", "hgnetv2_b0", "mobilenetv3_small_050", "vit_b16"])
+def test_features_are_as_wide_as_the_head_expects(name: str) -> None:
+    """timm's `num_features` is another width in models with a hidden layer before the classifier."""
+    model = Model(trunk=name, trunk_args=DEPTH if name == "vit_b16" else {}, image_size=64)
+    with torch.device("meta"):
+        trunk = build_trunk(model)
+        assert trunk(torch.zeros(2, 3, 64, 64)).shape == (2, feature_width(trunk))
+        costs = model_costs(model, 10)
+    assert costs.head == 10 * (feature_width(trunk) + 1) + 2 * feature_width(trunk)
+
+
+@pytest.mark.parametrize("arguments", [{"class_token": False}, {"pos_embed": "none"}, {"qkv_bias": False}])
+def test_a_preset_without_a_part_is_built(arguments: dict) -> None:
+    model = Model(trunk="vit_b16", trunk_args={**SMALL, **arguments}, image_size=32)
+    assert build_trunk(model)(torch.randn(2, 3, 32, 32)).shape == (2, 128)
+
+
+def test_a_pool_by_attention_is_counted() -> None:
+    model = Model(trunk=VIT, trunk_args={**DEPTH, "global_pool": "map"}, image_size=32)
+    assert model_costs(model, 10).flops > model_costs(model.model_copy(update={"trunk_args": DEPTH}), 10).flops
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "side", "patch", "sizes"),
+    [
+        ("vit_l14", {"depth": 1}, 64, 14, "56, or 70"),
+        (VIT, {**DEPTH, "patch_size": [16, 12]}, 64, 48, "48, or 96"),
+        ("convnext_atto", {}, 66, 4, "64, or 68"),
+        ("swin_tiny_patch4_window7_224", {"img_size": 30, "depths": [1, 1, 1, 1]}, 30, 4, "28, or 32"),
+    ],
+)
+def test_patches_that_do_not_cover_the_image_are_refused(
+    name: str, arguments: dict, side: int, patch: int, sizes: str
+) -> None:
+    model = Model(trunk=name, trunk_args=arguments, image_size=side)
+    with torch.device("meta"), pytest.raises(UserError) as caught:
+        set_up_trunk(build_trunk(model), model)
+    assert f"train.model.image_size is {side}, but {name} takes patches of {patch} pixels" in caught.value.problem
+    assert caught.value.allowed == f"multiples of {patch}" and caught.value.fix.endswith(sizes)  # type: ignore[union-attr]
+
+
+def test_patches_that_are_padded_and_windows_that_overlap_cover_the_image() -> None:
+    for name, arguments in ((VIT, {**DEPTH, "dynamic_img_pad": True, "dynamic_img_size": True}), ("resnet18", {})):
+        model = Model(trunk=name, trunk_args=arguments, image_size=70)
+        with torch.device("meta"):
+            set_up_trunk(build_trunk(model), model)

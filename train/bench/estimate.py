@@ -62,8 +62,10 @@ def plan_lines(
 
     `rates` are samples/s over all devices, to compute the time for; `device` is of this machine, whose precision is
     taken where it is `auto`; `tower` is that of `train clip` and `train lit`; `locked`, for `train lit`, assumes an
-    encoder like `train.model`; `price` is of a device for an hour, in any currency.
+    encoder like `train.model`; `price` is of a device for an hour, in any currency. UserError as `train run`, for a
+    model that cannot be built and a batch that does not divide.
     """
+    check_batch_divides(settings, devices)
     batch = settings.batch_size
     steps = settings.samples // batch
     samples, warmup = steps * batch, settings.optimizer.warmup_samples

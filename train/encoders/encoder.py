@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from labels.storage import UserError
-from train.checkpoint import weights_fingerprint
+from train.checkpoint import weight_file, weights_fingerprint
 
 if TYPE_CHECKING:
     from train.encoders.text import TextSide
@@ -34,6 +34,11 @@ class EncoderSpec(NamedTuple):
     layer: int | None = None  # a block, from 1, or from the end with -1 for the last; None: the model's own output
     pool: str | None = None  # of POOLS; None: the model's own
     tag: str | None = None  # see with_unique_names
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a run's moving averages are requested, not its weights."""
+        return self.spec.startswith("ema:")
 
     @property
     def name(self) -> str:
@@ -78,6 +83,11 @@ class Encoder:
     def name(self) -> str:
         """The name in tables."""
         return self.requested.name
+
+    def weight_file(self, part: str) -> Path:
+        """The file of its checkpoint with the weights of a part (head, text, ...), or with their moving averages."""
+        assert self.checkpoint is not None
+        return weight_file(self.checkpoint, part, averaged=self.requested.averaged)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] -> features [B, W]."""

@@ -1,6 +1,7 @@
 """`load_encoder`: a spec -> a frozen `Encoder`, in evaluation mode, on the CPU.
 
 run:RUN | RUN        trunk of RUN's newest checkpoint, or of one folder RUN/checkpoints/samples-...
+ema:RUN              likewise, with the moving average of its weights (train.optimizer.ema_decay)
 untrained:RUN        the trunk that RUN/config.yaml describes, initialised from a seed; untrained:timm:NAME likewise
 timm:NAME            a timm model without its classifier, weights from a local file or the hub
 open_clip:NAME       the image tower of an open_clip model, weights from a local file
@@ -21,15 +22,15 @@ from torch import nn
 from labels.config import load_pipeline
 from labels.settings import Model, Train
 from labels.storage import UserError, local_path, sha256_file
-from train.checkpoint import checkpoint_folders, load_exactly, read_weights
+from train.checkpoint import checkpoint_folders, load_exactly, read_weights, weight_file
 from train.encoders.encoder import Encoder, EncoderSpec, ImageForm, finish, with_unique_names
 from train.encoders.libraries import load_hf, load_open_clip, load_timm, untrained_timm, with_readout
 from train.encoders.text import Foreign, foreign_encoder, run_text_side
 from train.model import build_trunk
 
 KINDS = (
-    "run:RUN (or the path of a run), untrained:RUN, untrained:timm:NAME, timm:NAME and open_clip:NAME with --weights, "
-    "hf:DIR, pixels:SIDE"
+    "run:RUN (or the path of a run), ema:RUN, untrained:RUN, untrained:timm:NAME, timm:NAME and open_clip:NAME with "
+    "--weights, hf:DIR, pixels:SIDE"
 )
 _WITH_WEIGHTS = ("timm", "open_clip")
 _DEFAULT_SIDE = 32
@@ -60,7 +61,7 @@ def load_encoder(requested: EncoderSpec | str, *, seed: int = 0) -> Encoder:
         if value.startswith("timm:"):
             return untrained_timm(requested, value.removeprefix("timm:"), seed)
         return _untrained_run(requested, local_path(value), seed)
-    path = local_path(value if kind == "run" and value else requested.spec)
+    path = local_path(value if kind in ("run", "ema") and value else requested.spec)
     if not path.is_dir():
         problem = f"the encoder {requested.spec!r} is no known kind, nor is a folder at {path}"
         raise UserError(problem, allowed=KINDS, fix="fix --encoder")
@@ -89,12 +90,19 @@ def _load_run(requested: EncoderSpec, path: Path) -> Encoder:
     """The trunk of a run's newest checkpoint, or of one checkpoint's folder; with its text tower, if it has one."""
     path = path.resolve()
     checkpoint = path if path in checkpoint_folders(path.parent.parent) else newest_checkpoint(path)
+    if requested.averaged and not weight_file(checkpoint, "trunk", averaged=True).is_file():
+        raise UserError(
+            f"{checkpoint} has no moving average: train.optimizer.ema_decay was not set",
+            allowed="ema:RUN of a run that was trained with it",
+            fix=f"give run:{checkpoint}, or start another run with --set train.optimizer.ema_decay=0.9999",
+        )
     if foreign := foreign_encoder(checkpoint.parent.parent):
         return _with_text(_load_foreign(requested, foreign, checkpoint), checkpoint)
     train = load_pipeline(checkpoint.parent.parent / "config.yaml").train
-    trunk, file = build_trunk(train.model), checkpoint / "trunk.safetensors"
+    trunk, file = build_trunk(train.model), weight_file(checkpoint, "trunk", averaged=requested.averaged)
     load_exactly(trunk, read_weights(file), file)
-    return _with_text(_finish_run(requested, trunk, train, checkpoint.name, checkpoint=checkpoint), checkpoint)
+    weights = checkpoint.name + (", moving average" if requested.averaged else "")
+    return _with_text(_finish_run(requested, trunk, train, weights, checkpoint=checkpoint), checkpoint)
 
 
 def _finish_run(requested: EncoderSpec, trunk: nn.Module, train: Train, weights: str, **options: Any) -> Encoder:
@@ -106,11 +114,12 @@ def _finish_run(requested: EncoderSpec, trunk: nn.Module, train: Train, weights:
 
 def _with_text(encoder: Encoder, checkpoint: Path) -> Encoder:
     """With the text tower of its checkpoint, which goes with the run's own features alone."""
-    towers, requested = [checkpoint / f"{name}.safetensors" for name in ("text", "joint")], encoder.requested
+    requested = encoder.requested
+    towers = [encoder.weight_file(name) for name in ("text", "joint")]
     if not all(file.is_file() for file in towers) or requested.layer is not None or requested.pool is not None:
         return encoder
     description = {**encoder.description, "text_tower": "-".join(sha256_file(file)[:16] for file in towers)}
-    return replace(encoder, description=description, text=lambda: run_text_side(checkpoint))
+    return replace(encoder, description=description, text=lambda: run_text_side(checkpoint, *towers))
 
 
 def _load_foreign(requested: EncoderSpec, foreign: Foreign, checkpoint: Path) -> Encoder:

@@ -61,11 +61,10 @@ class TextSide:
             module.to(device).eval()
 
 
-def run_text_side(checkpoint: Path) -> TextSide:
-    """The text side of a checkpoint of `train clip` or `train lit`."""
+def run_text_side(checkpoint: Path, text_file: Path, joint_file: Path) -> TextSide:
+    """The text side of a checkpoint of `train clip` or `train lit`, from its weights or their moving averages."""
     run = checkpoint.parent.parent
     settings = load_pipeline(run / "config.yaml").text_tower
-    text_file, joint_file = checkpoint / "text.safetensors", checkpoint / "joint.safetensors"
     text, joint_tensors = read_weights(text_file), read_weights(joint_file)
     # Sizes are those of the tensors; where one is missing, load_exactly names it.
     vocabulary = len(text["token_embedding.weight"]) if "token_embedding.weight" in text else 1

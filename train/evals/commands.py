@@ -27,7 +27,8 @@ _COMMON = (
         multiple=True,
         required=True,
         metavar="SPEC",
-        help="run:RUN, untrained:RUN, timm:NAME, open_clip:NAME, hf:DIR or pixels:SIDE. Repeatable.",
+        help="run:RUN, ema:RUN (its weights' moving average), untrained:RUN, timm:NAME, open_clip:NAME, hf:DIR or "
+        "pixels:SIDE. Repeatable.",
     ),
     click.option(
         "--weights", multiple=True, metavar="FILE", help="Weight file of each timm: and open_clip: encoder in turn."

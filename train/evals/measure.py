@@ -8,6 +8,7 @@ suite.py calls `measure` for many protocols and data sets, and ends with a `Grid
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +34,7 @@ from train.evals.data.images import LabelledImages
 from train.evals.data.sets import DataSet, load_data, load_pair
 from train.evals.features import TRANSFORM, Extractor
 from train.evals.kinds.probe import majority
-from train.evals.protocol import Evaluation, Score, format_metric, is_share
+from train.evals.protocol import Evaluation, Score, format_metric, is_share, markdown_line
 
 MAJORITY = "majority class"
 _LIBRARIES = ("torch", "timm", "numpy", "pillow", "transformers", "open_clip_torch")
@@ -263,7 +264,7 @@ class Grid:
     def markdown(self) -> str:
         """As a Markdown table."""
         rule = ["---", "---", *("---:" for _ in self._variants)]
-        return "".join("| " + " | ".join(line) + " |\n" for line in (self.header, rule, *self.lines()))
+        return "".join(markdown_line(line) for line in (self.header, rule, *self.lines()))
 
 
 def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
@@ -307,10 +308,11 @@ class Row:
         return next(iter(self.metrics))
 
     @property
-    def run(self) -> Path | None:
-        """The run that was evaluated, None if the encoder is not a run."""
-        kind, _, rest = self.encoder.partition(":")
-        return local_path(rest.partition(",")[0]).resolve() if kind == "run" else None
+    def run(self) -> Path:
+        """The run whose own output was evaluated; for any other encoder, and other layers or pools, a path that is no
+        run.
+        """
+        return Path(os.path.expanduser(self.encoder.removeprefix("run:"))).resolve()
 
 
 def read_results(paths: Sequence[Path], *, may_be_none: bool = False) -> list[Row]:

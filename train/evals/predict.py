@@ -16,8 +16,8 @@ from labels.config import load_pipeline
 from labels.explanation import Explanation, explain_row, with_guesses
 from labels.manifest import read_manifest
 from labels.storage import UserError
-from train.checkpoint import checkpoint_folders, load_exactly, read_state, read_weights
-from train.encoders.load import load_encoder, newest_checkpoint
+from train.checkpoint import load_exactly, read_state, read_weights
+from train.encoders.load import load_encoder
 from train.evals.features import DECODE_FAULTS, Normaliser, decode
 from train.losses.kinds import kind
 from train.model import build_head
@@ -27,17 +27,17 @@ _ALLOWED = "image files that Pillow reads"
 
 
 @torch.inference_mode()
-def predict_tokens(run: Path, images: Iterable[tuple[str, bytes]], top: int) -> dict[str, Any]:
-    """The `top` likeliest tokens of each image, by the newest checkpoint of a run folder, or one checkpoint's folder.
+def predict_tokens(run: Path | str, images: Iterable[tuple[str, bytes]], top: int) -> dict[str, Any]:
+    """The `top` likeliest tokens of each image, by the newest checkpoint of a run folder, or one checkpoint's folder;
+    `ema:RUN`: by the moving average of its weights.
 
     `images`: name and file content of each. Returns checkpoint, samples_seen, vocabulary, tokenizer_fingerprint and
     images: file, tokens (token_id, probability: softmax over V, or sigmoid for a loss that takes each token alone).
     """
-    path = run.resolve()
-    checkpoint = path if path in checkpoint_folders(path.parent.parent) else newest_checkpoint(path)
-    run_folder = checkpoint.parent.parent
-    encoder = load_encoder(f"run:{checkpoint}")
-    file, state = checkpoint / "head.safetensors", read_state(checkpoint)
+    encoder = load_encoder(str(run) if str(run).startswith("ema:") else f"run:{run}")
+    assert encoder.checkpoint is not None
+    checkpoint, run_folder = encoder.checkpoint, encoder.checkpoint.parent.parent
+    file, state = encoder.weight_file("head"), read_state(checkpoint)
     if state.method != SUPERCLASS:
         problem = f"{run} has no head of tokens: it was trained by `train {state.method}`"
         raise UserError(problem, allowed="a run of `train run`")
@@ -54,7 +54,7 @@ def predict_tokens(run: Path, images: Iterable[tuple[str, bytes]], top: int) -> 
         for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
     return {
-        "checkpoint": checkpoint.name,
+        "checkpoint": encoder.description["checkpoint"],
         "samples_seen": state.samples_seen,
         "vocabulary": state.vocabulary,
         "tokenizer_fingerprint": json.loads((run_folder / "data.json").read_bytes())["tokenizer_fingerprint"],
@@ -80,7 +80,7 @@ def _decode(name: str, data: bytes, side: int) -> np.ndarray:
 
 
 def explain_with_predictions(
-    out: Path, name: str, run: Path, *, shard: str | None = None, top: int = 10
+    out: Path, name: str, run: Path | str, *, shard: str | None = None, top: int = 10
 ) -> Explanation:
     """The sample with the key or uid `name`, with the `top` likeliest tokens by a run that was trained on `out`.
 

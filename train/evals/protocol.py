@@ -22,6 +22,11 @@ from train.evals.features import Extractor
 _SHARES = ("top", "r@", "recall", "accuracy")  # metrics in shares of 1, by the beginning of their names
 
 
+def markdown_line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table; a cell's line breaks are spaces, and its `|` is escaped."""
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |\n"
+
+
 def format_metric(name: str, value: float | None) -> str:
     """A metric's value for tables: shares of 1 in percent, other metrics unchanged."""
     if value is None:

@@ -21,7 +21,7 @@ from train.encoders.encoder import Encoder, EncoderSpec
 from train.encoders.load import load_encoder
 from train.evals.features import TRANSFORM
 from train.evals.measure import Row, read_results, readout_of
-from train.evals.protocol import format_metric
+from train.evals.protocol import format_metric, markdown_line
 from train.export.format import ONNX, TIMM, TOLERANCE, Format, Written, check, check_replaceable, share_like
 from train.export.hf import HF
 from train.export.open_clip import OPEN_CLIP
@@ -152,13 +152,30 @@ def _measured_rows(encoder: Encoder, paths: Sequence[Path]) -> list[Row]:
 # -- the model card: Markdown with the Hub's metadata at its head
 
 
+_OPENING = """\
+from PIL import Image
+
+folder, side = {name!r}, {side}
+# The image as in training and evaluation: its central square, not rounded to whole pixels as by the library's own crop
+image = Image.open("photo.jpg")
+image.draft(None, (2 * side, 2 * side))
+if image.has_transparency_data:
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+short = min(image.size)
+left, top = (image.width - short) / 2, (image.height - short) / 2
+box = (left, top, left + short, top + short)
+image = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box=box)
+
+"""
+
+
 def _card(
     name: str, encoder: Encoder, form: Format, written: Written, difference: float, training: _Training, rows: list[Row]
 ) -> str:
     head = {"library_name": form.library, "pipeline_tag": "image-feature-extraction", "tags": ["superclass"]}
-    opening = f"from PIL import Image\n\nfolder = {name!r}\nimage = Image.open('photo.jpg')\n\n"
+    opening = _OPENING.format(name=name, side=encoder.images.side)
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {name}\n",
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {' '.join(name.split())}\n",
         _facts(encoder, written, difference),
         f"## Load it\n\n{written.pooling}\n\n```python\n{opening}{written.code}```\n",
         _training_section(training),
@@ -211,7 +228,7 @@ def _results_section(rows: list[Row], own_readout: str | None) -> str:
             if mean is not None:  # as top-5 of three classes
                 deviation = f" ± {format_metric(metric, spread)}" if spread is not None else ""
                 protocol, value = f"{row.variant}: {row.protocol}{readout}", format_metric(metric, mean) + deviation
-                lines.append(f"| {row.data} | {protocol} | {metric} | {value} | {row.seeds or '-'} |")
+                lines.append(markdown_line([row.data, protocol, metric, value, str(row.seeds or "-")]).rstrip("\n"))
     return (
         f"## Results\n\nOf the encoder's features: {own_readout}. Pixels: {TRANSFORM}; large JPEGs are first shrunk by "
         "their decoder, to twice image_size or more. Accuracies and recalls in percent; ± is the deviation over "

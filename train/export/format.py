@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from labels.storage import UserError, write_json
 from train.encoders.encoder import Encoder, ImageForm
 from train.encoders.load import trained_model
-from train.model import trunk_arguments
+from train.model import feature_width, trunk_arguments
 
 Features = Callable[[Tensor], Tensor]
 """Normalised images [B, 3, S, S] -> features [B, W]."""
@@ -36,7 +36,7 @@ class Written(NamedTuple):
 
     holds: str  # what it is, in a word or two
     pooling: str  # which of its outputs are the encoder's features, in a sentence
-    code: str  # Python that loads it from `folder` and computes `features` of the PIL image `image`
+    code: str  # Python that loads it from `folder` and computes `features` of the RGB PIL image `image` of S x S pixels
     read: Callable[[Path], Features]  # loads it from a folder by the format's own library
     text_difference: Callable[[Path], float] | None = None  # with a text tower: the largest difference of its features
     expected: Features | None = None  # what it is compared with, if not the encoder itself: its projected features
@@ -142,7 +142,7 @@ def timm_tower(encoder: Encoder, format_name: str) -> TimmTower:
     if (model := trained_model(encoder)) is None:
         raise UserError(
             f"the encoder {encoder.name!r} is no timm model, as --format {format_name} requires",
-            allowed="run:RUN, untrained:RUN, timm:NAME, untrained:timm:NAME",
+            allowed="run:RUN, ema:RUN, untrained:RUN, timm:NAME, untrained:timm:NAME",
             fix="--format onnx takes any encoder" + (", --format open_clip this one" if kind == "open_clip" else ""),
         )
     return TimmTower(encoder.net, *trunk_arguments(model))
@@ -157,7 +157,7 @@ model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
 with torch.inference_mode():
-    features = model(transform(image.convert("RGB")).unsqueeze(0))
+    features = model(transform(image).unsqueeze(0))
 """
 
 
@@ -182,7 +182,7 @@ def _write_timm(encoder: Encoder, folder: Path) -> Written:
     config = {
         "architecture": architecture,
         "num_classes": 0,
-        "num_features": int(net.num_features),
+        "num_features": feature_width(net),
         "model_args": {**arguments, "num_classes": 0},
         "pretrained_cfg": pretrained_config(net, encoder.images),
     }
@@ -207,11 +207,7 @@ import numpy as np
 import onnxruntime
 
 session = onnxruntime.InferenceSession(folder + "/model.onnx", providers=["CPUExecutionProvider"])
-side, short = {side}, min(image.size)
-left, top = (image.width - short) / 2, (image.height - short) / 2
-box = (left, top, left + short, top + short)
-resized = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box=box)
-pixels = np.asarray(resized, dtype=np.float32) / 255
+pixels = np.asarray(image, dtype=np.float32) / 255
 images = ((pixels - {mean}) / {std}).transpose(2, 0, 1)[None].astype(np.float32)
 (features,) = session.run(["features"], {{"images": images}})
 """
@@ -264,7 +260,7 @@ def _write_onnx(encoder: Encoder, folder: Path) -> Written:
     write_processor(folder, form)
     layer, pool = encoder.description["layer"], encoder.description["pool"]
     pooling = f"The graph's only output is the encoder's feature: layer {layer}, pool `{pool}`."
-    code = _ONNX_CODE.format(side=form.side, mean=list(form.mean), std=list(form.std))
+    code = _ONNX_CODE.format(mean=list(form.mean), std=list(form.std))
     return Written("onnx graph", pooling, code, _read_onnx)
 
 

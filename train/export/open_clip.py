@@ -122,8 +122,8 @@ def _write(encoder: Encoder, folder: Path) -> Written:
         raise UserError(
             f"the encoder {encoder.name!r} has no text tower, which --format open_clip requires",
             allowed="a run of train clip or train lit; open_clip:NAME with --weights FILE",
-            fix=f"train a text tower (train lit --encoder {spec.spec}), or export the image tower alone: "
-            "--format timm, hf or onnx",
+            fix=f"train a text tower (`train lit {spec.spec} --beton OUT --out RUN`) and export run:RUN, or export the "
+            "image tower alone: --format timm, hf or onnx",
         )
     text, joint = cast(tuple[Any, Any], encoder.text().modules)
     projection = joint.projection

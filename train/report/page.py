@@ -20,10 +20,13 @@ from train.evals.measure import Row
 from train.evals.protocol import format_metric
 from train.report.runs import Run, differences, loss_curves, throughput_curves
 
+_LINES_NAMED = 10
+
 
 def report_page(runs: Sequence[Run], results: Sequence[Row]) -> str:
     """The whole HTML file; `results` may contain encoders other than `runs`."""
     paper = published()
+    damaged = [paragraph(text) for run in runs if (text := damaged_lines(run))]
     sections = [
         Section("loss", "Loss", _loss(runs)),
         Section("speed", "Throughput", _speed(runs)),
@@ -32,9 +35,17 @@ def report_page(runs: Sequence[Run], results: Sequence[Row]) -> str:
         Section("paper", "The paper's tables", paper_tables(runs, results, paper)),
     ]
     if len(runs) == 1:
-        return html.page(f"Run {runs[0].name}", _tiles(runs[0]), sections)
-    lead = paragraph(", ".join(run.name for run in runs))
+        return html.page(f"Run {runs[0].name}", join([_tiles(runs[0]), *damaged]), sections)
+    lead = join([paragraph(", ".join(run.name for run in runs)), *damaged])
     return html.page(f"{len(runs)} runs", lead, [_overview(runs), *sections])
+
+
+def damaged_lines(run: Run) -> str | None:
+    """The lines of its metrics that the page lacks, in words; None if there are none."""
+    if not run.damaged:
+        return None
+    first = ", ".join(map(str, run.damaged[:_LINES_NAMED])) + (", ..." if len(run.damaged) > _LINES_NAMED else "")
+    return f"{run.path / 'metrics.jsonl'}: damaged lines, not shown ({len(run.damaged):,}): {first}"
 
 
 def _numbers(run: Run) -> dict[str, str]:
@@ -252,7 +263,7 @@ def measured(ablation: Ablation, runs: Sequence[Run], rows: Sequence[Row]) -> Ab
     Several runs of a line (seeds) give mean ± standard deviation (n - 1).
     """
     runs_of_lines = [{run.path.resolve() for run in runs if matches(run, line)} for line in ablation.rows]
-    own = [row for row in rows if row.run and any(is_variant(row, column) for column in ablation.columns)]
+    own = [row for row in rows if any(is_variant(row, column) for column in ablation.columns)]
     matched = [row for row in own if any(row.run in paths for paths in runs_of_lines)]
     columns = list(dict.fromkeys((row.data, row.variant) for row in matched))
     cells = [

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from labels.config import load_pipeline
+from labels.config import dotted, load_pipeline
 from labels.html import Series
 from labels.settings import MACHINE, Pipeline, Train, marked_keys
 from labels.storage import UserError
+from train.metrics import read_metrics
 
 _POINTS, _RAW_POINTS = 200, 1_500
 _DATA_KEYS = ("samples", "captions", "tokenizer", "vocabulary", "idf_formula")
@@ -28,6 +29,7 @@ class Run:
     recipe: dict[str, Any]  # dotted key -> value
     steps: list[dict[str, Any]]  # lines of metrics.jsonl with a loss, in order of samples
     throughput: list[dict[str, Any]]  # its lines with a rate, in order of samples
+    damaged: list[int]  # numbers of its lines that cannot be read
 
     @property
     def samples(self) -> int:
@@ -77,7 +79,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read each run once; a path that is not a run, or a damaged file, is a UserError."""
+    """Read each run once; a path that is not a run, or a damaged configuration, is a UserError."""
     distinct = {path.resolve(): path for path in paths}
     names = _names(list(distinct))
     return [_read(path, names[resolved]) for resolved, path in distinct.items()]
@@ -89,15 +91,15 @@ def _read(path: Path, name: str) -> Run:
             reason = f"it has no {file}" if path.is_dir() else "there is no such folder"
             written = "a folder written by `train run --out`"
             raise UserError(f"{path} is not a run: {reason}", allowed=written, fix="correct the path")
-    lines = _lines(path / "metrics.jsonl")
+    lines, damaged = read_metrics(path / "metrics.jsonl")
     steps, throughput = ([line for line in lines if key in line] for key in ("loss", "samples_per_s"))
     keys = recipe(load_pipeline(path / "config.yaml")) | _data_recipe(path / "data.json")
-    return Run(path, name, keys, steps, throughput)
+    return Run(path, name, keys, steps, throughput, damaged)
 
 
 def recipe(pipeline: Pipeline) -> dict[str, Any]:
     """The keys of the configuration that change what is learnt, dotted."""
-    return _flat("train.", pipeline.train.model_dump(exclude=marked_keys(Train, MACHINE)))
+    return dotted(pipeline.train.model_dump(exclude=marked_keys(Train, MACHINE)), "train.")
 
 
 def _data_recipe(file: Path) -> dict[str, Any]:
@@ -106,16 +108,19 @@ def _data_recipe(file: Path) -> dict[str, Any]:
         facts = json.loads(file.read_bytes()) if file.is_file() else {}
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}", fix="resume the run: it writes the file again") from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("label_options", {}), dict):
+        fix = "resume the run: it writes the file again"
+        raise UserError(f"{file} is damaged: it does not hold the facts of a run", fix=fix)
     values = {f"data.{key}": facts[key] for key in _DATA_KEYS if key in facts}
     values["data.method"] = facts.get("method", "superclass")
-    return values | _flat("labels.", facts.get("label_options", {}))
+    return values | dotted(facts.get("label_options", {}), "labels.")
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     """Keys that differ between the runs; for a single run, keys of the configuration that differ from the defaults."""
     sides = [run.recipe for run in runs]
     if len(runs) == 1:
-        defaults = recipe(Pipeline()) | _flat("labels.", Pipeline().labels.model_dump())
+        defaults = recipe(Pipeline()) | dotted(Pipeline().labels.model_dump(), "labels.")
         sides = [defaults, {key: value for key, value in runs[0].recipe.items() if not key.startswith("data.")}]
     rows = {key: [side.get(key) for side in sides] for side in sides for key in side}
     different = {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
@@ -129,28 +134,6 @@ def _names(paths: list[Path]) -> dict[Path, str]:
         if len(set(names.values())) == len(paths):
             return names
     return {path: str(path) for path in paths}
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """All lines; the last one may be cut, in a run that is writing or was killed."""
-    texts = file.read_text(encoding="utf8").splitlines()
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            if number < len(texts):
-                fix = "resume the run: it drops the lines after its last checkpoint"
-                raise UserError(f"{file}: line {number} is damaged", fix=fix) from None
-    return lines
-
-
-def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(f"{name}.", value) if isinstance(value, dict) and value else {name: value}
-    return flat
 
 
 def loss_curves(runs: Sequence[Run], shown: Sequence[Run]) -> list[Series]:

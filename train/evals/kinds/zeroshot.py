@@ -142,7 +142,7 @@ def _token_targets(
             allowed="names with a token that the vocabulary knows and that is no stop word",
             fix=_OTHER_NAMES,
         )
-    file = encoder.checkpoint / "head.safetensors"
+    file = encoder.weight_file("head")
     head = {key: tensor.double() for key, tensor in read_weights(file).items()}
     if (classes := len(head["1.bias"])) != len(idf):
         problem = f"{file} has {classes} classes, the IDF table of {dataset} {len(idf)} tokens"
