@@ -215,6 +215,20 @@ def set_up_trunk(trunk: nn.Module, model: Model) -> None:
         trunk.compile()
 
 
+def check_single_images(model: Model) -> None:
+    """Refuse a trunk that cannot be trained on one image at a time: its BatchNorm has one value for each channel."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        trunk = build_trunk(model).train()
+        try:
+            trunk(torch.zeros(1, 3, model.image_size, model.image_size))
+        except ValueError as error:
+            raise UserError(
+                f"{model.trunk} cannot be trained on one image at a time: {error}",
+                allowed="two or more images of each rank at a time",
+                fix="raise train.batch_size, or lower train.runtime.accumulation",
+            ) from None
+
+
 def check_patches(trunk: nn.Module, model: Model) -> None:
     """Refuse an image size of which the last rows and columns would silently not be used."""
     stem = next((module for module in trunk.modules() if isinstance(module, nn.Conv2d)), None)

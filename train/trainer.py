@@ -40,7 +40,7 @@ from train.loop import Budget, Inputs, TrainState, run_loop, stop_signals
 from train.losses.head import HeadLoss
 from train.losses.kinds import check_accumulation
 from train.metrics import STABLE, Metrics, Speed, make_trackers
-from train.model import Classifier, build_trunk, set_up_trunk
+from train.model import Classifier, build_trunk, check_single_images, set_up_trunk
 from train.optim import Ema, LossScale, autocast_dtype, by_decay, make_optimizer
 
 SUPERCLASS = "superclass"
@@ -338,6 +338,8 @@ def check_batch_divides(settings: Train, ranks: int, name: str = "train.batch_si
             f"{name} is {settings.batch_size}, the number of ranks {ranks}, train.runtime.accumulation {accumulation}",
             allowed=f"a multiple of {ranks * accumulation}",
         )
+    if settings.batch_size == ranks * accumulation and name == "train.batch_size":
+        check_single_images(settings.model)
 
 
 # -- where a run resumes

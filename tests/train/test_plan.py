@@ -198,6 +198,7 @@ def test_two_towers_and_a_frozen_one() -> None:
         (["loss.split_vocabulary=true"], 512, "leave some of the 512 ranks without classes"),
         (["model.trunk=vit_l14", "model.image_size=64"], 1, "train.model.image_size is 64"),
         (["model.trunk=swin_tiny_patch4_window7_224", "model.image_size=64"], 1, "train.model.image_size 64"),
+        (["model.trunk=resnet18", "model.image_size=32", "batch_size=2"], 2, "resnet18 cannot be trained on one image"),
         (["model.trunk_args={num_classes: 3}"], 1, "train.model.trunk_args.num_classes is 3"),
         (["model.trunk=dla46x_c", "model.grad_checkpointing=true"], 1, "timm has no gradient checkpointing"),
     ],
