@@ -18,12 +18,13 @@ from train.evals.protocol import load_protocol, protocol_names
 _OPTION = re.compile(r"(?<![\w(-])--[a-z][a-z_-]*")
 _COMMAND = re.compile(r"(`?)\b(train|preprocess) ([a-z][a-z-]*)((?:[ \n]+[^\s`,;:()]+)*)")
 _SET = re.compile(r"--set ([a-z_.]+)(?==)")
-# Options of torchrun, ray and lmms-eval
-_OTHERS = {"--nproc-per-node", "--head", "--model", "--model_args", "--tasks", "--batch_size", "--output_path"}
+_OTHERS = {"--nproc-per-node", "--head"}  # of torchrun and ray
 
 
 def strings(source: str) -> Iterator[tuple[int, str]]:
-    """Line and text of each string that is no docstring; a value inside an f-string is X."""
+    """Line and text of each string that is no docstring and no single word, such as an argument of another program; a
+    value inside an f-string is X.
+    """
     tree = ast.parse(source)
     skipped: set[int] = set()
     for node in ast.walk(tree):
@@ -38,7 +39,7 @@ def strings(source: str) -> Iterator[tuple[int, str]]:
                 node.lineno,
                 "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values),
             )
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             yield node.lineno, node.value
 
 

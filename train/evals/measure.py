@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from labels.settings import Pipeline
-from labels.storage import UserError, local_path, printable, write_json, write_whole
+from labels.storage import UserError, printable, write_json, write_whole
 from train.encoders.encoder import Encoder, EncoderSpec
 from train.encoders.load import load_encoder
 from train.evals.data.captions import CaptionSet
