@@ -300,7 +300,7 @@ def expected(clean: bytes, orientation: int) -> list[np.ndarray]:
 
 
 def check(image: Input) -> Counter[str]:
-    """What became of one image; AssertionError if it is lost or has other pixels."""
+    """The outcome of one image; AssertionError if it is lost or has other pixels."""
     independent = read_truncated(image.data)
     try:
         jpeg, width, height, damaged_metadata = prepare(image.data, SETTINGS)
