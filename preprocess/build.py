@@ -44,7 +44,7 @@ from preprocess.engine import worker_count
 from preprocess.locks import one_of_many, only_writer
 from preprocess.ngrams import class_names, run_pair_stages
 from preprocess.readers.base import parse_caption_key
-from preprocess.readers.images import has_images, is_local_tar
+from preprocess.readers.images import is_local_tar, without_images
 from preprocess.readers.shards import Shard, find_shards
 from preprocess.shard import LabelTask, label_stage
 from preprocess.stage import (
@@ -333,13 +333,9 @@ def check_images(shards: list[Shard], images: ImageOutput) -> None:
     """Refuse, before any caption is read, shards whose images cannot be used as `images` says."""
     if images == "none":
         return
-    without = next((shard for shard in shards if shard.kind != "tar" and not has_images(shard)), None)
-    if without:
-        raise UserError(
-            f"{without.path} has captions, but no images: neither image bytes nor a column of paths",
-            allowed="tables with a column `image` or `jpg` of bytes, or `path` of files",
-            fix="add --no-beton to make labels and IDF alone",
-        )
+    for shard in shards:
+        if shard.kind != "tar" and (error := without_images(shard)):
+            raise error
     elsewhere = next((shard for shard in shards if images == "places" and not is_local_tar(shard)), None)
     if elsewhere:
         raise UserError(

@@ -20,19 +20,40 @@ from preprocess.readers.base import MAX_SIDE, WHITE_SPACE, Choice, join_captions
 KEY_COLUMNS = ("key", "uid")
 SIZE_COLUMNS = (("width", "height"), ("original_width", "original_height"))
 STATUS_COLUMN = "status"
-_SUCCESS = "success"
+_SUCCESS, _FAILURE = "success", "failed_to_"  # failed_to_download, failed_to_resize
 _KEY_DIGITS = 12
 
 Invalid = dict[int, str]
 """Row -> why its bytes are not UTF-8."""
 
 
-def success_rows(batch: pa.RecordBatch) -> pa.BooleanArray | None:
-    """Which rows img2dataset downloaded, by the text column `status`; None where every row counts."""
+def downloaded_rows(batch: pa.RecordBatch, path: str, statuses: dict[str, str]) -> pa.BooleanArray | None:
+    """Which rows img2dataset did not fail to download or resize, by the text column `status`; None if no row failed.
+
+    `statuses`: one for all batches of a table: its first failure, and its first status that img2dataset does not write.
+
+    Raises:
+        UserError: a table has both, so that the rows with a failure may be rows of another program.
+    """
     column = batch.column(STATUS_COLUMN) if STATUS_COLUMN in batch.schema.names else None
     if column is None or not _is_text(column.type):
         return None
-    return pc.fill_null(pc.equal(_texts(column)[0], _SUCCESS), False)
+    texts = _texts(column)[0]
+    other = texts.filter(pc.not_equal(texts, _SUCCESS))  # none of nulls
+    if not len(other):
+        return None
+    failed = pc.starts_with(other, _FAILURE)
+    for name, rows in (("failure", failed), ("foreign", pc.invert(failed))):
+        if name not in statuses and pc.any(rows).as_py():
+            statuses[name] = other.filter(rows)[0].as_py()
+    if len(statuses) > 1:
+        raise UserError(
+            f"{path}: the column {STATUS_COLUMN!r} holds {statuses['failure']!r}, as img2dataset writes it for rows to"
+            f" skip, and {statuses['foreign']!r}, which it does not write",
+            allowed=f"{_SUCCESS!r} and {_FAILURE + '...'!r}, or other statuses, with which every row is used",
+            fix="rename the column, or remove the rows that are not to be used",
+        )
+    return pc.fill_null(pc.invert(pc.starts_with(texts, _FAILURE)), True) if "failure" in statuses else None
 
 
 def row_keys(batch: pa.RecordBatch, first: int, path: str) -> pa.StringArray:
@@ -65,16 +86,18 @@ def row_sizes(batch: pa.RecordBatch) -> tuple[pa.Int32Array, pa.Int32Array]:
     return width, height
 
 
-def row_captions(batch: pa.RecordBatch, choices: Sequence[Choice], path: str) -> tuple[pa.StringArray, Invalid]:
+def row_captions(
+    batch: pa.RecordBatch, choices: Sequence[Choice], path: str, schema: pa.Schema
+) -> tuple[pa.StringArray, Invalid]:
     """The caption by the first of `choices` that a row has, null where it has none; and the rows that are not UTF-8.
 
-    The columns of `choices` are in the batch; `path` of the table is for messages.
+    The columns of `choices` are in the batch; `path` and `schema` of the table are for messages.
     """
     captions, faults = pa.nulls(len(batch), pa.string()), Invalid()
     for choice in choices:
         if captions.null_count == len(faults):
             break
-        texts, invalid = _chosen(batch, choice, path)
+        texts, invalid = _chosen(batch, choice, path, schema)
         undecided = pc.is_null(captions)
         faults |= {row: reason for row, reason in invalid.items() if row not in faults and undecided[row].as_py()}
         captions = _first_of(captions, texts)
@@ -111,16 +134,17 @@ def _first_of(texts: pa.StringArray, fallback: pa.StringArray) -> pa.StringArray
     return fallback if texts.null_count == len(texts) else pc.coalesce(texts, fallback)
 
 
-def _chosen(batch: pa.RecordBatch, choice: Choice, path: str) -> tuple[pa.StringArray, Invalid]:
+def _chosen(batch: pa.RecordBatch, choice: Choice, path: str, schema: pa.Schema) -> tuple[pa.StringArray, Invalid]:
     """What a choice gives: the texts of its columns that are not null, a line each; null where all are."""
     parts, invalid = [], Invalid()
     for item in choice.items:
         column = batch.column(item.name)
         if not _is_caption(column.type):
+            texts = [repr(field.name) for field in schema if _is_caption(field.type)]
             raise UserError(
                 f"{path}: the column {item.name!r} of build.caption_key holds {column.type}",
-                allowed="a column of strings or of lists of strings",
-                fix=f"name another column, of: {', '.join(batch.schema.names)}",
+                allowed=f"a column of strings or of lists of strings: here {', '.join(texts) or 'none'}",
+                fix=f"add `--caption-key {item.kind}:COLUMN` with one of them",
             )
         texts, wrong = _lines(column) if _is_list(column.type) else _texts(column)
         parts.append(texts)

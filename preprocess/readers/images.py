@@ -13,9 +13,10 @@ Header scan, plan and writer see only spans. R label rows, S samples of a tar, W
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions when it is imported)
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
@@ -34,6 +35,7 @@ from preprocess.readers.tar_index import gather_strings, index_data
 _BYTES_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 _PATH_COLUMNS = ("path", "filepath", "image", "file")
 _NO_IMAGES = frozenset({"key", "uid", "url", "caption", "text", "txt", "title", "status"})
+_ALLOWED_BYTES = "one column of bytes, or one that is called `image` or `jpg`"
 _ROWS_AT_ONCE = 32  # few: a row may hold an image of many megabytes
 
 
@@ -132,12 +134,38 @@ def _walked(file: BinaryIO, size: int, wanted: tuple[str, ...]) -> tuple[pa.Stri
 # -- images of tables
 
 
-def has_images(shard: Shard) -> bool:
-    """Whether a table has a column of images; True where it cannot be read: reading its captions reports the fault."""
+def without_images(shard: Shard) -> UserError | None:
+    """Why the images of a table cannot be found; None if it has a column of them, or cannot be read: reading its
+    captions reports the fault.
+    """
     try:
-        return _image_column(open_table(shard)) is not None
+        table = open_table(shard)
     except TableDamaged:
-        return True
+        return None
+    if _image_column(table) is not None:
+        return None
+    binary = _bytes_columns(table)
+    texts = (pa.string(), pa.large_string())
+    paths = [field.name for field in table.schema if field.name in _PATH_COLUMNS and field.type in texts]
+    columns, path_names = ", ".join(map(repr, table.schema.names)), " or ".join(f"`{name}`" for name in _PATH_COLUMNS)
+    alone = "or add --no-beton to make labels and IDF alone"
+    if shard.kind == "csv":
+        problem = f"no column of image paths, of: {columns}"
+        allowed = f"a header line in which {path_names} names the column of paths; separators: comma, tab or semicolon"
+        fix = "rename the column of paths"
+    elif len(binary) > 1:
+        problem = f"several columns of bytes, {', '.join(map(repr, binary))}, none of them named as images"
+        allowed, fix = _ALLOWED_BYTES, "rename the column of images to `image`"
+    elif paths:
+        problem = f"paths in the column {paths[0]!r}, which are read from CSV and TSV alone"
+        allowed = f"{_ALLOWED_BYTES}; or a CSV or TSV with paths"
+        plain = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
+        csv = str(PurePosixPath(shard.path).with_suffix(".csv"))
+        convert = f"c.write_csv(q.read_table({shard.path!r}, columns={plain}), {csv!r})"
+        fix = f"write it as CSV: python3 -c {shlex.quote(f'import pyarrow.csv as c, pyarrow.parquet as q; {convert}')}"
+    else:
+        problem, allowed, fix = f"no column of bytes, of: {columns}", _ALLOWED_BYTES, "add the images as such a column"
+    return UserError(f"{shard.path} has captions, but {problem}", allowed=allowed, fix=f"{fix}; {alone}")
 
 
 def _of_table(shard: Shard, keys: pa.StringArray, folder: Path | None) -> ShardImages:
@@ -155,8 +183,8 @@ def _of_table(shard: Shard, keys: pa.StringArray, folder: Path | None) -> ShardI
 def table_images(shard: Shard, keys: Sequence[str]) -> Iterator[tuple[int, bytes | Fault]]:
     """For every label row in order: its number, and its image file's bytes or why there is none.
 
-    `shard` is a table that `has_images`; `keys`, of the label rows, are in the table's order, and a key that comes
-    twice in succession is a sample that is repeated.
+    `shard` is a table with images; `keys`, of the label rows, are in the table's order, and a key that comes twice in
+    succession is a sample that is repeated.
     """
     row = 0
     try:
@@ -178,13 +206,18 @@ def table_images(shard: Shard, keys: Sequence[str]) -> Iterator[tuple[int, bytes
 
 
 def _image_column(table: Table) -> str | None:
-    schema, names = table.schema, table.schema.names
     if table.shard.kind == "csv":
-        return next((name for name in _PATH_COLUMNS if name in names), None)
-    binary = [name for name in names if names.count(name) == 1 and _holds_bytes(schema.field(name).type)]
+        return next((name for name in _PATH_COLUMNS if name in table.schema.names), None)
+    binary = _bytes_columns(table)
     named = [name for name in _BYTES_COLUMNS if name in binary]
-    unnamed = [name for name in binary if name not in _NO_IMAGES]
-    return named[0] if named else unnamed[0] if len(unnamed) == 1 else None
+    return named[0] if named else binary[0] if len(binary) == 1 else None
+
+
+def _bytes_columns(table: Table) -> list[str]:
+    """The columns of a Parquet that may hold images."""
+    schema, names = table.schema, table.schema.names
+    once = [name for name in names if names.count(name) == 1 and name not in _NO_IMAGES]
+    return [name for name in once if _holds_bytes(schema.field(name).type)]
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -198,9 +231,9 @@ def _images(table: Table) -> Iterator[tuple[str, bytes | str | None]]:
     """Key, and bytes or path, of every sample."""
     column = _image_column(table)
     assert column is not None
-    identity = identity_columns(table.schema.names)
+    identity, statuses = identity_columns(table.schema.names), dict[str, str]()
     for first, batch in table.batches([*identity, column], _ROWS_AT_ONCE):
-        keys, batch = identified(batch, first, table.shard.path)
+        keys, batch = identified(batch, first, table.shard.path, statuses)
         for key, cell in zip(keys.to_pylist(), batch.column(column), strict=True):
             value = cell.as_py()
             if isinstance(value, dict):

@@ -1,6 +1,6 @@
 """A Parquet, CSV or TSV file as a shard: `read_table_rows` -> RowBatch of its captions, in bounded memory.
 
-    open_table -> Table.batches -> `identified`: status success, keys -> Repeats: repeated keys are rejected
+    open_table -> Table.batches -> `identified`: keys, downloads -> Repeats: repeated keys are rejected
                -> columns.row_captions: rows without a caption, or with one that is not UTF-8, are rejected -> RowBatch
 
 CSV needs a header line; whether its quotes enclose fields is decided in quoting.py. Every column is read as binary, an
@@ -33,12 +33,12 @@ from preprocess.readers.columns import (
     SIZE_COLUMNS,
     STATUS_COLUMN,
     blank_rows,
+    downloaded_rows,
     offsets_and_bytes,
     row_captions,
     row_keys,
     row_sizes,
     row_uids,
-    success_rows,
 )
 from preprocess.readers.quoting import Quotes, WithoutRows
 from preprocess.readers.shards import Shard
@@ -84,7 +84,7 @@ def read_table_rows(shard: Shard, choices: Sequence[Choice], batch_rows: int = B
     else:
         repeats = None  # the keys are row numbers
     for keys, batch in samples:
-        yield _rows(batch, keys, repeats, usable, shard.path)
+        yield _rows(batch, keys, repeats, usable, table)
     if damaged:
         yield RowBatch(ROWS.empty_table(), damaged)
 
@@ -94,31 +94,36 @@ def identity_columns(names: Sequence[str]) -> list[str]:
     return [name for name in _IDENTITY if name in names]
 
 
-def identified(batch: pa.RecordBatch, first: int, path: str) -> tuple[pa.StringArray, pa.RecordBatch]:
-    """Keys and rows of the samples of a batch: those with status success, where there is a status.
+def identified(
+    batch: pa.RecordBatch, first: int, path: str, statuses: dict[str, str]
+) -> tuple[pa.StringArray, pa.RecordBatch]:
+    """Keys and rows of the samples of a batch: all but those that img2dataset did not download.
 
-    The batch has the `identity_columns`; `first` is the number of its first row in the table.
+    The batch has the `identity_columns`; `first` is the number of its first row in the table; `statuses` is one for all
+    batches of a table.
     """
-    keys, success = row_keys(batch, first, path), success_rows(batch)
-    return (keys, batch) if success is None else (keys.filter(success), batch.filter(success))
+    keys, downloaded = row_keys(batch, first, path), downloaded_rows(batch, path, statuses)
+    return (keys, batch) if downloaded is None else (keys.filter(downloaded), batch.filter(downloaded))
 
 
 def _samples(
     table: Table, columns: list[str], batch_rows: int, faults: list[Fault]
 ) -> Iterator[tuple[pa.StringArray, pa.RecordBatch]]:
     """Keys and rows of all samples; `faults` gets what cannot be read."""
+    statuses: dict[str, str] = {}
     try:
         for first, batch in table.batches(columns, batch_rows, faults):
-            yield identified(batch, first, table.shard.path)
+            yield identified(batch, first, table.shard.path, statuses)
     except TableDamaged as error:
         faults.append(error.fault)
 
 
 def _rows(
-    batch: pa.RecordBatch, keys: pa.StringArray, repeats: Repeats | None, choices: Sequence[Choice], path: str
+    batch: pa.RecordBatch, keys: pa.StringArray, repeats: Repeats | None, choices: Sequence[Choice], table: Table
 ) -> RowBatch:
     """The samples of a batch that have a caption, and the faults of the others, both in order."""
-    captions, invalid = row_captions(batch, choices, path)
+    path = table.shard.path
+    captions, invalid = row_captions(batch, choices, path, table.schema)
     faults: dict[int, tuple[str, str]] = {}
     if captions.null_count:
         detail = f"looked for: {', '.join(map(str, choices))}"
@@ -128,12 +133,12 @@ def _rows(
         faults[row] = ("empty caption", f"{captions[row].as_buffer().size} bytes of white space")
     if repeats:
         faults |= dict.fromkeys(repeats.find(keys), ("repeated key", "the key occurred before in this table"))
-    table = pa.Table.from_arrays([keys, row_uids(batch, path), *row_sizes(batch), captions], schema=ROWS)
+    rows = pa.Table.from_arrays([keys, row_uids(batch, path), *row_sizes(batch), captions], schema=ROWS)
     if faults:
-        kept = np.ones(len(table), bool)
+        kept = np.ones(len(rows), bool)
         kept[list(faults)] = False
-        table = table.filter(pa.array(kept))
-    return RowBatch(table, [Fault(keys[row].as_py(), *faults[row]) for row in sorted(faults)])
+        rows = rows.filter(pa.array(kept))
+    return RowBatch(rows, [Fault(keys[row].as_py(), *faults[row]) for row in sorted(faults)])
 
 
 # -- the file: Arrow batches of the requested columns

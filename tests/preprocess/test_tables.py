@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from labels.storage import UserError
 from preprocess.readers import table as tablefile
 from preprocess.readers.base import ROWS, Fault, parse_caption_key
-from preprocess.readers.images import has_images, table_images
+from preprocess.readers.images import table_images, without_images
 from preprocess.readers.shards import Shard, find_shards
 from preprocess.readers.table import read_table_rows
 from shard_factory import jpeg
@@ -74,7 +74,7 @@ def reference(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> Read:
     """The same, row by row; the caption is the first of `columns` that is not None."""
     kept, faults, seen = [], [], set()
     for number, row in enumerate(rows):
-        if "status" in row and row["status"] != "success":
+        if str(row.get("status")).startswith("failed_to_"):
             continue
         key = next((str(row[name]) for name in ("key", "uid") if row.get(name) not in (None, "")), f"{number:012d}")
         found = [row[name] for name in columns if row.get(name) is not None]
@@ -140,7 +140,7 @@ def test_any_table_reads_as_the_reference(
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["success", "failed_to_download", None]),
+            st.sampled_from(["success", "failed_to_download", "failed_to_resize", None]),
             st.none() | st.lists(st.none() | st.text(max_size=3), max_size=3),
         ),
         max_size=20,
@@ -266,10 +266,6 @@ def test_numbers_may_be_keys(tmp_path: Path) -> None:
     assert "the column 'uid' holds double" in refused(parquet(tmp_path, {"uid": [0.5], "text": ["a"]}))
 
 
-def test_a_status_that_is_no_text_is_not_img2datasets(tmp_path: Path) -> None:
-    assert captions(parquet(tmp_path, {"status": [200, 404], "text": ["a", "b"]})) == ["a", "b"]
-
-
 def test_a_table_without_such_a_caption_is_refused(tmp_path: Path) -> None:
     message = refused(parquet(tmp_path, {"words": ["a"], "url": ["b"]}))
     assert "has no column that build.caption_key names (parquet:caption, txt" in message
@@ -351,7 +347,7 @@ def test_a_damaged_page_ends_the_table_and_earlier_rows_stay(tmp_path: Path) -> 
         rows, faults = read(shard(table.path), batch_rows=batch_rows)
         assert [row["key"] for row in rows] == columns["key"][:200] and faults == [("", "table cut or damaged")]
     cut = text_file(tmp_path, bytes(data[:-100]), "cut.parquet")
-    assert read(cut) == ([], [("", "not a table")]) and has_images(cut), "reported where the captions are read"
+    assert read(cut) == ([], [("", "not a table")]) and not without_images(cut), "reported where the captions are read"
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -401,7 +397,7 @@ def test_images_of_a_parquet(tmp_path: Path, form: str, name: str) -> None:
     values = [jpeg(number) for number in range(4)]
     columns = {"text": ["a", "b", "c", "d"], "key": ["k0", "k1", "k2", "k3"], name: _FORMS[form]([*values[:3], None])}
     table = parquet(tmp_path, columns)
-    assert has_images(table)
+    assert not without_images(table)
     assert images(table, ["k0", "k2", "k2", "k3"]) == [
         (0, values[0]),
         (1, values[2]),
@@ -412,11 +408,11 @@ def test_images_of_a_parquet(tmp_path: Path, form: str, name: str) -> None:
 
 
 def test_a_table_without_images(tmp_path: Path) -> None:
-    assert not has_images(parquet(tmp_path, {"uid": ["a"], "text": ["b"], "url": [b"http://x"]}))
-    assert not has_images(parquet(tmp_path, {"text": ["b"], "a": [b"1"], "b": [b"2"]})), "which of them?"
-    assert has_images(parquet(tmp_path, {"text": ["b"], "a": [b"1"], "img": [b"2"]}))
-    assert not has_images(text_file(tmp_path, "title,url\na,b\n"))
-    assert has_images(text_file(tmp_path, "title\tfilepath\na\tb\n"))
+    assert without_images(parquet(tmp_path, {"uid": ["a"], "text": ["b"], "url": [b"http://x"]}))
+    assert without_images(parquet(tmp_path, {"text": ["b"], "a": [b"1"], "b": [b"2"]})), "which of them?"
+    assert not without_images(parquet(tmp_path, {"text": ["b"], "a": [b"1"], "img": [b"2"]}))
+    assert without_images(text_file(tmp_path, "title,url\na,b\n"))
+    assert not without_images(text_file(tmp_path, "title\tfilepath\na\tb\n"))
 
 
 def test_images_next_to_a_csv(tmp_path: Path) -> None:
@@ -442,7 +438,13 @@ def test_a_struct_may_name_a_file(tmp_path: Path) -> None:
 
 def test_a_failed_download_of_the_same_key_is_not_the_image(tmp_path: Path) -> None:
     table = parquet(
-        tmp_path, {"key": ["k", "k"], "status": ["failed", "success"], "text": ["a", "b"], "jpg": [b"wrong", b"right"]}
+        tmp_path,
+        {
+            "key": ["k", "k"],
+            "status": ["failed_to_download", "success"],
+            "text": ["a", "b"],
+            "jpg": [b"wrong", b"right"],
+        },
     )
     assert captions(table) == ["b"] and images(table, ["k"]) == [(0, b"right")]
 
