@@ -101,6 +101,7 @@ class Manifest(_Part):
     label_limit: int
     tokenizer: TokenizerPart
     captions: int
+    unlabelled: int | None = None  # captions without a label; None: not counted, by an earlier version
     idf_formula: str
     idf_sha256: str
     quarantine_sha256: str

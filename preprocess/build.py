@@ -145,7 +145,7 @@ def complete(build: BuildContext, inputs: BuildInputs, fresh: frozenset[str] = f
         rejected += _reasons(written)
         _check_usable(build, rejected, sum(marker.samples for marker in written), outside, parts)
     write_idf(build, parts, labelled)
-    manifest = _finalize(build, inputs, parts, written, copy=copy)
+    manifest = _finalize(build, inputs, parts, labelled, written, copy=copy)
     if damaged := sum(marker.damaged_metadata or 0 for marker in written):
         print(f"images kept with damaged metadata: {damaged:,}")
     return manifest
@@ -401,7 +401,13 @@ def _reason_list(rejected: Counter[str]) -> str:
 
 
 def _finalize(
-    build: BuildContext, inputs: BuildInputs, parts: list[ShardPart], written: list[GroupMarker], *, copy: bool
+    build: BuildContext,
+    inputs: BuildInputs,
+    parts: list[ShardPart],
+    labelled: list[LabelMarker],
+    written: list[GroupMarker],
+    *,
+    copy: bool,
 ) -> Manifest:
     """quarantine.parquet, config.yaml, and last the manifest. `written`: markers of betons (`copy`) or image index
     files.
@@ -417,6 +423,7 @@ def _finalize(
         write_sources(layout, {shard.name: Source(shard.path, shard.bytes) for shard in inputs.shards} | known)
     remove_leftovers(layout)  # of nodes that were lost on the way
     files = [file for marker in written for file in marker.files]
+    unlabelled = [marker.unlabelled for marker in labelled]
     manifest = Manifest(
         fingerprint=fingerprint([build.label_options, [[part.name, part.rows, part.labels_sha256] for part in parts]]),
         options=build.options,
@@ -429,6 +436,7 @@ def _finalize(
             excluded=tokenizer.excluded.tolist(),
         ),
         captions=sum(part.rows for part in parts),
+        unlabelled=None if None in unlabelled else sum(filter(None, unlabelled)),
         idf_formula=settings.labels.idf,
         idf_sha256=sha256_file(layout.idf_parquet),
         quarantine_sha256=sha256_file(layout.quarantine),
@@ -472,4 +480,8 @@ def print_summary(manifest: Manifest, out: Path) -> None:
         print(f"  {manifest.samples:,} samples in {len(manifest.betons)} betons, {gib:.2f} GiB")
     if manifest.image_index:
         print(f"  {manifest.samples:,} samples in the tars that {Layout(out).image_sources} names; keep the tars")
+    if manifest.unlabelled:
+        query = "SELECT key FROM labels WHERE len(label_ids) = 0"
+        without = f"{manifest.unlabelled:,} captions (no word in them is a label; their loss is 0)"
+        print(f'  without labels: {without}; list them: preprocess sql {out} "{query}"')
     print(f"  quarantined: {rejected.total():,}" + (f" ({_reason_list(rejected)})" if rejected else ""))

@@ -155,7 +155,7 @@ def write_labels(layout: Layout, shard: str, batches: Iterable[pa.Table]) -> dic
     Raises:
         ValueError: a key is null, or a batch has another schema than LABELS.
     """
-    rows = tokens = 0
+    rows = tokens = unlabelled = 0
     keys, counts = hashlib.sha256(), ShardCounts()
     with atomic_write(layout.label_file(shard)) as partial:
         with pq.ParquetWriter(partial, LABELS, **_PARQUET) as writer:
@@ -170,11 +170,13 @@ def write_labels(layout: Layout, shard: str, batches: Iterable[pa.Table]) -> dic
                 counts.add(pc.list_flatten(batch["label_ids"]).to_numpy())
                 rows += len(batch)
                 tokens += pc.sum(pc.list_value_length(batch["token_ids"])).as_py()
+                unlabelled += pc.sum(pc.equal(pc.list_value_length(batch["label_ids"]), 0)).as_py()
         sha256 = sha256_file(partial)
         count_bytes = counts.write(layout.count_file(shard))
     return {
         "rows": rows,
         "tokens": tokens,
+        "unlabelled": unlabelled,
         "sha256": sha256,
         "count_bytes": count_bytes,
         "keys_sha256": keys.hexdigest(),

@@ -114,6 +114,7 @@ class LabelMarker(Marker):
     shard: str
     rows: int
     tokens: int | None = None  # token ids of all rows; None in markers of earlier versions
+    unlabelled: int | None = None  # rows without a label; None in markers of earlier versions
     outside_subset: int  # samples with a caption that the subset does not name
     sha256: str  # of the label file
     count_bytes: int  # length of the count file

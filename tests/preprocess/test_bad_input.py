@@ -91,6 +91,37 @@ def test_a_bad_sample_is_quarantined_and_its_neighbours_stay(tmp_path: Path, cas
     assert preprocess("verify", tmp_path / "out").code == 0
 
 
+# Captions that are not empty, but of which cleaning or the tokenizer leaves no label.
+UNLABELLED = {
+    "byte order mark": ("\ufeff", ()),
+    "zero bytes": ("\0\0", ()),
+    "control characters": ("\x01\x02\x7f", ()),
+    "an entity": ("&nbsp;", ()),
+    "stop words": ("the of", ("--set", "labels.stop_words=remove")),
+}
+
+
+@pytest.mark.parametrize("case", UNLABELLED)
+@pytest.mark.parametrize("kind", ["tar", "csv"])
+def test_a_caption_without_labels_is_counted_in_the_summary(tmp_path: Path, case: str, kind: str) -> None:
+    text, options = UNLABELLED[case]
+    captions = ["a red cat", text, "a dog", text, " \t"]
+    if kind == "tar":
+        members = [member for row, caption in enumerate(captions) for member in sample(f"k{row}", caption, jpeg(row))]
+        data = write_tar(tmp_path / "data" / "0.tar", members)
+    else:
+        data = tmp_path / "t.csv"
+        lines = [f'k{row},"{caption}"' for row, caption in enumerate(captions)]
+        data.write_bytes("\n".join(['"key","caption"', *lines]).encode())
+    said = preprocess("build-labels", data, "--out", tmp_path / "out", "--no-beton", "--workers", 1, *options, *LENIENT)
+    assert said.code == 0, said.err
+    assert "4 label rows" in said.out and "without labels: 2 captions" in said.out
+    assert "quarantined: 1 (1 x empty caption)" in said.out, "white space alone is rejected"
+    assert read_manifest(tmp_path / "out").unlabelled == 2
+    out, query = said.out.partition("list them: preprocess sql ")[2].splitlines()[0].split(" ", 1)
+    assert preprocess("sql", out, query.strip('"'), "--format", "csv").out.split() == ["key", "k1", "k3"]
+
+
 @pytest.mark.parametrize("case", GOOD)
 def test_an_unusual_image_is_converted_and_kept(tmp_path: Path, case: str) -> None:
     write_tar(tmp_path / "data" / "0.tar", [*healthy(1), *sample("odd", "a cat", GOOD[case]), *healthy(1, 5)])
