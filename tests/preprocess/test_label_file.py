@@ -70,6 +70,7 @@ def test_every_reader_gets_the_rows_that_were_written(
     assert written == {
         "rows": len(rows),
         "tokens": sum(len(row["token_ids"]) for row in rows),
+        "unlabelled": sum(not row["label_ids"] for row in rows),
         "sha256": sha256_file(path),
         "count_bytes": Layout(out).count_file("s").stat().st_size,
         "keys_sha256": hashlib.sha256("".join(f"{row['key']}\n" for row in rows).encode()).hexdigest(),
