@@ -10,6 +10,7 @@ from labels.config import load_pipeline
 from labels.storage import UserError
 from train.evals.captioner import SmallDecoder, make_decoder
 from train.evals.kinds.knn import weighted_votes
+from train.evals.kinds.probe import MaeProbe, cached_epochs, mae_probe
 from train.evals.protocol import load_protocol
 
 HUGE = 2**63
@@ -54,6 +55,13 @@ def test_the_built_in_decoder_has_heads_that_divide_its_width(width: int) -> Non
         "built-in", ["a cat", "a dog"], SmallDecoder(layers=1, width=width, vocabulary=257), 4, 0
     ).model
     assert width % model.config.n_head == 0 and model.config.n_head <= max(1, width // 64)
+
+
+def test_a_probe_that_diverges_is_no_result() -> None:
+    x, y = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32), np.arange(8) % 2
+    settings, cpu = MaeProbe(epochs=3, warmup_epochs=0, base_lr=1e30), torch.device("cpu")
+    with pytest.raises(UserError, match=r"the probe has diverged: probe\.mae\.base_lr is 1e\+30"):
+        mae_probe(cached_epochs(x, cpu), y, (x, y), 2, settings, 0, cpu)
 
 
 @pytest.mark.parametrize("temperature", [1e-12, 1e-4, 0.07, 1e6])

@@ -307,6 +307,11 @@ def mae_probe(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+    if not torch.isfinite(loss + linear.weight.sum()).item():
+        problem = (
+            f"the probe has diverged: probe.mae.base_lr is {settings.base_lr:g}, the last loss {float(loss.detach()):g}"
+        )
+        raise UserError(problem, allowed="a finite loss", fix="--set probe.mae.base_lr=0.1, or a lower one")
     norm.eval()
     with torch.inference_mode():
         parts = torch.from_numpy(test_x).split(_TEST_ROWS)
