@@ -52,7 +52,8 @@ _FIXES = {
     errno.EPERM: "give this user the right to write there (`lsattr` shows files that are locked), then {again}",
     errno.EROFS: "mount it writable, then {again}",
 }
-_REASON_IN_TEXT = ("duckdb", "_duckdb")  # modules whose errors give the system's reason only in their text
+# Packages whose errors give the system's reason only in their text.
+_REASON_IN_TEXT = ("duckdb", "_duckdb", "safetensors")
 # NumPy's, and DuckDB's about its spill folder
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|failed to offload data block")
 _partial_tag: ContextVar[str] = ContextVar("partial_tag", default="")
@@ -107,6 +108,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     with open(file, "rb+") as opened:
                         os.fsync(opened.fileno())
+            fsync_directory(partial)
             if path.exists():
                 os.replace(path, old)
             os.replace(partial, path)
@@ -179,7 +181,7 @@ def _disk_fault(error: Exception) -> int | None:
         return error.errno
     if isinstance(error, PermissionError):  # object stores raise it without errno
         return errno.EACCES
-    if isinstance(error, OSError) or type(error).__module__ in _REASON_IN_TEXT:
+    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _REASON_IN_TEXT:
         reasons = (number for number in _FIXES if os.strerror(number) in str(error))
         return next(reasons, errno.ENOSPC if _SHORT_WRITE.search(str(error)) else None)
     return None

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from labels.config import load_pipeline
+from labels.locks import only_writer
 from labels.manifest import Manifest, read_manifest
 from labels.settings import Pipeline
 from labels.storage import Layout, UserError
 from preprocess.betons.plan import image_folder
 from preprocess.build import check_images, chosen_uids, complete, make_build
-from preprocess.locks import only_writer
 from preprocess.readers.shards import Shard, find_shards
 from preprocess.stage import BuildInputs, check_same_options, read_inputs, remove_leftovers, write_inputs
 

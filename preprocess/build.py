@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from labels.config import dump_yaml
+from labels.locks import one_of_many, only_writer
 from labels.manifest import (
     QUARANTINE,
     Manifest,
@@ -41,7 +42,6 @@ from preprocess.betons.plan import Group, Member, image_folder, plan_groups
 from preprocess.betons.write import GroupTask, group_stage
 from preprocess.counts import sum_counts, write_idf_duckdb, write_idf_parquet
 from preprocess.engine import worker_count
-from preprocess.locks import one_of_many, only_writer
 from preprocess.ngrams import class_names, run_pair_stages
 from preprocess.readers.base import parse_caption_key
 from preprocess.readers.images import is_local_tar, without_images

@@ -13,8 +13,8 @@ back by load_checkpoint. So a run can resume with another number of ranks or ano
 
 import hashlib
 import json
-import os
 import pickle
+import shlex
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +27,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from labels.settings import Section
-from labels.storage import TEMPORARY_SUFFIX, UserError, disk_errors, fsync_directory
+from labels.storage import TEMPORARY_SUFFIX, UserError, whole_folder
 from train.distributed import local, split_like, whole
 from train.loop import TrainState
 
@@ -97,21 +97,11 @@ class CheckpointWriter:
 
     def _write(self, tensors: Tensors, state: State) -> None:
         folder = self._folder / f"{_PREFIX}{state.samples_seen:012d}"
-        partial = folder.with_name(folder.name + TEMPORARY_SUFFIX)
-        with disk_errors(partial):
-            partial.mkdir(parents=True)
+        with whole_folder(folder) as partial:
             for name, named in tensors.items():
                 save_file(named, partial / f"{name}.safetensors")
             text = json.dumps(state.model_dump(), indent=1, sort_keys=True) + "\n"
             (partial / "state.json").write_text(text, encoding="utf8")
-            for path in partial.iterdir():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-            fsync_directory(partial)
-            if folder.exists():  # the same samples again, after a resume from an older checkpoint
-                shutil.rmtree(folder)
-            os.replace(partial, folder)
-            fsync_directory(folder.parent)
         for old in checkpoint_folders(self._run)[: -self._keep]:
             if not self._keep_every or read_state(old).number % self._keep_every:
                 shutil.rmtree(old)
@@ -147,7 +137,7 @@ def is_finite(train_state: TrainState) -> bool:
 
 def read_state(folder: Path) -> State:
     """state.json of a checkpoint; UserError if it is missing, damaged, or of another folder."""
-    path, fix = folder / "state.json", f"remove {folder}; the checkpoint before it is taken"
+    path, fix = folder / "state.json", _without(folder)
     try:
         state = State.model_validate(json.loads(path.read_bytes()))
     except ValidationError as error:
@@ -158,6 +148,13 @@ def read_state(folder: Path) -> State:
     if state.samples_seen != int(folder.name.removeprefix(_PREFIX)):
         raise UserError(f"{path} has {state.samples_seen} samples seen, its folder is {folder.name}", fix=fix)
     return state
+
+
+def _without(folder: Path) -> str:
+    """How to go on without a damaged checkpoint."""
+    before = [path.name for path in checkpoint_folders(folder.parent.parent) if path.name < folder.name]
+    then = f"{before[-1]}, the checkpoint before it, is taken" if before else "a run without a checkpoint starts again"
+    return f"`rm -r {shlex.quote(str(folder))}`; then {then}"
 
 
 def load_checkpoint(folder: Path, train_state: TrainState, state: State) -> None:
@@ -210,15 +207,17 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     timm enters a `state_dict` or `model` entry and removes prefixes of wrappers. UserError if the file is missing,
     damaged, of another kind, or holds other objects.
     """
+    in_run = file.parent in checkpoint_folders(file.parent.parent.parent)
     if file.suffix not in SUFFIXES or not file.is_file():
-        raise UserError(f"no weight file at {file}", allowed=f"a file with an ending of {', '.join(SUFFIXES)}")
+        allowed = f"a file with an ending of {', '.join(SUFFIXES)}"
+        raise UserError(f"no weight file at {file}", allowed=allowed, fix=_without(file.parent) if in_run else None)
     try:
         tensors = load_state_dict(str(file), device="cpu", weights_only=True)
     except _DAMAGE as error:
         raise UserError(
             f"{file} cannot be read as weights: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             allowed="a complete .safetensors file, or a torch file of tensors only",
-            fix="fetch or write the file again",
+            fix=_without(file.parent) if in_run else "fetch or write the file again",
         ) from None
     others = [key for key, value in tensors.items() if not isinstance(value, Tensor)]
     if others or not tensors:

@@ -1,6 +1,6 @@
 """One process or many ranks: joining torchrun's process group, spreading a model, and exchanging gradients.
 
-    torchrun's variables -> distributed_world -> World(rank, size, device)
+    torchrun's variables -> launched -> distributed_world -> World(rank, size, device) -> only_run(run folder, World)
     model -> spread -> DDP (whole weights on every rank), or FSDP2 (split weights); under either, the head may be split
         by class, and each class then belongs to one rank (Split)
 
@@ -8,9 +8,12 @@ The loop and the checkpoints know neither: they call what `spread` returns, and 
 """
 
 import os
+import sys
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,8 +24,12 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from labels.locks import only_writer
 from labels.settings import Runtime
 from labels.storage import UserError
+
+_NOTE_AFTER_S = 15.0
+_START = "start all ranks with torchrun; for one process alone, `unset WORLD_SIZE`"
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,61 @@ class World:
         return tuple(sums.tolist())
 
 
+def launched() -> tuple[int, int, int]:
+    """Rank, number of ranks, and rank within the node, from the variables that torchrun sets; 0, 1, 0 without them.
+
+    Without WORLD_SIZE the others are ignored: shells of schedulers and containers often have some of them. UserError,
+    with the variable's name: a value that is no such number, or one that is missing, for which torch would wait.
+    """
+    size = launch_variable("WORLD_SIZE", 1, least=1)
+    if size == 1:
+        return 0, 1, 0
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set",
+            allowed="the variables that torchrun sets, all or none",
+            fix=_START,
+        )
+    rank = launch_variable("RANK", 0, below=size)
+    launch_variable("MASTER_PORT", 0, below=1 << 16)
+    return rank, size, launch_variable("LOCAL_RANK", 0, below=size)
+
+
+def launch_variable(name: str, default: int, least: int = 0, below: int | None = None) -> int:
+    """The number in a variable of the environment, from `least` to below `below`; unset or empty: `default`."""
+    text = os.environ.get(name, "").strip() or str(default)
+    if not text.isdecimal() or int(text) < least or (below is not None and int(text) >= below):
+        allowed = f"a number of {least} or more" if below is None else f"{least} to {below - 1}"
+        raise UserError(f"the variable {name} is {text!r}", allowed=allowed, fix=_START)
+    return int(text)
+
+
+@contextmanager
+def only_run(folder: Path, world: World) -> Iterator[None]:
+    """Hold the lock of a run folder for the block: the first rank does, for all ranks of the launch.
+
+    UserError, on every rank: another process trains there; or the folder cannot be written.
+    """
+    with ExitStack() as stack:
+        refused = None
+        if world.is_first:
+            try:
+                stack.enter_context(only_writer(folder / ".lock"))
+            except UserError as error:
+                refused = error
+        (none_may_run,) = world.any(refused is not None)
+        if none_may_run:
+            raise refused or UserError(f"the first rank cannot take the lock of {folder}", fix="see that rank's error")
+        yield
+
+
 @contextmanager
 def distributed_world(runtime: Runtime) -> Iterator[World]:
     """Join the process group that torchrun's variables describe; without them, a world of one. Inside another
     `distributed_world`, that one. UserError without the requested CUDA device, or with more ranks than GPUs.
     """
+    _, size, local_rank = launched()
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:
         raise UserError(
@@ -71,7 +128,7 @@ def distributed_world(runtime: Runtime) -> Iterator[World]:
             fix="--set train.runtime.device=cpu",
         )
     on_gpu = available and runtime.device != "cpu"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         if device.index >= torch.cuda.device_count():
             raise UserError(
@@ -81,13 +138,12 @@ def distributed_world(runtime: Runtime) -> Iterator[World]:
         torch.cuda.set_device(device)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
-    with _tf32(on_gpu), _group(device) as world:
+    with _tf32(on_gpu), _group(device, size) as world:
         yield world
 
 
 @contextmanager
-def _group(device: torch.device) -> Iterator[World]:
-    size = int(os.environ.get("WORLD_SIZE", 1))
+def _group(device: torch.device, size: int) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, device)
         return
@@ -95,7 +151,16 @@ def _group(device: torch.device) -> Iterator[World]:
         yield World(dist.get_rank(), size, device)
         return
     on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    ranks = f"all {size} ranks of WORLD_SIZE at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    note = threading.Timer(_NOTE_AFTER_S, print, [f"waiting for {ranks}"], {"file": sys.stderr, "flush": True})
+    note.daemon = True
+    note.start()
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    except dist.DistError as error:
+        raise UserError(f"no meeting of {ranks}: {str(error).splitlines()[0]}", fix=_START) from None
+    finally:
+        note.cancel()
     try:
         yield World(dist.get_rank(), size, device)
     finally:

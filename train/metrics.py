@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from labels.settings import Log, Train
-from labels.storage import UserError, fingerprint, write_whole
+from labels.storage import UserError, disk_errors, fingerprint, write_whole
 from train.distributed import World
 
 STABLE = "lower train.optimizer.lr, lengthen train.optimizer.warmup_samples, set train.optimizer.clip_norm, or use bf16"
@@ -142,10 +142,11 @@ class Metrics:
 
     def _write(self, lines: list[dict[str, Any]], durable: bool) -> None:
         if self._file:
-            self._file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
-            self._file.flush()
-            if durable:
-                os.fsync(self._file.fileno())
+            with disk_errors(Path(self._file.name)):
+                self._file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+                self._file.flush()
+                if durable:
+                    os.fsync(self._file.fileno())
         for tracker in self._trackers:
             for line in lines:
                 tracker.add(line)

@@ -10,7 +10,7 @@ everything that determines the result are the same.
 
 import json
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from train.costs import Costs, messages, model_costs, peak_flops, splits_vocabul
 from train.data.dataset import BetonSet
 from train.data.inputs import ImageInput, synthetic_batches, synthetic_inputs
 from train.data.open import Chosen, data_facts, make_loader, open_data
-from train.distributed import World, distributed_world, spread
+from train.distributed import World, distributed_world, only_run, spread
 from train.loop import Budget, Inputs, TrainState, run_loop, stop_signals
 from train.losses.head import HeadLoss
 from train.losses.kinds import check_accumulation
@@ -85,7 +85,7 @@ def train_run(
     UserError, before anything expensive starts.
     """
     settings, method = pipeline.train, method or classification()
-    with distributed_world(settings.runtime) as world, stop_signals() as stopping:
+    with distributed_world(settings.runtime) as world, stop_signals() as stopping, ExitStack() as stack:
         # -- the data
         check_batch_divides(settings, world.size)
         chosen = data if isinstance(data, Chosen) else Chosen([str(data)], [labels] if labels else [])
@@ -94,6 +94,7 @@ def train_run(
             return False
 
         # -- the resume point
+        stack.enter_context(only_run(run, world))
         checkpoint, state = resume_point(run, betons, settings, method)
         trainer = Trainer(run, settings, checkpoint, state, world, stopping)
         if trainer.finished:
@@ -133,7 +134,7 @@ def synthetic_run(run: Path, pipeline: Pipeline, vocabulary: int, label_limit: i
     if a signal stopped it.
     """
     settings = pipeline.train
-    with distributed_world(settings.runtime) as world, stop_signals() as stopping:
+    with distributed_world(settings.runtime) as world, stop_signals() as stopping, only_run(run, world):
         check_batch_divides(settings, world.size)
         trainer = Trainer(run, settings, None, _first_state("", vocabulary), world, stopping)
         train_state = make_train_state(settings, torch.ones(vocabulary), world)
@@ -168,10 +169,11 @@ def train_model(
     """
     check_batch_divides(settings, world.size, "the batch size")
     train_state = as_train_state(model, spread(model, settings.runtime.parallel, world), settings, world, optimizer)
-    checkpoint, state = _resume_point_of_model(run, identity)
-    trainer = Trainer(run, settings, checkpoint, state, world, stopping)
-    trainer.load(train_state)
-    return trainer.finished or trainer.train(train_state, batches, inputs, settings.model_dump())
+    with only_run(run, world):
+        checkpoint, state = _resume_point_of_model(run, identity)
+        trainer = Trainer(run, settings, checkpoint, state, world, stopping)
+        trainer.load(train_state)
+        return trainer.finished or trainer.train(train_state, batches, inputs, settings.model_dump())
 
 
 class Trainer:

@@ -4,15 +4,18 @@ Bytes that are in no local file yet (converted images, remote tars, images of ta
 that every image of a shard is a span (begin, end) of a mapped file, wherever it came from.
 """
 
+import ctypes
 import mmap
 import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Literal, Self, cast, get_args
+from typing import Any, BinaryIO, Literal, Self, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +29,7 @@ MAX_SIDE = (1 << 31) - 1  # pixels that a row can hold
 # What Python's str.strip removes; Arrow's own set lacks the separators 0x1C to 0x1F.
 WHITE_SPACE = "".join(char for char in map(chr, range(0x3001)) if char.isspace())
 _COPY_BYTES = 8 << 20
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 ROWS = pa.schema(
     [
@@ -101,7 +105,25 @@ def _map(descriptor: int, size: int) -> np.ndarray:
         return np.empty(0, np.uint8)
     # All pages at once: page faults one by one would cost more than the rest.
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-    return np.frombuffer(mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ), np.uint8)
+    # Not mmap.mmap: it keeps a descriptor, and a beton may hold the images of more shards than a process may open.
+    address = _system_mmap()(None, size, mmap.PROT_READ, flags, descriptor, 0)
+    if address == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    buffer: Any = (ctypes.c_uint8 * size).from_address(address)
+    weakref.finalize(buffer, ctypes.CDLL(None).munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)).atexit = False
+    data = np.frombuffer(buffer, np.uint8)
+    data.flags.writeable = False
+    return data
+
+
+@cache
+def _system_mmap() -> Callable[..., int]:
+    function = ctypes.CDLL(None, use_errno=True).mmap
+    size, number, offset = ctypes.c_size_t, ctypes.c_int, ctypes.c_ssize_t  # off_t of a 64-bit system
+    function.argtypes = [ctypes.c_void_p, size, number, number, number, offset]
+    function.restype = ctypes.c_void_p
+    return function
 
 
 # -- build.caption_key -> choices, tried in order; the first that a sample has is its caption

@@ -4,12 +4,14 @@ import errno
 import fcntl
 import io
 import os
+import resource
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -21,7 +23,7 @@ from labels.arrays import pad_rows
 from labels.manifest import PAD_ID, read_manifest
 from labels.storage import sha256_file
 from preprocess.betons.write import DirectFile, Samples, aligned_buffer, choose_page, write_beton
-from shard_factory import Built, build, encode, healthy, pixels, sample, write_tar
+from shard_factory import Built, build, encode, healthy, jpeg, pixels, sample, write_tar
 from stock_loader import read_beton, stock_process
 
 LIMIT = 12
@@ -240,3 +242,22 @@ def test_the_page_wastes_little() -> None:
     assert choose_page(np.append(photos, 5 << 20))[0] == 1 << 23, "four times the largest image would be 32 MiB"
     with pytest.raises(ValueError, match="does not fit a page of 2147483648"):
         choose_page(np.array([beton.MAX_PAGE_BYTES + 1]))
+
+
+@pytest.mark.parametrize(("kind", "options"), [("tars", []), ("tables", []), ("tars", ["--no-images"])])
+def test_a_beton_of_more_shards_than_a_process_may_open(tmp_path: Path, kind: str, options: list[str]) -> None:
+    for number in range(60):
+        if kind == "tars":
+            write_tar(tmp_path / "data" / f"{number}.tar", healthy(1, number))
+        else:
+            (tmp_path / "data").mkdir(exist_ok=True)
+            table = pa.table({"image": [jpeg(number)], "caption": ["a cat"]})
+            pq.write_table(table, tmp_path / "data" / f"{number}.parquet")
+    build(tmp_path / "data", tmp_path / "out", "--no-beton")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, before[1]))
+    try:
+        build(tmp_path / "data", tmp_path / "out", *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert read_manifest(tmp_path / "out").samples == 60

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from labels.config import load_pipeline
+from labels.locks import only_writer
 from labels.manifest import LABELS, QUARANTINE, read_manifest
 from labels.storage import Layout
 from labels.tokenizers.kinds.clip import ClipTokenizer
 from preprocess import shard as label_job
-from preprocess.locks import only_writer
 from shard_factory import (
     Built,
     build,

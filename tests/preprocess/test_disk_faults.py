@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from labels import storage
 from labels.storage import (
@@ -63,7 +64,11 @@ def by_beton_writer(path: Path) -> None:
         file.write(NUMBERS.view(np.uint8))
 
 
-WRITERS = [by_python, by_beton_writer, by_numpy, by_arrow, by_duckdb, by_duckdb_copy]
+def by_safetensors(path: Path) -> None:
+    save_file({"numbers": NUMBERS}, path)
+
+
+WRITERS = [by_python, by_beton_writer, by_numpy, by_arrow, by_duckdb, by_duckdb_copy, by_safetensors]
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from labels import locks
+from labels.locks import Holder, leased, one_of_many, only_writer
 from labels.storage import UserError
-from preprocess import locks
-from preprocess.locks import Holder, leased, one_of_many, only_writer
 
 PATIENCE_S = 60
 MEMBERS = (0, 4), (1, 4), (3, 4)
@@ -30,7 +30,7 @@ def holding(path: Path, member: tuple[int, int] | None = None) -> Iterator[subpr
     """Another process that holds the lock until it is killed, or its standard input ends."""
     call = f"one_of_many(path, *{member})" if member else "only_writer(path)"
     script = (
-        "import sys; from pathlib import Path; from preprocess.locks import one_of_many, only_writer\n"
+        "import sys; from pathlib import Path; from labels.locks import one_of_many, only_writer\n"
         f"path = Path({str(path)!r})\nwith {call}:\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

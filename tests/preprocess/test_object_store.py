@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from labels import storage
+from labels import locks, storage
+from labels.locks import Holder, one_of_many, only_writer
 from labels.manifest import read_manifest
 from labels.storage import (
     Layout,
@@ -25,8 +26,6 @@ from labels.storage import (
     user_path,
     write_json,
 )
-from preprocess import locks
-from preprocess.locks import Holder, one_of_many, only_writer
 from shard_factory import Built, contents, preprocess, refused, rows, write_shards
 
 pytest.importorskip("s3fs", reason="the extra `s3` is not installed")

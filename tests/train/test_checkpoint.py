@@ -2,7 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from labels.config import load_pipeline
 from labels.settings import MACHINE, MAY_CHANGE, Train, marked_keys
-from labels.storage import UserError, fingerprint
+from labels.storage import UserError, fingerprint, whole_folder
 from loop_factory import VOCABULARY, settings, train_in_this_process
 from train.checkpoint import CheckpointWriter, State, checkpoint_folders, load_checkpoint, read_state, snapshot
 from train.distributed import World
+from train.export.format import save_weights
 from train.model import build_trunk
 from train.trainer import make_train_state, train_run
 from trainer_factory import losses, small_config, small_out
@@ -223,9 +227,56 @@ def test_a_foreign_or_damaged_state_is_an_error(out: Path, config: Path, spoilt:
     for text in ("{", "[" * 100_000, "null", '{"samples_seen": 1e999}'):
         file.write_text(text)
         assert "state.json is not" in refused(out, spoilt, config)
-    assert "the checkpoint before it is taken" in refused(out, spoilt, config)
+    assert f"fix: `rm -r {file.parent}`; then a run without a checkpoint starts again" in refused(out, spoilt, config)
     shutil.rmtree(file.parent)
-    assert train_run(out, spoilt, load_pipeline(config)), "as it says: the one before it"
+    assert train_run(out, spoilt, load_pipeline(config)), "as it says: from the start"
+
+
+@pytest.mark.parametrize("name", ["optimizer", "trunk", "head"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing"])
+def test_the_error_of_a_damaged_file_names_the_checkpoint_to_remove(
+    out: Path, config: Path, spoilt: Path, name: str, damage: str
+) -> None:
+    newest = checkpoint_folders(spoilt)[-1]
+    file = newest / f"{name}.safetensors"
+    content = {"cut": file.read_bytes()[:100], "empty": b""}.get(damage)
+    file.unlink() if content is None else file.write_bytes(content)
+    assert f"fix: `rm -r {newest}`; then a run without a checkpoint starts again" in refused(out, spoilt, config)
+    (spoilt / "checkpoints" / "samples-000000000016").mkdir()
+    fix = f"fix: `rm -r {newest}`; then samples-000000000016, the checkpoint before it, is taken"
+    assert fix in refused(out, spoilt, config)
+
+
+@pytest.fixture
+def size_limit() -> Iterator[None]:
+    """No file of this process may grow beyond 64 KiB."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def checkpoint_of(folder: Path, net: torch.nn.Module) -> None:
+    with CheckpointWriter(folder, keep=1, keep_every=0) as writer:
+        writer.save({"head": dict(net.state_dict())}, STATE)
+
+
+def export_of(folder: Path, net: torch.nn.Module) -> None:
+    with whole_folder(folder / "export") as partial:
+        save_weights(net, partial / "model.safetensors")
+
+
+@pytest.mark.parametrize("write", [checkpoint_of, export_of])
+def test_weights_that_exceed_the_limit_of_file_sizes_leave_nothing(
+    tmp_path: Path, size_limit: None, write: Callable[[Path, torch.nn.Module], None]
+) -> None:
+    with pytest.raises(UserError, match=r"cannot be written: File too large") as caught:
+        write(tmp_path, torch.nn.Linear(300, 100))
+    assert "fix: raise the limit (`ulimit -f`)" in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()] and not checkpoint_folders(tmp_path)
 
 
 def test_weights_of_another_model_are_an_error(out: Path, config: Path, spoilt: Path) -> None:

@@ -31,6 +31,7 @@ from train.data.decode import BOX, Crops, Rows
 from train.data.files import Threads
 from train.data.image_index import BAD_INDEX, BAD_LABEL, BAD_READ, BAD_TABLE, OK, TABLE_BYTES, advise
 from train.data.order import Order
+from train.distributed import launch_variable
 
 _MOST_WAITING = 64
 _FIRST_SCRATCH_BYTES = 1 << 20
@@ -246,7 +247,7 @@ class Readahead:
 
     def __init__(self, betons: BetonSet, order: Order, rank: int, world: int) -> None:
         self._betons, self._order = betons, order
-        self._one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) >= world
+        self._one_machine = world == 1 or launch_variable("LOCAL_WORLD_SIZE", world, least=1) >= world
         self._rank, self._world = rank, world
         self._pool = Threads(1, "readahead")
         self._waiting: deque[Future[None]] = deque()

@@ -162,7 +162,7 @@ def make_rows_once(
     The first rank of every other node has a second turn: it finds the arrays on a shared disk, or makes them on its own
     disk. The ranks meet after every shard, as a collective that waits for the whole work would run into its timeout.
     """
-    first_of_node = int(os.environ.get("LOCAL_RANK", world.rank)) == 0
+    first_of_node = os.environ.get("LOCAL_RANK", "").strip() == "0"
     for turn in (world.is_first, first_of_node and not world.is_first):
         making = make_rows(out, labels, column) if turn else iter(())
         while world.any(next(making, None) is not None)[0]:

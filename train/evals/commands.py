@@ -3,7 +3,6 @@ inside, so that --help stays fast.
 """
 
 import io
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -212,13 +211,14 @@ def _only_first_rank_writes() -> Iterator[bool]:
     """
     from labels.settings import Runtime
     from labels.storage import own_partials
-    from train.distributed import distributed_world
+    from train.distributed import distributed_world, launched
     from train.loop import STOPPED_EXIT_CODE, Stopped
 
-    first = int(os.environ.get("RANK", 0)) == 0
+    rank, size, _ = launched()
+    first = rank == 0
     try:
         with ExitStack() as stack:
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if size > 1:
                 stack.enter_context(distributed_world(Runtime()))
             if not first:
                 stack.enter_context(own_partials())

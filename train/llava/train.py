@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from labels.settings import Llava, Optimizer, Pipeline, Train
 from labels.storage import UserError, fingerprint, local_path, whole_folder, write_json
 from train.checkpoint import weights_fingerprint
-from train.distributed import World, distributed_world
+from train.distributed import World, distributed_world, only_run
 from train.encoders.encoder import EncoderSpec, ImageForm
 from train.encoders.libraries import flip_channels, image_form, load_vision_model
 from train.evals.captioner import LanguageModel, check_folder, load_language_model
@@ -87,7 +87,7 @@ def train_llava(
     llava, work = pipeline.llava, out.with_name(f"{out.name}.work")
     budget = {"samples": llava.samples, "batch_size": llava.batch_size}
     settings = pipeline.train.model_copy(update={**budget, "optimizer": Optimizer(**llava.optimizer.model_dump())})
-    with distributed_world(settings.runtime) as world, stop_signals() as stopping:
+    with distributed_world(settings.runtime) as world, stop_signals() as stopping, only_run(work, world):
         dtype = autocast_dtype(settings.runtime.precision, world.device) if world.device.type == "cuda" else None
         tower = _tower_folder(spec, work if world.size == 1 else work / f"rank-{world.rank}")
         language = load_language_model(language_folder, dtype or torch.float32)

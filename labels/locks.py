@@ -1,6 +1,6 @@
-"""Who may write to an output folder: one build alone, or the members i/n of an array job at the same time.
+"""Who may write to a folder: one build or training run alone, or the members i/n of an array job at the same time.
 
-    only_writer    holds .lock exclusively                               a build without --shard
+    only_writer    holds .lock exclusively                               a build without --shard; a training run
     one_of_many    holds .lock shared, .lock-<i>-of-<n> exclusively      member i of n; members of another n are refused
 
 A lock is flock's, which the kernel releases when its holder ends in any way. On object stores and file systems without
@@ -207,7 +207,8 @@ def leased(path: Path) -> Iterator[None]:
         if not ended.is_set():
             raise _Lost
 
-    in_main = threading.current_thread() is threading.main_thread()  # other threads cannot handle signals
+    # Other threads cannot handle signals; a handler that is there already, the trainer's, saves and stops the run.
+    in_main = threading.current_thread() is threading.main_thread() and not callable(signal.getsignal(_LOST_SIGNAL))
     previous = signal.signal(_LOST_SIGNAL, interrupt) if in_main else None
     thread = threading.Thread(target=_refresh, args=(path, mine, ended, lost), daemon=True)
     thread.start()
