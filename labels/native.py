@@ -27,6 +27,7 @@ from numba.core.caching import CacheImpl, _CacheLocator
 from labels.storage import UserError
 
 _ROOT = Path(__file__).resolve().parent.parent
+TEMPORARY_CACHE = "superclass-numba-"
 _PACKAGES = ("labels", "preprocess", "train")
 _IMPORT = re.compile(rf"^from ((?:{'|'.join(_PACKAGES)})\b[\w.]*) import (\([^)]*\)|.*)", re.MULTILINE)
 _config: Any = numba.config  # pyright: ignore[reportPrivateImportUsage]
@@ -37,7 +38,7 @@ class SourceLocator(_CacheLocator):
 
     def __init__(self, py_func: Callable[..., Any], py_file: str) -> None:
         self._py_file, self._line = py_file, py_func.__code__.co_firstlineno
-        self._folder = _cache_folder(os.path.dirname(py_file))
+        self._folder = cache_folder(os.path.dirname(py_file))
 
     @classmethod
     def from_function(cls, py_func: Callable[..., Any], py_file: str) -> "SourceLocator | None":
@@ -47,7 +48,7 @@ class SourceLocator(_CacheLocator):
         return cls(py_func, str(file)) if ours else None
 
     def get_cache_path(self) -> str:
-        return self._folder
+        return self._folder or ""  # never without one: see njit
 
     def get_source_stamp(self) -> str:
         return source_stamp(Path(self._py_file))
@@ -86,8 +87,11 @@ def _read_source(file: Path) -> tuple[str, frozenset[Path]]:
 
 
 @cache
-def _cache_folder(folder: str) -> str:
-    """The first writable cache folder for the functions of the files in `folder`."""
+def cache_folder(folder: str = str(_ROOT / "labels")) -> str | None:
+    """The first writable cache folder for the functions of the files in `folder`; None: they are compiled every time.
+
+    NUMBA_CACHE_DIR, else `folder`/__pycache__, else one in the user's cache folder, else in that of temporary files.
+    """
     for path in _cache_folders(folder):
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -95,10 +99,7 @@ def _cache_folder(folder: str) -> str:
         except OSError:
             continue
         return str(path)
-    raise UserError(
-        "no folder for compiled code can be written: not the package's, not the user's cache, no temporary one",
-        fix="set NUMBA_CACHE_DIR to a folder that can be written",
-    )
+    return None
 
 
 def _cache_folders(folder: str) -> Iterator[Path]:
@@ -110,7 +111,7 @@ def _cache_folders(folder: str) -> Iterator[Path]:
     if user.is_absolute():  # without HOME it may be "~"
         yield user / "superclass" / "numba" / unique
     try:
-        temporary = Path(tempfile.gettempdir(), f"superclass-numba-{os.getuid()}")
+        temporary = Path(tempfile.gettempdir(), f"{TEMPORARY_CACHE}{os.getuid()}")
         temporary.mkdir(mode=0o700, exist_ok=True)
         status = temporary.lstat()  # compiled code is run: no other user may have written it
     except OSError:
@@ -124,8 +125,17 @@ CacheImpl._locator_classes.insert(0, SourceLocator)
 if getattr(_config, "CACHE_LOCATOR_CLASSES", ""):
     _config.CACHE_LOCATOR_CLASSES = f"{__name__}.{SourceLocator.__name__},{_config.CACHE_LOCATOR_CLASSES}"
 
-njit = numba.njit  # noqa: TID251
-"""numba's decorator; imported from this module, which registers SourceLocator first."""
+
+def njit(*arguments: Any, **options: Any) -> Any:
+    """numba's decorator; with `cache=True`, for which numba refuses to work without a folder, only if there is one."""
+    if not options.get("cache"):
+        return numba.njit(*arguments, **options)  # noqa: TID251
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        folder = cache_folder(str(Path(function.__code__.co_filename).resolve().parent))
+        return numba.njit(*arguments, **options | {"cache": folder is not None})(function)  # noqa: TID251
+
+    return decorate
 
 
 def splitmix64(value: Any) -> Any:

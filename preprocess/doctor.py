@@ -112,6 +112,12 @@ def _native_libraries() -> Iterator[Finding]:
     fix = "" if find_library("turbojpeg") else "apt-get install libturbojpeg0"
     value = f"{'not found; ' if fix else ''}the trainer decodes images with it"
     yield _finding("libturbojpeg", value, fix, "missing" if "train" in installed_extras() else "absent")
+    with suppress(ImportError):  # without numba, which `libraries` reports
+        from labels.native import TEMPORARY_CACHE, cache_folder  # LAZY: numba
+
+        folder, fix = cache_folder(), "set NUMBA_CACHE_DIR to a folder that can be written and is kept"
+        value = f"in {folder}" if folder else "no folder can be written: every process compiles it again"
+        yield _finding("compiled code", value, "" if folder and TEMPORARY_CACHE not in folder else fix)
 
 
 def _cuda() -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from labels import native
 from preprocess import doctor
 from shard_factory import preprocess
 
@@ -39,6 +40,23 @@ def test_this_machine_is_fit(tmp_path: Path) -> None:
     } <= reported.keys()
     assert reported["libraries"]["state"] == "good" and "duckdb" in reported["libraries"]["value"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "state", "value"),
+    [
+        ("/srv/cache/labels_1", "good", "in /srv/cache/labels_1"),
+        ("/tmp/superclass-numba-0/labels_1", "weak", "in /tmp/superclass-numba-0"),
+        (None, "weak", "no folder can be written"),
+    ],
+)
+def test_where_compiled_code_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str | None, state: str, value: str
+) -> None:
+    monkeypatch.setattr(native, "cache_folder", lambda: folder)
+    reported = found(tmp_path)["compiled code"]
+    assert reported["state"] == state and value in reported["value"]
+    assert ("set NUMBA_CACHE_DIR to a folder" in reported["fix"]) == (state == "weak")
 
 
 def test_a_missing_library_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
