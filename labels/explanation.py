@@ -36,6 +36,7 @@ from labels.idf import target_weights
 from labels.image_metadata import decode_leniently
 from labels.manifest import BetonPart, Manifest, ShardPart, Source, open_image_index, read_manifest, read_sources
 from labels.storage import Layout, UserError, is_remote, local_copy, write_whole
+from labels.terminal import count, visible
 from labels.tokenizers.tokenizer import name_of, text_of
 
 DECODED = "decoded from the tokens"
@@ -45,7 +46,6 @@ _THUMBNAIL_SIDE = 640
 _BAR_COLUMNS = 20
 
 # Control characters, and characters that break lines, reorder text or are not allowed in XML.
-_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 _WHITE, _INK, _GREY, _BLUE = (253, 253, 252), (28, 29, 31), (93, 97, 103), (31, 95, 168)
 _MUTED = "#8c8d8d"  # what rich makes of `dim`
 _ANSI = [_INK, (179, 38, 30), (44, 122, 63), (138, 90, 0), _BLUE, (122, 62, 157), (0, 116, 124), _GREY]
@@ -101,7 +101,7 @@ def find_sample(out: Path, manifest: Manifest, name: str, shard: str | None = No
         example = f'preprocess sql {out} "SELECT key, uid FROM labels LIMIT 5"'
         raise UserError(_why_missing(layout, name, out), fix=f"list samples: {example}")
     fix = "add --shard NAME, or give a uid"
-    raise UserError(f"{name!r} is in {len(shards)} shards", allowed=_first_names(shards), fix=fix)
+    raise UserError(f"{name!r} is in {count(len(shards), 'shard')}", allowed=_first_names(shards), fix=fix)
 
 
 def _shards_with(layout: Layout, shards: list[str], name: str) -> list[str]:
@@ -335,16 +335,6 @@ def show(explanation: Explanation, *, html: Path | None, svg: Path | None, png: 
             write_whole(file, lambda partial, data=data: partial.write_bytes(data))
 
 
-def visible(text: str) -> str:
-    """Text without control characters, which become symbols: an escape becomes ␛, a right-to-left override ⟨202E⟩."""
-
-    def symbol(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else f"⟨{code:04X}⟩"
-
-    return _INVISIBLE.sub(symbol, text)
-
-
 def describe(explanation: Explanation, image: RenderableType = "") -> Group:
     """The text, with `image` above it."""
     sample = explanation.sample
@@ -360,7 +350,7 @@ def describe(explanation: Explanation, image: RenderableType = "") -> Group:
     facts.add_row(_text("tokens", "dim"), _text(" | ".join(explanation.tokens) or "none"))
     parts += [facts, Text()]
     if explanation.labels:
-        corpus = f"{explanation.tokenizer}, IDF {explanation.formula} over {explanation.captions:,} captions"
+        corpus = f"{explanation.tokenizer}, IDF {explanation.formula} over {count(explanation.captions, 'caption')}"
         labels = explanation.labels
         rows = [(label.name, label, f"{label.idf:.3f}", f"{label.weight:.4f}", label.weight) for label in labels]
         parts.append(_table(f"labels: {corpus}; t_c is the target of the loss", ("IDF", "t_c"), rows))
@@ -371,7 +361,7 @@ def describe(explanation: Explanation, image: RenderableType = "") -> Group:
         for guess in explanation.guesses:
             mark, weight = ("* ", f"{guess.label.weight:.4f}") if guess.hit else ("  ", "-")
             rows.append((mark + guess.label.name, guess.label, f"{guess.probability:.4f}", weight, guess.probability))
-        title = f"likeliest tokens by {explanation.checkpoint}; * marks the {hits} labels of this caption"
+        title = f"likeliest tokens by {explanation.checkpoint}; * marks the {count(hits, 'label')} of this caption"
         parts += [Text(), _table(title, ("prob.", "t_c"), rows)]
     return Group(*parts, *(_text(f"note: {note}", "yellow") for note in explanation.notes))
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Self
 
 from labels.storage import UserError, disk_errors, is_remote, make_folder
+from labels.terminal import visible
 
 REFRESH_S = 20.0
 STALE_S = 120.0
@@ -127,7 +128,7 @@ def _busy(path: Path) -> UserError:
 
 def _note_abandoned(path: Path) -> None:
     if holder := Holder.read(path):
-        note = f"note: {path} was left by a process that ended without releasing it {holder}; taken over"
+        note = visible(f"note: {path} was left by a process that ended without releasing it {holder}; taken over")
         print(note, file=sys.stderr, flush=True)
 
 

@@ -78,17 +78,28 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
         ending = f"{_partial_tag.get()}{TEMPORARY_SUFFIX}"
         partial = path.with_name(fit_name(printable(path.name), LONGEST_NAME - len(ending)) + ending)
         try:
+            _check_replaceable(path)
             yield utf8_path(partial)
             if durable:
                 with open(partial, "rb+") as file:
                     os.fsync(file.fileno())
             os.replace(partial, path)
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):  # report the first error
                 partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and path.name in str(error) and _disk_fault(error) is None:
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                raise UserError(f"{path} cannot be written: {reason}", fix="give another path") from error
             raise
         if durable:
             fsync_directory(path.parent)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raises UserError if a folder, a device or a pipe has the name: a file would replace /dev/null."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise UserError(f"{path} is {kind}", allowed="a new file, or one to replace", fix="give another path")
 
 
 @contextmanager

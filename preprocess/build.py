@@ -37,6 +37,7 @@ from labels.manifest import (
 from labels.settings import Pipeline
 from labels.storage import Layout, UserError, fingerprint, is_remote, own_partials, sha256_file, write_whole
 from labels.subset import resolve_subset
+from labels.terminal import count, visible
 from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.betons.plan import Group, Member, image_folder, plan_groups
 from preprocess.betons.write import GroupTask, group_stage
@@ -98,7 +99,7 @@ def build_labels(
     _check_out(out)
     found_shards = find_shards(sources)
     for note in found_shards.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {visible(note)}", file=sys.stderr)
     inputs = BuildInputs("none" if not betons else "places" if no_images else "betons", [found_shards.shards])
     check_images(inputs.shards, inputs.images)
     layout = Layout(out)
@@ -161,7 +162,7 @@ def _run_labels(
     unknown = sorted(path.stem for path in layout.labels.glob("*.parquet") if path.stem not in names)
     if unknown:
         raise UserError(
-            f"{layout.labels} holds label files of {len(unknown)} shards that are not in the input, first {unknown[0]}",
+            f"{layout.labels} holds label files of {count(len(unknown), 'shard')} not in the input, first {unknown[0]}",
             fix="name all shards of this output folder (`preprocess append` remembers them), give another --out, or "
             "--overwrite; files that no build has written have to be moved away",
         )
@@ -304,7 +305,7 @@ def _run_share(build: BuildContext, inputs: BuildInputs, share: Share) -> None:
     labelled = _run_labels(build, shards, shards[i::n])
     finish = "run the same command with --no-beton instead of --shard"
     if len(labelled) < len(shards):
-        done = f"labels of {len(labelled)} of {len(shards)} shards are done"
+        done = f"labels of {len(labelled):,} of {count(len(shards), 'shard')} are done"
         print(f"{done}; after the last share, {finish}")
         return
     if not _run_idf(build, shard_parts(shards, labelled), labelled, mine=()):
@@ -390,14 +391,14 @@ def _check_usable(
             fix=f"see {build.layout.quarantine}" if bad else None,
         )
     raise UserError(
-        f"{bad} of {total} samples are bad ({bad / total:.1%}): {reasons}",
+        f"{bad:,} of {count(total, 'sample')} are bad ({bad / total:.1%}): {reasons}",
         allowed=f"build.max_bad_fraction = {limit:.1%}",
         fix=f"see {build.layout.quarantine}; raise the limit with --set build.max_bad_fraction=...",
     )
 
 
 def _reason_list(rejected: Counter[str]) -> str:
-    return ", ".join(f"{count} x {reason}" for reason, count in rejected.most_common())
+    return ", ".join(f"{number} x {reason}" for reason, number in rejected.most_common())
 
 
 def _finalize(
@@ -474,14 +475,15 @@ def print_summary(manifest: Manifest, out: Path) -> None:
     for part in [*manifest.shards, *manifest.betons, *manifest.image_index]:
         rejected.update(part.quarantined)
     gib = sum(beton.bytes for beton in manifest.betons) / 2**30
-    shards, vocabulary = len(manifest.shards), manifest.tokenizer.vocabulary
-    print(f"{out}: {manifest.captions:,} label rows from {shards} shards, vocabulary {vocabulary:,}")
+    samples = count(manifest.samples, "sample")
+    rows, shards = count(manifest.captions, "label row"), count(len(manifest.shards), "shard")
+    print(f"{out}: {rows} from {shards}, vocabulary {manifest.tokenizer.vocabulary:,}")
     if manifest.betons:
-        print(f"  {manifest.samples:,} samples in {len(manifest.betons)} betons, {gib:.2f} GiB")
+        print(f"  {samples} in {count(len(manifest.betons), 'beton')}, {gib:.2f} GiB")
     if manifest.image_index:
-        print(f"  {manifest.samples:,} samples in the tars that {Layout(out).image_sources} names; keep the tars")
+        print(f"  {samples} in the tars that {Layout(out).image_sources} names; keep the tars")
     if manifest.unlabelled:
         query = "SELECT key FROM labels WHERE len(label_ids) = 0"
-        without = f"{manifest.unlabelled:,} captions (no word in them is a label; their loss is 0)"
+        without = f"{count(manifest.unlabelled, 'caption')} (no word in them is a label; their loss is 0)"
         print(f'  without labels: {without}; list them: preprocess sql {out} "{query}"')
     print(f"  quarantined: {rejected.total():,}" + (f" ({_reason_list(rejected)})" if rejected else ""))

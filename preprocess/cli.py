@@ -14,6 +14,7 @@ import click
 
 from labels import Formula, TokenizerKind, __version__
 from labels.storage import UserError, is_remote, local_path, user_path, write_whole
+from labels.terminal import count, run_command, visible
 from preprocess.engine import start_server
 
 # -- arguments and options of several commands
@@ -313,7 +314,7 @@ def append_command(
     from preprocess.build import print_summary
 
     if undo:
-        print(f"{out}: {undo_append(out)} shards removed")
+        print(f"{out}: {count(undo_append(out), 'shard')} removed")
         return
     if set(prefix) & set("/*?[]\\"):
         raise UserError(f"--prefix {prefix!r} is not part of a file name", allowed="letters, digits, - and _")
@@ -379,7 +380,7 @@ def train_tokenizer_command(
         return (batch.table["caption"].to_pylist() for shard in shards for batch in read_rows(shard, choices))
 
     size = train_tokenizer(captions, kind, out=target, vocab_size=vocab_size, min_count=min_count, wordnet=wordnet)
-    print(f"{target}: {kind}, {size:,} tokens; use it with --set labels.tokenizer={target}")
+    print(f"{target}: {kind}, {count(size, 'token')}; use it with --set labels.tokenizer={target}")
 
 
 @cli.command("idf")
@@ -416,17 +417,13 @@ def verify_command(out: Path) -> None:
 
     faults = verify_build(out)
     for fault in faults:
-        print(fault)
+        print(visible(fault))
     if faults:
-        print(f"{out}: {len(faults)} faults; fix: {repair_command(out)}")
+        print(f"{out}: {count(len(faults), 'fault')}; fix: {repair_command(out)}")
         sys.exit(1)
     print(f"{out}: whole and unchanged")
 
 
 def main() -> None:
-    """Entry point: a UserError becomes a message and exit code 2, never a traceback."""
-    try:
-        cli()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point of the command."""
+    run_command(cli)

@@ -25,6 +25,7 @@ from labels.idf import idf_weights, read_idf
 from labels.manifest import COUNTS, TOKENS, Manifest, ShardPart, read_manifest
 from labels.storage import Layout, UserError, atomic_write, is_remote, local_copy, write_whole
 from labels.subset import quoted
+from labels.terminal import count
 
 # With the fingerprint, what decides the labels of a caption: only counts that agree in these can be summed.
 _SAME_OPTIONS = ("context", "stop_words", "ngrams")
@@ -201,8 +202,7 @@ class Summed:
     formula: Formula
 
     def __str__(self) -> str:
-        shards = "1 shard" if self.shards == 1 else f"{self.shards:,} shards"
-        return f"IDF ({self.formula}) of {self.captions:,} captions in {shards}"
+        return f"IDF ({self.formula}) of {count(self.captions, 'caption')} in {count(self.shards, 'shard')}"
 
 
 def sum_idf(
@@ -240,15 +240,15 @@ def sum_idf(
         known = [part.name for manifest in manifests for part in manifest.shards]
         raise UserError(
             f"no shard's name fits --shards {shards}",
-            allowed=f"patterns of {len(known)} names from {known[0]} to {known[-1]}",
+            allowed=f"patterns of {count(len(known), 'name')} from {known[0]} to {known[-1]}",
         )
     files = [Layout(out).label_file(part.name) if recount else _count_file(out, part) for out, part in chosen]
-    count = document_frequencies if recount else sum_counts
+    add_up = document_frequencies if recount else sum_counts
     captions = sum(part.rows for _, part in chosen)
     fix = f"run `preprocess verify` on {_listed(outs)}"
     try:
         with tempfile.TemporaryDirectory() as spill:
-            frequency = count(files, len(names), memory, Path(spill))
+            frequency = add_up(files, len(names), memory, Path(spill))
     except (duckdb.Error, IndexError) as error:
         raise UserError(f"the shards' counts cannot be summed: {error}", fix=fix) from None
     if frequency.max(initial=0) > captions:

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from labels.storage import UserError
+from labels.terminal import count
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -196,7 +197,7 @@ class Meter:
         worked = self._done - self._skipped
         left = (self._shards - self._done) * (self._last - self._start) / worked if worked else 0.0
         print(
-            f"{self._stage}: {self._done}/{self._shards} shards, {self._samples:,} samples, "
+            f"{self._stage}: {self._done}/{count(self._shards, 'shard')}, {count(self._samples, 'sample')}, "
             f"{self._rate():,.0f} samples/s, ETA {left:,.0f} s",
             file=sys.stderr,
             flush=True,

@@ -25,6 +25,7 @@ from rich.table import Column, Table
 from labels.html import format_seconds
 from labels.settings import Pipeline
 from labels.storage import Layout, UserError, is_remote
+from labels.terminal import count
 from preprocess.betons.plan import plan_groups
 from preprocess.betons.write import GroupTask, write_group
 from preprocess.build import make_build, members, shard_parts, write_idf
@@ -248,7 +249,7 @@ def costs(plan: dict[str, Any], price_per_hour: float | None, price_per_gib_mont
 def print_estimate(plan: dict[str, Any], console: Console) -> None:
     """For people; with the `costs`."""
     size, disk = _format_bytes(plan["source_bytes"]), plan["disk_bytes"]
-    data = f"{plan['shards']:,} shards, {size}, about {plan['rows']:,} label rows"
+    data = f"{count(plan['shards'], 'shard')}, {size}, about {count(plan['rows'], 'label row')}"
     console.print(f"{data}; measured: {', '.join(plan['measured'])}")
     table = Table("stage", Column("time", justify="right"), Column("disk", justify="right"), box=None, pad_edge=False)
     for stage, seconds in plan["seconds"].items():

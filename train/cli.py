@@ -19,6 +19,7 @@ from labels.config import load_pipeline
 from labels.manifest import read_manifest
 from labels.settings import Pipeline
 from labels.storage import UserError, local_path, user_path, write_whole
+from labels.terminal import run_command
 from train import options
 from train.evals.commands import register
 
@@ -40,12 +41,8 @@ register(cli)
 
 
 def main() -> None:
-    """Entry point: a UserError becomes a message and exit code 2, never a traceback."""
-    try:
-        cli()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point of the command."""
+    run_command(cli)
 
 
 # -- pre-training

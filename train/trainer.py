@@ -22,6 +22,7 @@ from labels.arrays import Column
 from labels.config import dotted, dump_yaml, load_pipeline, read_yaml
 from labels.settings import MACHINE, MAY_CHANGE, Optimizer, Pipeline, Train, marked_keys
 from labels.storage import UserError, fingerprint, make_folder, write_json
+from labels.terminal import count
 from train.checkpoint import (
     CheckpointWriter,
     State,
@@ -99,7 +100,7 @@ def train_run(
         trainer = Trainer(run, settings, checkpoint, state, world, stopping)
         if trainer.finished:
             if world.is_first:
-                print(f"{run} is finished: {state.samples_seen:,} samples seen")
+                print(f"{run} is finished: {count(state.samples_seen, 'sample')} seen")
             return True
 
         # -- model, optimizer, loss scale, average
@@ -114,8 +115,9 @@ def train_run(
                 write_json(run / "data.json", data_facts(betons) | method.facts)
             epochs = trainer.budget.steps * settings.batch_size / betons.samples
             line = (
-                f"{betons.samples:,} samples in {len(betons.paths)} betons, labels of {betons.labels_out} "
-                f"({betons.labels.tokenizer.name}, {betons.vocabulary:,} classes), {epochs:.2f} epochs"
+                f"{count(betons.samples, 'sample')} in {count(len(betons.paths), 'beton')}, "
+                f"labels of {betons.labels_out} ({betons.labels.tokenizer.name}, {betons.vocabulary:,} classes), "
+                f"{epochs:.2f} epochs"
             )
             trainer.log_start(train_state.model, costs, line)
 
@@ -216,7 +218,7 @@ class Trainer:
         lines = [
             f"{self._run}: {settings.model.trunk}, {trunk} + {costs.head_name} {costs.head / 1e6:.1f}M parameters, "
             f"{costs.flops / 1e9:.1f} GFLOP a sample, {self._world.size} x {device.type} in {dtype}; "
-            f"{data}, budget {budget.steps * settings.batch_size:,} samples = {budget.steps} steps{resumed}",
+            f"{data}, budget {budget.steps * settings.batch_size:,} samples = {count(budget.steps, 'step')}{resumed}",
             f"weight decay {settings.optimizer.weight_decay:g} on {len(decayed)} tensors, none on {len(exempt)} single "
             f"vectors ({exempt_numbers:,} numbers: {kinds})",
         ]

@@ -4,19 +4,23 @@
 """
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import duckdb
+from rich.cells import cell_len, chop_cells, set_cell_size
 from rich.console import Console
 from rich.table import Table
 
 from labels.storage import Layout, UserError, is_remote, local_copy
 from labels.subset import quoted
+from labels.terminal import visible
 
 Format = Literal["table", "csv", "json"]
 _ROWS_AT_ONCE = 10_000
@@ -56,12 +60,16 @@ def run_query(out: Path, query: str, form: Format) -> None:
     with open_tables(out) as con:
         try:
             # COPY could still write files inside the folder: only statements that cannot write are run.
+            # In the C locale the bytes of arguments that are not ASCII arrive as surrogates.
+            query = query.encode("utf8", "surrogateescape").decode("utf8", "replace")
             statements = con.extract_statements(query)
             if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
                 kinds = ", ".join(statement.type.name for statement in statements) or "nothing"
                 raise UserError(f"the query is not one that only reads: {kinds}", allowed=_ALLOWED)
             result = con.execute(statements[0])
             names = [column[0] for column in result.description or []]
+            if form != "table" and isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+                sys.stdout.reconfigure(encoding="utf8")  # data for a program, whatever the terminal's encoding is
             _PRINTERS[form](names, result, sys.stdout)
         except duckdb.Error as error:
             raise UserError(f"the query failed: {error}", allowed=_ALLOWED) from None
@@ -76,29 +84,50 @@ def _print_csv(names: list[str], result: duckdb.DuckDBPyConnection, stream: Text
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(names)
     for batch in _batches(result):
-        writer.writerows(batch)
+        writer.writerows([map(_shown, row) for row in batch] if stream.isatty() else batch)
 
 
 def _print_json(names: list[str], result: duckdb.DuckDBPyConnection, stream: TextIO) -> None:
     separator = "["
     for batch in _batches(result):
         for row in batch:
-            stream.write(separator + json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False, default=str))
+            text = json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False, default=str)
+            stream.write(separator + (visible(text) if stream.isatty() else text))
             separator = ",\n "
     stream.write("]\n" if separator != "[" else "[]\n")
 
 
 def _print_table(names: list[str], result: duckdb.DuckDBPyConnection, stream: TextIO) -> None:
-    table = Table()
-    for name in names:
-        table.add_column(name, overflow="fold")  # wrapped, never shortened
     rows = result.fetchmany(_TABLE_ROWS)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
+    cells = [[visible(name) for name in names], *([visible(_cell(value)) for value in row] for row in rows)]
     console = Console(file=stream, markup=False, emoji=False, highlight=False)
-    console.print(table)
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    if sum(widths) + 3 * len(widths) + 1 <= console.width:
+        table = Table(*cells[0])
+        for row in cells[1:]:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        stream.writelines(_records(cells[0], cells[1:], console.width))
     if len(rows) == _TABLE_ROWS and result.fetchone() is not None:
         console.print(f"only the first {_TABLE_ROWS} rows are shown; --format csv or json gives all")
+
+
+def _records(names: list[str], rows: list[list[str]], width: int) -> Iterator[str]:
+    """Lines of at most `width` columns: a block for each row, a line for each of its columns; long text is wrapped."""
+    left = min(max(map(cell_len, names)), width // 2)
+    for number, row in enumerate(rows, start=1):
+        yield f"-[ record {number} ]".ljust(width, "-") + "\n"
+        for name, cell in zip(names, row, strict=True):
+            parts = chop_cells(name, left), chop_cells(cell, max(width - left - 3, 2))
+            for name_part, cell_part in zip_longest(*parts, fillvalue=""):
+                yield f"{set_cell_size(name_part, left)} | {cell_part}".rstrip() + "\n"
+    if not rows:
+        yield f"no rows; columns: {', '.join(names)}\n"
+
+
+def _shown(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) else value
 
 
 def _cell(value: Any) -> str:

@@ -31,6 +31,7 @@ from labels.manifest import (
     read_sources,
 )
 from labels.storage import Layout, UserError, local_copy, sha256_file
+from labels.terminal import count
 from preprocess.betons.plan import image_folder
 from preprocess.inspect.sql import open_tables
 from preprocess.stage import CorpusMarker, read_inputs, read_marker
@@ -99,7 +100,7 @@ def _label_faults(layout: Layout, shard: ShardPart, manifest: Manifest, frequenc
     if not table.schema.equals(LABELS):
         return [f"{path}: its schema is not that of format {manifest.format}"]
     if len(table) != shard.rows:
-        return [f"{path}: {len(table)} rows, in the manifest {shard.rows}"]
+        return [f"{path}: {count(len(table), 'row')}, in the manifest {shard.rows}"]
     ids, offsets = _lists_of(table)
     if len(ids) and not 0 <= ids.min() <= ids.max() < len(frequency):
         return [f"{path}: label ids from {ids.min()} to {ids.max()}, allowed: 0 to {len(frequency) - 1}"]
@@ -247,7 +248,7 @@ def _image_index_faults(layout: Layout, part: BetonPart, manifest: Manifest, sha
         except UserError as error:
             return [error.problem]
         if len(spans) != part.samples:
-            return [f"{path}: {len(spans)} images, in the manifest {part.samples}"]
+            return [f"{path}: {count(len(spans), 'image')}, in the manifest {part.samples}"]
         tars = np.array([shard.source_bytes for shard in manifest.shards], np.int64)
         numbers = spans["shard"].astype(np.int64)
         ends = spans["offset"].astype(np.int64) + spans["bytes"]

@@ -131,7 +131,7 @@ def test_undo_gives_up_what_has_not_finished(dataset: Built, out: Path, tmp_path
         said.code == 1
         and f"of an append that has not finished; `preprocess append {out}` resumes it, --undo removes it" in said.out
     )
-    assert preprocess("append", out, "--undo").out == f"{out}: 1 shards removed\n"
+    assert preprocess("append", out, "--undo").out == f"{out}: 1 shard removed\n"
     assert contents(out) == before and preprocess("verify", out).code == 0
 
 

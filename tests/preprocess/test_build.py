@@ -95,7 +95,7 @@ def test_the_manifest_and_the_configuration_describe_the_build(finished: Built) 
 
 def test_the_summary_names_what_was_rejected(finished: Built, tmp_path: Path) -> None:
     said = preprocess("build-labels", finished.data, "--out", tmp_path / "out")
-    assert "22 label rows from 2 shards, vocabulary 49,408" in said.out and "21 samples in 1 betons" in said.out
+    assert "22 label rows from 2 shards, vocabulary 49,408" in said.out and "21 samples in 1 beton," in said.out
     assert "quarantined: 2 (1 x caption is not UTF-8, 1 x not an image)" in said.out
     assert "labels: 2/2 shards, 22 samples" in said.err and "ETA" in said.err
 
@@ -174,7 +174,7 @@ def test_a_shard_that_loses_its_last_row_loses_its_beton(tmp_path: Path) -> None
 
 def test_a_shard_that_is_no_longer_given_is_refused(built: Built) -> None:
     found = refused([built.data / "00000001.tar"], built.out)
-    assert "holds label files of 1 shards that are not in the input, first 00000000" in found and "--overwrite" in found
+    assert "holds label files of 1 shard not in the input, first 00000000" in found and "--overwrite" in found
     build([str(built.data / "00000001.tar")], built.out, "--overwrite")
     assert [beton.number for beton in read_manifest(built.out).betons] == [0]
     assert sorted(path.name for path in (built.out / "beton").iterdir()) == ["00000.beton"]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from shard_factory import Built, contents, flip_bit, preprocess
 
@@ -51,6 +52,30 @@ def test_table(finished: Built) -> None:
     )
     long = asked(finished.out, "SELECT repeat('x', 300) AS x", "table")
     assert long.count("x") == 301, "wrapped, not shortened"
+
+
+@pytest.mark.parametrize(
+    ("query", "block"),
+    [
+        ("SELECT 1 AS a, repeat('x', 300) AS b", ["a | 1", f"b | {76 * 'x'}", f"  | {76 * 'x'}"]),
+        ("SELECT * FROM labels LIMIT 2", ["key       | 000000000"]),
+        (f"SELECT {', '.join(f'{n} AS column_{n:02d}' for n in range(30))}", ["column_00 | 0", "column_29 | 29"]),
+        (f"SELECT 7 AS {'n' * 60}", [f"{'n' * 60}"]),
+        (f"SELECT 7 AS {'n' * 90}", [f"{'n' * 40} | 7"]),
+        ("SELECT repeat('猫', 60) AS cats, 1 AS a", [f"cats | {'猫' * 36}", f"     | {'猫' * 24}"]),
+    ],
+)
+def test_a_row_wider_than_the_terminal_is_a_block(
+    finished: Built, monkeypatch: pytest.MonkeyPatch, query: str, block: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = asked(finished.out, query, "table").splitlines()
+    wide = lines[0].startswith("-[ record 1 ]---")
+    assert wide != query.endswith(" " + "n" * 60) and max(map(cell_len, lines)) <= 80
+    assert all(any(line in found for found in lines) for line in block)
+
+
+def test_the_rows_that_are_shown_are_counted(finished: Built) -> None:
     assert "only the first 1000 rows are shown" in asked(finished.out, "SELECT token_id FROM tokens", "table")
     assert "only the first" not in asked(finished.out, "SELECT token_id FROM tokens LIMIT 1000", "table")
 

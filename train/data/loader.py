@@ -25,6 +25,7 @@ import torch
 from labels.native import Decompressor
 from labels.settings import Data
 from labels.storage import UserError
+from labels.terminal import visible
 from train.data import decode
 from train.data.dataset import BetonSet
 from train.data.decode import BOX, Crops, Rows
@@ -300,7 +301,7 @@ def count_bad(betons: BetonSet, samples: np.ndarray, rows: Rows) -> int:
             raise UserError(f"{name}: its table entry points outside the file", fix=fix)
         if status == BAD_READ:
             _raise_unread(betons, sample, fix)
-        print(f"bad image, excluded from the loss: {name}, index {index}", flush=True)
+        print(visible(f"bad image, excluded from the loss: {name}, index {index}"), flush=True)
     return len(bad)
 
 

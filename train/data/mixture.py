@@ -23,6 +23,7 @@ from labels.arrays import check_same_rows
 from labels.idf import read_idf
 from labels.manifest import BetonPart, Manifest, read_manifest
 from labels.storage import Layout, UserError, is_remote, is_url, local_copy, sha256_file, user_path
+from labels.terminal import count
 
 _FORMS = (
     "an output folder, its manifest.json, its beton/*.beton, or a glob of these; each may end in =SHARE, e.g. out=0.3"
@@ -68,7 +69,7 @@ def parse_sources(texts: Sequence[str], labels: Sequence[Path] = ()) -> Mixture:
         fix = "name every output folder once; its betons together, as one glob"
         raise UserError(f"--beton names {twice} twice", fix=fix)
     if labels and len(labels) != len(sources):
-        problem = f"{len(labels)} --labels for {len(sources)} output folders of --beton"
+        problem = f"{len(labels)} --labels for {count(len(sources), 'output folder')} of --beton"
         raise UserError(problem, allowed="none, or one for each output folder, in the same order")
     if labels:
         sources = [replace(source, labels=folder) for source, folder in zip(sources, labels, strict=True)]

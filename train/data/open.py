@@ -36,6 +36,7 @@ from labels.subset import (
     quoted,
     where,
 )
+from labels.terminal import count
 from train.data.dataset import BetonSet
 from train.data.files import Cache
 from train.data.inputs import resamples
@@ -185,7 +186,7 @@ def make_rows(out: Path, labels: Path, column: Column = "label_ids") -> Iterator
         write_rows(labels, part, limit, column)
         if number == len(missing) or time.monotonic() - reported >= _REPORT_EVERY_S:
             reported = time.monotonic()
-            print(f"label rows of {labels}: {number:,} of {len(missing):,} shards made", flush=True)
+            print(f"label rows of {labels}: {number:,} of {count(len(missing), 'shard')} made", flush=True)
         yield part.name
 
 

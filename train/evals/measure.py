@@ -27,6 +27,7 @@ from rich.table import Table
 
 from labels.settings import Pipeline
 from labels.storage import UserError, printable, write_json, write_whole
+from labels.terminal import visible
 from train.encoders.encoder import Encoder, EncoderSpec
 from train.encoders.load import load_encoder
 from train.evals.data.captions import CaptionSet
@@ -224,7 +225,8 @@ def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
     table = _table(title, [*words, main_column, "± seeds", "± test size", *other_columns, "seconds"], words)
     for row in rows:
         values = [format_metric(key, row.get(key)) for key in (main, f"{main}_std", f"{main}_standard_error", *others)]
-        table.add_row(*(row[word] for word in words), *values, f"{row['seconds']:.0f}" if "seconds" in row else "-")
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
+        table.add_row(*(visible(row[word]) for word in words), *values, seconds)
     _print_table(table)
 
 
@@ -257,7 +259,7 @@ class Grid:
         for data, *cells in self.lines():
             if previous and data != previous:
                 table.add_section()
-            table.add_row(data if data != previous else "", *cells)
+            table.add_row(*map(visible, (data if data != previous else "", *cells)))
             previous = data
         _print_table(table)
 
@@ -276,9 +278,9 @@ def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
 
 def _print_table(table: Table) -> None:
     """A terminal folds; a log or a pipe gets the table as wide as its text."""
-    console = Console()
-    width = Console(width=_WIDEST).measure(table).maximum
-    (console if console.is_terminal else Console(width=width)).print(table)
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    console, width = Console(**plain), Console(width=_WIDEST, **plain).measure(table).maximum
+    (console if console.is_terminal else Console(width=width, **plain)).print(table)
 
 
 # -- reading results back

@@ -23,6 +23,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from labels.config import load_pipeline, read_yaml
 from labels.settings import Pipeline, Section
 from labels.storage import UserError, fingerprint, printable, write_json, write_whole
+from labels.terminal import visible
 from train.encoders.encoder import Encoder, EncoderSpec, with_unique_names
 from train.encoders.load import load_encoder
 from train.evals.data.captions import CAPTION_KINDS, CaptionSet, load_caption_set
@@ -146,7 +147,7 @@ def run_suite(
         if cell.reason or cell.file.is_file():
             continue
         name = f"{cell.data.name}: {cell.planned.evaluation.name}: {cell.encoder.name}"
-        print(f"[{number}/{len(cells)}] {name}", flush=True)
+        print(f"[{number}/{len(cells)}] {visible(name)}", flush=True)
         if encoder is None or encoder.requested != cell.encoder:
             encoder = load_encoder(cell.encoder)
         _measure(cell, encoder, extract)

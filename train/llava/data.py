@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from labels.storage import UserError, local_path
+from labels.terminal import count
 from train.data.inputs import feed_batches, pinned, rows_of_steps, stack_pinned
 from train.distributed import World
 from train.encoders.encoder import ImageForm
@@ -88,7 +89,7 @@ def read_records(file: Path, images: Path) -> list[Record]:
     if not entries:
         raise UserError(f"{file} holds no record with an image", allowed=_JSON)
     if skipped := len(content) - len(entries):
-        print(f"{file}: {skipped} of {len(content)} records have no image and are skipped", flush=True)
+        print(f"{file}: {skipped:,} of {count(len(content), 'record')} have no image and are skipped", flush=True)
     rows = [_parse(file, number, entry, images) for number, entry in entries]
     missing = [(name, path) for name, path, _ in rows if not path.is_file()]
     if missing:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from labels import html
 from labels.html import Axis, Html, Section, format_seconds, join, key_name, paragraph, short_number, table, tag
+from labels.terminal import count
 from train.evals.measure import Row
 from train.evals.protocol import format_metric
 from train.report.runs import Run, differences, loss_curves, throughput_curves
@@ -37,7 +38,7 @@ def report_page(runs: Sequence[Run], results: Sequence[Row]) -> str:
     if len(runs) == 1:
         return html.page(f"Run {runs[0].name}", join([_tiles(runs[0]), *damaged]), sections)
     lead = join([paragraph(", ".join(run.name for run in runs)), *damaged])
-    return html.page(f"{len(runs)} runs", lead, [_overview(runs), *sections])
+    return html.page(count(len(runs), "run"), lead, [_overview(runs), *sections])
 
 
 def damaged_lines(run: Run) -> str | None:

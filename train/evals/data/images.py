@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from labels.storage import UserError, fingerprint, printable, write_json
+from labels.terminal import visible
 
 IMAGE_SUFFIXES = ("bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
 _NAMES_SHOWN = 5
@@ -370,7 +371,7 @@ def check_overlap(name: str, train: Images, test: Images, cache: Path | None, *,
     overlap = _find_overlap(train, test, cache)
     if overlap.images and published:
         message = "test images are training images too, as published; the result reports the number"
-        print(f"{name}: {overlap.images} {message}", flush=True)
+        print(f"{visible(name)}: {overlap.images} {message}", flush=True)
     elif overlap.images:
         first = f"{overlap.test_key} of {test.directory} is {overlap.train_key} of {train.directory}, byte by byte"
         raise UserError(

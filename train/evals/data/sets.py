@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from labels.storage import UserError, local_path, printable, read_text
+from labels.terminal import count
 from train.evals.data.images import (
     FileSpan,
     LabelledImages,
@@ -160,7 +161,8 @@ class Counts(NamedTuple):
     classes: int
 
     def __str__(self) -> str:
-        return f"{self.train:,} training images, {self.test:,} test images, {self.classes:,} classes"
+        images = f"{count(self.train, 'training image')}, {count(self.test, 'test image')}"
+        return f"{images}, {count(self.classes, 'class', 'classes')}"
 
 
 IMAGENET_1K = Counts(train=1_281_167, test=50_000, classes=1000)
