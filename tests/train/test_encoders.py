@@ -100,7 +100,7 @@ def test_runs_that_cannot_be_loaded(tmp_path: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     text = refusal(f"run:{tmp_path}/run")
-    assert "trunk.safetensors cannot be read as weights" in text and "fetch or write the file again" in text
+    assert "trunk.safetensors cannot be read as weights" in text and f"fix: `rm -r {file.parent}`; then " in text
     wider = build_trunk(MODEL.model_copy(update={"image_size": 48})).state_dict()
     del wider["norm.bias"]
     save_file(wider | {"extra": torch.zeros(1)}, file)
