@@ -288,9 +288,9 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-_ARCHIVES = ("zip", "tar", "libarchive", "reference", "dir")  # of fsspec; what is in one of them has a chained URL
-_CACHES = ("simplecache", "filecache", "blockcache", "cached")
-_URL = re.compile(rf"(?:(?:{'|'.join(_CACHES)})::)*([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+ARCHIVE_URLS = ("zip", "tar", "libarchive", "reference", "dir")  # of fsspec: what is in one of them has a chained URL
+CACHE_URLS = ("simplecache", "filecache", "blockcache", "cached")
+_URL = re.compile(rf"(?:(?:{'|'.join(CACHE_URLS)})::)*([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _LOCAL_URL = re.compile(r"(?:file|local):(?://|(?=/))", re.IGNORECASE)
 _NO_CACHE = ("s3", "s3a", "gs", "gcs")  # file systems that cache listings, which other processes change
 
@@ -316,6 +316,9 @@ def user_path(text: str | Path) -> Path:
     if is_url(text):
         return _remote_path(text)
     path = Path(os.path.expanduser(_LOCAL_URL.sub("", text, count=1) or "/"))
+    if long := next((part for part in path.parts if len(os.fsencode(part)) > LONGEST_NAME), None):
+        problem = f"a name of {len(os.fsencode(long))} bytes is too long for a file: {long[:40]}..."
+        raise UserError(problem, allowed=f"{LONGEST_NAME} bytes at most", fix="name another file or folder")
     odd = path.parts and (":" in path.parts[0] or path.parts[0].startswith("~"))
     return path.absolute() if odd else path
 

@@ -13,7 +13,6 @@ they are used: a training node without a subset needs neither. Shapes: N uids of
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from labels.storage import UserError, atomic_write, is_remote, local_copy, sha256_file, user_path
+from labels.listing import PATTERN, expand_names, full_name, list_files, open_name
+from labels.storage import UserError, atomic_write, is_remote, is_url, local_copy, sha256_file, user_path, utf8_path
 
 if TYPE_CHECKING:
     import duckdb
@@ -38,7 +38,6 @@ ALLOWED = (
 ROWS_AT_ONCE = 1 << 17
 _OPTION = "--subset"
 _FOLDER, _SUFFIX = "metadata", ".parquet"
-_PATTERN = re.compile(r"[*?\[]")
 _FINGERPRINT_DIGITS = 16
 _PARTS = pa.schema([("f0", pa.uint64()), ("f1", pa.uint64())])
 _OUT_OF_MEMORY = "Out of Memory Error"
@@ -135,12 +134,7 @@ def _write(path: Path, parts: Iterator[np.ndarray]) -> int:
 
 def _parquet_files(source: str, option: str, allowed: str) -> list[tuple[AbstractFileSystem, str]]:
     """The .parquet files of a folder (also deeper), a glob or a file, local or URL: filesystem and path for DuckDB."""
-    from fsspec.core import url_to_fs
-
-    try:
-        files = _below(*url_to_fs(source))
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{option}: {source} cannot be opened: {error}", allowed=allowed) from None
+    files = [file for name in expand_names(source) for file in _below(name, *open_name(name))]
     if not files:
         raise UserError(f"{option}: {source} does not exist or holds no {_SUFFIX}", allowed=allowed)
     return files
@@ -150,16 +144,14 @@ def _metadata_files(
     metadata: str | None, sources: Sequence[str], condition: str
 ) -> list[tuple[AbstractFileSystem, str]]:
     """What the condition is evaluated on: build.metadata, else `metadata/` in or next to the folders of `sources`."""
-    from fsspec.core import url_to_fs
-
     if metadata is not None:
         return _parquet_files(metadata, "build.metadata", f"a folder, glob or file of {_SUFFIX} with a column uid")
     files: list[tuple[AbstractFileSystem, str]] = []
-    for source in sources:
-        filesystem, path = url_to_fs(source)
-        folder = path.rstrip("/") if filesystem.isdir(path) else _PATTERN.split(path)[0].rpartition("/")[0]
+    for name in (name for source in sources for name in expand_names(source)):
+        filesystem, path = open_name(name)
+        folder = path.rstrip("/") if filesystem.isdir(path) else PATTERN.split(path)[0].rpartition("/")[0]
         for parent in (folder, folder.rpartition("/")[0]):
-            if in_folder := _below(filesystem, f"{parent}/{_FOLDER}"):
+            if in_folder := _below(name, filesystem, f"{parent}/{_FOLDER}"):
                 files += [file for file in in_folder if file not in files]
                 break
     if not files:
@@ -172,18 +164,10 @@ def _metadata_files(
     return files
 
 
-def _below(filesystem: AbstractFileSystem, path: str) -> list[tuple[AbstractFileSystem, str]]:
-    from fsspec.implementations.local import LocalFileSystem
-
-    if filesystem.isdir(path):
-        paths = filesystem.find(path)
-    elif filesystem.exists(path):
-        paths = [path]
-    else:
-        paths = filesystem.glob(path) if _PATTERN.search(path) else []
-    names = sorted(str(name) for name in paths if str(name).endswith(_SUFFIX))
-    local = isinstance(filesystem, LocalFileSystem)
-    return [(filesystem, name if local else filesystem.unstrip_protocol(name)) for name in names]
+def _below(name: str, filesystem: AbstractFileSystem, path: str) -> list[tuple[AbstractFileSystem, str]]:
+    listed = list_files(filesystem, path)
+    paths = [path for path in listed.files if path.endswith(_SUFFIX)] if listed else []
+    return [(filesystem, full_name(name, filesystem, path)) for path in paths]
 
 
 @contextmanager
@@ -193,14 +177,14 @@ def _open_metadata(
     """The files as one table with a column uid, on a connection that reaches nothing else."""
     import duckdb
 
-    names = [name for _, name in files]
-    if odd := next(filter(_PATTERN.search, names), None):
+    names = [name if is_url(name) else str(utf8_path(Path(name))) for _, name in files]
+    if odd := next(filter(PATTERN.search, names), None):
         problem = f"the path {odd} holds one of * ? [, which DuckDB takes for a pattern"
         raise UserError(problem, fix="give the folder a name without it")
     config: dict[str, Any] = {"memory_limit": memory, "temp_directory": str(spill)}
     config |= {"preserve_insertion_order": False, "python_enable_replacements": False}
     with duckdb.connect(config=config) as con:
-        remote = {type(filesystem): filesystem for filesystem, name in files if "://" in name}
+        remote = {type(filesystem): filesystem for filesystem, name in files if is_url(name)}
         for filesystem in remote.values():
             con.register_filesystem(filesystem)
         try:

@@ -17,7 +17,7 @@ from labels.settings import Pipeline
 from labels.storage import Layout, UserError
 from preprocess.betons.plan import image_folder
 from preprocess.build import check_images, chosen_uids, complete, make_build
-from preprocess.readers.shards import Shard, find_shards
+from preprocess.readers.shards import Shard, find_shards, valid_name
 from preprocess.stage import BuildInputs, check_same_options, read_inputs, remove_leftovers, write_inputs
 
 
@@ -36,7 +36,7 @@ def append_shards(out: Path, sources: list[str], overrides: list[str], *, prefix
     with only_writer(layout.lock):
         inputs = _known_inputs(layout)
         settings = load_pipeline(layout.config, overrides)
-        added = _new_shards(inputs, [replace(shard, name=prefix + shard.name) for shard in shards])
+        added = _new_shards(inputs, [replace(shard, name=valid_name(prefix + shard.name)) for shard in shards])
         check_images(added, inputs.images)
         remove_leftovers(layout)
         build = make_build(layout, settings, _same_subset(layout, settings, [shard.path for shard in inputs.shards]))

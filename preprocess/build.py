@@ -35,7 +35,7 @@ from labels.manifest import (
     write_sources,
 )
 from labels.settings import Pipeline
-from labels.storage import Layout, UserError, fingerprint, is_remote, own_partials, sha256_file, write_whole
+from labels.storage import Layout, UserError, fingerprint, is_remote, own_partials, printable, sha256_file, write_whole
 from labels.subset import resolve_subset
 from labels.terminal import count, visible
 from labels.tokenizers.tokenizer import make_tokenizer
@@ -251,7 +251,7 @@ def shard_parts(shards: list[Shard], labelled: list[LabelMarker]) -> list[ShardP
         parts.append(
             ShardPart(
                 name=shard.name,
-                source=Path(shard.path).name,
+                source=printable(Path(shard.path).name),
                 source_bytes=shard.bytes,
                 first_index=first,
                 rows=marker.rows,

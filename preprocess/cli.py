@@ -154,7 +154,7 @@ def plan_command(
     from preprocess.estimate import costs, estimate, print_estimate
 
     settings = load_pipeline(config, [*overrides, *([f"build.workers={workers}"] if workers else [])])
-    target = user_path(out or settings.paths.out)
+    target = user_path(settings.paths.out if out is None else out)
     estimated = estimate(list(data), target, settings, samples=samples, betons=not no_beton)
     estimated["costs"] = costs(estimated, price_per_hour, price_per_gib_month)
     if as_json:
@@ -175,7 +175,7 @@ def doctor_command(out: str | None, as_json: bool, config: Path | None) -> None:
     from preprocess.doctor import examine, print_findings
 
     settings = load_pipeline(config)
-    target = user_path(out or settings.paths.out)
+    target = user_path(settings.paths.out if out is None else out)
     findings = examine(Path() if is_remote(target) else target, settings)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
@@ -279,7 +279,7 @@ def build_labels_command(
             "--overwrite with --shard would remove what the other shares write",
             fix="run it once without --shard first",
         )
-    target = user_path(out or settings.paths.out)
+    target = user_path(settings.paths.out if out is None else out)
     manifest = build_labels(
         list(data), target, settings, betons=not no_beton, overwrite=overwrite, share=share, no_images=no_images
     )

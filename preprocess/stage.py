@@ -30,6 +30,7 @@ from labels.storage import (
     is_remote,
     own_partials,
     remove_partials,
+    utf8_path,
     write_json,
 )
 from labels.tokenizers.tokenizer import Tokenizer
@@ -333,7 +334,7 @@ def spill_folder(layout: Layout) -> Iterator[Path]:
     spill = layout.out / "spill.partial"
     try:
         with disk_errors(spill):
-            yield spill
+            yield utf8_path(spill)
     finally:
         shutil.rmtree(spill, ignore_errors=True)
 

@@ -32,7 +32,7 @@ from labels.html import (
     weights,
 )
 from labels.manifest import Manifest, ShardPart, read_manifest
-from labels.storage import Layout, is_remote
+from labels.storage import Layout, is_remote, printable, utf8_path
 from labels.subset import quoted
 from preprocess.inspect.explain import source_captions
 from preprocess.inspect.sql import open_tables
@@ -115,7 +115,7 @@ def _reasons(con: duckdb.DuckDBPyConnection, layout: Layout) -> list[Reason]:
     example = "{'shard': shard, 'key': key, 'detail': detail}"
     query = f"""
         SELECT stage, reason, count(*) AS samples, arg_min({example}, file_row_number, {_EXAMPLES})
-        FROM read_parquet({quoted(layout.quarantine)}, file_row_number = true)
+        FROM read_parquet({quoted(utf8_path(layout.quarantine))}, file_row_number = true)
         GROUP BY stage, reason ORDER BY samples DESC, stage, reason
     """
     return [
@@ -170,7 +170,7 @@ def report_page(summary: Summary) -> str:
         Section("shards", "Shards", _shards(summary)),
         Section("options", "Options of the build", _options(summary)),
     ]
-    return page(f"Data report: {summary.out.resolve().name}", _tiles(summary), sections)
+    return page(f"Data report: {printable(summary.out.resolve().name)}", _tiles(summary), sections)
 
 
 def _tiles(summary: Summary) -> Html:

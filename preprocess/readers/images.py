@@ -22,9 +22,9 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from fsspec.core import url_to_fs
 
-from labels.storage import UserError
+from labels.listing import open_name
+from labels.storage import UserError, is_url, printable
 from preprocess.readers import read_rows, reads_side
 from preprocess.readers.base import IMAGE_SUFFIXES, Choice, Fault, ScratchFile, map_file
 from preprocess.readers.shards import Shard
@@ -50,7 +50,7 @@ class ShardImages:
 
 def is_local_tar(shard: Shard) -> bool:
     """Whether a shard's images can be read in place."""
-    return shard.kind == "tar" and "://" not in shard.path
+    return shard.kind == "tar" and not is_url(shard.path)
 
 
 def find_images(shard: Shard, keys: pa.StringArray, choices: tuple[Choice, ...], scratch: Path | None) -> ShardImages:
@@ -249,14 +249,15 @@ def _read(shard: Shard, key: str, value: bytes | str | None) -> bytes | Fault:
         return value
     if not value:
         return Fault(key, "no image", "the cell is empty")
-    absolute = "://" in value or value.startswith("/")
-    url = value if absolute else f"{shard.path.rpartition('/')[0]}/{value}"
     try:
-        filesystem, path = url_to_fs(url)
+        if "://" in value:
+            filesystem, path = open_name(value)
+        else:
+            filesystem, table = open_name(shard.path)
+            path = value if value.startswith("/") else f"{table.rpartition('/')[0]}/{value}"
         return filesystem.cat_file(path)
-    except ImportError as error:
-        raise UserError(f"{url} cannot be opened: {error}", fix="install the package that it names") from None
     except Exception as error:  # a server's client may raise anything
-        printable = value.encode("utf8", "surrogateescape").decode("utf8", "backslashreplace")
+        if isinstance(error, UserError) and error.fix:  # a package is missing
+            raise
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return Fault(key, "no image", f"{printable}: {detail}")
+        return Fault(key, "no image", printable(f"{value}: {detail}"))

@@ -4,17 +4,17 @@
 part-0.parquet  pairs.csv  pairs.tsv                 a table is a shard itself, in a folder without tars
 """
 
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 
-from labels.storage import UserError
+from labels.listing import Files, expand_names, file_state, full_name, list_files, open_name, unfinished_name
+from labels.storage import LONGEST_NAME, UserError, fit_name, printable
 
 ShardKind = Literal["tar", "parquet", "csv"]
 
@@ -22,7 +22,7 @@ _KINDS: dict[str, ShardKind] = {".tar": "tar", ".parquet": "parquet", ".csv": "c
 _STATS = "_stats.json"
 _ALLOWED = (
     "a folder with .tar files (also in its shards/ or deeper), or else with .parquet, .csv or .tsv files; a glob, or"
-    " such files; local paths or fsspec URLs"
+    " such files; several joined by `::`; braces such as {0000..0127}; local paths or fsspec URLs"
 )
 _FIX = "name the folder that img2dataset or DataComp's download script wrote"
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4")
@@ -31,6 +31,10 @@ _COMPRESSED_TABLES = tuple(
 )
 _CHANGE_MARKS = ("mtime", "LastModified", "last_modified", "updated", "created", "ETag", "etag")
 _NAMES_SHOWN = 10
+# Longest name of a label file: `<shard>.parquet.<12 hex digits>.partial`.
+_LONGEST_SHARD = LONGEST_NAME - len(".parquet..partial") - 12
+# DuckDB reads these in the names of label files as a pattern or a folder; surrogates are bytes that are not UTF-8.
+_NOT_IN_NAMES = re.compile(r"[*?\[\\\udc80-\udcff]")
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,15 @@ class Shard:
     @property
     def source(self) -> dict[str, str | int]:
         """What a marker remembers of the shard: if any of it differs, the shard is another one."""
-        file: dict[str, str | int] = {"path": self.path, "bytes": self.bytes, "modified": self.modified}
+        file: dict[str, str | int] = {"path": printable(self.path), "bytes": self.bytes, "modified": self.modified}
         if self.side:
-            file |= {"side": self.side, "side_bytes": self.side_bytes, "side_modified": self.side_modified}
+            side: dict[str, str | int] = {"side": printable(self.side), "side_bytes": self.side_bytes}
+            file |= side | {"side_modified": self.side_modified}
         return file
 
     def open(self) -> BinaryIO:
         """The file's bytes, seekable, for reading."""
-        filesystem, path = url_to_fs(self.path)
+        filesystem, path = open_name(self.path)
         return filesystem.open(path, "rb")
 
 
@@ -75,18 +80,47 @@ def find_shards(sources: list[str]) -> ShardList:
     folder where any shard has its `_stats.json`, one without it is still being downloaded: it is skipped, with a note.
     """
     files: dict[str, Shard] = {}
-    waiting: set[str] = set()
+    waiting, ignored, own = set[str](), set[str](), set[str]()
     for source in sources:
-        complete, incomplete = _expand(source)
-        files |= {shard.path: shard for shard in complete}
-        waiting |= set(incomplete)
+        for name in expand_names(source):
+            complete, incomplete, listed = _expand(name, source)
+            files |= {shard.path: shard for shard in complete}
+            waiting |= set(incomplete)
+            ignored |= {path for path in listed.ignored if _kind(unfinished_name(path))}
+            if any(shard.kind != "tar" for shard in complete):
+                own |= set(listed.own)
     rerun = "run the same command again when the download has ended"
     note = (
         f"{len(waiting)} of {len(waiting) + len(files)} shards have no {_STATS} yet and are skipped: {_names(waiting)}"
     )
     if not files:
         raise UserError(note, fix=rerun)
-    return ShardList(_named(list(files.values())), [f"{note}; {rerun}"] if waiting else [])
+    notes = [f"{note}; {rerun}"] if waiting else []
+    if ignored:
+        notes.append(_ignored_note(ignored))
+    if own:
+        notes.append(f"files of output folders are no input: {len(own)} are skipped, the first: {min(own)}")
+    return ShardList(_named(list(files.values())), notes)
+
+
+def _ignored_note(ignored: Iterable[str]) -> str:
+    paths = sorted(ignored)
+    problem = f"hidden, underscore and temporary names are ignored: {len(paths)} of such files"
+    return f"{problem}, the first: {paths[0]}; to read it, name it or its folder"
+
+
+def shard_name(path: str) -> str:
+    """The name of the shard at a path below the common folder: `a/0.tar` -> `a--0`.
+
+    Bytes that are not UTF-8 and characters that are patterns become %XX; a name that is too long ends in a fingerprint.
+    """
+    return valid_name("--".join(PurePosixPath(path).with_suffix("").parts))
+
+
+def valid_name(name: str) -> str:
+    """A shard's name that can name its label file."""
+    escaped = _NOT_IN_NAMES.sub(lambda match: f"%{ord(match[0]) & 0xFF:02X}", name)
+    return fit_name(escaped, _LONGEST_SHARD)
 
 
 def _names(paths: Iterable[str]) -> str:
@@ -103,7 +137,7 @@ def _named(files: list[Shard]) -> list[Shard]:
         common += 1
     shards: dict[str, Shard] = {}
     for file in files:
-        name = "--".join(PurePosixPath(file.path).with_suffix("").parts[common:])
+        name = shard_name("/".join(PurePosixPath(file.path).parts[common:]))
         if name in shards:
             raise UserError(f"{shards[name].path} and {file.path} would both be shard {name}", fix="rename one of them")
         shards[name] = replace(file, name=name)
@@ -111,57 +145,53 @@ def _named(files: list[Shard]) -> list[Shard]:
     return sorted(shards.values(), key=lambda shard: f"{shard.name}.parquet")
 
 
-def _expand(source: str) -> tuple[list[Shard], list[str]]:
-    """The shards that one source names, still without names; and the paths of those that are not complete."""
-    try:
-        filesystem, path = url_to_fs(source)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{source} cannot be opened: {error}", allowed=_ALLOWED) from None
-    folder, files = _files(filesystem, source, path)
-    _refuse_compressed(source, folder, files)
-    kinds: dict[str, ShardKind] = {
-        name: _KINDS[suffix] for name in files if (suffix := PurePosixPath(name).suffix) in _KINDS
-    }
-    stems = {_stem(name) for name, kind in kinds.items() if kind == "tar"}
+def _kind(path: str) -> ShardKind | None:
+    return _KINDS.get(PurePosixPath(path).suffix.lower())
+
+
+def _expand(name: str, source: str) -> tuple[list[Shard], list[str], Files]:
+    """The shards that one name stands for, still without names; the paths of those that are not complete; and all of
+    its files. `source`: what the user wrote, for messages.
+    """
+    filesystem, path = open_name(name)
+    listed = list_files(filesystem, path)
+    part = name if name == source else f"{name} (of {source})"
+    if listed is None:
+        raise UserError(f"{part} does not exist", allowed=_ALLOWED, fix=f"correct the name, or {_FIX}")
+    folder, files = listed.folder, listed.files
+    _refuse_compressed(part, folder, files)
+    kinds: dict[str, ShardKind] = {file: kind for file in files if (kind := _kind(file))}
+    stems = {_stem(file) for file, kind in kinds.items() if kind == "tar"}
     if folder and stems:  # other tables of such a folder are metadata
-        kinds = {name: kind for name, kind in kinds.items() if kind == "tar"}
-    kinds = {name: kind for name, kind in kinds.items() if kind == "tar" or _stem(name) not in stems}
+        kinds = {file: kind for file, kind in kinds.items() if kind == "tar"}
+    kinds = {file: kind for file, kind in kinds.items() if kind == "tar" or _stem(file) not in stems}
     if not kinds:
         known = ".tar, .parquet, .csv or .tsv"
-        raise UserError(f"{source} holds no {known} file ({len(files)} other files)", allowed=_ALLOWED, fix=_FIX)
-    listed = set(files) if folder else _siblings(filesystem, kinds)
-    marks = {name.removesuffix(_STATS) for name in listed if name.endswith(_STATS)}
+        more = f"; {_ignored_note(listed.ignored)}" if listed.ignored else ""
+        problem = f"{part} holds no {known} file ({len(files)} other files{more})"
+        raise UserError(problem, allowed=_ALLOWED, fix=_FIX)
+    around = set(files) if folder else _siblings(filesystem, kinds)
+    marks = {file.removesuffix(_STATS) for file in around if file.endswith(_STATS)}
     # A mark of no shard is another program's.
-    marked = {_parent(mark) for mark in marks if listed & {f"{mark}.tar", f"{mark}.parquet"}}
+    marked = {_parent(mark) for mark in marks if around & {f"{mark}.tar", f"{mark}.parquet"}}
     complete, incomplete = [], []
-    for name, kind in sorted(kinds.items()):
-        if kind != "csv" and _parent(name) in marked and _stem(name) not in marks:
-            incomplete.append(name)
+    for file, kind in sorted(kinds.items()):
+        if kind != "csv" and _parent(file) in marked and _stem(file) not in marks:
+            incomplete.append(file)
             continue
-        side = f"{_stem(name)}.parquet"
-        side_state = _state(filesystem, side) if kind == "tar" and side in listed else (None, 0, "")
-        complete.append(Shard("", *_state(filesystem, name), kind, *side_state))
-    return complete, incomplete
-
-
-def _files(filesystem: AbstractFileSystem, source: str, path: str) -> tuple[bool, list[str]]:
-    """Whether a source is a folder, and the paths of all files that it names."""
-    if filesystem.isdir(path):
-        return True, [str(name) for name in filesystem.find(path)]
-    if filesystem.exists(path):
-        return False, [path]
-    if any(character in path for character in "*?["):
-        return False, [str(name) for name in filesystem.glob(path)]
-    raise UserError(f"{source} does not exist", allowed=_ALLOWED, fix=_FIX)
+        side = f"{_stem(file)}.parquet"
+        side_state = _state(filesystem, name, side) if kind == "tar" and side in around else (None, 0, "")
+        complete.append(Shard("", *_state(filesystem, name, file), kind, *side_state))
+    return complete, incomplete, listed
 
 
 def _refuse_compressed(source: str, folder: bool, files: list[str]) -> None:
-    has_tars = folder and any(name.endswith(".tar") for name in files)
+    has_tars = folder and any(_kind(name) == "tar" for name in files)
     for kind, suffixes, allowed, glob in (
         ("tars", _COMPRESSED_TARS, "plain .tar", "shards/*.tar"),
         ("tables", () if has_tars else _COMPRESSED_TABLES, "plain .csv, .tsv or .parquet", "data/*.csv"),
     ):
-        if packed := sorted(name for name in files if name.endswith(suffixes)):
+        if packed := sorted(name for name in files if name.lower().endswith(suffixes)):
             problem = f"{source} holds compressed {kind} ({len(packed)}, the first: {packed[0]})"
             fix = f"unpack them (e.g. gunzip), or skip them with a glob such as '{glob}'"
             raise UserError(problem, allowed=allowed, fix=fix)
@@ -177,12 +207,11 @@ def _siblings(filesystem: AbstractFileSystem, names: Iterable[str]) -> set[str]:
     return listed
 
 
-def _state(filesystem: AbstractFileSystem, path: str) -> tuple[str, int, str]:
+def _state(filesystem: AbstractFileSystem, source: str, path: str) -> tuple[str, int, str]:
     """Full path, size in bytes and mark of change of a file."""
-    info: dict[str, Any] = filesystem.info(path)
+    info = file_state(filesystem, path)
     modified = next((str(info[mark]) for mark in _CHANGE_MARKS if info.get(mark)), "")
-    local = isinstance(filesystem, LocalFileSystem)
-    return path if local else filesystem.unstrip_protocol(path), int(info["size"]), modified
+    return full_name(source, filesystem, path), int(info["size"]), modified
 
 
 def _stem(path: str) -> str:

@@ -338,7 +338,7 @@ def _refuse_wide_characters(path: str, start: bytes) -> None:
 
 def _delimiter(path: str, header: bytes) -> str:
     """Tab for .tsv. The header of a .csv decides: open_clip's has tabs, a spreadsheet's may have semicolons."""
-    if path.endswith(".tsv"):
+    if path.lower().endswith(".tsv"):
         return "\t"
     return next((delimiter for delimiter in ",\t;" if delimiter.encode() in header), ",")
 

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
+from labels.storage import is_url
 from preprocess.betons.images import image_size
 from preprocess.readers.base import (
     BATCH_ROWS,
@@ -101,7 +102,7 @@ def read_tar_rows(shard: Shard, choices: tuple[Choice, ...]) -> Iterator[RowBatc
 
 def local_index(shard: Shard, choices: tuple[Choice, ...]) -> TarIndex | None:
     """The compiled index of a healthy local tar, else None."""
-    return None if "://" in shard.path else index_tar(Path(shard.path), shard.bytes, wanted_suffixes(choices))
+    return None if is_url(shard.path) else index_tar(Path(shard.path), shard.bytes, wanted_suffixes(choices))
 
 
 def wanted_suffixes(choices: tuple[Choice, ...]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from labels import beton
 from labels.arrays import Column, check_same_rows, open_rows, shards_needed, write_rows
 from labels.manifest import IMAGE_SPAN, read_manifest
 from labels.settings import Data, Train
-from labels.storage import Layout, UserError, fingerprint, is_remote, local_path, sha256_file
+from labels.storage import Layout, UserError, fingerprint, is_remote, local_path, sha256_file, utf8_path
 from labels.subset import (
     ROWS_AT_ONCE,
     UIDS,
@@ -232,7 +232,7 @@ def subset_samples(betons: BetonSet, subset: str, metadata: str | None) -> tuple
     if not len(samples):
         raise UserError(f"the subset {subset!r} selects no sample", fix="name another one")
     is_file = subset.endswith((".npy", ".parquet"))
-    return samples, fingerprint([sha256_file(Path(subset)) if is_file else subset, metadata])
+    return samples, fingerprint([sha256_file(local_path(subset)) if is_file else subset, metadata])
 
 
 def _row_indices(betons: BetonSet, number: int) -> np.ndarray:
@@ -250,9 +250,9 @@ def _row_counts(opened: OpenedSource, subset: str, metadata: str | None) -> np.n
     out = opened.source.out
     counts = np.zeros(sum(part.rows for part in opened.manifest.shards), np.uint16)
     shards = [part for part in opened.manifest.shards if part.rows]
-    files = [str(Layout(out).label_file(part.name)) for part in shards]
-    if is_remote(out) or not files:
+    if is_remote(out) or not shards:
         return counts
+    files = [str(utf8_path(Layout(out).label_file(part.name))) for part in shards]
     with duckdb.connect(config={"python_enable_replacements": False}) as con:
         con.register("firsts", pa.table({"name": files, "first_row": [part.first_index for part in shards]}))
         try:
@@ -284,7 +284,8 @@ def _repeats(
             yield batch.column(0).to_numpy()[positions].astype(np.int64), count_in(row_uids, uids)
         return
     if subset.endswith(".parquet"):
-        wanted = f"SELECT uid, count(*) AS repeats FROM read_parquet({quoted(subset)}) GROUP BY uid"
+        file = quoted(utf8_path(local_path(subset)))
+        wanted = f"SELECT uid, count(*) AS repeats FROM read_parquet({file}) GROUP BY uid"
         table = con.sql(f"SELECT row, repeats FROM ({rows}) JOIN ({wanted}) USING (uid)")
     else:
         with_metadata = _with_metadata(con, rows, metadata)
@@ -297,7 +298,8 @@ def _with_metadata(con: duckdb.DuckDBPyConnection, rows: str, metadata: str | No
     """The label rows, with those columns of `train.data.metadata` that they do not have."""
     if metadata is None:
         return con.sql(rows)
-    pattern = quoted(f"{metadata.rstrip('/')}/*.parquet" if Path(metadata).is_dir() else metadata)
+    path = local_path(metadata)
+    pattern = quoted(utf8_path(path) / "*.parquet" if path.is_dir() else path)
     own = {"uid", "key", "width", "height", "token_ids", "label_ids", "row"}
     more = [f'"{name}"' for name in con.sql(f"FROM read_parquet({pattern})").columns if name not in own]
     scores = f"SELECT DISTINCT ON (uid) {', '.join(['uid', *more])} FROM read_parquet({pattern})"
