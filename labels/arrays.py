@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from labels.manifest import PAD_ID, Manifest, ShardPart
-from labels.storage import Layout, UserError, own_partials, sha256_file, utf8_path, write_whole
+from labels.storage import Layout, UserError, library_path, own_partials, sha256_file, write_whole
 
 
 def unique_sorted(ids: np.ndarray, offsets: np.ndarray, excluded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +126,7 @@ def write_rows(out: Path, part: ShardPart, label_limit: int, column: Column = "l
         raise UserError(f"{source} changed since the build: {digests}", fix=fix)
     try:
         with own_partials():  # several runs may start with the same labels at the same time
-            write_whole(path, lambda partial: _pad_file(utf8_path(source), partial, part.rows, label_limit, column))
+            write_whole(path, lambda partial: _pad_file(library_path(source), partial, part.rows, label_limit, column))
     except ValueError as error:  # pyarrow's ArrowInvalid is one
         raise UserError(f"{source} does not fit its manifest: {error}", fix=fix) from None
     for old in path.parent.glob(f"{escape(part.name)}-{'[0-9a-f]' * _SHA_DIGITS}{_ENDINGS[column]}"):

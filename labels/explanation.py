@@ -35,7 +35,7 @@ from labels.html import Html, Section, join, page, paragraph, picture, tag
 from labels.idf import target_weights
 from labels.image_metadata import decode_leniently
 from labels.manifest import BetonPart, Manifest, ShardPart, Source, open_image_index, read_manifest, read_sources
-from labels.storage import Layout, UserError, is_remote, local_copy, utf8_path, write_whole
+from labels.storage import Layout, UserError, is_remote, library_path, local_copy, write_whole
 from labels.terminal import count, visible
 from labels.tokenizers.tokenizer import name_of, text_of
 
@@ -110,7 +110,7 @@ def _shards_with(layout: Layout, shards: list[str], name: str) -> list[str]:
     if is_remote(layout.out):  # UPaths
         dataset = ds.dataset([file.path for file in files], format="parquet", filesystem=files[0].fs)
     else:
-        dataset = ds.dataset([str(utf8_path(file)) for file in files], format="parquet")
+        dataset = ds.dataset([str(library_path(file)) for file in files], format="parquet")
     matches = (ds.field("key") == name) | (ds.field("uid") == name)
     hits = dataset.to_table(columns=["__filename"], filter=matches)
     return sorted({Path(file).stem for file in hits["__filename"].to_pylist()})

@@ -85,7 +85,7 @@ def _is_chained(piece: str) -> bool:
 
 
 def _names_files(text: str) -> bool:
-    return not is_url(text) and any(_exists(name) for name in _braces(text))
+    return not is_url(text) and (_exists(text) or any(_exists(name) for name in _braces(text)))
 
 
 def _exists(text: str) -> bool:
@@ -216,7 +216,7 @@ def _sorted_out(filesystem: AbstractFileSystem, path: str, found: list[str], *, 
 
 def _is_spelt(part: str, patterns: Sequence[str]) -> bool:
     """Whether a glob names this hidden or temporary part itself, as `._*.tar` and `_temporary/*` do."""
-    return any(pattern[0] == part[0] and fnmatchcase(part, pattern) for pattern in patterns)
+    return any(pattern[0] == part[0] not in "*?[" and fnmatchcase(part, pattern) for pattern in patterns)
 
 
 def unfinished_name(path: str) -> str:

@@ -76,10 +76,10 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
             return
         make_folder(path.parent)
         ending = f"{_partial_tag.get()}{TEMPORARY_SUFFIX}"
-        partial = path.with_name(fit_name(printable(path.name), LONGEST_NAME - len(ending)) + ending)
+        partial = path.with_name(fit_name(plain_name(path.name), LONGEST_NAME - len(ending)) + ending)
         try:
             _check_replaceable(path)
-            yield utf8_path(partial)
+            yield library_path(partial)
             if durable:
                 with open(partial, "rb+") as file:
                     os.fsync(file.fileno())
@@ -218,9 +218,9 @@ def is_remote(path: Path) -> bool:
 
 @contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
-    """`path` itself (its `utf8_path`), or a download of a remote object, removed after the block."""
+    """`path` itself (its `library_path`), or a download of a remote object, removed after the block."""
     if not is_remote(path):
-        yield utf8_path(path)
+        yield library_path(path)
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
@@ -291,7 +291,7 @@ def fingerprint(value: Any) -> str:
 ARCHIVE_URLS = ("zip", "tar", "libarchive", "reference", "dir")  # of fsspec: what is in one of them has a chained URL
 CACHE_URLS = ("simplecache", "filecache", "blockcache", "cached")
 _URL = re.compile(rf"(?:(?:{'|'.join(CACHE_URLS)})::)*([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-_LOCAL_URL = re.compile(r"(?:file|local):(?://|(?=/))", re.IGNORECASE)
+_LOCAL_URL = re.compile(r"(?:file|local)://", re.IGNORECASE)
 _NO_CACHE = ("s3", "s3a", "gs", "gcs")  # file systems that cache listings, which other processes change
 
 
@@ -308,7 +308,7 @@ def user_path(text: str | Path) -> Path:
 
     Whatever opens a path of the command line, of pipeline.yaml or of a file that users write takes it from here. `~` is
     the home folder. A relative name that Arrow, DuckDB or fsspec would take for a URL (`run:1`, `o::4`) becomes
-    absolute. Bytes that are not UTF-8 are surrogate escapes, as in all of Python: see `utf8_path` and `printable`.
+    absolute. Bytes that are not UTF-8 are surrogate escapes, as in all of Python: see `library_path` and `printable`.
     """
     text = str(text)
     if not text or "\0" in text:
@@ -365,20 +365,27 @@ def is_utf8(text: str) -> bool:
 
 
 _open_names: dict[str, int] = {}  # path -> a descriptor of it in this process
+# What Arrow and DuckDB do not take as a character of a name: a pattern, a folder; a byte that is not UTF-8.
+_NOT_PLAIN = re.compile(r"[*?\[\\\udc80-\udcff]")
 
 
-def utf8_path(path: Path) -> Path:
-    """A local path for Arrow and DuckDB, which take UTF-8 alone: `path`, or where a part of it is not UTF-8, a path of
-    /proc/self/fd, good in this process, that leads to the same file. That part has to exist.
+def library_path(path: Path) -> Path:
+    """A path for Arrow and DuckDB: `path`, or where a part of it holds a byte that is not UTF-8, `*`, `?`, `[` or a
+    backslash, a path of /proc/self/fd, good in this process, that leads to the same file. That part has to exist.
     """
-    if is_utf8(str(path)):
+    if is_remote(path) or not _NOT_PLAIN.search(str(path)):
         return path
-    last = next(above for above in (path, *path.parents) if not is_utf8(above.name))  # the deepest such part
+    last = next(above for above in (path, *path.parents) if _NOT_PLAIN.search(above.name))  # the deepest such part
     name, state = str(last.absolute()), last.stat()
     descriptor = _open_names.get(name)
     if descriptor is None or not os.path.samestat(os.fstat(descriptor), state):
         descriptor = _open_names[name] = os.open(last, os.O_RDONLY)
     return Path(f"/proc/self/fd/{descriptor}", path.relative_to(last))
+
+
+def plain_name(name: str) -> str:
+    """A file name that Arrow and DuckDB take: what `library_path` avoids becomes %XX."""
+    return _NOT_PLAIN.sub(lambda match: f"%{ord(match[0]) & 0xFF:02X}", name)
 
 
 def fit_name(name: str, limit: int) -> str:

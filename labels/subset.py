@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from labels.listing import PATTERN, expand_names, full_name, list_files, open_name
-from labels.storage import UserError, atomic_write, is_remote, is_url, local_copy, sha256_file, user_path, utf8_path
+from labels.storage import UserError, atomic_write, is_remote, is_url, library_path, local_copy, sha256_file, user_path
 
 if TYPE_CHECKING:
     import duckdb
@@ -177,8 +177,8 @@ def _open_metadata(
     """The files as one table with a column uid, on a connection that reaches nothing else."""
     import duckdb
 
-    names = [name if is_url(name) else str(utf8_path(Path(name))) for _, name in files]
-    if odd := next(filter(PATTERN.search, names), None):
+    names = [name if is_url(name) else str(library_path(Path(name))) for _, name in files]
+    if odd := next((name for name in names if is_url(name) and PATTERN.search(name)), None):
         problem = f"the path {odd} holds one of * ? [, which DuckDB takes for a pattern"
         raise UserError(problem, fix="give the folder a name without it")
     config: dict[str, Any] = {"memory_limit": memory, "temp_directory": str(spill)}

@@ -320,12 +320,12 @@ def _run_share(build: BuildContext, inputs: BuildInputs, share: Share) -> None:
 
 def _check_out(out: Path) -> None:
     """Refuse, before any work, an output folder that cannot be written or that DuckDB could not name."""
-    path = str(out) if is_remote(out) else str(out.resolve())
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file", allowed="an existing or a new folder", fix="give another --out")
-    if patterns := sorted(set("*?[]") & set(path)):
+    path, odd = (str(out), "*?[") if is_remote(out) else (str(out.resolve()), "?\\")
+    if characters := sorted(set(odd) & set(path)):
         raise UserError(
-            f"the path {path} holds {' '.join(patterns)}, which DuckDB takes for a pattern",
+            f"the path {path} holds {' '.join(characters)}, which DuckDB takes for a pattern or a folder",
             fix="give --out a path without it",
         )
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from labels import Formula
 from labels.idf import idf_weights, read_idf
 from labels.manifest import COUNTS, TOKENS, Manifest, ShardPart, read_manifest
-from labels.storage import Layout, UserError, atomic_write, is_remote, local_copy, utf8_path, write_whole
+from labels.storage import Layout, UserError, atomic_write, is_remote, library_path, local_copy, write_whole
 from labels.subset import quoted
 from labels.terminal import count
 
@@ -116,7 +116,7 @@ def _frequencies(query: str, files: Sequence[Path], vocabulary: int, memory: str
         with duckdb.connect(config=config) as con:
             if is_remote(files[0]):
                 con.register_filesystem(files[0].fs)  # type: ignore[attr-defined]  # a UPath
-            counted = con.sql(query, params=[[str(utf8_path(file)) for file in files]]).to_arrow_table()
+            counted = con.sql(query, params=[[str(library_path(file)) for file in files]]).to_arrow_table()
     except duckdb.OutOfMemoryException as error:
         raise UserError(
             f"build.duckdb_memory = {memory} is too little to count in: {error}", fix="raise it, e.g. to 1GiB"
@@ -170,7 +170,7 @@ def write_idf_duckdb(
             con.execute("CREATE VIEW labels AS SELECT * FROM read_parquet('labels/*.parquet')")
             if (token_count := tokens) is None:
                 query = "SELECT coalesce(sum(len(token_ids)), 0) FROM read_parquet($1)"
-                [(token_count,)] = con.execute(query, [f"{utf8_path(everywhere)}/*.parquet"]).fetchall()
+                [(token_count,)] = con.execute(query, [f"{library_path(everywhere)}/*.parquet"]).fetchall()
             con.execute(_CORPUS, [captions, formula, tokenizer, fingerprint, token_count])
             con.execute(_SHARDS)
             insert = "INSERT INTO shards VALUES ($1, $2, $3, MAP($4::VARCHAR[], $5::BIGINT[]))"

@@ -28,9 +28,9 @@ from labels.storage import (
     disk_errors,
     fingerprint,
     is_remote,
+    library_path,
     own_partials,
     remove_partials,
-    utf8_path,
     write_json,
 )
 from labels.tokenizers.tokenizer import Tokenizer
@@ -334,7 +334,7 @@ def spill_folder(layout: Layout) -> Iterator[Path]:
     spill = layout.out / "spill.partial"
     try:
         with disk_errors(spill):
-            yield utf8_path(spill)
+            yield library_path(spill)
     finally:
         shutil.rmtree(spill, ignore_errors=True)
 

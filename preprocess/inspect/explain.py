@@ -11,12 +11,12 @@ from labels.config import load_pipeline
 from labels.explanation import DECODED, Explanation, explain_row
 from labels.manifest import Manifest, read_manifest
 from labels.settings import Pipeline
-from labels.storage import Layout, UserError, local_copy
+from labels.storage import Layout, UserError, local_copy, printable
 from labels.tokenizers.tokenizer import Tokenizer, make_tokenizer
 from preprocess.readers import read_rows
 from preprocess.readers.base import parse_caption_key
 from preprocess.readers.shards import Shard, find_shards
-from preprocess.stage import LabelMarker, read_marker
+from preprocess.stage import LabelMarker, read_inputs, read_marker
 
 
 def explain(out: Path, name: str, *, shard: str | None = None) -> Explanation:
@@ -69,12 +69,15 @@ def source_shard(layout: Layout, name: str) -> Shard | str:
     if marker is None:
         return "the path of the shard is not known any more"
     path = str(marker.source["path"])
+    inputs = read_inputs(layout) if "\\x" in path else None  # escaped by `printable`: only inputs.json has the bytes
+    if inputs:
+        path = next((shard.path for shard in inputs.shards if shard.name == name), path)
     try:
         shards = [replace(shard, name=name) for shard in find_shards([path]).shards]
     except (UserError, OSError):
-        return f"{Path(path).name} is no longer where it was"
+        return f"{printable(Path(path).name)} is no longer where it was"
     if len(shards) != 1 or shards[0].source != marker.source:
-        return f"{Path(path).name} has changed since the build"
+        return f"{printable(Path(path).name)} has changed since the build"
     return shards[0]
 
 

@@ -32,7 +32,7 @@ from labels.html import (
     weights,
 )
 from labels.manifest import Manifest, ShardPart, read_manifest
-from labels.storage import Layout, is_remote, printable, utf8_path
+from labels.storage import Layout, is_remote, library_path, printable
 from labels.subset import quoted
 from preprocess.inspect.explain import source_captions
 from preprocess.inspect.sql import open_tables
@@ -115,7 +115,7 @@ def _reasons(con: duckdb.DuckDBPyConnection, layout: Layout) -> list[Reason]:
     example = "{'shard': shard, 'key': key, 'detail': detail}"
     query = f"""
         SELECT stage, reason, count(*) AS samples, arg_min({example}, file_row_number, {_EXAMPLES})
-        FROM read_parquet({quoted(utf8_path(layout.quarantine))}, file_row_number = true)
+        FROM read_parquet({quoted(library_path(layout.quarantine))}, file_row_number = true)
         GROUP BY stage, reason ORDER BY samples DESC, stage, reason
     """
     return [

@@ -18,7 +18,7 @@ from rich.cells import cell_len, chop_cells, set_cell_size
 from rich.console import Console
 from rich.table import Table
 
-from labels.storage import Layout, UserError, is_remote, local_copy, utf8_path
+from labels.storage import Layout, UserError, is_remote, library_path, local_copy
 from labels.subset import quoted
 from labels.terminal import visible
 
@@ -45,11 +45,11 @@ def open_tables(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
                 con.register_filesystem(layout.out.fs)  # type: ignore[attr-defined]  # a UPath
             # The file's own view has a relative path, which a locked-down DuckDB resolves from the working directory.
             try:
-                files = quoted(utf8_path(layout.labels) / "*.parquet")
+                files = quoted(library_path(layout.labels) / "*.parquet")
                 con.execute(f"CREATE TEMP VIEW labels AS SELECT * FROM read_parquet({files})")
             except duckdb.Error as error:
                 raise UserError(f"{layout.labels} cannot be read: {error}", fix=verify) from None
-            con.execute(f"SET allowed_directories = [{quoted(utf8_path(layout.out))}]")
+            con.execute(f"SET allowed_directories = [{quoted(library_path(layout.out))}]")
             con.execute("SET enable_external_access = false")
             con.execute("SET lock_configuration = true")
             yield con

@@ -4,7 +4,6 @@
 part-0.parquet  pairs.csv  pairs.tsv                 a table is a shard itself, in a folder without tars
 """
 
-import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import BinaryIO, Literal
 from fsspec import AbstractFileSystem
 
 from labels.listing import Files, expand_names, file_state, full_name, list_files, open_name, unfinished_name
-from labels.storage import LONGEST_NAME, UserError, fit_name, printable
+from labels.storage import LONGEST_NAME, UserError, fit_name, plain_name, printable
 
 ShardKind = Literal["tar", "parquet", "csv"]
 
@@ -33,8 +32,6 @@ _CHANGE_MARKS = ("mtime", "LastModified", "last_modified", "updated", "created",
 _NAMES_SHOWN = 10
 # Longest name of a label file: `<shard>.parquet.<12 hex digits>.partial`.
 _LONGEST_SHARD = LONGEST_NAME - len(".parquet..partial") - 12
-# DuckDB reads these in the names of label files as a pattern or a folder; surrogates are bytes that are not UTF-8.
-_NOT_IN_NAMES = re.compile(r"[*?\[\\\udc80-\udcff]")
 
 
 @dataclass(frozen=True)
@@ -119,8 +116,7 @@ def shard_name(path: str) -> str:
 
 def valid_name(name: str) -> str:
     """A shard's name that can name its label file."""
-    escaped = _NOT_IN_NAMES.sub(lambda match: f"%{ord(match[0]) & 0xFF:02X}", name)
-    return fit_name(escaped, _LONGEST_SHARD)
+    return fit_name(plain_name(name), _LONGEST_SHARD)
 
 
 def _names(paths: Iterable[str]) -> str:
@@ -157,7 +153,8 @@ def _expand(name: str, source: str) -> tuple[list[Shard], list[str], Files]:
     listed = list_files(filesystem, path)
     part = name if name == source else f"{name} (of {source})"
     if listed is None:
-        raise UserError(f"{part} does not exist", allowed=_ALLOWED, fix=f"correct the name, or {_FIX}")
+        fix = _FIX if name == source else "correct the list: all that it names has to exist"
+        raise UserError(f"{part} does not exist", allowed=_ALLOWED, fix=fix)
     folder, files = listed.folder, listed.files
     _refuse_compressed(part, folder, files)
     kinds: dict[str, ShardKind] = {file: kind for file in files if (kind := _kind(file))}

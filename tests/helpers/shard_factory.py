@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from labels.storage import UserError
+from labels.storage import UserError, library_path
 from preprocess.cli import main
 
 Member = tuple[str, bytes]
@@ -149,7 +149,8 @@ def refused(data: Path | Sequence[Path | str], out: Path, *options: object) -> s
 
 def rows(out: Path) -> list[dict[str, Any]]:
     """All label rows, through the label files in file-name order."""
-    return [row for path in sorted((out / "labels").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    files = sorted((library_path(out) / "labels").glob("*.parquet"))
+    return [row for path in files for row in pq.read_table(path).to_pylist()]
 
 
 def quarantined(out: Path) -> list[tuple[str, str, str, str]]:

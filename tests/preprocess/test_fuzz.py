@@ -1,10 +1,11 @@
-"""A short stretch of the fuzz runs; `python tests/helpers/fuzz.py` and `fuzz_tables.py` run any number of inputs."""
+"""A short stretch of the fuzz runs; `python tests/helpers/fuzz.py`, `fuzz_tables.py`, `fuzz_paths.py` run any number."""
 
 from pathlib import Path
 
 import pytest
 
 from fuzz import fuzz
+from fuzz_paths import fuzz_paths
 from fuzz_tables import fuzz_tables
 
 
@@ -21,3 +22,8 @@ def test_a_short_fuzz_run_over_tables(tmp_path: Path, monkeypatch: pytest.Monkey
     assert total["unquoted, labelled"] > 100 and total["unquoted, read as quoted=False"] > 10
     assert total["quoted, labelled"] > 100 and total["quoted, read as quoted=True"] > 10
     assert total["mixed, refused: " + 'the quote (") that begins a field in line N does not end wit'] > 3
+
+
+def test_a_short_fuzz_run_over_names(tmp_path: Path) -> None:
+    total = fuzz_paths(60, 2, 20_241_130, tmp_path)
+    assert total["read"] > 50 and total["ignored"] > 5 and total["built"] > 0

@@ -172,7 +172,7 @@ def test_a_shard_made_by_hand_is_a_tar() -> None:
 # -- names that look like URLs, lists, braces
 
 
-@pytest.mark.parametrize("folder", ["run:1", "data:v1", "run::1", "a::b::c", "s3:", "zip:a", "{x}", "caf\udce9", "a b"])
+@pytest.mark.parametrize("folder", ["run:1", "data:v1", "run::1", "a::b::c", "s3:", "file:", "{x}", "caf\udce9", "a b"])
 @pytest.mark.parametrize(
     "name", ["0.tar", "x::1.tar", "run:1.tar", "file:0.tar", "a{b}c.tar", "caf\udce9.tar", "0.TAR"]
 )

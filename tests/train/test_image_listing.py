@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from image_folders import encoded, sample, write_folders, write_tar
 from labels.settings import Features, Pipeline
-from labels.storage import UserError, utf8_path
+from labels.storage import UserError, library_path
 from train.cli import cli
 from train.encoders.encoder import EncoderSpec
 from train.encoders.load import load_encoder
@@ -53,7 +53,7 @@ def test_names_that_are_not_utf8_are_in_results_and_splits(tmp_path: Path) -> No
     assert data.classes == (r"caf\xe9", "dog") and data.names == (r"caf\xe9", "dog")
     (row,) = (row for row in read_results([out]) if row.encoder == "pixels:2")
     assert row.metrics["top1"][0] is not None and len(list(cache.glob("*.npy"))) == 2
-    splits = pq.read_table(utf8_path(out.with_suffix(".splits.parquet")))
+    splits = pq.read_table(library_path(out.with_suffix(".splits.parquet")))
     assert set(splits["class"].to_pylist()) == {r"caf\xe9", "dog"}
     assert r"dog/\xfcber.png" in splits["key"].to_pylist() and r"caf\xe9/0.png" in splits["key"].to_pylist()
 

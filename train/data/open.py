@@ -23,7 +23,7 @@ from labels import beton
 from labels.arrays import Column, check_same_rows, open_rows, shards_needed, write_rows
 from labels.manifest import IMAGE_SPAN, read_manifest
 from labels.settings import Data, Train
-from labels.storage import Layout, UserError, fingerprint, is_remote, local_path, sha256_file, utf8_path
+from labels.storage import Layout, UserError, fingerprint, is_remote, library_path, local_path, sha256_file
 from labels.subset import (
     ROWS_AT_ONCE,
     UIDS,
@@ -252,7 +252,7 @@ def _row_counts(opened: OpenedSource, subset: str, metadata: str | None) -> np.n
     shards = [part for part in opened.manifest.shards if part.rows]
     if is_remote(out) or not shards:
         return counts
-    files = [str(utf8_path(Layout(out).label_file(part.name))) for part in shards]
+    files = [str(library_path(Layout(out).label_file(part.name))) for part in shards]
     with duckdb.connect(config={"python_enable_replacements": False}) as con:
         con.register("firsts", pa.table({"name": files, "first_row": [part.first_index for part in shards]}))
         try:
@@ -284,7 +284,7 @@ def _repeats(
             yield batch.column(0).to_numpy()[positions].astype(np.int64), count_in(row_uids, uids)
         return
     if subset.endswith(".parquet"):
-        file = quoted(utf8_path(local_path(subset)))
+        file = quoted(library_path(local_path(subset)))
         wanted = f"SELECT uid, count(*) AS repeats FROM read_parquet({file}) GROUP BY uid"
         table = con.sql(f"SELECT row, repeats FROM ({rows}) JOIN ({wanted}) USING (uid)")
     else:
@@ -299,7 +299,7 @@ def _with_metadata(con: duckdb.DuckDBPyConnection, rows: str, metadata: str | No
     if metadata is None:
         return con.sql(rows)
     path = local_path(metadata)
-    pattern = quoted(utf8_path(path) / "*.parquet" if path.is_dir() else path)
+    pattern = quoted(library_path(path) / "*.parquet" if path.is_dir() else path)
     own = {"uid", "key", "width", "height", "token_ids", "label_ids", "row"}
     more = [f'"{name}"' for name in con.sql(f"FROM read_parquet({pattern})").columns if name not in own]
     scores = f"SELECT DISTINCT ON (uid) {', '.join(['uid', *more])} FROM read_parquet({pattern})"

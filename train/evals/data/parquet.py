@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from labels.storage import UserError, utf8_path
+from labels.storage import UserError, library_path
 from train.evals.data.images import Sample, is_class
 
 _IMAGE_COLUMNS, _CLASS_COLUMNS = ("image", "img", "jpg"), ("label", "class", "fine_label")
@@ -43,7 +43,7 @@ class ParquetCell(NamedTuple):
 
 @lru_cache(_GROUPS_HELD)
 def _read_group(path: Path, modified_ns: int, group: int, column: str) -> pa.ChunkedArray:
-    with pq.ParquetFile(utf8_path(path)) as file:
+    with pq.ParquetFile(library_path(path)) as file:
         values = file.read_row_group(group, columns=[column]).column(0)
     return pa.chunked_array([chunk.field("bytes") for chunk in values.chunks]) if "." in column else values
 
@@ -57,7 +57,7 @@ def list_parquet(files: list[Path]) -> tuple[list[Sample], tuple[str, ...] | Non
     names: tuple[str, ...] | None = None
     for path in files:
         try:
-            with pq.ParquetFile(utf8_path(path)) as file:
+            with pq.ParquetFile(library_path(path)) as file:
                 schema = file.schema_arrow
                 image, label = _columns(path, schema)
                 if (listed := _class_names(schema, label)) != names and path != files[0]:
