@@ -195,7 +195,7 @@ def list_files(filesystem: AbstractFileSystem, path: str) -> Files | None:
         found = [name for name in matches if not os.path.isdir(name)]
     else:
         found = [str(name) for name in filesystem.glob(path)]
-    return _sorted_out(filesystem, path, found, folder=False) if found else None
+    return _sorted_out(filesystem, path, found, folder=False)
 
 
 def _sorted_out(filesystem: AbstractFileSystem, path: str, found: list[str], *, folder: bool) -> Files:

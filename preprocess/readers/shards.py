@@ -168,7 +168,7 @@ def _expand(name: str, source: str) -> tuple[list[Shard], list[str], Files]:
         problem = f"{part} holds no {known} file ({len(files)} other files{more})"
         raise UserError(problem, allowed=_ALLOWED, fix=_FIX)
     around = set(files) if folder else _siblings(filesystem, kinds)
-    marks = {file.removesuffix(_STATS) for file in around if file.endswith(_STATS)}
+    marks = {file.removesuffix(_STATS) for file in around if file.endswith(_STATS) and not file.endswith(f"/{_STATS}")}
     # A mark of no shard is another program's.
     marked = {_parent(mark) for mark in marks if around & {f"{mark}.tar", f"{mark}.parquet"}}
     complete, incomplete = [], []

@@ -1,4 +1,4 @@
-"""A short stretch of the fuzz runs; `python tests/helpers/fuzz.py`, `fuzz_tables.py`, `fuzz_paths.py` run any number."""
+"""A short stretch of the fuzz runs; `python tests/helpers/fuzz.py`, fuzz_tables.py and fuzz_paths.py run any number."""
 
 from pathlib import Path
 

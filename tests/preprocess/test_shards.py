@@ -221,7 +221,8 @@ def test_braces_as_in_webdataset(tmp_path: Path, pattern: str, names: list[str])
     files(tmp_path, *(f"{name.replace('--', '/')}.tar" for name in names))
     assert list(found(tmp_path / pattern)) == names
     (tmp_path / f"{names[-1].replace('--', '/')}.tar").unlink()
-    assert "does not exist" in refused(tmp_path / pattern), "the missing file is named"
+    message = refused(tmp_path / pattern)
+    assert str(tmp_path / names[-1].partition("--")[0]) in message.splitlines()[0], "what is missing is named"
 
 
 @pytest.mark.parametrize("name", ["{0..1}.tar", "{a,b}.tar", "{x}.tar", "{}.tar", "{1..b}.tar"])
