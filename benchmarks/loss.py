@@ -35,23 +35,26 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
 Step = Callable[[], None]
 
 
-def inputs(batch: int) -> Inputs:
+def inputs(batch: int, width: int = W, classes: int = V, device: torch.device | str = "cpu") -> Inputs:
     """Features, weight, bias (all with gradients), label ids and IDF."""
     generator, draw = torch.Generator().manual_seed(0), np.random.default_rng(0)
-    features = torch.randn(batch, W, generator=generator).requires_grad_()
-    weight = (torch.randn(V, W, generator=generator) * W**-0.5).requires_grad_()
-    frequency = 1 / np.arange(1, V + 1)
+    features = torch.randn(batch, width, generator=generator).to(device).requires_grad_()
+    weight = (torch.randn(classes, width, generator=generator) * width**-0.5).to(device).requires_grad_()
+    bias = torch.zeros(classes, device=device, requires_grad=True)
+    frequency = 1 / np.arange(1, classes + 1)
     frequency /= frequency.sum()
     label_ids = torch.full((batch, K), -1, dtype=torch.int32)
     for row, count in zip(label_ids, draw.poisson(13, batch).clip(0, K), strict=True):
-        ids = np.unique(draw.choice(V, count, p=frequency))
+        ids = np.unique(draw.choice(classes, count, p=frequency))
         row[: len(ids)] = torch.from_numpy(ids)
-    return features, weight, torch.zeros(V, requires_grad=True), label_ids, torch.from_numpy(-np.log(frequency)).float()
+    return features, weight, bias, label_ids.to(device), torch.from_numpy(-np.log(frequency)).float().to(device)
 
 
 def dense_targets(label_ids: torch.Tensor, idf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """y and w y, [B, V] each."""
-    y = torch.zeros(len(label_ids), V + 1).scatter_(1, label_ids.long() % (V + 1), 1.0)[:, :V]
+    classes = len(idf)
+    y = torch.zeros(len(label_ids), classes + 1, device=idf.device)
+    y = y.scatter_(1, label_ids.long() % (classes + 1), 1.0)[:, :classes]
     return y, y * idf
 
 
@@ -85,7 +88,7 @@ def dense_asl(logits: torch.Tensor, label_ids: torch.Tensor, idf: torch.Tensor) 
 def dense_two_way(logits: torch.Tensor, label_ids: torch.Tensor, idf: torch.Tensor) -> torch.Tensor:
     """Kobayashi, TwoWayLoss."""
     x, (y, _) = logits.float(), dense_targets(label_ids, idf)
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=x.device)
     for dim in (1, 0):
         has = (y > 0).any(dim=dim)
         p = 4 * torch.logsumexp(-x / 4 + torch.zeros_like(y).masked_fill(y == 0, -torch.inf), dim=dim)[has]
@@ -111,7 +114,7 @@ def step(side: str, name: str, precision: str, given: Inputs) -> Step:
     def run() -> None:
         for parameter in (features, weight, bias):
             parameter.grad = None
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=precision == "bf16"):
             if side == "fused":
                 loss = module(features, weight, bias, label_ids)
             else:
@@ -125,7 +128,7 @@ def products(features: torch.Tensor, weight: torch.Tensor, precision: str) -> St
     """Logits, and from them the two gradients."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     x, w = features.detach().to(dtype), weight.detach().to(dtype)
-    logits, into_x, into_w = x.new_empty(len(x), V), torch.empty_like(x), torch.empty_like(w)
+    logits, into_x, into_w = x.new_empty(len(x), len(w)), torch.empty_like(x), torch.empty_like(w)
 
     def run() -> None:
         torch.mm(x, w.T, out=logits)

@@ -7,6 +7,7 @@
 The loop and the checkpoints know neither: they call what `spread` returns, and use `local`, `whole` and `split_like`.
 """
 
+import inspect
 import os
 import sys
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,7 @@ from labels.storage import UserError
 
 _NOTE_AFTER_S = 15.0
 _START = "start all ranks with torchrun; for one process alone, `unset WORLD_SIZE`"
+_NEW_BUFFERS_OPTION = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13
 
 
 @dataclass(frozen=True)
@@ -205,9 +208,8 @@ def spread(model: nn.Module, parallel: str, world: World, split: nn.Linear | Non
     # Buffers matter for batch norm: then all ranks take those of the first one, which a checkpoint keeps.
     buffers = any(isinstance(module, _BatchNorm) for module in model.modules())
     devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=devices, forward_sync_buffers=buffers, gradient_as_bucket_view=True
-    )
+    option: dict[str, Any] = {"forward_sync_buffers" if _NEW_BUFFERS_OPTION else "broadcast_buffers": buffers}
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **option)
 
 
 def _split_outputs(layer: nn.Linear, mesh: DeviceMesh) -> None:
