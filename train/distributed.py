@@ -203,6 +203,9 @@ def spread(model: nn.Module, parallel: str, world: World, split: nn.Linear | Non
             for block in repeated_blocks(tower).values() if tower is not None else ():
                 fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, ignored_params=set(own.values()))
+        for module in model.modules() if world.device.type == "cpu" else ():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # torch 2.8's gloo sums where it should take the mean
         return model
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(own))
     # Buffers matter for batch norm: then all ranks take those of the first one, which a checkpoint keeps.

@@ -118,17 +118,17 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self._decay, self._live = decay, model.state_dict()
+        # The parameters themselves: FSDP may move the memory of an unevenly split one in the first step (torch 2.8).
+        self._decay, self._live = decay, model.state_dict(keep_vars=True)
         self.average = {name: tensor.detach().clone() for name, tensor in self._live.items()}
-        floating = [name for name, tensor in self._live.items() if tensor.is_floating_point()]
-        self._floats = [local(self._live[name]) for name in floating], [local(self.average[name]) for name in floating]
-        self._others = [name for name in self._live if name not in set(floating)]
+        self._floating = [name for name, tensor in self._live.items() if tensor.is_floating_point()]
+        self._others = [name for name in self._live if name not in set(self._floating)]
 
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor) -> None:
         """After step `step` (from 0); if `skipped` is 1.0 nothing changes."""
         weight = (1 - skipped) * (1 - min(self._decay, (1 + step) / (10 + step)))
-        live, average = self._floats
+        live, average = ([local(tensors[name]) for name in self._floating] for tensors in (self._live, self.average))
         difference = torch._foreach_sub(live, average)  # type: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(difference, weight)  # type: ignore[reportPrivateImportUsage]
         torch._foreach_add_(average, difference)  # type: ignore[reportPrivateImportUsage]
