@@ -382,19 +382,28 @@ def _check_usable(
     if not build.layout.manifest.is_file():  # a finished output folder keeps the table that its manifest names
         _write_quarantine(build.layout, parts)
     reasons = _reason_list(rejected)
+    fix = f"see {build.layout.quarantine}{_first_fault(build.layout, parts)}"
     if samples == 0:
         others = f"; {outside} are outside of the subset" if build.subset else ""
         raise UserError(
             f"the input gave no usable sample: {reasons or 'its shards are empty'}{others}",
             allowed="tars with an image (.jpg, .png, ...) and a caption (.txt, or `caption` in .json) for each key; "
             "tables with a caption",
-            fix=f"see {build.layout.quarantine}" if bad else None,
+            fix=fix if bad else None,
         )
     raise UserError(
         f"{bad:,} of {count(total, 'sample')} are bad ({bad / total:.1%}): {reasons}",
         allowed=f"build.max_bad_fraction = {limit:.1%}",
-        fix=f"see {build.layout.quarantine}; raise the limit with --set build.max_bad_fraction=...",
+        fix=f"{fix}; raise the limit with --set build.max_bad_fraction=...",
     )
+
+
+def _first_fault(layout: Layout, parts: list[ShardPart]) -> str:
+    """What was wrong with the first rejected sample of the label stage, or with its tar, and how to fix it."""
+    for part in parts:
+        for key, reason, detail in read_faults(layout.label_marker(part.name))[:1] if part.quarantined else []:
+            return f" (the first: {part.name}{key and f', {key}'}: {reason}: {detail})"
+    return ""
 
 
 def _reason_list(rejected: Counter[str]) -> str:

@@ -15,7 +15,7 @@ Header scan, plan and writer see only spans. R label rows, S samples of a tar, W
 
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -25,11 +25,12 @@ import pyarrow.compute as pc
 
 from labels.listing import open_name
 from labels.storage import UserError, is_url, printable
+from labels.tars import TAR_REASONS
 from preprocess.readers import read_rows, reads_side
 from preprocess.readers.base import IMAGE_SUFFIXES, Choice, Fault, ScratchFile, map_file
 from preprocess.readers.shards import Shard
 from preprocess.readers.table import Table, TableDamaged, identified, identity_columns, open_table
-from preprocess.readers.tar import REPEATED, Sample, walk, wanted_suffixes
+from preprocess.readers.tar import Sample, walk, wanted_suffixes
 from preprocess.readers.tar_index import gather_strings, index_data
 
 _BYTES_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
@@ -76,7 +77,7 @@ def _of_tar(
 ) -> ShardImages:
     wanted = wanted_suffixes(choices)
     index = index_data(data, wanted) if len(data) == shard.bytes else None
-    samples, members, cut = (index.keys, index.spans, None) if index else _walked(file, len(data), wanted)
+    samples, members, lost = (index.keys, index.spans, {}) if index else _walked(file, len(data), wanted)
     images = members[:, [wanted.index(suffix) for suffix in IMAGE_SUFFIXES]]  # [S, suffixes, 2]
     first = (images[:, :, 0] >= 0).argmax(axis=1)
     sample_spans = images[np.arange(len(images)), first]
@@ -90,13 +91,12 @@ def _of_tar(
         return ShardImages(data, spans, {})
     texts = np.where(missing[:, None], -1, members[numbers, wanted.index("txt")]) if len(members) else spans
     differs = ~_same_captions(shard, keys, choices, gather_strings(data, texts))
-    absent = (cut.reason, cut.detail) if cut else ("not in the tar", "the side Parquet has it")
-    different = ("caption differs", "the tar's txt is not the side Parquet's caption")
-    faults = {
-        int(row): Fault(keys[int(row)].as_py(), reason, detail)
-        for rows, (reason, detail) in ((missing, absent), (differs, different))
-        for row in np.flatnonzero(rows)
-    }
+    different = Fault("", "caption differs", "the tar's txt is not the side Parquet's caption")
+    absent = lost.get("", Fault("", "not in the tar", "the side Parquet has it"))
+    faults: dict[int, Fault] = {}
+    for row in np.flatnonzero(missing | differs).tolist():
+        key = keys[row].as_py()
+        faults[row] = replace(different if differs[row] else lost.get(key, absent), key=key)
     spans[differs] = -1
     return ShardImages(data, spans, faults)
 
@@ -118,17 +118,19 @@ def _same_captions(
     return pc.fill_null(pc.equal(captions, texts), True).to_numpy(zero_copy_only=False)
 
 
-def _walked(file: BinaryIO, size: int, wanted: tuple[str, ...]) -> tuple[pa.StringArray, np.ndarray, Fault | None]:
-    """Of a tar that only `walk` can read: keys [S], spans int64 [S, W, 2] of wanted members, what ended it early."""
+def _walked(file: BinaryIO, size: int, wanted: tuple[str, ...]) -> tuple[pa.StringArray, np.ndarray, dict[str, Fault]]:
+    """Of a tar that only `walk` can read: keys [S], spans int64 [S, W, 2] of wanted members, and faults by key: "" is
+    what ended the tar early.
+    """
     keys: list[str] = []
-    spans, cut = [], None
+    spans, faults = [], {}
     for sample in walk(file, size):
         if isinstance(sample, Sample):
             keys.append(sample.key)
             spans.append([sample.members.get(suffix, (-1, -1)) for suffix in wanted])
-        elif sample.reason != REPEATED:
-            cut = sample
-    return pa.array(keys, pa.string()), np.array(spans, np.int64).reshape(len(keys), len(wanted), 2), cut
+        else:
+            faults["" if sample.reason in TAR_REASONS else sample.key] = sample
+    return pa.array(keys, pa.string()), np.array(spans, np.int64).reshape(len(keys), len(wanted), 2), faults
 
 
 # -- images of tables

@@ -7,7 +7,8 @@
 The rows are the same either way. `Sample.read` reads one member; `_plain_rows` takes the members of healthy tars in
 bulk. `read_row` is the reference: it decides what a row is, and why a sample is rejected. A caption that is not UTF-8
 becomes a Fault in `_caption` (tables: columns.row_captions), a json that is not UTF-8 one in `_metadata`.
-The key is everything before the first dot of the basename; members without key or suffix belong to no sample.
+The key is everything before the first dot of the basename; members without key or suffix belong to no sample. A sample
+with a member that cannot be read in place (sparse, a symbolic link) is rejected: labels/tars.py lists them.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -15,9 +16,8 @@ The key is everything before the first dot of the basename; members without key 
 
 import io
 import json
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from labels.storage import is_url
+from labels.tars import ADJACENT, AFTER_END, SORT_FIX, TAR_REASONS, TarFault, split_name, tar_members
 from preprocess.betons.images import image_size
 from preprocess.readers.base import (
     BATCH_ROWS,
@@ -43,13 +44,8 @@ from preprocess.readers.base import (
 from preprocess.readers.shards import Shard
 from preprocess.readers.tar_index import TarIndex, gather_strings, index_tar
 
-REPEATED = "repeated key"
-"""The reason of a Fault that is one sample's; any other of `walk` ends the tar."""
-
-_MAX_HEADER_BYTES = 1 << 24
+REPEATED, APART = "repeated key", "members not adjacent"
 _HEAD_BYTES = 1 << 16  # of an image, for its size
-# Also what tarfile lets through from numbers and lengths that no writer writes.
-_DAMAGED = (tarfile.TarError, EOFError, OSError, ValueError, ArithmeticError, LookupError, RecursionError, TypeError)
 _JSON_FIELDS = {"uid": pa.string(), "width": pa.int32(), "height": pa.int32()}
 
 
@@ -116,6 +112,7 @@ def _of_tars(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
 
 
 def _walked(shard: Shard, choices: tuple[Choice, ...]) -> Iterator[RowBatch]:
+    """All faults come with the last batch: only then it is known which samples lack members that come later."""
     rows: list[Row] = []
     faults: list[Fault] = []
     with shard.open() as file:
@@ -126,9 +123,19 @@ def _walked(shard: Shard, choices: tuple[Choice, ...]) -> Iterator[RowBatch]:
             else:
                 rows.append(row)
             if len(rows) == BATCH_ROWS:
-                yield RowBatch(_table(rows), faults)
-                rows, faults = [], []
-    yield RowBatch(_table(rows), faults)
+                yield RowBatch(_table(rows), [])
+                rows = []
+    yield RowBatch(_table(rows), _one_of_each_sample(faults))
+
+
+def _one_of_each_sample(faults: list[Fault]) -> list[Fault]:
+    """Of a sample whose members are apart, that fault alone, and not what each part lacks."""
+    apart = {fault.key: fault for fault in reversed(faults) if fault.reason == APART}
+    kept: dict[int | str, Fault] = {}
+    for number, fault in enumerate(faults):
+        is_apart = fault.key in apart and fault.reason not in (REPEATED, *TAR_REASONS)
+        kept[fault.key if is_apart else number] = apart[fault.key] if is_apart else fault
+    return list(kept.values())
 
 
 def _table(rows: list[Row]) -> pa.Table:
@@ -139,82 +146,45 @@ def _table(rows: list[Row]) -> pa.Table:
 
 
 def walk(file: BinaryIO, size: int) -> Iterator[Sample | Fault]:
-    """All samples of a tar of `size` bytes in order, by walking its headers; a cut or damaged tar ends with a Fault."""
+    """All samples of a tar of `size` bytes in order, by walking its headers; a cut or damaged tar ends with a Fault.
+
+    The first members of a key are its sample: later ones are a Fault, REPEATED or APART.
+    """
     key = ""
     members: dict[str, tuple[int, int]] = {}
-    seen: set[str] = set()
+    problem: TarFault | None = None  # the first of these members
+    seen: dict[str, tuple[str, ...]] = {}  # key -> suffixes
 
     def finished() -> Sample | Fault:
-        repeated = Fault(key, REPEATED, "the key occurred before in this tar")
-        return repeated if key in seen else Sample(key, members, file)
+        earlier = seen.get(key)
+        seen[key] = (*(earlier or ()), *members)
+        if earlier is None:
+            return Fault(key, problem.reason, str(problem)) if problem else Sample(key, members, file)
+        if not members.keys().isdisjoint(earlier):
+            return Fault(key, REPEATED, "the key occurred before in this tar")
+        detail = f"{', '.join(members)} after other samples; allowed: {ADJACENT}; {SORT_FIX}"
+        return Fault(key, APART, detail)
 
-    for member in _headers(file, size):
-        if isinstance(member, Fault):
-            # The current key may lack members: it is lost with the rest of the tar.
-            yield replace(member, key=key)
-            return
-        next_key, suffix = _key_and_suffix(member)
-        if not next_key:
-            continue
-        if next_key != key or suffix in members:
-            if key:
-                yield finished()
-                seen.add(key)
-            key, members = next_key, {}
-        members[suffix] = member.offset_data, member.offset_data + member.size
+    try:
+        for member in tar_members(file, size):
+            next_key, suffix = split_name(member.name)
+            if not next_key:
+                continue
+            if next_key != key or suffix in members:
+                if key:
+                    yield finished()
+                key, members, problem = next_key, {}, None
+            members[suffix] = member.begin, member.end
+            problem = problem or member.problem
+    except TarFault as fault:
+        if fault.reason == AFTER_END and key:
+            yield finished()
+            key = ""
+        # Elsewhere the current key may lack members: it is lost with the rest of the tar.
+        yield Fault(key, fault.reason, str(fault))
+        return
     if key:
         yield finished()
-
-
-class _Headers:
-    """A tar's bytes for tarfile, for headers alone: a damaged length makes no huge read and no huge buffer."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, count: int) -> bytes:
-        return self._file.read(min(count, _MAX_HEADER_BYTES))
-
-
-def _headers(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo | Fault]:
-    """Every member's header; at the first fault a Fault without a key, and no more."""
-    try:
-        headers: Any = _Headers(file)
-        archive = tarfile.open(fileobj=headers, mode="r:", errors="surrogateescape")  # noqa: SIM115  (closed by the caller)
-    except _DAMAGED as error:
-        yield Fault("", "not a tar", str(error))
-        return
-    while True:
-        try:
-            member = archive.next()
-        except _DAMAGED as error:
-            yield Fault("", "tar cut or damaged", f"after byte {archive.offset}: {error}")
-            return
-        if member is None:
-            # tarfile ends silently at a damaged header and where the end mark is missing.
-            file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                yield Fault("", "tar cut or damaged", f"neither a header nor the end mark at byte {archive.offset}")
-            return
-        yield member
-        end = member.offset_data + member.size
-        if not member.offset_data <= end <= size:
-            yield Fault("", "tar cut or damaged", f"{_printable(member.name)} would end at byte {end} of {size}")
-            return
-        archive.members.clear()  # tarfile keeps every header it has seen
-
-
-def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Key (with the folder) and lower-case suffix; the key is empty where the member belongs to no sample."""
-    folder, slash, base = _printable(member.name).rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return (folder + slash + stem if member.isreg() and stem and suffix else "", suffix.lower())
-
-
-def _printable(name: str) -> str:
-    """A member name that fits a UTF-8 table: undecodable bytes become escapes."""
-    return name.encode("utf8", "surrogateescape").decode("utf8", "backslashreplace")
 
 
 # -- one sample to one row

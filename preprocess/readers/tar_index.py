@@ -1,8 +1,9 @@
 """The members of a healthy tar from its headers alone, compiled: local tar -> TarIndex, the spans of all members.
 
-Only healthy tars are read: anything out of the ordinary (long or non-ASCII names, links, damaged headers, repeated
-keys, no end mark) gives None, and `preprocess.readers.tar.walk` reads the tar instead. So the text of every fault comes
-from one function, the reference; tests/helpers/fuzz.py compares both on mutated tars.
+Only healthy tars are read: anything out of the ordinary (long or non-ASCII names, links, sparse files, damaged headers,
+repeated keys, no end mark, bytes after it that are no tar) gives None, and `preprocess.readers.tar.walk` reads the tar
+instead. So the text of every fault comes from one function, the reference; tests/helpers/fuzz.py compares both on
+mutated tars.
 
 Shapes: M members, S samples, W wanted suffixes.
 """
@@ -94,12 +95,12 @@ def _index(data: np.ndarray, members: np.ndarray) -> tuple[int, int]:
         if offset + 512 > size:
             return _ODD, 0
         if data[offset] == 0:
-            if described:  # the member that the PAX records are about is missing
+            offset = _skip_zeros(data, offset)
+            if described or offset < 0:  # the member that the PAX records are about is missing, or it is no end mark
                 return _ODD, 0
-            for i in range(offset, offset + 512):
-                if data[i] != 0:
-                    return _ODD, 0
-            return count, sample + 1
+            if offset == size:
+                return count, sample + 1
+            continue  # another tar, as after `cat`
         kind = data[offset + 156]
         length = _octal(data, offset + 124, offset + 136)
         if length < 0 or not _checksum_fits(data, offset) or not _plain_numbers(data, offset):
@@ -136,6 +137,20 @@ def _index(data: np.ndarray, members: np.ndarray) -> tuple[int, int]:
             members[count, 3], members[count, 4], members[count, 5] = length, dot, sample
             count += 1
         offset = body + (length + 511) // 512 * 512
+
+
+@njit(nogil=True, cache=True)
+def _skip_zeros(data: np.ndarray, offset: int) -> int:
+    """Begin of the first block after `offset` that does not begin with a zero, or the length of the tar; _ODD: other
+    bytes are in between.
+    """
+    while offset < len(data) and data[offset] == 0:
+        end = min(offset + 512, len(data))
+        for i in range(offset, end):
+            if data[i] != 0:
+                return _ODD
+        offset = end
+    return offset
 
 
 @njit(nogil=True, cache=True)

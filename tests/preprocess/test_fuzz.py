@@ -1,4 +1,4 @@
-"""A short stretch of the fuzz runs; `python tests/helpers/fuzz.py`, fuzz_tables.py and fuzz_paths.py run any number."""
+"""Short stretches of the fuzz runs; `python tests/helpers/fuzz.py`, fuzz_{paths,tables,tars}.py run any number."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 from fuzz import fuzz
 from fuzz_paths import fuzz_paths
 from fuzz_tables import fuzz_tables
+from fuzz_tars import fuzz_tars
 
 
 def test_a_short_fuzz_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +28,10 @@ def test_a_short_fuzz_run_over_tables(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_short_fuzz_run_over_names(tmp_path: Path) -> None:
     total = fuzz_paths(60, 2, 20_241_130, tmp_path)
     assert total["read"] > 50 and total["ignored"] > 5 and total["built"] > 0
+
+
+def test_a_short_fuzz_run_over_the_structure_of_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    total = fuzz_tars(400, 20_261_130, tmp_path)
+    assert min(total[reason] for reason in ("labelled", "sparse member", "link", "tar cut or damaged")) > 5
+    assert min(total[reason] for reason in ("bytes after the end of the tar", "members not adjacent")) > 5

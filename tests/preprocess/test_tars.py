@@ -61,16 +61,6 @@ def test_reading_in_part_and_a_missing_member() -> None:
     assert (first.read("txt", 5), first.read("png"), first.image_suffix) == (b"one t", None, "jpg")
 
 
-def test_folders_and_links_are_no_members() -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, kind in (("d.jpg", tarfile.DIRTYPE), ("l.jpg", tarfile.SYMTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
-            archive.addfile(info)
-    assert walked(buffer.getvalue()) == ({}, [])
-
-
 def test_a_name_that_is_not_utf8_becomes_printable() -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as archive:
@@ -99,9 +89,7 @@ def test_an_empty_tar_has_no_sample() -> None:
     assert walked(tar_bytes([])) == ({}, [])
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"not a tar at all", b"PK\x03\x04" + b"z" * 2000, b"\x1f\x8b" + b"\0" * 2000, tar_bytes(THREE)[:300]]
-)
+@pytest.mark.parametrize("data", [b"", b"not a tar at all", b"PK\x03\x04" + b"z" * 2000, tar_bytes(THREE)[:300]])
 def test_a_file_that_is_no_tar_is_one_fault(data: bytes) -> None:
     assert walked(data) == ({}, [("", "not a tar")])
 

@@ -1,5 +1,6 @@
 """Labelled images in both layouts: what is found, what is refused, and how an image becomes pixels."""
 
+import gzip
 import io
 import tarfile
 from collections import Counter
@@ -12,6 +13,7 @@ from PIL import Image
 from fuzz_images import Input, fuzz_images
 from image_folders import encoded, sample, write_folders, write_tar
 from labels.storage import UserError
+from tar_parts import BLOCK, END, SPARSE_KINDS, head, member, sparse
 from train.evals.data.sets import load_data, load_pair
 from train.evals.features import DECODE_FAULTS, decode, decode_crop
 
@@ -123,6 +125,53 @@ def test_a_cut_tar_is_never_taken_for_whole(tmp_path: Path, held_out: Path) -> N
         (tmp_path / "train" / "cut.tar").write_bytes(content[:cut])
         text = refusal(tmp_path / "train", held_out)
         assert "cut.tar" in text and "fetch or write this shard again" in text, cut
+
+
+def test_joined_tars_and_hard_links_are_read_and_stray_members_ignored(tmp_path: Path, held_out: Path) -> None:
+    first = write_tar(tmp_path / "a.tar", [*sample("1", "cat"), ("README", b"x"), ("._2.jpg", b"Mac OS X")])
+    linked = head("2.jpg", 0, tarfile.LNKTYPE, "1.jpg") + member("2.cls", b"dog")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "0.tar").write_bytes(first.read_bytes() + linked + END)
+    train = load_pair(tmp_path / "train", held_out).train
+    assert train.keys == ["0.tar/1", "0.tar/2"] and train.classes == ("cat", "dog")
+    assert train.encoded[0].read() == train.encoded[1].read() == sample("1", "cat")[0][1]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        *[
+            (
+                sparse("1.jpg", bytes(4 * BLOCK) + b"x" * BLOCK, [(4 * BLOCK, BLOCK)], kind)
+                + member("1.cls", b"cat")
+                + END,
+                ["sparse member: 1.jpg is stored without its holes", "fix: unpack the tar, and write it again without"],
+            )
+            for kind in SPARSE_KINDS
+        ],
+        (
+            head("1.jpg", 0, tarfile.SYMTYPE, "/x.jpg") + member("1.cls", b"cat") + END,
+            ["link: 1.jpg is a symbolic link to /x.jpg", "fix: write the tar again with --dereference"],
+        ),
+        (
+            member("1.jpg", b"x") + member("1.cls", b"cat") + END + b"<html>",
+            ["6 bytes after the end mark", "truncate -s"],
+        ),
+        (gzip.compress(member("1.jpg", b"x") + END), ["compressed tar: it is gzip-compressed", "fix: unpack it: mv"]),
+        (
+            member("1.jpg", b"x") + member("2.jpg", b"x") + member("1.cls", b"a") + member("2.cls", b"b") + END,
+            ["members of the sample '1' are apart: jpg; cls", "next to each other", "fix: sort it: "],
+        ),
+    ],
+    ids=[*SPARSE_KINDS, "symbolic link", "bytes after the end", "gzip", "members apart"],
+)
+def test_a_tar_that_cannot_be_read_in_place_is_refused(
+    tmp_path: Path, held_out: Path, content: bytes, expected: list[str]
+) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "t.tar").write_bytes(content)
+    text = refusal(tmp_path / "train", held_out)
+    assert "t.tar" in text and all(part in text for part in expected), text
 
 
 def test_decode_resizes_the_shorter_side_and_crops_the_centre() -> None:

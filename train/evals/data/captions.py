@@ -19,14 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from labels.storage import UserError, local_path, printable
-from train.evals.data.images import (
-    CaptionedImages,
-    FileSpan,
-    check_overlap,
-    image_member,
-    list_tars,
-    tar_members,
-)
+from train.evals.data.images import CaptionedImages, FileSpan, check_overlap, image_member, list_tars, read_tar
 from train.evals.data.sets import first_file, missing
 
 _IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images", "images", ".")
@@ -146,11 +139,10 @@ def read_pairs(directory: Path) -> Parts:
 def _pairs(directory: Path, part: str) -> CaptionedImages:
     samples = []
     for path in list_tars(directory / part):
-        for tar, key, fields in tar_members(path):
-            text = tar.extractfile(fields["txt"]) if "txt" in fields else None
-            if text is None:
+        for key, fields in read_tar(path):
+            if "txt" not in fields:
                 raise UserError(f"{path}: the sample {key!r} has no txt", allowed="<key>.jpg with <key>.txt")
-            caption = text.read().decode("utf-8-sig", "replace").strip()
+            caption = fields["txt"].read().decode("utf-8-sig", "replace").strip()
             samples.append((f"{path.name}/{key}", [caption], image_member(path, key, fields)))
     return CaptionedImages.of(directory / part, _PART_NAMES.get(part, part), samples)
 

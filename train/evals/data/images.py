@@ -12,18 +12,17 @@ N samples, C classes.
 import hashlib
 import json
 import os
-import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from labels.storage import UserError, fingerprint, printable, write_json
+from labels.tars import ADJACENT, SORT_FIX, TarFault, split_name, tar_members
 from labels.terminal import visible
 
 IMAGE_SUFFIXES = ("bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
@@ -270,63 +269,70 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     return visible
 
 
-def tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, str, dict[str, tarfile.TarInfo]]]:
-    """The samples of one tar, in order: the open tar, key, members by ending. The key ends at a basename's first dot.
+def read_tar(path: Path) -> list[tuple[str, dict[str, FileSpan]]]:
+    """The samples of one tar, in order: key, and members by suffix.
 
-    Raises UserError wherever the tar is damaged or cut.
+    Raises:
+        UserError: the tar is damaged or cut, or members cannot be read in place, or are repeated or apart.
     """
+    samples: list[tuple[str, dict[str, FileSpan]]] = []
     try:
-        with tarfile.open(path, "r:") as tar:
-            members = [member for member in tar if member.isfile()]
-            _check_end(tar, path)
-            for key, group in groupby(members, lambda member: _split_key(member.name)[0]):
-                fields: dict[str, tarfile.TarInfo] = {}
-                for member in group:
-                    ending = _split_key(member.name)[1]
-                    if fields.setdefault(ending, member) is not member:
-                        problem = f"{path}: the sample {key!r} has two members .{ending}"
-                        raise UserError(problem, allowed="one of each ending")
-                yield tar, key, fields
-    except (tarfile.TarError, EOFError, OSError) as error:
+        with open(path, "rb") as file:
+            for member in tar_members(file, os.fstat(file.fileno()).st_size):
+                key, suffix = split_name(member.name)
+                if not key:
+                    continue
+                if member.problem:
+                    raise member.problem
+                if not samples or samples[-1][0] != key:
+                    samples.append((key, {}))
+                if suffix in samples[-1][1]:
+                    problem = f"{path}: the sample {key!r} has two members .{suffix}"
+                    raise UserError(problem, allowed="one of each suffix")
+                samples[-1][1][suffix] = FileSpan(path, member.begin, member.end - member.begin)
+    except TarFault as error:
+        raise UserError(f"{path}: {error.reason}: {error.detail}", fix=error.fix or _SHARD_FIX) from None
+    except OSError as error:
         raise UserError(f"{path} cannot be read to its end: {error}", fix=_SHARD_FIX) from None
+    _check_adjacent(path, samples)
+    return samples
 
 
-def image_member(path: Path, key: str, fields: dict[str, tarfile.TarInfo]) -> FileSpan:
+def _check_adjacent(path: Path, samples: list[tuple[str, dict[str, FileSpan]]]) -> None:
+    first: dict[str, dict[str, FileSpan]] = {}
+    for key, fields in samples:
+        if first.setdefault(key, fields).keys().isdisjoint(fields):
+            problem = f"{path}: members of the sample {key!r} are apart: {', '.join(first[key])}; {', '.join(fields)}"
+            raise UserError(problem, allowed=ADJACENT, fix=SORT_FIX)
+
+
+def image_member(path: Path, key: str, fields: dict[str, FileSpan]) -> FileSpan:
     """The one image among the members of a sample."""
-    images = [member for ending, member in fields.items() if ending in IMAGE_SUFFIXES]
+    images = [member for suffix, member in fields.items() if suffix in IMAGE_SUFFIXES]
     if len(images) != 1:
         raise UserError(
             f"{path}: the sample {key!r} has {len(images)} images (members: {', '.join(fields)})",
-            allowed=f"one member with an ending of {', '.join(IMAGE_SUFFIXES)}",
+            allowed=f"one member with a suffix of {', '.join(IMAGE_SUFFIXES)}",
         )
-    return FileSpan(path, images[0].offset_data, images[0].size)
+    return images[0]
 
 
-def _shard_samples(path: Path) -> Iterator[Sample]:
-    for tar, key, fields in tar_members(path):
-        label = _class_of(tar, path, key, fields)
-        yield Sample(f"{path.name}/{key}", label, image_member(path, key, fields))
+def _shard_samples(path: Path) -> list[Sample]:
+    return [
+        Sample(f"{path.name}/{key}", _class_of(path, key, fields), image_member(path, key, fields))
+        for key, fields in read_tar(path)
+    ]
 
 
-def _check_end(tar: tarfile.TarFile, path: Path) -> None:
-    """A tar ends with blocks of zeros. tarfile does not notice when it was cut between two members."""
-    with open(path, "rb") as file:
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            problem = f"{path} is cut or damaged at byte {tar.offset:,}: no end-of-archive block there"
-            raise UserError(problem, allowed="a whole tar", fix=_SHARD_FIX)
-
-
-def _class_of(tar: tarfile.TarFile, path: Path, key: str, fields: dict[str, tarfile.TarInfo]) -> str:
+def _class_of(path: Path, key: str, fields: dict[str, FileSpan]) -> str:
     """The text of <key>.cls, or `class` in <key>.json: a string, or a whole number as its digits."""
     where = f"{path}: the sample {key!r}"
     member = fields.get("cls") or fields.get("json")
-    file = tar.extractfile(member) if member else None
-    if file is None:
+    if member is None:
         allowed = '<key>.json with {"class": "name"}, or <key>.cls'
         raise UserError(f"{where} has no json", allowed=allowed, fix=_CLASS_FIX)
     try:
-        content = {"class": file.read().decode().strip()} if "cls" in fields else json.loads(file.read())
+        content = {"class": member.read().decode().strip()} if "cls" in fields else json.loads(member.read())
     except ValueError as error:  # both JSON and UTF-8 faults
         raise UserError(f"{where} has a json that cannot be read: {error}", fix=_CLASS_FIX) from None
     label = content.get("class") if isinstance(content, dict) else None
@@ -342,13 +348,6 @@ def _class_of(tar: tarfile.TarFile, path: Path, key: str, fields: dict[str, tarf
 
 def is_class(value: Any) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
-
-
-def _split_key(name: str) -> tuple[str, str]:
-    """`a/b.seg.PNG` -> (`a/b`, `seg.png`)."""
-    folder, slash, base = name.rpartition("/")
-    key, _, ending = base.partition(".")
-    return folder + slash + key, ending.lower()
 
 
 # Test images that are also in the training part, found by their bytes, whatever their names: an error in the user's own
