@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from labels import Formula
+from labels import Combination, Formula
 
 LOSSES = "train.losses.kinds"
 EVALUATORS = "train.evals.kinds"
@@ -176,6 +176,19 @@ class Model(Section):
     compile: Annotated[bool, MAY_CHANGE] = False
 
 
+class Validation(Section):
+    held_out: Annotated[float, Field(gt=0, le=0.5)] | Annotated[str, Field(min_length=1)] | None = None
+    every_samples: Annotated[PositiveCount, MAY_CHANGE] = 1_000_000
+    samples: Annotated[PositiveCount, MAY_CHANGE] = 10_000
+
+
+class Visual(Section):
+    combination: Combination = "idf*gain"
+    floor: Annotated[float, Field(ge=0)] = 0.01
+    at: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = [0.1, 0.3]
+    samples: PositiveCount = 50_000
+
+
 class Data(Section):
     threads: Annotated[NotNegative, MAY_CHANGE] = 0
     prefetch: Annotated[Size, MAY_CHANGE] = 2**30
@@ -271,6 +284,9 @@ class Train(Section):
     batch_size: Positive = 1024
     model: Model = Model()
     data: Data = Data()
+    validation: Validation = Validation()
+    weights: Annotated[str, Field(min_length=1)] = "idf"
+    visual: Visual = Visual()
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     runtime: Runtime = Runtime()
@@ -287,6 +303,10 @@ class Train(Section):
         if self.batch_size % self.runtime.accumulation:
             given = f"batch_size is {self.batch_size}, runtime.accumulation {self.runtime.accumulation}"
             raise ValueError(f"{given}; allowed: a divisor of batch_size")
+        if self.weights == "visual" and self.validation.held_out is None:
+            raise ValueError("weights is visual, validation.held_out is null; allowed: held-out samples, e.g. 0.02")
+        if self.weights != "idf" and not self.loss.idf:
+            raise ValueError(f"weights is {self.weights}, loss.idf is false; allowed: true")
         return self
 
 

@@ -401,12 +401,13 @@ def idf_command(
 @cli.command("sql")
 @click.argument("out", callback=parse_out)
 @click.argument("query")
+@click.option("--visual", type=_path, help="A table of `train weigh`: `tokens` gets its columns.")
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
-def sql_command(out: Path, query: str, form: str) -> None:
+def sql_command(out: Path, query: str, visual: Path | None, form: str) -> None:
     """Query the tables of an output folder (tokens, corpus, shards, labels) with SQL, read-only."""
     from preprocess.inspect.sql import run_query
 
-    run_query(out, query, form)  # type: ignore[arg-type]  # click has checked the choice
+    run_query(out, query, form, visual)  # type: ignore[arg-type]  # click has checked the choice
 
 
 @cli.command("verify")

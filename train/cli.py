@@ -56,12 +56,17 @@ def main() -> None:
     is_flag=True,
     help="Random images made once on the device, no checkpoints: the speed of the model alone.",
 )
+@click.option(
+    "--weights", metavar="FILE", help="Label weights: a table of `train weigh`, visual, or idf (train.weights)."
+)
 @options.configuration
-def run(synthetic: bool, **arguments: Any) -> None:
+def run(synthetic: bool, weights: str | None, **arguments: Any) -> None:
     """Pre-train by classification, or resume an interrupted run: the same command again."""
     from train.loop import STOPPED_EXIT_CODE
     from train.trainer import synthetic_run, train_run
 
+    if weights:
+        arguments["overrides"] += (f"train.weights={json.dumps(weights)}",)
     if not synthetic:
         return _pretrain("run", arguments, train_run, or_else=", or --synthetic")
     pipeline = _pipeline(arguments)
@@ -118,6 +123,32 @@ def _exit_if_stopped(finished: bool, folder: Path | str) -> None:
     if not finished:
         print(f"stopped and saved; the same command resumes {folder}")
         sys.exit(STOPPED_EXIT_CODE)
+
+
+# -- visual weights
+
+
+@cli.command("weigh")
+@click.argument("run", type=options.PATH)
+@click.option(
+    "--on",
+    metavar="OTHER_OUT",
+    help="Output folder of samples that the run has not seen (default: its held-out samples).",
+)
+@click.option("--out", type=options.FILE, help="Table to write (default: RUN/visual.parquet).")
+@click.option("--samples", type=click.IntRange(min=1), default=100_000, show_default=True, help="Most samples to take.")
+def weigh_command(run: Path, on: str | None, out: Path | None, samples: int) -> None:
+    """Measure which tokens the run sees in images, and write their weights, for `train run --weights`."""
+    from train.evals.weigh import weigh
+    from train.loop import stop_signals
+
+    table = out or run / "visual.parquet"
+    with stop_signals() as stopping:
+        found = weigh(run, table, on=on, samples=samples, stopping=stopping)
+    print(f"{table}: {found['samples']:,} samples, {found['tokens']:,} tokens, {found['visible']:,} of them visible")
+    for name in ("most", "least"):
+        shown = ", ".join(f"{token.removesuffix('</w>')} {gain:.3f}" for token, _, _, gain in found[name])
+        print(f"{name} visible of the frequent tokens, in nats: {shown}")
 
 
 # -- before training: what a run costs, what the machine gives

@@ -83,11 +83,13 @@ def run_loop(
     metrics: Metrics,
     save: Callable[[int], None],
     stopping: Callable[[], bool],
+    between: Callable[[int], None] = lambda _: None,
 ) -> bool:
     """Train until the budget is spent (returns True), or until `stopping` returns True after a step (False).
 
     `batches` are dataclasses of tensors [B, ...] with a count `bad`, one per step from `budget.first_step`. `save` gets
-    the number of finished steps when a checkpoint is due, also before the loop ends.
+    the number of finished steps when a checkpoint is due, also before the loop ends; `between` gets it after each step,
+    before a checkpoint.
     """
     due = _Due(settings, budget, world)
     train_state.model.train()
@@ -110,6 +112,8 @@ def run_loop(
         stop, checkpoint, log = due(finished, stopping, metrics.seconds_since_flush)
         if checkpoint or log:
             metrics.flush(durable=checkpoint)  # before saving, which needs its count of skipped steps
+        if not stop:
+            between(finished)
         if checkpoint:
             save(finished)
         if stop:

@@ -99,6 +99,15 @@ class Metrics:
         if self._world.is_first:
             print(self._log_line(lines[-1], throughput), flush=True)
 
+    def note(self, **values: float) -> None:
+        """Write and print values of another kind than a step's; all ranks call it, right after `flush`."""
+        line = {"step": self._step, "samples": self._step * self._settings.batch_size, **values}
+        self._write([line], durable=False)
+        if self._world.is_first:
+            shown = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+            print(f"step {self._step}/{self._steps}  {shown}", flush=True)
+        self._flushed = time.monotonic()  # samples/s are those of training
+
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.close()

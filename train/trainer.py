@@ -21,7 +21,7 @@ from torch import nn
 from labels.arrays import Column
 from labels.config import dotted, dump_yaml, load_pipeline, read_yaml
 from labels.settings import MACHINE, MAY_CHANGE, Optimizer, Pipeline, Train, marked_keys
-from labels.storage import UserError, fingerprint, make_folder, write_json
+from labels.storage import UserError, fingerprint, local_path, make_folder, write_json
 from labels.terminal import count
 from train.checkpoint import (
     CheckpointWriter,
@@ -37,6 +37,7 @@ from train.data.dataset import BetonSet
 from train.data.inputs import ImageInput, synthetic_batches, synthetic_inputs
 from train.data.open import Chosen, data_facts, make_loader, open_data
 from train.distributed import World, distributed_world, only_run, spread
+from train.held_out import BetweenSteps, hold_out
 from train.loop import Budget, Inputs, TrainState, run_loop, stop_signals
 from train.losses.head import HeadLoss
 from train.losses.kinds import check_accumulation
@@ -71,7 +72,7 @@ def classification() -> Method:
         SUPERCLASS,
         "train run",
         "label_ids",
-        build=lambda settings, betons, world: make_train_state(settings, torch.from_numpy(betons.idf), world),
+        build=lambda settings, betons, world: make_train_state(settings, torch.from_numpy(betons.weights), world),
         costs=lambda settings, betons: model_costs(settings.model, betons.vocabulary),
     )
 
@@ -93,6 +94,11 @@ def train_run(
         betons = open_data(chosen, settings.data, world, stopping, method.column)
         if betons is None:
             return False
+        held = hold_out(betons, settings, world, stopping)
+        if settings.validation.held_out is not None and held is None:
+            return False
+        if settings.weights not in ("idf", "visual"):
+            betons.weigh(local_path(settings.weights), settings.visual.combination, settings.visual.floor)
 
         # -- the resume point
         stack.enter_context(only_run(run, world))
@@ -106,6 +112,7 @@ def train_run(
         # -- model, optimizer, loss scale, average
         train_state = method.build(settings, betons, world)
         trainer.load(train_state)
+        between = BetweenSteps(run, betons, held, settings, world) if held else None
 
         # -- what the run is: costs, configuration, data
         costs = method.costs(settings, betons)
@@ -128,7 +135,7 @@ def train_run(
         size, seed = settings.model.image_size, settings.runtime.seed
         images = ImageInput(settings.data, world.device, image_size=size, seed=seed)
         shown = pipeline.model_dump(exclude={"recipes"})
-        return trainer.train(train_state, batches, method.inputs(images, betons), shown, costs)
+        return trainer.train(train_state, batches, method.inputs(images, betons), shown, costs, between=between)
 
 
 def synthetic_run(run: Path, pipeline: Pipeline, vocabulary: int, label_limit: int) -> bool:
@@ -235,11 +242,12 @@ class Trainer:
         costs: Costs | None = None,
         *,
         checkpoints: bool = True,
+        between: BetweenSteps | None = None,
     ) -> bool:
         """Run the loop from the resume point on, with metrics and checkpoints; returns False if it was stopped.
 
         `batches` gives iterators with `close`, such as generators, closed whatever ends the loop. `shown` is the
-        configuration for trackers; `costs` of the model give MFU.
+        configuration for trackers; `costs` of the model give MFU; `between` uses held-out samples.
         """
         settings, budget, world = self._settings, self.budget, self._world
         if world.is_first:
@@ -263,10 +271,16 @@ class Trainer:
                 if world.is_first:
                     writer.save(tensors, self._state)
 
+            def after(finished: int) -> None:
+                if between:
+                    between.after(finished, train_state, metrics)
+
             try:
+                if between:
+                    between.resume(budget.first_step, train_state)
                 with closing(iter(batches(budget.first_step, budget.steps))) as iterator:  # type: ignore[type-var]
                     return run_loop(
-                        iterator, inputs, train_state, settings, budget, world, metrics, save, self._stopping
+                        iterator, inputs, train_state, settings, budget, world, metrics, save, self._stopping, after
                     )
             finally:
                 metrics.close()

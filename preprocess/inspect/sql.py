@@ -18,6 +18,7 @@ from rich.cells import cell_len, chop_cells, set_cell_size
 from rich.console import Console
 from rich.table import Table
 
+from labels.idf import read_visual
 from labels.storage import Layout, UserError, is_remote, library_path, local_copy
 from labels.subset import quoted
 from labels.terminal import visible
@@ -29,8 +30,11 @@ _ALLOWED = "one SELECT (also WITH, FROM, DESCRIBE, SHOW, SUMMARIZE) over tokens,
 
 
 @contextmanager
-def open_tables(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A locked-down connection: tables tokens, corpus, shards, view labels; nothing else can be read or written."""
+def open_tables(out: Path, visual: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A locked-down connection: tables tokens, corpus, shards, view labels; nothing else can be read or written.
+
+    `visual`: a table of `train weigh`, whose columns `tokens` then has too.
+    """
     layout = Layout(out if is_remote(out) else out.resolve())
     if not layout.idf_duckdb.is_file():
         raise UserError(f"{out} has no idf.duckdb", fix=f"run `preprocess build-labels DATA --out {out}` first")
@@ -49,15 +53,23 @@ def open_tables(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
                 con.execute(f"CREATE TEMP VIEW labels AS SELECT * FROM read_parquet({files})")
             except duckdb.Error as error:
                 raise UserError(f"{layout.labels} cannot be read: {error}", fix=verify) from None
+            if visual:
+                _join_visual(con, visual)
             con.execute(f"SET allowed_directories = [{quoted(library_path(layout.out))}]")
             con.execute("SET enable_external_access = false")
             con.execute("SET lock_configuration = true")
             yield con
 
 
-def run_query(out: Path, query: str, form: Format) -> None:
+def _join_visual(con: duckdb.DuckDBPyConnection, visual: Path) -> None:
+    con.register("visual", read_visual(visual)[0].drop_columns(["token", "document_frequency", "idf"]))
+    con.execute("CREATE TEMP TABLE weights AS SELECT * FROM visual")
+    con.execute("CREATE TEMP VIEW tokens AS SELECT * FROM idf.tokens LEFT JOIN weights USING (token_id)")
+
+
+def run_query(out: Path, query: str, form: Format, visual: Path | None = None) -> None:
     """Run one query that only reads, and print its rows as a table, CSV or JSON (a list of objects)."""
-    with open_tables(out) as con:
+    with open_tables(out, visual) as con:
         try:
             # COPY could still write files inside the folder: only statements that cannot write are run.
             # In the C locale the bytes of arguments that are not ASCII arrive as surrogates.

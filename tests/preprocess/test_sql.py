@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from rich.cells import cell_len
 
+from labels.idf import Gains, Sums, write_visual
 from shard_factory import Built, contents, flip_bit, preprocess
 
 SHELL = Path(sys.executable).parent / "duckdb"
@@ -203,3 +206,19 @@ def test_a_flipped_bit_is_an_error_and_no_traceback(built: Built) -> None:
     for share in (0.0001, 0.3, 0.6):
         flip_bit(built.out / "idf.duckdb", share)
     assert denied(built.out, "SELECT sum(document_frequency), max(idf), max(token) FROM tokens").startswith("error: ")
+
+
+def test_visual_weights_are_columns_of_tokens(finished: Built, tmp_path: Path) -> None:
+    idf = pq.read_table(finished.out / "idf.parquet")
+    count = len(idf)
+    sums = Sums(10, np.zeros(count), np.zeros(count, np.int64), np.zeros(count), np.zeros(count))
+    table = tmp_path / "visual.parquet"
+    gains = Gains(np.full(count, np.nan), np.full(count, np.nan), np.arange(count) / count)
+    write_visual(table, idf, idf["idf"].to_numpy(), sums, gains, {})
+    query = "SELECT token_id, idf, visual_gain, weight, gain FROM tokens WHERE token_id = 320"
+    said = preprocess("sql", finished.out, query, "--visual", table, "--format", "json")
+    [row] = json.loads(said.out)
+    assert row["visual_gain"] == 320 / count and row["weight"] == row["idf"] * row["visual_gain"]
+    assert row["gain"] is None
+    assert "has the columns" in preprocess("sql", finished.out, query, "--visual", finished.out / "idf.parquet").err
+    assert "no table of visual weights at" in preprocess("sql", finished.out, query, "--visual", tmp_path / "none").err

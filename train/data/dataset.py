@@ -8,20 +8,25 @@ descriptors and offsets: opening costs one header a file, nothing a sample. K la
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from labels import beton
+from labels import Combination, beton
 from labels.arrays import Column, rows_file, shards_needed
+from labels.idf import combined, read_visual
 from labels.manifest import BetonPart, Manifest, read_sources
 from labels.storage import Layout, UserError, fingerprint, is_remote, sha256_file
 from train.data.files import Cache, OpenFiles, Staging, allow_open_files
 from train.data.image_index import NO_FILE, TABLE_BYTES, SampleSpan, Tables, find_sample
 from train.data.mixture import DataSource, Mixture, OpenedSource, check_agreement, idf_of, idf_table, open_source
+
+Kept = Callable[[np.ndarray], np.ndarray]
+"""Sample numbers of the order, int64 [N] -> those of the files."""
 
 
 class BetonSet:
@@ -51,19 +56,20 @@ class BetonSet:
         check_agreement(self.opened)
         self.idf_path = idf_table(self.opened[0], idf)
         self.idf, self.idf_sha256 = idf_of(self.opened, idf)  # float32 [V]
+        self.weights = self.idf  # float32 [V], of the labels in the loss
         self.vocabulary, self.label_limit = len(self.idf), self.opened[0].labels.label_limit
         self._owners = [source for source in self.opened for _ in source.parts]
         self.parts = [part for source in self.opened for part in source.parts]  # the sample files in their manifests
         self.paths = [source.path(part) for source, part in zip(self._owners, self.parts, strict=True)]
         self.quotas = mixture.quotas  # how many of every sum(quotas) samples come from each group
-        self.sizes = [0] * len(self.quotas)  # samples of each group
-        for opened in self.opened:
-            self.sizes[opened.source.group] += sum(part.samples for part in opened.parts)
+        self.sizes = self._all_sizes()  # samples of each group
         self._column: Column = column
         self.files = OpenFiles()
         self.tables = open_tables(self.opened, self.files, self.label_limit, column)
         self.staging = self._stage(cache)
-        self._subset: tuple[np.ndarray, str] | None = None
+        # Which samples there are, in the order of their numbers, and a name for them; None for all.
+        self._kept: tuple[Kept, str] | None = None
+        self._subset: np.ndarray | None = None  # as `restrict` was given it
 
     def _stage(self, cache: Cache | None) -> Staging | None:
         if not any(map(is_remote, self.paths)):
@@ -77,19 +83,71 @@ class BetonSet:
 
         return Staging(self.parts, self.paths, self.tables, self.files, open_copy, cache)
 
+    def weigh(self, path: Path, combination: Combination, floor: float) -> None:
+        """Take the label weights of a visual.parquet; UserError where it is another vocabulary's."""
+        table, facts = read_visual(path)
+        tokenizer = self.labels.tokenizer
+        if facts.get("tokenizer_fingerprint") != tokenizer.fingerprint or len(table) != self.vocabulary:
+            raise UserError(
+                f"{path} has the weights of {len(table):,} other tokens than the {self.vocabulary:,} of "
+                f"{self.labels_out} ({tokenizer.name})",
+                fix="run `train weigh` with a run on these labels",
+            )
+        self.weights = combined(self.idf, table["visual_gain"].to_numpy(), combination, floor)
+        self.idf_sha256 = fingerprint([self.idf_sha256, sha256_file(path)])
+
     def restrict(self, samples: np.ndarray, name: str) -> None:
         """Keep a subset, called `name`: ascending sample numbers, int64; repeated ones come several times an epoch."""
+        borders = np.cumsum([0, *self._all_sizes()])
+        self._keep(samples.__getitem__, name, np.diff(np.searchsorted(samples, borders)).tolist(), "train.data.subset")
+        self._subset = samples
+
+    def hold_out(self, every: int) -> "BetonSet":
+        """Keep all samples but each `every`-th, and return a set of those; `every` is 2 or more.
+
+        Which they are depends on their numbers alone, so that it takes no memory. A repeated sample of a subset is
+        wholly on one side.
+        """
+        held, name = copy(self), f"each {every}th sample"
+        if self._subset is not None:
+            chosen = self._subset % every == every - 1
+            held.restrict(self._subset[chosen], name)
+            self.restrict(self._subset[~chosen], f"{self._name}, not {name}")
+            return held
         borders = np.cumsum([0, *self.sizes])
-        self.sizes = np.diff(np.searchsorted(samples, borders)).tolist()
-        self._subset = samples, name
-        if not all(self.sizes):
-            raise UserError(
-                "train.data.subset leaves no sample of a --beton", fix="name another subset, or omit that --beton"
-            )
+        counts = np.diff(borders // every)
+        held._keep(lambda numbers: numbers * every + every - 1, name, counts.tolist(), "train.validation.held_out")
+        rest = (np.array(self.sizes) - counts).tolist()
+        self._keep(lambda numbers: numbers + numbers // (every - 1), f"not {name}", rest, "train.validation.held_out")
+        return held
+
+    def hold_out_samples(self, samples: np.ndarray, name: str) -> "BetonSet":
+        """Keep all samples but these, called `name`: ascending sample numbers, int64; return a set of these."""
+        held, own = copy(self), self._subset
+        own = np.arange(sum(part.samples for part in self.parts)) if own is None else own
+        held.restrict(np.unique(samples), name)
+        self.restrict(own[~np.isin(own, samples)], f"{self._name}, not {name}")
+        return held
+
+    def _all_sizes(self) -> list[int]:
+        sizes = [0] * len(self.quotas)
+        for opened in self.opened:
+            sizes[opened.source.group] += sum(part.samples for part in opened.parts)
+        return sizes
+
+    def _keep(self, kept: "Kept", name: str, sizes: list[int], key: str) -> None:
+        self._kept, self.sizes = (kept, name), sizes
+        if not all(sizes):
+            raise UserError(f"{key} leaves no sample of a --beton", fix=f"set another {key}, or omit that --beton")
+
+    @property
+    def _name(self) -> str:
+        """The name of the samples that were kept."""
+        return self._kept[1] if self._kept else "all"
 
     def file_samples(self, samples: np.ndarray) -> np.ndarray:
-        """Sample numbers of the order -> sample numbers of the files; they differ where only a subset was kept."""
-        return samples if self._subset is None else self._subset[0][samples]
+        """Sample numbers of the order -> sample numbers of the files; they differ where only a part was kept."""
+        return samples if self._kept is None else self._kept[0](samples)
 
     # What all sources agree on, and messages about one source, come from the first.
     @property
@@ -119,7 +177,7 @@ class BetonSet:
             [getattr(source, name).fingerprint for source in self.opened] for name in ("labels", "manifest")
         )
         parts = [[opened.source.numbers, opened.source.group] for opened in self.opened]
-        subset = self._subset[1] if self._subset else None
+        subset = self._kept[1] if self._kept else None
         whole = parts == [[None, 0]] and subset is None
         return {
             "labels": labels[0] if len(labels) == 1 else fingerprint(labels),

@@ -66,7 +66,8 @@ class Loader:
 
     Its threads end with the iterator: when it is exhausted, when it is dropped after a `break`, and at the latest with
     the loader's own `with` block. `batch_size` counts all ranks and is a multiple of `world`; `seed` is of order and
-    crops; `pinned` memory is for asynchronous copies to a GPU; with `device`, train/data/inputs.py resamples the crops.
+    crops; `pinned` memory is for asynchronous copies to a GPU; with `device`, train/data/inputs.py resamples the crops;
+    `centre`: the largest square from the middle instead of random crops.
     """
 
     def __init__(
@@ -84,11 +85,12 @@ class Loader:
         threads: int = 1,
         pinned: bool = False,
         device: bool = False,
+        centre: bool = False,
     ) -> None:
         self._betons, self._settings = betons, settings
         low, high = settings.crop_scale
         narrow, wide = settings.crop_ratio
-        self.crops = Crops((low, high), (narrow, wide), settings.flip, seed, image_size, centre=False, device=device)
+        self.crops = Crops((low, high), (narrow, wide), settings.flip, seed, image_size, centre=centre, device=device)
         self.order = Order(betons.sizes, betons.quotas, settings.shuffle_block, settings.shuffle_window, seed)
         self._image_size, self._batch_size, self._pinned = image_size, batch_size, pinned
         self._rank, self._world, self._threads = rank, world, threads

@@ -212,15 +212,15 @@ def _check_window(betons: BetonSet, settings: Data) -> None:
         )
 
 
-def subset_samples(betons: BetonSet, subset: str, metadata: str | None) -> tuple[np.ndarray, str]:
-    """The samples of `train.data.subset`: ascending numbers, int64, and a fingerprint of the subset.
+def subset_samples(betons: BetonSet, subset: str, metadata: str | None, key: str = _OPTION) -> tuple[np.ndarray, str]:
+    """The samples that `key` names: ascending numbers, int64, and a fingerprint of the subset.
 
     .npy of DataComp | .parquet with `uid` | SQL condition -> DuckDB over labels/*.parquet -> rows -> their samples.
     A repeated uid repeats its sample; a sample without a uid is in no file of uids. Raises UserError where the subset
     is none of the three, cannot be read, or selects nothing.
     """
     if betons.staging:
-        raise UserError(f"{_OPTION} needs the betons on this machine", fix="copy the output folder to this machine")
+        raise UserError(f"{key} needs the betons on this machine", fix="copy the output folder to this machine")
     parts = []
     for opened in betons.opened:
         counts = _row_counts(opened, subset, metadata)

@@ -10,6 +10,7 @@ rows: softmax over chunks of classes needs a fourth product. B batch, K label li
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from train.losses.kinds import kind
 
 Compute = Callable[[tuple[bool, ...]], tuple[Tensor, list[Tensor | None]]]
 """Which of features, weight and bias need a gradient -> scalar loss, their gradients for the caller to keep."""
+Observe = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Features [B, W], weight [V, W] and bias [V] in the type of the products, label ids [B, K]."""
 _CPU_BLOCK_BYTES = 1 << 20  # a thread; 4 times less or 2 times more is slower: waiting threads, or a full cache
 _GPU_BLOCK_BYTES = 32 << 20
 _PRODUCT_ROWS = 4096
@@ -41,8 +44,9 @@ class HeadLoss(nn.Module):
         self.settings = settings
         self._batch_loss = kind(settings.name).batch_loss
         self._buffer: Tensor | None = None  # for logits, kept between steps: the first touch of memory costs time
+        self._observe: Observe | None = None
         # Not in a checkpoint, which names the label dataset by its fingerprint.
-        self.register_buffer("idf", idf if settings.idf else torch.ones_like(idf), persistent=False)
+        self.register_buffer("idf", idf.clone() if settings.idf else torch.ones_like(idf), persistent=False)
 
     def forward(self, features: Tensor, weight: Tensor, bias: Tensor, label_ids: Tensor) -> Tensor:
         """Mean loss of normed features [B, W] and label ids [B, K] padded with PAD_ID; float32 or float64.
@@ -54,6 +58,10 @@ class HeadLoss(nn.Module):
         if split is not None:
             weight, bias = weight.to_local(), bias.to_local()  # type: ignore[operator]  # they are DTensors
         dtype = product_type(features, weight)
+        if self._observe is not None:
+            with torch.autocast(weight.device.type, enabled=False):
+                self._observe(features.to(dtype), weight.to(dtype), bias.to(dtype), label_ids)
+            return features.new_zeros(())
 
         def compute(needs: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
             with torch.autocast(weight.device.type, enabled=False):
@@ -73,6 +81,15 @@ class HeadLoss(nn.Module):
                 return loss, head.gradients
 
         return fused(features, weight, bias, compute)  # type: ignore[call-arg]  # the decorator hides the parameters
+
+    @contextmanager
+    def observed(self, observe: "Observe") -> Iterator[None]:
+        """In the block, batches go to `observe` instead, and the loss is 0; the head is whole on this rank."""
+        self._observe = observe
+        try:
+            yield
+        finally:
+            self._observe = None
 
 
 # -- autograd
