@@ -29,7 +29,8 @@ def command(kit: Kit, *words: object, keys: tuple[str, ...] = ()) -> float:
     ended = subprocess.run(line, capture_output=True, text=True, timeout=max(kit.seconds_left, 1))
     print(ended.stdout, ended.stderr, flush=True)
     if ended.returncode:
-        raise RuntimeError((ended.stderr.strip().splitlines() or ["no message"])[0])
+        lines = ended.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(next((text for text in lines if text.startswith("error:")), lines[-1]))
     return time.monotonic() - begun
 
 
@@ -64,7 +65,9 @@ def probe(kit: Kit, run_folder: Path) -> Result:
         result,
     )
     encoders = ("--encoder", f"untrained:{run_folder}", "--encoder", f"run:{run_folder}")
-    seconds = command(kit, "probe", *words, *encoders, keys=("probe.seeds=[0]", "probe.max_iterations=100"))
+    keys = ("probe.seeds=[0]", "probe.max_iterations=100")
+    keys = ("probe.seeds=[0]", "probe.max_iterations=20", "probe.weight_decay=[1e-2]") if kit.small else keys
+    seconds = command(kit, "probe", *words, *encoders, keys=keys)
     return read_probe(json.loads(result.read_text(encoding="utf8")), seconds)
 
 

@@ -17,7 +17,7 @@ python=${PYTHON:-.venv/bin/python}
 most_mib=60
 
 # Without their requirements: what torch and timm bring is on the machine, and must not be hidden by other versions.
-packages=(pydantic pydantic_core annotated-types typing-inspection click open_clip_torch ftfy wcwidth regex)
+packages=(pydantic pydantic_core annotated-types typing-inspection click rich open_clip_torch ftfy wcwidth regex)
 # pydantic asks for one exact version of pydantic_core: both as in the lock file.
 locked=()
 for package in "${packages[@]}"; do

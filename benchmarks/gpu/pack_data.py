@@ -28,7 +28,7 @@ from preprocess.build import build_labels
 
 CLIPART_SIDE, CLIPART_QUALITY = 80, 85
 CLIPART_SAMPLES = {"train": 2000, "test": 400}
-PHOTOS = {"photos-256": ("256", 288), "photos-original": ("768", 24)}  # name: kind of photo_tiles, number
+PHOTOS = {"photos-256": ("256", 288), "photos-original": ("768", 20)}  # name: kind of photo_tiles, number
 CAPTIONS = ["a dog on a beach", "red car parked in front of an old house", "mountains at sunset, panorama", "two cups"]
 _TILES_IN_TAR = 1000
 
