@@ -38,7 +38,7 @@ def train_clip(chosen: Chosen, run: Path, pipeline: Pipeline) -> bool:
 
     def costs(settings: Train, betons: BetonSet) -> Costs:
         with torch.device("meta"):
-            trunk = trunk_costs(build_trunk(settings.model), settings.model.image_size)
+            trunk = trunk_costs(build_trunk(settings.model), settings.model.image_size, trained=True)
             return tower_costs(trunk, text_side(tower, betons)[0], tower)
 
     return train_run(chosen, run, pipeline, method=two_tower_method(CLIP, tower, build, costs, {}))

@@ -2,8 +2,9 @@
 the first log lines and `train plan`.
 
 Operations are counted by torch's FlopCounterMode over one forward pass on the meta device, times three for the backward
-pass (the counter's own backward is many times too high for grouped convolutions). The head counts as a matrix product,
-whatever chunks the loss computes it in.
+pass (the counter's own backward is many times too high for grouped convolutions). A trained trunk is counted in
+training mode, where timm's `patch_drop_rate` leaves out tokens. The head counts as a matrix product, whatever chunks
+the loss computes it in.
 """
 
 from collections.abc import Callable
@@ -40,6 +41,7 @@ _PEAK_TFLOPS = {
     "RTX 4090": 165,
     "RTX 3090": 71,
 }
+_IMAGES = 2  # BatchNorm cannot be trained on one
 _FEW_TOKENS = 2  # an embedding keeps no more activations for a larger vocabulary
 
 
@@ -63,7 +65,7 @@ class Costs:
 def model_costs(model: Model, vocabulary: int) -> Costs:
     """Costs of a trunk with a head of `vocabulary` classes; no memory is taken for weights."""
     with torch.device("meta"):
-        trunk = trunk_costs(build_trunk(model), model.image_size)
+        trunk = trunk_costs(build_trunk(model), model.image_size, trained=True)
         head = _count(build_head(trunk.width, vocabulary))
     return Costs(trunk.parameters, head, 3 * (trunk.flops + 2 * trunk.width * vocabulary), trunk.width)
 
@@ -74,12 +76,16 @@ class Trunk(NamedTuple):
     width: int  # of its features
 
 
-def trunk_costs(trunk: nn.Module, side: int) -> Trunk:
-    """Count a trunk on one image of `side` pixels, also on the meta device; leaves it frozen, in evaluation mode."""
-    images = torch.zeros(1, 3, side, side, device=_device(trunk))
+def trunk_costs(trunk: nn.Module, side: int, *, trained: bool) -> Trunk:
+    """Count a trunk on images of `side` pixels, in training mode if it is `trained` (then on the meta device: norms of
+    a batch note its mean); leaves it without gradients, in evaluation mode.
+    """
+    images = torch.zeros(_IMAGES, 3, side, side, device=_device(trunk))
+    trunk.train(trained).requires_grad_(False)  # the counter fails at a weight without gradient
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        width = trunk.eval().requires_grad_(False)(images).shape[1]  # the counter fails at a weight without gradient
-    return Trunk(_count(trunk), counter.get_total_flops(), width)
+        width = trunk(images).shape[1]
+    trunk.eval()
+    return Trunk(_count(trunk), counter.get_total_flops() // _IMAGES, width)
 
 
 def tower_costs(trunk: Trunk, text: nn.Module, tower: TextTower, *, locked: bool = False) -> Costs:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from labels.settings import Loss, Model, Optimizer
 from labels.storage import UserError
-from train.costs import model_costs
+from train.costs import model_costs, trunk_costs
 from train.losses.head import HeadLoss
 from train.model import Classifier, build_trunk, feature_width, set_up_trunk
 from train.optim import by_decay, make_optimizer
@@ -219,6 +221,31 @@ def test_a_preset_without_a_part_is_built(arguments: dict) -> None:
 def test_a_pool_by_attention_is_counted() -> None:
     model = Model(trunk=VIT, trunk_args={**DEPTH, "global_pool": "map"}, image_size=32)
     assert model_costs(model, 10).flops > model_costs(model.model_copy(update={"trunk_args": DEPTH}), 10).flops
+
+
+DROPPED = {
+    "half of the patches": (VIT, {**DEPTH, "patch_drop_rate": 0.5}, 64),
+    "three quarters, an odd number kept": (VIT, {**DEPTH, "patch_drop_rate": 0.75}, 48),
+    "registers stay": (VIT, {**DEPTH, "reg_tokens": 4, "patch_drop_rate": 0.5}, 64),
+    "with rotary positions": ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 1, "patch_drop_rate": 0.5}, 56),
+    "no transformer": ("resnet18", {}, 32),
+}
+
+
+@pytest.mark.parametrize("case", DROPPED)
+def test_operations_are_those_of_the_trunk_as_it_is_trained(case: str) -> None:
+    """Against torch's counter over a real forward pass: patches that are dropped in training cost nothing."""
+    name, arguments, side = DROPPED[case]
+    model = Model(trunk=name, trunk_args=arguments, image_size=side)
+    trunk = build_trunk(model).train().requires_grad_(False)
+    # The counter does not know the CPU's fused attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        trunk(torch.randn(4, 3, side, side))
+    head = 2 * feature_width(trunk) * 10
+    assert model_costs(model, 10).flops == 3 * (counter.get_total_flops() // 4 + head)
+    with torch.device("meta"):
+        frozen = trunk_costs(build_trunk(model), side, trained=False).flops
+    assert (frozen > counter.get_total_flops() / 4) == ("patch_drop_rate" in arguments), "a frozen trunk drops none"
 
 
 @pytest.mark.parametrize(

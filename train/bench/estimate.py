@@ -147,7 +147,7 @@ def _costs(settings: Train, vocabulary: int, tower: TextTower | None, locked: bo
     if tower is None:
         return model_costs(settings.model, vocabulary)
     with torch.device("meta"):
-        trunk = trunk_costs(build_trunk(settings.model), settings.model.image_size)
+        trunk = trunk_costs(build_trunk(settings.model), settings.model.image_size, trained=not locked)
         return tower_costs(trunk, build_text_tower(tower, vocabulary), tower, locked=locked)
 
 

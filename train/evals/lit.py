@@ -30,7 +30,7 @@ def train_lit(requested: EncoderSpec, chosen: Chosen, run: Path, pipeline: Pipel
     """As train_run. `requested` has no layer and pool: the encoder's own features are projected."""
     check_whole_batches(pipeline.train, "train lit")
     encoder, tower = load_encoder(requested), pipeline.text_tower
-    pipeline, trunk = _with_encoder(pipeline, encoder), trunk_costs(encoder.net, encoder.images.side)
+    pipeline, trunk = _with_encoder(pipeline, encoder), trunk_costs(encoder.net, encoder.images.side, trained=False)
 
     def build(settings: Train, betons: BetonSet, world: World) -> TrainState:
         torch.manual_seed(settings.runtime.seed)
