@@ -34,10 +34,10 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-def sample(key: str, label, image: bytes | None = None) -> list[tuple[str, bytes]]:
+def sample(key: str, label, image: bytes | None = None, **others) -> list[tuple[str, bytes]]:
     return [
         (f"{key}.jpg", image or encoded(kind="JPEG")),
-        (f"{key}.json", json.dumps({"class": label}).encode()),
+        (f"{key}.json", json.dumps({"class": label, **others}).encode()),
         (f"{key}.txt", b"x"),
     ]
 

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fuzz_images import Input, fuzz_images
 from image_folders import encoded, sample, write_folders, write_tar
+from labels.settings import Features
 from labels.storage import UserError
 from tar_parts import BLOCK, END, SPARSE_KINDS, head, member, sparse
+from train.encoders.load import load_encoder
+from train.evals import features
 from train.evals.data.sets import load_data, load_pair
-from train.evals.features import DECODE_FAULTS, decode, decode_crop
+from train.evals.features import DECODE_FAULTS, Extractor, decode, decode_crop
 
 
 @pytest.fixture
@@ -303,3 +307,55 @@ def test_random_crops_depend_on_seed_epoch_and_row_alone() -> None:
     ]
     assert all(crop.shape == (16, 16, 3) for crop in crops)
     assert np.array_equal(crops[0], crops[1]) and all(not np.array_equal(crops[0], other) for other in crops[2:])
+
+
+def two_tasks(folder: Path) -> Path:
+    """Shards of red and blue pictures with one or two things, in DIR/train and DIR/test."""
+    for part, first in (("train", 0), ("test", 100)):
+        members = []
+        for number in range(first, first + 8):
+            blue, things = number % 2, 1 + number // 4 % 2
+            image = encoded((250 - 200 * blue, number, 50 + 200 * blue), "PNG")
+            members += sample(f"{number:03d}", "scene", image, colour="blue" if blue else "red", count=things)
+        write_tar(folder / part / "00000.tar", members)
+    return folder
+
+
+def test_each_label_of_a_sample_is_a_task_and_they_share_the_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cache = two_tasks(tmp_path / "scenes"), tmp_path / "cache"
+    extract = Extractor(torch.device("cpu"), Features(threads=1), cache)
+    encoder = load_encoder("pixels:2")
+    for load in (
+        lambda key: load_data(f"shards:{folder}", cache, key),
+        lambda key: load_pair(folder / "train", folder / "test", cache, key),
+    ):
+        colour, count = load("colour"), load("count")
+        assert colour.classes == ("blue", "red") and count.classes == ("1", "2")
+        assert colour.train.targets.tolist() == [1, 0] * 4 and count.train.targets.tolist() == [0] * 4 + [1] * 4
+        assert colour.describe()["class_key"] == "colour" and colour.name.endswith(", colour")
+        assert colour.train.fingerprint != count.train.fingerprint
+        first = extract(encoder, colour.train)
+        with monkeypatch.context() as once:
+            once.setattr(features, "decoded_batches", lambda *_: pytest.fail("extracted again"))
+            assert np.array_equal(extract(encoder, count.train), first)
+    assert len(list(cache.glob("*.npy"))) == 1 and len(list(cache.glob("overlap-*.json"))) == 1
+
+
+def test_a_class_key_that_is_not_there(tmp_path: Path, held_out: Path) -> None:
+    folder = two_tasks(tmp_path / "scenes")
+    with pytest.raises(UserError) as caught:
+        load_data(f"shards:{folder}", None, "color")
+    text = str(caught.value)
+    assert "`color` is None, the json holds ['class', 'colour', 'count']" in text
+    assert "fix: --class-key class, or another of class, colour, count" in text
+    write_tar(tmp_path / "cls" / "0.tar", [("a.jpg", encoded(kind="JPEG")), ("a.cls", b"cat")])
+    for load in (
+        lambda: load_pair(tmp_path / "cls", held_out, None, "class"),  # a json is asked for, and there is a cls alone
+        lambda: load_data(f"pets:{tmp_path}", None, "colour"),
+        lambda: load_data(f"parquet:{tmp_path}", None, "colour"),
+        lambda: load_pair(held_out, held_out, None, "colour"),  # class folders
+    ):
+        with pytest.raises(UserError, match=r"has no json|--class-key colour with|has no shards"):
+            load()

@@ -181,6 +181,7 @@ def test_a_damaged_cell_is_named(measured: tuple[Path, str], folder: Path) -> No
             "encoders: [{encoder: a, wieghts: b}]\ndata: [a]\nprotocols: [probe]",
             "encoders.0.wieghts: Extra inputs are not permitted",
         ),
+        ("encoders: [a]\ndata: [{trian: b}]\nprotocols: [probe]", "data.0.trian: Extra inputs are not permitted"),
         ("encoders: [a]\nencoders: [b]", "'encoders' is given twice"),
     ],
 )
@@ -199,6 +200,8 @@ def test_mistakes_in_the_suite_file(tmp_path: Path, text: str, expected: str) ->
         ({"protocols": [{"protocol": "fewshot", "set": {"shots": [6]}}]}, "have less than 6 training images"),
         ({"encoders": ["pixels:2", "timm:test_vit"]}, "has no weights"),
         ({"data": ["folders:gone"]}, "no directory at gone"),
+        ({"data": [{"data": "pets:.", "class_key": "colour"}]}, "--class-key colour with pets:."),
+        ({"data": [{"train": "gone"}]}, "the data is not named"),
     ],
 )
 def test_everything_is_checked_before_the_first_is_measured(

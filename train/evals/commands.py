@@ -61,6 +61,11 @@ def _parts(help: str) -> tuple[Callable[..., Any], ...]:
         _data(help),
         click.option("--train", "train_dir", type=options.PATH, help=train),
         click.option("--test", "test_dir", type=options.PATH, help="Test part, in the same layout."),
+        click.option(
+            "--class-key",
+            metavar="NAME",
+            help="Shards: the key of each sample's json that is the class (default: its .cls, or `class`).",
+        ),
     )
 
 
@@ -189,12 +194,14 @@ def _run(name: str, arguments: dict[str, Any], flags: dict[str, str | None]) -> 
     pipeline = load_pipeline(arguments["config"], [*arguments["overrides"], *set_by_flags])
     encoders = pair_weights(arguments["encoders"], arguments["weights"], arguments["layer"], arguments["pool"])
     evaluation, cache = load_protocol(name), arguments["cache"]
-    data, train_dir, test_dir = (arguments.get(key) for key in ("data", "train_dir", "test_dir"))
+    data, train_dir, test_dir, class_key = (
+        arguments.get(key) for key in ("data", "train_dir", "test_dir", "class_key")
+    )
 
     def load() -> Any:
         if evaluation.takes != "captions":
-            return named_data(data, train_dir, test_dir, cache)
-        if data is None or train_dir or test_dir:
+            return named_data(data, train_dir, test_dir, cache, class_key)
+        if data is None or train_dir or test_dir or class_key:
             allowed = "--data coco:DIR, karpathy:DIR, flickr30k:DIR or pairs:DIR"
             raise UserError("the data is not named", allowed=allowed)
         return load_caption_set(data, cache, arguments.get("part"))

@@ -49,7 +49,10 @@ _BAD_SHOWN = 5
 
 @dataclass(frozen=True)
 class Extractor:
-    """Gives features, and keeps them in `cache` under a fingerprint of encoder, data, transform and precision."""
+    """Gives features, and keeps them in `cache` under a fingerprint of encoder, images, transform and precision.
+
+    Classes and captions are no part of it: tasks over the same images share the features.
+    """
 
     device: torch.device  # where encoders run
     settings: Features
@@ -60,7 +63,7 @@ class Extractor:
 
         Raises UserError for images that cannot be decoded, and for features that are not finite.
         """
-        key = fingerprint([encoder.describe(), data.fingerprint, data.state, TRANSFORM, self.precision])
+        key = fingerprint([encoder.describe(), data.image_fingerprint, data.state, TRANSFORM, self.precision])
         file = self.cache / f"{key}.npy" if self.cache else None
         if file and file.is_file():
             return np.load(file, allow_pickle=False)

@@ -44,12 +44,14 @@ _TEXT = pa.string()
 SPLITS = pa.schema({"encoder": _TEXT, "variant": _TEXT, "seed": pa.int64(), "key": _TEXT, "class": _TEXT})
 
 
-def named_data(data: str | None, train_dir: Path | None, test_dir: Path | None, cache: Path | None) -> DataSet:
-    """The data set of `--data`, or of `--train` with `--test`."""
+def named_data(
+    data: str | None, train_dir: Path | None, test_dir: Path | None, cache: Path | None, class_key: str | None = None
+) -> DataSet:
+    """The data set of `--data`, or of `--train` with `--test`; in shards the class is `class_key` of the json."""
     if data is not None and train_dir is None and test_dir is None:
-        return load_data(data, cache)
+        return load_data(data, cache, class_key)
     if data is None and train_dir is not None and test_dir is not None:
-        return load_pair(train_dir, test_dir, cache)
+        return load_pair(train_dir, test_dir, cache, class_key)
     raise UserError("the data is not named", allowed="--data KIND:DIR, or --train DIR with --test DIR")
 
 

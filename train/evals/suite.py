@@ -1,7 +1,7 @@
 """`train eval --suite FILE --out DIR`: every encoder by every protocol on every data set, and one table at the end.
 
     encoders: [run:run, {encoder: timm:vit_base_patch16_224.mae, weights: mae.pth, layer: -2, pool: avg}]
-    data: [pets:/data/pets, folders:mine, coco:/data/coco]
+    data: [pets:/data/pets, folders:mine, coco:/data/coco, {train: mine/a, test: mine/b, class_key: colour}]
     protocols: [probe, {protocol: probe, set: {recipe: mae}}, fewshot, knn, zeroshot, retrieval, caption]
 
 A cell is one encoder by one protocol on one data set; protocols of classes run on data with classes, retrieval and
@@ -22,14 +22,14 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from labels.config import load_pipeline, read_yaml
 from labels.settings import Pipeline, Section
-from labels.storage import UserError, fingerprint, printable, write_json, write_whole
+from labels.storage import UserError, fingerprint, printable, user_path, write_json, write_whole
 from labels.terminal import visible
 from train.encoders.encoder import Encoder, EncoderSpec, with_unique_names
 from train.encoders.load import load_encoder
 from train.evals.data.captions import CAPTION_KINDS, CaptionSet, load_caption_set
-from train.evals.data.sets import DataSet, load_data
+from train.evals.data.sets import DataSet
 from train.evals.features import TRANSFORM, Extractor
-from train.evals.measure import Grid, floor_rows, measure, result, write_splits
+from train.evals.measure import Grid, floor_rows, measure, named_data, result, write_splits
 from train.evals.protocol import Evaluation, load_protocol, protocol_names
 
 
@@ -45,6 +45,26 @@ class EncoderEntry(Section):
     def requested(self) -> EncoderSpec:
         """For load_encoder."""
         return EncoderSpec(self.encoder, self.weights, self.layer, self.pool)
+
+
+class DataEntry(Section):
+    """`pets:/data/pets`, or a mapping: `data`, or `train` with `test`; `class_key`: as the option `--class-key`."""
+
+    data: str | None = None
+    train: str | None = None
+    test: str | None = None
+    class_key: str | None = None
+
+    def load(self, cache: Path | None) -> DataSet | CaptionSet:
+        """The data set."""
+        if (
+            self.data
+            and self.data.partition(":")[0] in CAPTION_KINDS
+            and not (self.train or self.test or self.class_key)
+        ):
+            return load_caption_set(self.data, cache)
+        train, test = (None if folder is None else user_path(folder) for folder in (self.train, self.test))
+        return named_data(self.data, train, test, cache, self.class_key)
 
 
 class ProtocolEntry(Section):
@@ -76,7 +96,7 @@ class Suite(Section):
     """The whole file."""
 
     encoders: Annotated[list[Annotated[EncoderEntry, _entry("encoder")]], Field(min_length=1)]
-    data: Annotated[list[str], Field(min_length=1)]
+    data: Annotated[list[Annotated[DataEntry, _entry("data")]], Field(min_length=1)]
     protocols: Annotated[list[Annotated[ProtocolEntry, _entry("protocol")]], Field(min_length=1)]
 
 
@@ -89,7 +109,7 @@ def read_suite(file: Path) -> Suite:
         raise UserError(
             "\n".join([f"{file} is not a suite:", *faults]),
             allowed="encoders, data and protocols, each a list; an encoder with weights, layer, pool; a protocol with "
-            "name, set",
+            "name, set; data with data or train and test, class_key",
         ) from None
 
 
@@ -137,7 +157,9 @@ def run_suite(
         for entry in suite.protocols
     ]
     encoders = with_unique_names([entry.requested for entry in suite.encoders])
-    data_sets = [_load(spec, extract) for spec in dict.fromkeys(suite.data)]
+    data_sets = [
+        entry.load(extract.cache) for entry in {entry.model_dump_json(): entry for entry in suite.data}.values()
+    ]
     _check(planned, data_sets)
     # Each is loaded once for checks and descriptions and freed: many large encoders would not fit in memory together.
     about = [_about(requested, planned) for requested in encoders]
@@ -167,11 +189,6 @@ def run_suite(
     table = printable(grid.markdown())
     write_whole(out / "table.md", lambda partial: partial.write_text(table, encoding="utf8"))
     return content
-
-
-def _load(spec: str, extract: Extractor) -> DataSet | CaptionSet:
-    load = load_caption_set if spec.partition(":")[0] in CAPTION_KINDS else load_data
-    return load(spec, extract.cache)
 
 
 def _check(planned: list[_Planned], data_sets: list[DataSet | CaptionSet]) -> None:

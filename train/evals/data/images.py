@@ -1,7 +1,8 @@
 """Images as they are on disk: found and checked here, decoded later (train/evals/features.py).
 
     DIR/<class>/**/*.jpg                      folders: the folder's name is the class, the path the key
-    DIR/*.tar or DIR/shards/*.tar             shards: <key>.jpg with <key>.cls or <key>.json ({"class": ...})
+    DIR/*.tar or DIR/shards/*.tar             shards: <key>.jpg with <key>.cls or <key>.json ({"class": ...}), or with
+                                              another key of the json as the class: one data set, several tasks
     *.parquet                                 image bytes and classes, as Hugging Face's hub keeps them: parquet.py
 
 Each reader gives `Sample`s: key, class name and an `EncodedImage`, which reads its bytes later. `LabelledImages` and
@@ -81,6 +82,7 @@ class Images:
     encoded: Sequence[EncodedImage]
     # SHA-256 of the sorted (key, class or captions, size), 16 hex digits: independent of the directory
     fingerprint: str
+    image_fingerprint: str  # likewise of (key, size), in order: what features depend on, whatever the classes are
     state: str  # file_states of the files: changes that the fingerprint cannot see
 
     def __len__(self) -> int:
@@ -155,6 +157,7 @@ def _image_fields(directory: Path, part: str, samples: Sequence[tuple[str, Any, 
         "keys": [printable(key) for key, _, _ in samples],
         "encoded": [image for _, _, image in samples],
         "fingerprint": hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16],
+        "image_fingerprint": fingerprint([(printable(key), image.size_bytes) for key, _, image in samples]),
         "state": file_states(image.path for _, _, image in samples),
     }
 
@@ -189,12 +192,18 @@ def shorten(names: Sequence[str]) -> str:
 # -- folders by class, and shards
 
 
-def list_samples(directory: Path) -> list[Sample]:
-    """Every labelled image below `directory`, in sorted order, whichever of the two layouts it has."""
+def list_samples(directory: Path, class_key: str | None = None) -> list[Sample]:
+    """Every labelled image below `directory`, in sorted order, whichever of the two layouts it has.
+
+    `class_key`: the key of each sample's json that is the class; None: <key>.cls, or else `class`.
+    """
     if not directory.is_dir():
         raise UserError(f"no directory at {directory}", allowed=_LAYOUTS, fix="fix the path of the data")
     tars = list_tars(directory)
-    samples = [sample for tar in tars for sample in _shard_samples(tar)] if tars else list_folders(directory)
+    if class_key is not None and not tars:
+        problem = f"{directory} has no shards whose json could have the class key {class_key!r}"
+        raise UserError(problem, allowed="DIR/*.tar or DIR/shards/*.tar", fix="omit --class-key, or give shards")
+    samples = [sample for tar in tars for sample in _shard_samples(tar, class_key)] if tars else list_folders(directory)
     if not samples:
         fix = "fix the path of the data; images directly in DIR have no class"
         raise UserError(f"{directory} holds no labelled image", allowed=_LAYOUTS, fix=fix)
@@ -317,31 +326,33 @@ def image_member(path: Path, key: str, fields: dict[str, FileSpan]) -> FileSpan:
     return images[0]
 
 
-def _shard_samples(path: Path) -> list[Sample]:
+def _shard_samples(path: Path, class_key: str | None) -> list[Sample]:
     return [
-        Sample(f"{path.name}/{key}", _class_of(path, key, fields), image_member(path, key, fields))
+        Sample(f"{path.name}/{key}", _class_of(path, key, fields, class_key), image_member(path, key, fields))
         for key, fields in read_tar(path)
     ]
 
 
-def _class_of(path: Path, key: str, fields: dict[str, FileSpan]) -> str:
-    """The text of <key>.cls, or `class` in <key>.json: a string, or a whole number as its digits."""
-    where = f"{path}: the sample {key!r}"
-    member = fields.get("cls") or fields.get("json")
+def _class_of(path: Path, key: str, fields: dict[str, FileSpan], class_key: str | None) -> str:
+    """`class_key` in <key>.json: a string, or a whole number as its digits. None: the text of <key>.cls, or `class`."""
+    where, name = f"{path}: the sample {key!r}", class_key or "class"
+    from_cls = class_key is None and "cls" in fields
+    member = fields.get("cls" if from_cls else "json")
     if member is None:
-        allowed = '<key>.json with {"class": "name"}, or <key>.cls'
+        allowed = f'<key>.json with {{"{name}": "name"}}' + ("" if class_key else ", or <key>.cls")
         raise UserError(f"{where} has no json", allowed=allowed, fix=_CLASS_FIX)
     try:
-        content = {"class": member.read().decode().strip()} if "cls" in fields else json.loads(member.read())
+        content = {name: member.read().decode().strip()} if from_cls else json.loads(member.read())
     except ValueError as error:  # both JSON and UTF-8 faults
         raise UserError(f"{where} has a json that cannot be read: {error}", fix=_CLASS_FIX) from None
-    label = content.get("class") if isinstance(content, dict) else None
+    label = content.get(name) if isinstance(content, dict) else None
     if not is_class(label):
         keys = sorted(content) if isinstance(content, dict) else type(content).__name__
+        classes = [other for other, value in content.items() if is_class(value)] if isinstance(content, dict) else []
         raise UserError(
-            f"{where} has no class in its json: `class` is {label!r}, the json holds {keys}",
-            allowed="a key `class` with a name or a whole number",
-            fix=_CLASS_FIX,
+            f"{where} has no class in its json: `{name}` is {label!r}, the json holds {keys}",
+            allowed=f"a key `{name}` with a name or a whole number",
+            fix=f"--class-key {classes[0]}, or another of {shorten(classes)}" if classes else _CLASS_FIX,
         )
     return str(label)
 
@@ -382,8 +393,8 @@ def check_overlap(name: str, train: Images, test: Images, cache: Path | None, *,
 
 
 def _find_overlap(train: Images, test: Images, cache: Path | None) -> Overlap:
-    """Compare by SHA-256; kept in the cache under the fingerprints and file states of both parts."""
-    key = fingerprint([part.fingerprint + part.state for part in (train, test)])
+    """Compare by SHA-256; kept in the cache under the image fingerprints and file states of both parts."""
+    key = fingerprint([part.image_fingerprint + part.state for part in (train, test)])
     file = cache / f"overlap-{key}.json" if cache else None
     if file and file.is_file():
         return Overlap(**json.loads(file.read_bytes()))

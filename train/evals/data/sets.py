@@ -2,7 +2,7 @@
 
 imagenet:DIR  pets:DIR  cars:DIR    published data sets as they are downloaded; class names and counts are checked
 folders:DIR   DIR/train/<class>/*.jpg, DIR/{test,val}/<class>/*.jpg
-shards:DIR    DIR/train/*.tar, DIR/{test,val}/*.tar, the class in each sample's json or cls
+shards:DIR    DIR/train/*.tar, DIR/{test,val}/*.tar, the class in each sample's json or cls; or `class_key` of the json
 parquet:DIR   DIR/train*.parquet, DIR/{test,val}*.parquet, also below DIR/data: image bytes and classes
 
 A reader of a kind gives `Parts`; `_checked` numbers the classes and finds test images in the training part.
@@ -43,6 +43,7 @@ class DataSet:
     test: LabelledImages
     names: tuple[str, ...]  # readable class names, for zero-shot
     overlap: int  # test images that are also in the training part: 0 but in published data sets
+    class_key: str | None = None  # the key of each sample's json that is the class, if it was chosen
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -53,6 +54,7 @@ class DataSet:
         """The data's entries in a result JSON."""
         return {
             "data": self.name,
+            "class_key": self.class_key,
             "classes": list(self.classes),
             "train": self.train.describe(),
             "test": self.test.describe(),
@@ -69,8 +71,10 @@ class Parts(NamedTuple):
     names: tuple[str, ...]
 
 
-def load_data(spec: str, cache: Path | None = None) -> DataSet:
-    """The data set that `KIND:DIR` names. `cache`: a folder that keeps the comparison of the parts."""
+def load_data(spec: str, cache: Path | None = None, class_key: str | None = None) -> DataSet:
+    """The data set that `KIND:DIR` names. `cache`: a folder that keeps the comparison of the parts; `class_key`: the
+    key of each sample's json that is the class, in shards.
+    """
     kind, _, value = spec.partition(":")
     if kind not in _KINDS or not value:
         allowed, fix = ", ".join(f"{name}:DIR" for name in _KINDS), "name the kind, or give --train DIR --test DIR"
@@ -78,22 +82,31 @@ def load_data(spec: str, cache: Path | None = None) -> DataSet:
     directory = local_path(value)
     if not directory.is_dir():
         raise UserError(f"no directory at {directory}", fix="fix the path given to --data")
-    return _checked(spec, kind, directory, directory, _KINDS[kind](directory), cache)
+    if kind in _TWO_FOLDERS:
+        parts = _TWO_FOLDERS[kind](directory, class_key)
+    elif class_key is None:
+        parts = _KINDS[kind](directory)
+    else:
+        raise UserError(f"--class-key {class_key} with {spec}", allowed="shards:DIR", fix="omit it, or give shards")
+    return _checked(spec, kind, directory, directory, parts, cache, class_key)
 
 
-def load_pair(train_dir: Path, test_dir: Path, cache: Path | None = None) -> DataSet:
-    """Both parts from two folders, each with class folders or shards."""
-    parts = _named_by_class(list_samples(train_dir), list_samples(test_dir), None)
-    return _checked(f"{train_dir} and {test_dir}", "folders", train_dir, test_dir, parts, cache)
+def load_pair(train_dir: Path, test_dir: Path, cache: Path | None = None, class_key: str | None = None) -> DataSet:
+    """Both parts from two folders, each with class folders or shards; the rest as for `load_data`."""
+    parts = _named_by_class(list_samples(train_dir, class_key), list_samples(test_dir, class_key), None)
+    return _checked(f"{train_dir} and {test_dir}", "folders", train_dir, test_dir, parts, cache, class_key)
 
 
-def _checked(name: str, kind: str, train_dir: Path, test_dir: Path, parts: Parts, cache: Path | None) -> DataSet:
+def _checked(
+    name: str, kind: str, train_dir: Path, test_dir: Path, parts: Parts, cache: Path | None, class_key: str | None
+) -> DataSet:
+    name += f", {class_key}" if class_key else ""
     train = LabelledImages.of(train_dir, "training", parts.train, parts.classes)
     if len(parts.classes) == 1:
         raise UserError(
             f"{train_dir} holds one class only: {parts.classes[0]!r}",
             allowed="two classes or more",
-            fix="give a folder for every class, or shards whose json has a key `class`",
+            fix=f"give a folder for every class, or shards whose json has several values of `{class_key or 'class'}`",
         )
     known = set(parts.classes)
     unknown = {printable(sample.label): sample for sample in reversed(parts.test) if sample.label not in known}
@@ -107,7 +120,7 @@ def _checked(name: str, kind: str, train_dir: Path, test_dir: Path, parts: Parts
         )
     test = LabelledImages.of(test_dir, "test", parts.test, parts.classes)
     overlap = check_overlap(printable(name), train, test, cache, published=kind in _PUBLISHED)
-    return DataSet(printable(name), kind, train, test, tuple(map(printable, parts.names)), overlap)
+    return DataSet(printable(name), kind, train, test, tuple(map(printable, parts.names)), overlap, class_key)
 
 
 def _named_by_class(train: list[Sample], test: list[Sample], classes: tuple[str, ...] | None) -> Parts:
@@ -118,15 +131,16 @@ def _named_by_class(train: list[Sample], test: list[Sample], classes: tuple[str,
 # -- the user's own data
 
 
-def _two_folders(directory: Path) -> Parts:
-    return _named_by_class(list_samples(directory / "train"), list_samples(_test_part(directory)), None)
+def _two_folders(directory: Path, class_key: str | None) -> Parts:
+    train, test = (list_samples(folder, class_key) for folder in (directory / "train", _test_part(directory)))
+    return _named_by_class(train, test, None)
 
 
-def _two_shard_folders(directory: Path) -> Parts:
+def _two_shard_folders(directory: Path, class_key: str | None) -> Parts:
     for folder in (directory / "train", _test_part(directory)):
         if not list_tars(folder):
             raise UserError(f"{folder} holds no tar", allowed="DIR/train/*.tar, and DIR/test/*.tar or DIR/val/*.tar")
-    return _two_folders(directory)
+    return _two_folders(directory, class_key)
 
 
 def _parquet_files(directory: Path) -> Parts:
@@ -357,9 +371,5 @@ def _pets_part(directory: Path, name: str, order: dict[int, str]) -> list[Sample
 
 
 _PUBLISHED: dict[str, Callable[[Path], Parts]] = {"imagenet": read_imagenet, "pets": read_pets, "cars": read_cars}
-_KINDS: dict[str, Callable[[Path], Parts]] = {
-    **_PUBLISHED,
-    "folders": _two_folders,
-    "shards": _two_shard_folders,
-    "parquet": _parquet_files,
-}
+_TWO_FOLDERS = {"folders": _two_folders, "shards": _two_shard_folders}  # these take a class key
+_KINDS: dict[str, Callable[..., Parts]] = {**_PUBLISHED, **_TWO_FOLDERS, "parquet": _parquet_files}
