@@ -27,7 +27,9 @@ from train.evals.kinds.probe import (
     MaeProbe,
     Probe,
     cached_epochs,
+    draw_folds,
     fit,
+    folded_probe,
     learning_rate,
     linear_probe,
     mae_probe,
@@ -363,3 +365,63 @@ def test_maes_recipe_learns_with_and_without_augmentation(tmp_path: Path, monkey
     assert sorted(draws) == [
         (3, epoch, row) for epoch in range(60) for row in range(16)
     ]  # every image once an epoch, with its own crop
+
+
+@given(st.lists(st.integers(0, 3), min_size=6, max_size=60), st.integers(2, 5), st.integers(0, 9))
+def test_folds_are_even_in_each_class_and_keep_groups_together(labels: list[int], folds: int, seed: int) -> None:
+    y = np.array(labels)
+    alone = draw_folds(y, np.arange(len(y)), folds, seed)
+    for rows in (alone, *(alone[y == label] for label in set(labels))):
+        counts = np.bincount(rows, minlength=folds)
+        assert counts.max() - counts.min() <= 1
+    groups = np.unique(np.random.default_rng(seed).integers(0, len(y), len(y)), return_inverse=True)[1]
+    together = draw_folds(y, groups, folds, seed)
+    assert all(len(set(together[groups == group].tolist())) == 1 for group in groups)
+
+
+def test_each_image_is_tested_once_by_a_probe_of_the_other_folds() -> None:
+    (x, y), settings = blobs(90, 6, 3, seed=1), SETTINGS.model_copy(update={"folds": 3})
+    groups = np.arange(90)
+    scores = folded_probe((x, y), groups, 3, settings, [0, 1], CPU)
+    assert len(scores) == 2 and scores[0].trials == 90 and scores[0].variant == "probe, 3 folds"
+    for score in scores:
+        folds, expected = draw_folds(y, groups, 3, score.seed), np.zeros(90, bool)
+        for fold in range(3):
+            other, tested = folds != fold, folds == fold
+            decay = score.detail["weight_decay"][fold]
+            own = stratified_split(y[other], settings.validation_fraction, score.seed)
+            raw = torch.from_numpy(x[other])
+            axes = Axes.of(raw)
+            chosen = probe_module.sweep(axes(raw), y[other], own, 3, axes.curvature, settings)
+            assert decay == max(chosen, key=lambda value: (chosen[value], value))
+            scaled = [(part - x[other].mean(0)) / x[other].std(0) for part in (x[other], x[tested])]
+            reference = LogisticRegression(C=1 / (decay * other.sum()), max_iter=5000, tol=1e-8)
+            expected[tested] = reference.fit(scaled[0], y[other]).predict(scaled[1]) == y[tested]
+        assert score.correct is not None and np.array_equal(score.correct, expected)
+        assert score.metrics == {"top1": expected.mean(), "top5": None}
+
+
+def test_folds_take_both_parts_and_keep_equal_images_together(tmp_path: Path) -> None:
+    train_dir, test_dir = (write_colours(tmp_path / name, seed, 6) for name, seed in (("train", 0), ("test", 1)))
+    twin = next((train_dir / "red").iterdir())
+    (twin.parent / f"twin{twin.suffix}").write_bytes(twin.read_bytes())
+    settings = Probe(folds=4, seeds=[0], weight_decay=[0.1])
+    content = run_probe(["pixels:2"], train_dir, test_dir, settings, tmp_path / "probe.json")
+    data = load_pair(train_dir, test_dir)
+    images = len(data.train) + len(data.test)
+    assert len(data.groups) == images and data.groups.max() + 2 == images
+    twins = [data.train.keys.index(f"red/{name}") for name in (twin.name, f"twin{twin.suffix}")]
+    assert data.groups[twins[0]] == data.groups[twins[1]]
+    row = content["results"][1]
+    assert row["variant"] == "probe, 4 folds" and row["seeds"][0]["folds"] == 4 and content["settings"]["folds"] == 4
+    assert "4 folds over both parts" in content["protocol"]
+    assert row["top1_standard_error"] == pytest.approx((row["top1"] * (1 - row["top1"]) / images) ** 0.5)
+
+
+def test_folds_that_cannot_be_drawn(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="folds is 3, recipe mae; allowed: folds with the recipe lbfgs"):
+        LinearProbe().settings(load_pipeline(None, ["probe.folds=3", "probe.recipe=mae"]))
+    folders = (write_colours(tmp_path / name, seed, 1) for name, seed in (("train", 0), ("test", 1)))
+    data = load_pair(*folders)
+    with pytest.raises(UserError, match=r"probe.folds is 99, the data has \d+ different images"):
+        LinearProbe().check(data, Probe(folds=99))

@@ -50,6 +50,7 @@ class Score:
     split: np.ndarray | None = None  # rows of the training part that were drawn, in order; None: all of it was used
     trials: int | None = None  # what the metrics are shares of, if not the test part's images
     standard_error: float | None = None  # from the size of the test part, of a metric that is no share
+    correct: np.ndarray | None = None  # bool, image by image, whether the first guess is right; None: does not apply
 
 
 class Evaluation:
@@ -94,6 +95,11 @@ def work_folder(extract: Extractor, name: str) -> Iterator[Path]:
 def top_k(logits: Tensor, y: Tensor, k: int) -> float:
     """The share of rows whose class y [N] is among the k largest of logits [N, C]."""
     return float((logits.topk(k, dim=1).indices == y[:, None]).any(1).double().mean())
+
+
+def hits(logits: Tensor, y: Tensor) -> np.ndarray:
+    """Whether the largest of logits [N, C] is that of the class y [N]: bool [N], of which top1 is the mean."""
+    return (logits.topk(1, dim=1).indices[:, 0] == y).cpu().numpy()
 
 
 def accuracies(logits: Tensor, y: Tensor) -> dict[str, float | None]:

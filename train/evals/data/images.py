@@ -401,17 +401,30 @@ def _find_overlap(train: Images, test: Images, cache: Path | None) -> Overlap:
     sizes = [{image.size_bytes for image in part.encoded} for part in (train, test)]
     # Equal images have equal sizes: others need not be read, unless sizes are unknown (Parquet).
     compared = sizes[0] & sizes[1] if -1 not in sizes[0] | sizes[1] else sizes[0] | sizes[1]
-    train_keys = dict(_digests(train, compared))
-    twins = [(key, train_keys[digest]) for digest, key in _digests(test, compared) if digest in train_keys]
+    rows = dict(_digests(train, compared))
+    pairs = [(row, rows[digest]) for digest, row in _digests(test, compared) if digest in rows]
+    twins = [(test.keys[row], train.keys[train_row]) for row, train_row in pairs]
     overlap = Overlap(len(twins), *(twins[0] if twins else ("", "")))
     if file:
         write_json(file, overlap._asdict())
     return overlap
 
 
-def _digests(part: Images, sizes: set[int]) -> list[tuple[bytes, str]]:
-    """SHA-256 and key of the images of these sizes."""
+def equal_images(parts: Sequence[Images]) -> np.ndarray:
+    """Numbers 0, 1, ... that images with equal bytes share, for the images of all parts in order: int64 [N]."""
+    counts = Counter(image.size_bytes for part in parts for image in part.encoded)
+    compared = {size for size, count in counts.items() if count > 1 or -1 in counts}
+    numbers, begin, first = np.arange(sum(map(len, parts))), 0, dict[bytes, int]()
+    for part in parts:
+        for digest, row in _digests(part, compared):
+            numbers[begin + row] = first.setdefault(digest, begin + row)
+        begin += len(part)
+    return np.unique(numbers, return_inverse=True)[1]
+
+
+def _digests(part: Images, sizes: set[int]) -> list[tuple[bytes, int]]:
+    """SHA-256 and row of the images of these sizes."""
     rows = [row for row, image in enumerate(part.encoded) if image.size_bytes in sizes]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         digests = pool.map(lambda row: hashlib.sha256(part.encoded[row].read()).digest(), rows)
-        return [(digest, part.keys[row]) for digest, row in zip(digests, rows, strict=True)]
+        return list(zip(digests, rows, strict=True))

@@ -11,8 +11,11 @@ A reader of a kind gives `Parts`; `_checked` numbers the classes and finds test 
 import csv
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from labels.storage import UserError, local_path, printable, read_text
 from labels.terminal import count
@@ -22,6 +25,7 @@ from train.evals.data.images import (
     Sample,
     check_overlap,
     class_order,
+    equal_images,
     list_folders,
     list_images,
     list_samples,
@@ -49,6 +53,11 @@ class DataSet:
     def classes(self) -> tuple[str, ...]:
         """Class names by number."""
         return self.train.classes
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """Numbers that images with equal bytes share, training part first: int64 [N]."""
+        return equal_images([self.train, self.test])
 
     def describe(self) -> dict[str, Any]:
         """The data's entries in a result JSON."""

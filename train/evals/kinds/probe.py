@@ -2,7 +2,8 @@
 
 lbfgs: features of the central crop -> `Axes` (standardised, principal axes) -> weight decay chosen on a split of the
        training part -> `fit` on all of it -> accuracy on the test part. The usual replacement, on small data, for
-       MAE's linear probe (arXiv 2111.06377), which the paper uses; results say so.
+       MAE's linear probe (arXiv 2111.06377), which the paper uses; results say so. With `folds`, both parts together:
+       each image is tested once, by a classifier that was fitted on the other folds, weight decay included.
 mae:   MAE's own recipe (appendix A; main_linprobe.py): BatchNorm1d(W, affine=False) and Linear(W, C), trained by epochs
        with LARS (momentum 0.9, trust 0.001, no weight decay), on random crops through the encoder or cached features.
 
@@ -27,7 +28,7 @@ from train.encoders.encoder import Encoder
 from train.evals.data.images import LabelledImages
 from train.evals.data.sets import DataSet
 from train.evals.features import Extractor, decode_crop
-from train.evals.protocol import Evaluation, Score, accuracies, top_k
+from train.evals.protocol import Evaluation, Score, accuracies, hits, top_k
 
 
 class MaeProbe(Section):
@@ -48,9 +49,16 @@ class Probe(Section):
     recipe: Literal["lbfgs", "mae"] = "lbfgs"
     weight_decay: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    folds: Annotated[int, Field(ge=2)] | None = None
     seeds: Seeds = [0, 1, 2]
     max_iterations: Positive = 200
     mae: MaeProbe = MaeProbe()
+
+    @model_validator(mode="after")
+    def _folds(self) -> Self:
+        if self.folds and self.recipe != "lbfgs":
+            raise ValueError(f"folds is {self.folds}, recipe {self.recipe}; allowed: folds with the recipe lbfgs")
+        return self
 
 
 Part = tuple[np.ndarray, np.ndarray]  # features float [N, W], classes int64 [N]
@@ -61,13 +69,18 @@ class LinearProbe(Evaluation):
 
     def describe(self, settings: Probe) -> str:
         if settings.recipe == "lbfgs":
-            return "L-BFGS logistic regression on cached features, stand-in for MAE's recipe"
+            over = f", {settings.folds} folds over both parts" if settings.folds else ""
+            return f"L-BFGS logistic regression on cached features, stand-in for MAE's recipe{over}"
         cached = "cached features of the central crop, no augmentation"
         features = "random resized crops and flips" if settings.mae.augment else cached
         return f"MAE's linear probe: LARS, BatchNorm head, {settings.mae.epochs} epochs, {features}"
 
     def check(self, data: DataSet, settings: Probe) -> None:
-        if settings.recipe == "lbfgs" and len(data.train) == len(set(data.train.targets.tolist())):
+        if settings.folds:
+            if settings.folds > (images := int(data.groups.max()) + 1):
+                problem = f"probe.folds is {settings.folds}, the data has {images} different images"
+                raise UserError(problem, allowed=f"2 to {images}", fix="--set probe.folds=2, or more images")
+        elif settings.recipe == "lbfgs" and len(data.train) == len(set(data.train.targets.tolist())):
             raise _no_pair()
 
     def scores(
@@ -76,7 +89,11 @@ class LinearProbe(Evaluation):
         train, device, classes = data.train, extract.device, len(data.classes)
         test = extract(encoder, data.test), data.test.targets
         if settings.recipe == "lbfgs":
-            return linear_probe((extract(encoder, train), train.targets), test, classes, settings, seeds, device)
+            fitted = extract(encoder, train), train.targets
+            if not settings.folds:
+                return linear_probe(fitted, test, classes, settings, seeds, device)
+            labelled = np.concatenate([fitted[0], test[0]]), np.concatenate([fitted[1], test[1]])
+            return folded_probe(labelled, data.groups, classes, settings, seeds, device)
         scores = []
         for seed in seeds:
             if settings.mae.augment:
@@ -117,7 +134,7 @@ def linear_probe(
     x, y = axes(raw), torch.from_numpy(train_y).to(device)
     x_test, y_test = axes(raw_test), torch.from_numpy(test_y).to(device)
     options: dict[str, Any] = {"curvature": axes.curvature, "max_iterations": settings.max_iterations}
-    refits: dict[float, tuple[dict[str, float | None], dict[str, Any]]] = {}
+    refits: dict[float, tuple[Tensor, dict[str, Any]]] = {}  # logits of the test part, how the solver ended
     scores = []
     for seed in seeds:
         parts = stratified_split(train_y, settings.validation_fraction, seed)
@@ -126,13 +143,54 @@ def linear_probe(
         if best not in refits:
             solution = fit(x, y, weight_decay=best, start=start_at_zero(x.shape[1], classes, device), **options)
             solver = {"converged": solution.converged, "evaluations": solution.evaluations}
-            refits[best] = accuracies(solution.logits(x_test), y_test), solver
-        metrics, solver = refits[best]
+            refits[best] = solution.logits(x_test), solver
+        logits, solver = refits[best]
         at_edge = len(accuracy) > 1 and best in (min(accuracy), max(accuracy))
         validation = {str(value): share for value, share in accuracy.items()}
         detail = {"weight_decay": best, "at_edge": at_edge, "validation": validation, **solver}
-        scores.append(Score("probe", seed, metrics, detail, split=parts[1]))
+        metrics, correct = accuracies(logits, y_test), hits(logits, y_test)
+        scores.append(Score("probe", seed, metrics, detail, split=parts[1], correct=correct))
     return scores
+
+
+def folded_probe(
+    labelled: Part, groups: np.ndarray, classes: int, settings: Probe, seeds: Sequence[int], device: torch.device
+) -> list[Score]:
+    """The recipe once for each fold, which is its test part. `groups` [N]: images of one number are in one fold; each
+    seed draws other folds, and other validation splits of the rest.
+    """
+    x, y = labelled
+    assert settings.folds
+    scores = []
+    for seed in seeds:
+        folds, correct, of_folds = draw_folds(y, groups, settings.folds, seed), np.zeros(len(y), bool), []
+        for fold in range(settings.folds):
+            tested = folds == fold
+            fitted, test = (x[~tested], y[~tested]), (x[tested], y[tested])
+            of_folds += linear_probe(fitted, test, classes, settings, [seed], device)
+            correct[tested] = of_folds[-1].correct
+        sizes = np.bincount(folds)
+        top5 = [score.metrics["top5"] for score in of_folds]
+        metrics = {
+            "top1": float(correct.mean()),
+            "top5": None if None in top5 else float(np.average(top5, weights=sizes)),
+        }
+        names = ("weight_decay", "at_edge", "converged", "evaluations")
+        detail = {"folds": settings.folds} | {name: [score.detail[name] for score in of_folds] for name in names}
+        scores.append(Score(f"probe, {settings.folds} folds", seed, metrics, detail, trials=len(y), correct=correct))
+    return scores
+
+
+def draw_folds(y: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Fold of each row, int64 [N]. A group is in one fold; of the groups of a class (that of a group's first row), the
+    folds have equal numbers, give or take one, and also of all groups.
+    """
+    first = np.unique(groups, return_index=True)[1]
+    order = np.random.default_rng(seed).permutation(len(first))
+    order = order[np.argsort(y[first][order], kind="stable")]
+    fold_of_group = np.empty(len(first), np.int64)
+    fold_of_group[order] = np.arange(len(first)) % folds
+    return fold_of_group[groups]
 
 
 def stratified_split(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
