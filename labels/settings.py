@@ -246,6 +246,8 @@ class Loss(Section):
 
 
 class Optimizer(Section):
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    cooldown_samples: Count | None = None
     lr: PositiveFloat = 5e-4
     betas: Betas = [0.9, 0.98]
     eps: PositiveFloat = 1e-6
@@ -300,6 +302,12 @@ class Train(Section):
         if self.optimizer.warmup_samples >= self.samples:
             given = f"optimizer.warmup_samples is {self.optimizer.warmup_samples}"
             raise ValueError(f"{given}, the whole run only {self.samples} samples; allowed: less than train.samples")
+        if self.optimizer.schedule == "cosine" and self.optimizer.cooldown_samples is not None:
+            given = f"optimizer.cooldown_samples is {self.optimizer.cooldown_samples}, optimizer.schedule cosine"
+            raise ValueError(f"{given}; allowed: null, or optimizer.schedule wsd")
+        if self.cooldown and self.optimizer.warmup_samples > self.cooldown[0]:
+            given = f"optimizer.warmup_samples is {self.optimizer.warmup_samples}, the cooldown begins at"
+            raise ValueError(f"{given} {self.cooldown[0]}; allowed: a warm-up that ends before")
         if self.batch_size % self.runtime.accumulation:
             given = f"batch_size is {self.batch_size}, runtime.accumulation {self.runtime.accumulation}"
             raise ValueError(f"{given}; allowed: a divisor of batch_size")
@@ -308,6 +316,15 @@ class Train(Section):
         if self.weights != "idf" and not self.loss.idf:
             raise ValueError(f"weights is {self.weights}, loss.idf is false; allowed: true")
         return self
+
+    @property
+    def cooldown(self) -> list[int] | None:
+        """The samples seen where the cooldown of schedule wsd begins and ends, in whole batches; None with cosine."""
+        if self.optimizer.schedule == "cosine":
+            return None
+        given, steps = self.optimizer.cooldown_samples, self.samples // self.batch_size
+        cooldown = self.samples / 5 if given is None else given
+        return [max(steps - round(cooldown / self.batch_size), 0) * self.batch_size, steps * self.batch_size]
 
 
 class TextTower(Section):

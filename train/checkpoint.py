@@ -1,4 +1,5 @@
-"""Checkpoints of a run: safetensors and JSON in a folder that is complete or absent; nothing pickled.
+"""Checkpoints of a run: safetensors and JSON in a folder that is complete or absent, nothing pickled; and where a run
+resumes.
 
     run/checkpoints/samples-000000123456/
         trunk.safetensors      the encoder, keys as timm names them
@@ -18,6 +19,7 @@ import shlex
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -26,8 +28,10 @@ from safetensors.torch import save_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from labels.settings import Section
-from labels.storage import TEMPORARY_SUFFIX, UserError, whole_folder
+from labels.config import dotted, load_pipeline, read_yaml
+from labels.settings import MACHINE, MAY_CHANGE, Section, Train, marked_keys
+from labels.storage import TEMPORARY_SUFFIX, UserError, fingerprint, whole_folder
+from train.data.dataset import BetonSet
 from train.distributed import local, split_like, whole
 from train.loop import TrainState
 
@@ -50,6 +54,7 @@ class State(Section):
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     loss_scale: list[float] | None = None
+    cooldown: list[int] | None = None  # Train.cooldown
     method: str = "superclass"
 
 
@@ -145,7 +150,7 @@ def read_state(folder: Path) -> State:
         raise UserError(f"{path} is not valid: {'.'.join(map(str, fault['loc']))}: {fault['msg']}", fix=fix) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable: {error}", fix=fix) from None
-    if state.samples_seen != int(folder.name.removeprefix(_PREFIX)):
+    if state.samples_seen != _samples_of(folder):
         raise UserError(f"{path} has {state.samples_seen} samples seen, its folder is {folder.name}", fix=fix)
     return state
 
@@ -183,6 +188,144 @@ def _moments(train_state: TrainState) -> dict[str, Tensor]:
     states = train_state.optimizer.state
     trained = {name: weight for name, weight in train_state.model.named_parameters() if weight.requires_grad}
     return {f"{moment}.{name}": states[weight][moment] for name, weight in trained.items() for moment in _MOMENTS}
+
+
+# -- where a run resumes
+
+_NOT_KEPT = marked_keys(Train, MAY_CHANGE, MACHINE)
+
+
+def resume_point(
+    run: Path, betons: BetonSet, settings: Train, *, name: str, command: str, kept: dict[str, Any]
+) -> tuple[Path | None, State]:
+    """The newest checkpoint of `run` and its state; None and the state before the first step if there is none.
+
+    UserError if the run was started by another method than `name`, with other data or another configuration, or if its
+    cooldown has begun and is now another. `kept` must not change either.
+    """
+    options = fingerprint(kept_settings(settings, kept))
+    folders = checkpoint_folders(run)
+    if not folders:
+        start = first_state(options, betons.vocabulary)
+        return None, start.model_copy(update={"method": name} | betons.identity)
+    state = read_state(folders[-1])
+    if state.method != name:
+        raise UserError(f"{run} holds a run of the method {state.method}, not of `{command}`", fix="give another --out")
+    names = {
+        "labels": ("with other labels: fingerprint", betons.labels_out),
+        "idf": ("with another IDF table: SHA-256", betons.labels_out),
+        "betons": ("on other betons: fingerprint", betons.out),
+    }
+    for part, now in betons.identity.items():
+        before, (what, where) = getattr(state, part), names[part]
+        if before != now:
+            raise UserError(
+                f"{run} was trained {what} {before[:16]}, {where} has {now[:16]}",
+                fix="give the --beton and --labels that the run was begun with, or another --out",
+            )
+    if state.options != options:
+        _check_older(run, state, settings, kept)
+    _check_cooldown(run, state, settings)
+    return folders[-1], state
+
+
+def _check_older(run: Path, state: State, settings: Train, kept_by_method: dict[str, Any]) -> None:
+    """A run of an older version, whose configuration lacks newer keys, may go on with their defaults. UserError: a key
+    has another value, or RUN/config.yaml is not what the checkpoint was written with.
+    """
+    file, facts = run / "config.yaml", run / "data.json"
+    pipeline, written = load_pipeline(file), read_yaml(file).get("train") or {}
+    kept = json.loads(facts.read_bytes()).get("kept", {}) if facts.is_file() else {}
+    filled = kept | ({"text_tower": pipeline.text_tower.model_dump()} if "text_tower" in kept else {})
+    before, now = (
+        {key: value for key, value in dotted({"train": kept_settings(given[0], {}), **given[1]}).items() if value != {}}
+        for given in ((pipeline.train, filled), (settings, kept_by_method))
+    )
+    changed = [
+        f"{key} was {_shown(before, key)}, is now {_shown(now, key)}"
+        for key in before | now
+        if before.get(key) != now.get(key)
+    ]
+    if changed or state.options != fingerprint(_without_end(_without_keys(written, _NOT_KEPT)) | kept):
+        raise UserError(
+            f"{run} was begun with another configuration"
+            + (f": {'; '.join(changed)}" if changed else f", and {file} was changed since"),
+            allowed="the configuration it was begun with",
+            fix=f"take --config {file} without --set and --recipe, or another --out"
+            if changed
+            else f"undo the change of {file}, or take another --out",
+        )
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "not set"
+
+
+def _without_keys(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """`values` without `keys`, which are those of `marked_keys`."""
+    return {
+        key: _without_keys(value, keys[key]) if key in keys else value
+        for key, value in values.items()
+        if keys.get(key) is not True
+    }
+
+
+def resume_point_of_model(run: Path, identity: str) -> tuple[Path | None, State]:
+    folders = checkpoint_folders(run)
+    if not folders:
+        return None, first_state(identity, vocabulary=0)
+    state = read_state(folders[-1])
+    if state.options != identity:
+        raise UserError(
+            f"{run} was begun with other data, weights or settings: fingerprint {state.options}, now {identity}",
+            fix="give what it was begun with, or another --out",
+        )
+    return folders[-1], state
+
+
+def first_state(options: str, vocabulary: int) -> State:
+    return State(samples_seen=0, number=0, labels="", idf="", betons="", options=options, vocabulary=vocabulary)
+
+
+def kept_settings(settings: Train, kept: dict[str, Any]) -> dict[str, Any]:
+    """Settings that must not change on resume: those of `train`, and those of the method."""
+    return _without_end(settings.model_dump(exclude=_NOT_KEPT)) | kept
+
+
+def _without_end(train: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that only decide where a cooldown begins and ends: see `_check_cooldown`. With `weights: visual`
+    the budget also decides when gains are measured.
+    """
+    optimizer = train.get("optimizer") or {}
+    if optimizer.get("schedule", "cosine") == "cosine" or train.get("weights") == "visual":
+        return train
+    rest = {key: value for key, value in train.items() if key != "samples"}
+    return rest | {"optimizer": {key: value for key, value in optimizer.items() if key != "cooldown_samples"}}
+
+
+def _check_cooldown(run: Path, state: State, settings: Train) -> None:
+    """A run may get another end while its steps are those of both ends: UserError if one of them is of a cooldown."""
+    before, now, seen = state.cooldown, settings.cooldown, state.samples_seen
+    if before is None or now is None or before == now or seen <= min(before[0], now[0]):
+        return
+    if seen <= before[0]:
+        raise UserError(
+            f"{run} has seen {seen:,} samples, but its cooldown would begin at {now[0]:,}",
+            allowed="train.samples less the cooldown: as many samples as it has seen, or more",
+            fix=f"--set train.samples={seen + now[1] - now[0]}, or another train.optimizer.cooldown_samples",
+        )
+    earlier = [folder for folder in checkpoint_folders(run) if _samples_of(folder) <= min(before[0], now[0])]
+    again = f", or remove its checkpoints after {earlier[-1].name}: training goes on from there" if earlier else ""
+    raise UserError(
+        f"{run} has seen {seen:,} samples: its cooldown, from {before[0]:,} to {before[1]:,}, has begun; "
+        f"now it would be from {now[0]:,} to {now[1]:,}",
+        allowed="another train.samples or train.optimizer.cooldown_samples before the cooldown",
+        fix=f"--set train.samples={before[1]} --set train.optimizer.cooldown_samples={before[1] - before[0]}{again}",
+    )
+
+
+def _samples_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(_PREFIX))
 
 
 # -- weight files, also those of other projects

@@ -53,11 +53,12 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 @dataclass(frozen=True)
 class Budget:
-    """`steps` in all, `warmup_steps` of them; this process starts at `first_step`."""
+    """`steps` in all, `warmup_steps` first of them; this process starts at `first_step`."""
 
     steps: int
     warmup_steps: int
     first_step: int
+    cooldown_steps: int | None = None  # the last steps of schedule wsd; None: cosine
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def run_loop(
         loss = _gradients(batch, inputs, train_state, settings, world.device)
 
         # -- one step of the optimizer
-        lr = learning_rate(step, budget.steps, budget.warmup_steps, settings.optimizer.lr)
+        lr = learning_rate(step, budget.steps, budget.warmup_steps, settings.optimizer.lr, budget.cooldown_steps)
         loss, norm = loss_and_gradient_norm(loss, train_state.model.parameters(), world)
         norm, skipped = _update(train_state, step, lr, loss, norm, settings.optimizer.clip_norm)
 

@@ -8,7 +8,6 @@ The run folder holds config.yaml, data.json, metrics.jsonl and checkpoints. It i
 everything that determines the result are the same.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -19,17 +18,19 @@ import torch
 from torch import nn
 
 from labels.arrays import Column
-from labels.config import dotted, dump_yaml, load_pipeline, read_yaml
-from labels.settings import MACHINE, MAY_CHANGE, Optimizer, Pipeline, Train, marked_keys
+from labels.config import dump_yaml
+from labels.settings import Optimizer, Pipeline, Train
 from labels.storage import UserError, fingerprint, local_path, make_folder, write_json
 from labels.terminal import count
 from train.checkpoint import (
     CheckpointWriter,
     State,
-    checkpoint_folders,
+    first_state,
     is_finite,
+    kept_settings,
     load_checkpoint,
-    read_state,
+    resume_point,
+    resume_point_of_model,
     snapshot,
 )
 from train.costs import Costs, messages, model_costs, peak_flops, splits_vocabulary
@@ -102,7 +103,9 @@ def train_run(
 
         # -- the resume point
         stack.enter_context(only_run(run, world))
-        checkpoint, state = resume_point(run, betons, settings, method)
+        checkpoint, state = resume_point(
+            run, betons, settings, name=method.name, command=method.command, kept=method.kept
+        )
         trainer = Trainer(run, settings, checkpoint, state, world, stopping)
         if trainer.finished:
             if world.is_first:
@@ -117,7 +120,9 @@ def train_run(
         # -- what the run is: costs, configuration, data
         costs = method.costs(settings, betons)
         if world.is_first:
-            if state.options == fingerprint(_kept(settings, method.kept)):  # else it has those of an older version
+            if state.options == fingerprint(
+                kept_settings(settings, method.kept)
+            ):  # else it has those of an older version
                 dump_yaml(run / "config.yaml", pipeline, exclude={"recipes": True})
                 write_json(run / "data.json", data_facts(betons) | method.facts)
             epochs = trainer.budget.steps * settings.batch_size / betons.samples
@@ -145,7 +150,7 @@ def synthetic_run(run: Path, pipeline: Pipeline, vocabulary: int, label_limit: i
     settings = pipeline.train
     with distributed_world(settings.runtime) as world, stop_signals() as stopping, only_run(run, world):
         check_batch_divides(settings, world.size)
-        trainer = Trainer(run, settings, None, _first_state("", vocabulary), world, stopping)
+        trainer = Trainer(run, settings, None, first_state("", vocabulary), world, stopping)
         train_state = make_train_state(settings, torch.ones(vocabulary), world)
         costs = model_costs(settings.model, vocabulary)
         if world.is_first:
@@ -179,7 +184,7 @@ def train_model(
     check_batch_divides(settings, world.size, "the batch size")
     train_state = as_train_state(model, spread(model, settings.runtime.parallel, world), settings, world, optimizer)
     with only_run(run, world):
-        checkpoint, state = _resume_point_of_model(run, identity)
+        checkpoint, state = resume_point_of_model(run, identity)
         trainer = Trainer(run, settings, checkpoint, state, world, stopping)
         trainer.load(train_state)
         return trainer.finished or trainer.train(train_state, batches, inputs, settings.model_dump())
@@ -201,7 +206,9 @@ class Trainer:
         self._checkpoint, self._state = checkpoint, state
         size = settings.batch_size
         warmup_steps = round(settings.optimizer.warmup_samples / size)
-        self.budget = Budget(settings.samples // size, warmup_steps, state.samples_seen // size)
+        cooldown = settings.cooldown
+        cooldown_steps = (cooldown[1] - cooldown[0]) // size if cooldown else None
+        self.budget = Budget(settings.samples // size, warmup_steps, state.samples_seen // size, cooldown_steps)
 
     @property
     def finished(self) -> bool:
@@ -221,11 +228,13 @@ class Trainer:
         exempt_numbers = sum(parameter.numel() for parameter in exempt.values())
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in exempt}))
         trunk = f"{costs.trunk / 1e6:.1f}M{' frozen' if costs.frozen else ''}"
+        cooldown = "" if budget.cooldown_steps is None else f", the last {budget.cooldown_steps:,} a cooldown"
         resumed = f"; resumed at step {budget.first_step}" if budget.first_step else ""
         lines = [
             f"{self._run}: {settings.model.trunk}, {trunk} + {costs.head_name} {costs.head / 1e6:.1f}M parameters, "
             f"{costs.flops / 1e9:.1f} GFLOP a sample, {self._world.size} x {device.type} in {dtype}; "
-            f"{data}, budget {budget.steps * settings.batch_size:,} samples = {count(budget.steps, 'step')}{resumed}",
+            f"{data}, budget {budget.steps * settings.batch_size:,} samples = {count(budget.steps, 'step')}"
+            f"{cooldown}{resumed}",
             f"weight decay {settings.optimizer.weight_decay:g} on {len(decayed)} tensors, none on {len(exempt)} single "
             f"vectors ({exempt_numbers:,} numbers: {kinds})",
         ]
@@ -264,6 +273,7 @@ class Trainer:
                         "number": self._state.number + 1,
                         "skipped_steps": metrics.skipped,
                         "skipped_in_a_row": metrics.skipped_in_a_row,
+                        "cooldown": settings.cooldown,
                         "loss_scale": train_state.scale.state() if train_state.scale else None,
                     }
                 )
@@ -358,101 +368,3 @@ def check_batch_divides(settings: Train, ranks: int, name: str = "train.batch_si
         )
     if settings.batch_size == ranks * accumulation and name == "train.batch_size":
         check_single_images(settings.model)
-
-
-# -- where a run resumes
-
-
-def resume_point(run: Path, betons: BetonSet, settings: Train, method: Method) -> tuple[Path | None, State]:
-    """The newest checkpoint of `run` and its state; None and the state before the first step if there is none.
-
-    UserError if the run was started by another method, with other data or another configuration.
-    """
-    kept = _kept(settings, method.kept)
-    folders = checkpoint_folders(run)
-    if not folders:
-        start = _first_state(fingerprint(kept), betons.vocabulary)
-        return None, start.model_copy(update={"method": method.name} | betons.identity)
-    state = read_state(folders[-1])
-    if state.method != method.name:
-        raise UserError(
-            f"{run} holds a run of the method {state.method}, not of `{method.command}`", fix="give another --out"
-        )
-    names = {
-        "labels": ("with other labels: fingerprint", betons.labels_out),
-        "idf": ("with another IDF table: SHA-256", betons.labels_out),
-        "betons": ("on other betons: fingerprint", betons.out),
-    }
-    for name, now in betons.identity.items():
-        before, (what, where) = getattr(state, name), names[name]
-        if before != now:
-            raise UserError(
-                f"{run} was trained {what} {before[:16]}, {where} has {now[:16]}",
-                fix="give the --beton and --labels that the run was begun with, or another --out",
-            )
-    if state.options != fingerprint(kept):
-        _check_older(run, state, settings, method)
-    return folders[-1], state
-
-
-def _check_older(run: Path, state: State, settings: Train, method: Method) -> None:
-    """A run of an older version, whose configuration lacks newer keys, may go on with their defaults. UserError: a key
-    has another value, or RUN/config.yaml is not what the checkpoint was written with.
-    """
-    file, facts = run / "config.yaml", run / "data.json"
-    pipeline, written = load_pipeline(file), read_yaml(file).get("train") or {}
-    kept = json.loads(facts.read_bytes()).get("kept", {}) if facts.is_file() else {}
-    filled = kept | ({"text_tower": pipeline.text_tower.model_dump()} if "text_tower" in kept else {})
-    before, now = (
-        {key: value for key, value in dotted({"train": _kept(given[0], {}), **given[1]}).items() if value != {}}
-        for given in ((pipeline.train, filled), (settings, method.kept))
-    )
-    changed = [
-        f"{key} was {_shown(before, key)}, is now {_shown(now, key)}"
-        for key in before | now
-        if before.get(key) != now.get(key)
-    ]
-    if changed or state.options != fingerprint(_without(written, marked_keys(Train, MAY_CHANGE, MACHINE)) | kept):
-        raise UserError(
-            f"{run} was begun with another configuration"
-            + (f": {'; '.join(changed)}" if changed else f", and {file} was changed since"),
-            allowed="the configuration it was begun with",
-            fix=f"take --config {file} without --set and --recipe, or another --out"
-            if changed
-            else f"undo the change of {file}, or take another --out",
-        )
-
-
-def _shown(values: dict[str, Any], key: str) -> str:
-    return repr(values[key]) if key in values else "not set"
-
-
-def _without(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
-    """`values` without `keys`, which are those of `marked_keys`."""
-    return {
-        key: _without(value, keys[key]) if key in keys else value
-        for key, value in values.items()
-        if keys.get(key) is not True
-    }
-
-
-def _resume_point_of_model(run: Path, identity: str) -> tuple[Path | None, State]:
-    folders = checkpoint_folders(run)
-    if not folders:
-        return None, _first_state(identity, vocabulary=0)
-    state = read_state(folders[-1])
-    if state.options != identity:
-        raise UserError(
-            f"{run} was begun with other data, weights or settings: fingerprint {state.options}, now {identity}",
-            fix="give what it was begun with, or another --out",
-        )
-    return folders[-1], state
-
-
-def _first_state(options: str, vocabulary: int) -> State:
-    return State(samples_seen=0, number=0, labels="", idf="", betons="", options=options, vocabulary=vocabulary)
-
-
-def _kept(settings: Train, kept: dict[str, Any]) -> dict[str, Any]:
-    """Settings that must not change on resume: those of `train`, and those of the method."""
-    return settings.model_dump(exclude=marked_keys(Train, MAY_CHANGE, MACHINE)) | kept

@@ -69,6 +69,7 @@ def plan_lines(
     batch = settings.batch_size
     steps = settings.samples // batch
     samples, warmup = steps * batch, settings.optimizer.warmup_samples
+    cooldown = f", the last {settings.cooldown[1] - settings.cooldown[0]:,} a cooldown" if settings.cooldown else ""
     costs = _costs(settings, vocabulary, tower, locked)
     epochs = "not known: give --beton OUT"
     if dataset_samples:
@@ -76,7 +77,7 @@ def plan_lines(
     trunk = f"trunk {costs.trunk / 1e6:.1f}M{' frozen' if locked else ''}"
     head = f"{costs.head_name} {costs.head / 1e6:.1f}M ({vocabulary:,} {'tokens' if tower else 'classes'})"
     lines = [
-        f"steps        {steps:,} of {batch:,} samples = {samples:,}, {warmup:,} of them warm-up",
+        f"steps        {steps:,} of {batch:,} samples = {samples:,}, {warmup:,} of them warm-up{cooldown}",
         f"epochs       {epochs}",
         f"parameters   {trunk} + {head}",
         f"operations   {costs.flops / 1e9:.1f} GFLOP a sample, {costs.flops * samples:.3g} FLOP in all",

@@ -9,7 +9,7 @@ but long stretches can be prefetched.
 
 Why training resumes to the bit: nothing random has state. Order and crops depend on (seed, epoch, position or row),
 dropout on (seed, step, rank) in `train/loop.py:_seed`. So `train/checkpoint.py` stores weights, moments and the number
-of samples, no RNG state, and `train/trainer.py:resume_point` refuses to resume with other data or settings.
+of samples, no RNG state, and `train/checkpoint.py:resume_point` refuses to resume with other data or settings.
 """
 
 import math
