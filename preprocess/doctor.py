@@ -8,6 +8,7 @@ the installed extras. Versions come from package metadata and the GPUs from nvid
 
 import math
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -34,6 +35,7 @@ _PACKAGE = "superclass-lean"
 _CGROUP = Path("/sys/fs/cgroup")
 _OPEN_FILES, _MIB_PER_WORKER, _MIB_PER_SECOND, _FREE_GIB = 4_096, 512, 100, 10
 _TEST_BYTES, _BLOCK_BYTES, _CUDA_S = 64 << 20, 4 << 20, 20
+_CUDA_RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12")
 _COLOURS = {"good": "green", "weak": "yellow", "absent": "dim", "missing": "bold red"}
 _EXTRAS = ("train", "evals", "onnx", "ffcv", "ray", "s3", "wandb", "sentencepiece", "demo", "dev")
 
@@ -78,10 +80,9 @@ def installed_extras() -> list[str]:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _fits(package: Requirement, version: str | None) -> bool:
@@ -123,35 +124,39 @@ def _native_libraries() -> Iterator[Finding]:
 def _cuda() -> Iterator[Finding]:
     if not (torch := _version("torch")):
         return
-    try:
-        devices = ", ".join(cuda_devices())
+    try:  # name, memory and driver of every GPU, and in the usual table the newest CUDA that the driver supports
+        listed = _nvidia_smi("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader").strip()
+        driver = re.search(r"CUDA (?:\w+ )?Version\s*:\s*((\d+)\.\d+)", _nvidia_smi())
     except OSError as error:
         yield Finding("cuda", "weak", str(error), "run nvidia-smi; a reboot after a driver update often helps")
         return
-    with_cuda = "+cpu" not in torch and any(
-        (package.name or "").startswith("nvidia-") for package in metadata.distributions()
-    )
+    devices = ", ".join(re.sub(r"(?m), ([\d.]+)$", r", driver \1", listed).splitlines())
+    tag, runtime = re.search(r"\+cu(\d+)(\d)$", torch), next(filter(None, map(_version, _CUDA_RUNTIMES)), "")
+    built = f"{tag[1]}.{tag[2]}" if tag else "" if "+cpu" in torch else runtime  # 2.9.0+cu128: 12.8
+    install = "see pytorch.org/get-started"
     if not devices:
         yield Finding("cuda", "absent", f"no GPU; torch {torch} trains on the CPU")
-    elif with_cuda:
-        yield Finding("cuda", "good", devices)
+    elif not built:
+        value = f"{devices}; but torch {torch} is built without CUDA"
+        yield Finding("cuda", "weak", value, f"install a torch with CUDA: {install}")
     else:
-        fix = "install a torch with CUDA: see pytorch.org/get-started"
-        yield Finding("cuda", "weak", f"{devices}; but torch {torch} is built without CUDA", fix)
+        old = driver and int(driver[2]) < int(built.split(".")[0])
+        value = f"{devices}; torch {torch} for CUDA {built}" + (f", the driver supports {driver[1]}" if driver else "")
+        yield _finding("cuda", value, f"update the driver, or {install} for an older CUDA" if old else "")
 
 
-def cuda_devices() -> list[str]:
-    """Name, memory and driver of every GPU; empty without a CUDA driver. OSError: the driver finds no working GPU."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+def _nvidia_smi(*arguments: str) -> str:
+    """What nvidia-smi prints; empty without a CUDA driver. OSError: the driver finds no working GPU."""
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=_CUDA_S, check=False)
+        command = ["nvidia-smi", *arguments]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_CUDA_S, check=False)
     except FileNotFoundError:
-        return []
+        return ""
     except subprocess.TimeoutExpired:
         raise OSError(f"nvidia-smi does not answer within {_CUDA_S} seconds") from None
     if answer.returncode:
         raise OSError(f"nvidia-smi fails: {(answer.stdout or answer.stderr).strip()}")
-    return answer.stdout.strip().splitlines()
+    return answer.stdout
 
 
 def _control_group(file: str, unlimited: list[float]) -> list[float]:

@@ -236,7 +236,7 @@ class Tracker(Protocol):
 
 def make_trackers(run: Path, log: Log, first_step: int, config: dict[str, Any]) -> list[Tracker]:
     """The trackers of `train.log`. TensorBoard hides what an interrupted run wrote beyond `first_step`; W&B shows the
-    resolved `config`, and is a UserError if it is not installed.
+    resolved `config`. UserError if one is not installed.
     """
     trackers: list[Tracker] = []
     if log.tensorboard:
@@ -248,8 +248,14 @@ def make_trackers(run: Path, log: Log, first_step: int, config: dict[str, Any]) 
 
 class _TensorBoard:
     def __init__(self, run: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+        except ImportError as error:
+            raise UserError(
+                f"train.log.tensorboard is true, but tensorboard cannot be imported: {error}",
+                allowed="false",
+                fix="pip install tensorboard, or --set train.log.tensorboard=false",
+            ) from None
         self._writer = SummaryWriter(str(run), purge_step=first_step + 1)  # hides that step too
 
     def add(self, line: dict[str, Any]) -> None:

@@ -125,24 +125,50 @@ def test_a_control_group_without_limits(tmp_path: Path, monkeypatch: pytest.Monk
     assert reported["cores"]["state"] == "good" and reported["memory"]["value"].startswith(f"{total:.1f} GiB, ")
 
 
-def test_a_gpu_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "cuda_devices", lambda: ["NVIDIA H100, 81559 MiB, 580"])
-    version = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: "2.14.0+cpu" if name == "torch" else version(name))
+GPU = """case "$*" in
+*query-gpu*) echo 'NVIDIA H100, 81559 MiB, 550.54.15';;
+*) echo '| NVIDIA-SMI 550.54.15   Driver Version: 550.54.15   CUDA Version: 12.4 |';;
+esac"""
+NAME = "NVIDIA H100, 81559 MiB, driver 550.54.15"
+
+
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, **versions: str | None) -> None:
+    """The only program in PATH, and the versions of packages, with _ for -."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    if script:
+        (programs / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (programs / "nvidia-smi").chmod(0o755)
+    version, given = doctor._version, {name.replace("_", "-"): value for name, value in versions.items()}
+    monkeypatch.setattr(doctor, "_version", lambda name: given[name] if name in given else version(name))
+    monkeypatch.setenv("PATH", str(programs))
+
+
+@pytest.mark.parametrize(
+    ("torch", "runtime", "state", "value", "fix"),
+    [
+        ("2.14.0+cpu", "12.8.90", "weak", "; but torch 2.14.0+cpu is built without CUDA", "a torch with CUDA"),
+        ("2.14.0", None, "weak", "; but torch 2.14.0 is built without CUDA", "a torch with CUDA"),
+        ("2.14.0", "13.0.48", "weak", "; torch 2.14.0 for CUDA 13.0.48, the driver supports 12.4", "update the driver"),
+        ("2.14.0+cu130", None, "weak", "; torch 2.14.0+cu130 for CUDA 13.0, the driver supports 12.4", "update the"),
+        ("2.14.0+cu128", "13.0.48", "good", "; torch 2.14.0+cu128 for CUDA 12.8, the driver supports 12.4", ""),
+        ("2.14.0+cu118", None, "good", "; torch 2.14.0+cu118 for CUDA 11.8, the driver supports 12.4", ""),
+    ],
+)
+def test_a_gpu_and_the_cuda_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: str, runtime: str | None, state: str, value: str, fix: str
+) -> None:
+    # Drivers run programs of all minor versions of their CUDA and of older ones.
+    nvidia_smi(tmp_path, monkeypatch, GPU, torch=torch, nvidia_cuda_runtime=runtime, nvidia_cuda_runtime_cu12=None)
     reported = found(tmp_path)["cuda"]
-    assert reported["state"] == "weak" and "built without CUDA" in reported["value"]
-
-    def broken() -> list[str]:
-        raise OSError("the driver fails")
-
-    monkeypatch.setattr(doctor, "cuda_devices", broken)
-    assert found(tmp_path)["cuda"]["value"] == "the driver fails"
+    assert (reported["state"], reported["value"]) == (state, NAME + value)
+    assert fix in reported["fix"] and bool(fix) == bool(reported["fix"])
 
 
 @pytest.mark.parametrize(
     ("script", "state", "value"),
     [
-        ("echo 'NVIDIA H200, 143771 MiB, 570.86.15'", "weak", "NVIDIA H200, 143771 MiB, 570.86.15; but torch"),
+        ("echo 'NVIDIA H200, 143771 MiB, 570.86.15'", "weak", "NVIDIA H200, 143771 MiB, driver 570.86.15; but torch"),
         ("echo 'No devices were found'; exit 6", "weak", "nvidia-smi fails: No devices were found"),
         (None, "absent", "no GPU; torch"),
     ],
@@ -150,14 +176,7 @@ def test_a_gpu_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_gpus_are_those_of_nvidia_smi(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, state: str, value: str
 ) -> None:
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    if script:
-        (programs / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
-        (programs / "nvidia-smi").chmod(0o755)
-    version = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: "2.14.0+cpu" if name == "torch" else version(name))
-    monkeypatch.setenv("PATH", str(programs))
+    nvidia_smi(tmp_path, monkeypatch, script, torch="2.14.0+cpu")
     reported = found(tmp_path)["cuda"]
     assert reported["state"] == state and reported["value"].startswith(value)
 

@@ -21,6 +21,15 @@ def test_missing_wandb_is_an_error_with_the_command_that_installs_it(
     assert "pip install 'superclass-lean[wandb]', or --set train.log.wandb=null" in str(caught.value)
 
 
+def test_missing_tensorboard_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError) as caught:
+        make_trackers(tmp_path, settings("log.tensorboard=true").log, 0, {})
+    assert "train.log.tensorboard is true, but tensorboard cannot be imported" in str(caught.value)
+    assert "fix: pip install tensorboard, or --set train.log.tensorboard=false" in str(caught.value)
+
+
 def test_tensorboard_hides_what_an_interrupted_run_wrote_beyond_its_checkpoint(tmp_path: Path) -> None:
     log = settings("log.tensorboard=true").log
     for first, losses in ((0, [4.0, 3.0, 9.0]), (2, [2.0])):
