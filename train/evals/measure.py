@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from labels.settings import Pipeline
-from labels.storage import UserError, printable, write_json, write_whole
+from labels.storage import UserError, fingerprint, printable, write_json, write_whole
 from labels.terminal import visible
 from train.encoders.encoder import Encoder, EncoderSpec
 from train.encoders.load import load_encoder
@@ -35,6 +35,7 @@ from train.evals.data.images import LabelledImages
 from train.evals.data.sets import DataSet, load_data, load_pair
 from train.evals.features import TRANSFORM, Extractor
 from train.evals.kinds.probe import majority
+from train.evals.paired import HEADER, PerImage, add_versus, pack, tested_of, versus_of
 from train.evals.protocol import Evaluation, Score, format_metric, is_share, markdown_line
 
 MAJORITY = "majority class"
@@ -92,6 +93,7 @@ def run_protocol(
         measured = measure(evaluation, encoder, data, pipeline, extract)
         rows += measured.rows
         splits.append(measured.splits)
+    add_versus(rows)
     content = result(evaluation, data, pipeline, extract, rows)
     print_rows(f"{data.name}: {content['protocol']}", rows)
     if out:
@@ -115,7 +117,8 @@ def measure(
 
     Each row: encoder, variant, description; `metrics`, their names, the main one first; each as the mean over seeds,
     with `_std` (n - 1) and `_standard_error` (from the size of the test part); and `seeds`: every seed's metrics,
-    details, weights and the fingerprint of its split.
+    details, weights, the fingerprint of its split, and for each image whether its first guess is right (`correct`, as
+    paired.py packs it, of the images `tested`).
     """
     settings: Any = evaluation.settings(pipeline)
     train = data.train if isinstance(data, DataSet) else None
@@ -136,8 +139,15 @@ def measure(
             metrics |= _summary(name, [seed_row[name] for seed_row in seeds], trials, first.standard_error)
         varies = "initialisation and what is drawn" if encoder.seeded else "what is drawn"
         about = {"encoder": encoder.name, "variant": variant, "description": encoder.describe(), "seed_varies": varies}
-        rows.append({**about, "metrics": list(names), **metrics, "seeds": seeds, "seconds": seconds})
+        tested = {} if first.correct is None else {"tested": _tested(data, len(first.correct))}
+        rows.append({**about, "metrics": list(names), **metrics, **tested, "seeds": seeds, "seconds": seconds})
     return Measured(rows, _split_table(printable(encoder.name), train, [score for score, _ in scores]))
+
+
+def _tested(data: DataSet | CaptionSet, count: int) -> dict[str, Any]:
+    """Number and fingerprint of the images that were tested, in order: the test part, or both parts (folds)."""
+    parts = [data.test] if count == len(data.test) else [part for part in (data.train, data.test) if part]
+    return {"count": count, "fingerprint": fingerprint([[part.fingerprint, part.image_fingerprint] for part in parts])}
 
 
 def floor_rows(data: DataSet | CaptionSet) -> list[dict[str, Any]]:
@@ -185,6 +195,8 @@ def write_splits(path: Path, tables: Sequence[pa.Table]) -> None:
 
 def _seed_row(score: Score, weights: str, train: LabelledImages | None) -> dict[str, Any]:
     row = {"seed": score.seed, **score.metrics, **score.detail, "encoder_weights": weights}
+    if score.correct is not None:
+        row["correct"] = pack(score.correct)
     if score.split is not None and train is not None:
         keys = "\n".join(train.keys[position] for position in score.split)
         row |= {"split": len(score.split), "split_fingerprint": hashlib.sha256(keys.encode()).hexdigest()[:16]}
@@ -216,17 +228,25 @@ def _split_table(encoder: str, train: LabelledImages | None, scores: list[Score]
 # -- tables on the terminal and in Markdown
 
 _WIDEST = 1000
+_COMPARED = "difference to the first encoder in percentage points, by a paired bootstrap over the test images"
+DIFFERENCES = ["data", "encoder", "variant", *HEADER]
 
 
 def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """One protocol on one data set: a line for each encoder and variant, with the main metric's spreads."""
+    """One protocol on one data set: a line for each encoder and variant, with the main metric's spreads, and its
+    difference to the first encoder (paired.py).
+    """
     several = len({row["variant"] for row in rows} - {MAJORITY}) > 1
     main, *others = rows[-1]["metrics"]
     words = ["encoder", *(["variant"] if several else [])]
     main_column, *other_columns = (f"{name} %" if is_share(name) else name for name in (main, *others))
-    table = _table(title, [*words, main_column, "± seeds", "± test size", *other_columns, "seconds"], words)
+    compared = [f"{HEADER[0]} to first", *HEADER[1:]] if any("versus" in row for row in rows) else []
+    table = _table(title, [*words, main_column, "± seeds", "± test size", *compared, *other_columns, "seconds"], words)
     for row in rows:
-        values = [format_metric(key, row.get(key)) for key in (main, f"{main}_std", f"{main}_standard_error", *others)]
+        values = [format_metric(key, row.get(key)) for key in (main, f"{main}_std", f"{main}_standard_error")]
+        versus = versus_of(row)
+        values += versus.cells() if versus else ["-"] * len(compared)
+        values += [format_metric(key, row.get(key)) for key in others]
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
         table.add_row(*(visible(row[word]) for word in words), *values, seconds)
     _print_table(table)
@@ -254,6 +274,11 @@ class Grid:
         spread = f" ± {format_metric(main, row[f'{main}_std'])}" if row[f"{main}_std"] is not None else ""
         return format_metric(main, row[main]) + spread
 
+    def differences(self) -> list[list[str]]:
+        """Lines of DIFFERENCES: each row that can be compared with the first encoder of its data and variant."""
+        compared = [(row, versus) for row in self._cells.values() if (versus := versus_of(row))]
+        return [[row["data"], row["encoder"], row["variant"], *versus.cells()] for row, versus in compared]
+
     def print(self, title: str) -> None:
         """On the terminal."""
         table = _table(title, self.header, self.header[:2])
@@ -264,11 +289,21 @@ class Grid:
             table.add_row(*map(visible, (data if data != previous else "", *cells)))
             previous = data
         _print_table(table)
+        if lines := self.differences():
+            table = _table(_COMPARED, DIFFERENCES, DIFFERENCES[:3])
+            for line in lines:
+                table.add_row(*map(visible, line))
+            _print_table(table)
 
     def markdown(self) -> str:
         """As a Markdown table."""
         rule = ["---", "---", *("---:" for _ in self._variants)]
         return "".join(markdown_line(line) for line in (self.header, rule, *self.lines()))
+
+    def markdown_of_differences(self) -> str:
+        """Likewise of the differences; empty without any."""
+        rule, lines = ["---", "---", "---", "---:", "---:", "---:"], self.differences()
+        return "".join(markdown_line(line) for line in (DIFFERENCES, rule, *lines)) if lines else ""
 
 
 def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
@@ -305,6 +340,7 @@ class Row:
     weights: str | None = None  # fingerprint of the encoder, None if the result has none
     text_tower: str | None = None  # likewise
     readout: str | None = None  # layer and pool of the features, in words
+    tested: PerImage | None = None  # which of the test images it has right
 
     @property
     def main(self) -> str:
@@ -372,7 +408,8 @@ def _rows(file: Path, content: dict[str, Any], protocols: dict[str, str]) -> Ite
         variant = row.get("variant", protocol)
         data, description = row.get("data", content.get("data", "?")), row.get("description", {})
         identity = description.get("weights"), description.get("text_tower"), readout_of(description)
-        yield Row(data, row["encoder"], variant, protocol, metrics, len(row.get("seeds", ())), file, *identity)
+        tested = tested_of({"data": data, "variant": variant, **row})
+        yield Row(data, row["encoder"], variant, protocol, metrics, len(row.get("seeds", ())), file, *identity, tested)
 
 
 def readout_of(description: dict[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ caption on captioned data.
 DIR/features/         features, shared by all protocols and by later calls; checkpoints of models that are trained
 DIR/results/<fingerprint>.json, .splits.parquet   one cell, named by everything that determines it: a rerun skips it
 DIR/suite.json, table.md   all cells together
+DIR/differences.md         of each encoder to the first, image by image: paired.py
 """
 
 import json
@@ -30,6 +31,7 @@ from train.evals.data.captions import CAPTION_KINDS, CaptionSet, load_caption_se
 from train.evals.data.sets import DataSet
 from train.evals.features import TRANSFORM, Extractor
 from train.evals.measure import Grid, floor_rows, measure, named_data, result, write_splits
+from train.evals.paired import add_versus
 from train.evals.protocol import Evaluation, load_protocol, protocol_names
 
 
@@ -146,7 +148,8 @@ class _Cell(NamedTuple):
 def run_suite(
     suite: Suite, out: Path, extract: Extractor, config: Path | None = None, overrides: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Measure every cell that is not there yet, print the table, and write suite.json and table.md.
+    """Measure every cell that is not there yet, print the tables, and write suite.json, table.md and
+    differences.md.
 
     `extract` keeps its features below `out`; the protocols' own keys override `config` and `overrides`. Encoders, data
     and protocols are all checked before the first is measured. Returns the content of suite.json: `results`, one row
@@ -177,6 +180,7 @@ def run_suite(
     rows = [{"data": data.name, **row} for data in data_sets for row in floor_rows(data)] + rows
     names = [data.name for data in data_sets]
     rows.sort(key=lambda row: names.index(row["data"]))  # stable: within a data set as the suite file has them
+    add_versus(rows)
     grid = Grid(rows)
     metrics = "top-1 % (retrieval: recall at the first k; caption: CIDEr-D x 100)"
     grid.print(f"{metrics}, mean ± deviation over seeds: {out}")
@@ -186,8 +190,9 @@ def run_suite(
     stems = [cell.file.stem for cell in cells if not cell.reason]
     content = {"results": rows, "suite": suite.model_dump(), "cells": stems}
     write_json(out / "suite.json", content)
-    table = printable(grid.markdown())
-    write_whole(out / "table.md", lambda partial: partial.write_text(table, encoding="utf8"))
+    for name, table in (("table.md", grid.markdown()), ("differences.md", grid.markdown_of_differences())):
+        text = printable(table)
+        write_whole(out / name, lambda partial, text=text: partial.write_text(text, encoding="utf8"))
     return content
 
 

@@ -18,6 +18,7 @@ from labels import html
 from labels.html import Axis, Html, Section, format_seconds, join, key_name, paragraph, short_number, table, tag
 from labels.terminal import count
 from train.evals.measure import Row
+from train.evals.paired import HEADER, compare
 from train.evals.protocol import format_metric
 from train.report.runs import Run, differences, loss_curves, throughput_curves
 
@@ -167,7 +168,22 @@ def _measured_on(data: str, rows: Sequence[Row], benchmarks: Sequence["Benchmark
         for benchmark in benchmarks
         if any(is_of(row, benchmark.data, benchmark.protocol) for row in rows)
     ]
-    return join([tag("h3", data), measured_table, *published_tables])
+    return join([tag("h3", data), measured_table, *_compared_on(data, rows), *published_tables])
+
+
+def _compared_on(data: str, rows: Sequence[Row]) -> list[Html]:
+    """The differences to the first encoder, image by image; empty if no two rows can be compared."""
+    lines = [
+        [tag("code", row.encoder), row.variant, tag("code", versus.encoder), *versus.cells()]
+        for row, versus in zip(rows, compare(row.tested for row in rows), strict=True)
+        if versus
+    ]
+    if not lines:
+        return []
+    columns = ["Encoder", "Variant", "Less", *(f"#{name}" for name in HEADER)]
+    note = "Percentage points. Interval and p are of a paired bootstrap over the test images, not over training seeds."
+    label = f"Differences on {data}"
+    return [table(columns, lines, caption="Difference to the first encoder", label=label), paragraph(note, muted=True)]
 
 
 def _unit(rows: Sequence[Row], variant: str) -> str:

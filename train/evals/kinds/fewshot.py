@@ -66,8 +66,9 @@ class FewShot(Evaluation):
                 ridge = fit_ridge(train_x[rows].to(device), train_y[rows].to(device), classes, settings.l2)
                 parts = test_x.split(_TEST_ROWS)
                 predicted = torch.cat([ridge.logits(part.to(device)).argmax(1).cpu() for part in parts])
-                top1 = float((predicted == test_y).double().mean())
-                scores.append(Score(f"{shots}-shot", seed, {"top1": top1, "top5": None}, split=rows))
+                correct = (predicted == test_y).numpy()
+                metrics = {"top1": float(correct.mean()), "top5": None}
+                scores.append(Score(f"{shots}-shot", seed, metrics, split=rows, correct=correct))
         return scores
 
 

@@ -35,7 +35,7 @@ from train.encoders.load import load_encoder
 from train.evals.data.images import LabelledImages
 from train.evals.data.sets import DataSet
 from train.evals.features import TRANSFORM, Extractor, Normaliser, decode, decode_crop, decoded_batches
-from train.evals.protocol import Evaluation, Score, accuracies, work_folder
+from train.evals.protocol import Evaluation, Score, accuracies, hits, work_folder
 from train.loop import Stopped, stop_signals
 from train.optim import adamw
 from train.trainer import MakeOptimizer, train_model
@@ -109,10 +109,10 @@ class FineTune(Evaluation):
             make = make_layer_decayed(settings.layer_decay)
             if not train_model(model, batches, mixing, train, folder / identity, identity, world, stopping, make):
                 raise Stopped(f"fine-tuning of {encoder.name}")
-            metrics = accuracies(logits(model, encoder, data, extract), torch.from_numpy(data.test.targets))
+            found, y = logits(model, encoder, data, extract), torch.from_numpy(data.test.targets)
         about = {"batch_size": train.batch_size, "steps": train.samples // train.batch_size}
         about |= {"learning_rate": train.optimizer.lr, "drop_path": drop_path}
-        return Score("fine-tuned", seed, metrics, about)
+        return Score("fine-tuned", seed, accuracies(found, y), about, correct=hits(found, y))
 
 
 EVALUATION = FineTune()

@@ -21,7 +21,7 @@ from labels.storage import UserError
 from train.encoders.encoder import Encoder
 from train.evals.data.sets import DataSet
 from train.evals.features import Extractor
-from train.evals.protocol import Evaluation, Score, accuracies
+from train.evals.protocol import Evaluation, Score, accuracies, hits
 
 
 class Knn(Section):
@@ -54,11 +54,12 @@ class NearestNeighbours(Evaluation):
         for k in settings.k:
             neighbours = train_y[rows[:, :k]]
             votes = weighted_votes(cosines[:, :k], neighbours, classes, settings.temperature)
-            majority = majority_votes(neighbours, classes).argmax(1)
+            majority = majority_votes(neighbours, classes)
             # Nothing is drawn: only an encoder that is itself drawn from a seed varies with it.
-            scores.append(Score(f"{k}-nn", seeds[0], accuracies(votes, test_y)))
-            top1 = float((majority == test_y).double().mean())
-            scores.append(Score(f"{k}-nn majority", seeds[0], {"top1": top1, "top5": None}))
+            scores.append(Score(f"{k}-nn", seeds[0], accuracies(votes, test_y), correct=hits(votes, test_y)))
+            correct = hits(majority, test_y)
+            top1 = float(correct.mean())
+            scores.append(Score(f"{k}-nn majority", seeds[0], {"top1": top1, "top5": None}, correct=correct))
         return scores
 
 

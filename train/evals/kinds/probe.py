@@ -373,11 +373,11 @@ def mae_probe(
     norm.eval()
     with torch.inference_mode():
         parts = torch.from_numpy(test_x).split(_TEST_ROWS)
-        logits = torch.cat([linear(norm(part.to(device))).cpu() for part in parts])
+        logits, y = torch.cat([linear(norm(part.to(device))).cpu() for part in parts]), torch.from_numpy(test_y)
     variant = "probe, MAE's recipe" if settings.augment else "probe, MAE's head"
     peak = settings.base_lr * batch / 256
     detail = {"batch_size": batch, "learning_rate": peak, "final_loss": float(loss.detach())}
-    return Score(variant, seed, accuracies(logits, torch.from_numpy(test_y)), detail)
+    return Score(variant, seed, accuracies(logits, y), detail, correct=hits(logits, y))
 
 
 def learning_rate(settings: MaeProbe, batch: int, epoch: float) -> float:

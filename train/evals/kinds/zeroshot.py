@@ -34,7 +34,7 @@ from train.encoders.text import label_dataset, label_texts
 from train.evals.data.images import shorten
 from train.evals.data.sets import DataSet
 from train.evals.features import Extractor
-from train.evals.protocol import Evaluation, Score, accuracies
+from train.evals.protocol import Evaluation, Score, accuracies, hits
 
 
 class Zeroshot(Section):
@@ -96,8 +96,9 @@ class ZeroShot(Evaluation):
             check_distinct(names, tokens.unflatten(0, (-1, len(forms))), encoder.name)
             classes = class_embeddings(side.embedded(tokens, extract.device), len(forms))
             scores = side.images(extract(encoder, data.test), extract.device) @ classes.T
-        metrics = accuracies(scores, torch.from_numpy(data.test.targets).to(scores.device))
-        return [Score(variant, seeds[0], metrics, {"names": names, "templates": forms})]
+        y = torch.from_numpy(data.test.targets).to(scores.device)
+        detail = {"names": names, "templates": forms}
+        return [Score(variant, seeds[0], accuracies(scores, y), detail, correct=hits(scores, y))]
 
 
 EVALUATION = ZeroShot()
