@@ -233,9 +233,10 @@ def _check_older(run: Path, state: State, settings: Train, kept_by_method: dict[
     """A run of an older version, whose configuration lacks newer keys, may go on with their defaults. UserError: a key
     has another value, or RUN/config.yaml is not what the checkpoint was written with.
     """
-    file, facts = run / "config.yaml", run / "data.json"
+    file, facts_file = run / "config.yaml", run / "data.json"
     pipeline, written = load_pipeline(file), read_yaml(file).get("train") or {}
-    kept = json.loads(facts.read_bytes()).get("kept", {}) if facts.is_file() else {}
+    facts = json.loads(facts_file.read_bytes()) if facts_file.is_file() else {}
+    kept = facts.get("kept", {})
     filled = kept | ({"text_tower": pipeline.text_tower.model_dump()} if "text_tower" in kept else {})
     before, now = (
         {key: value for key, value in dotted({"train": kept_settings(given[0], {}), **given[1]}).items() if value != {}}
@@ -251,10 +252,19 @@ def _check_older(run: Path, state: State, settings: Train, kept_by_method: dict[
             f"{run} was begun with another configuration"
             + (f": {'; '.join(changed)}" if changed else f", and {file} was changed since"),
             allowed="the configuration it was begun with",
-            fix=f"take --config {file} without --set and --recipe, or another --out"
+            fix=f"take --config {file} without --set and --recipe{_init_option(facts)}, or another --out"
             if changed
             else f"undo the change of {file}, or take another --out",
         )
+
+
+def _init_option(facts: dict[str, Any]) -> str:
+    """The options of `train run` for the weights that a run was begun with."""
+    init = facts.get("init")
+    if not init:
+        return ", without --init"
+    weights = f" --init-weights {shlex.quote(init['weights'])}" if init["weights"] else ""
+    return f", with --init {shlex.quote(init['spec'])}{weights}{' --init-head' if init['head'] else ''}"
 
 
 def _shown(values: dict[str, Any], key: str) -> str:
@@ -404,9 +414,14 @@ def copy_exactly(expected: dict[str, Tensor], tensors: dict[str, Tensor], file: 
 
 
 def weights_fingerprint(net: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of all weights and buffers, 16 hex digits."""
+    """The `tensors_fingerprint` of all weights and buffers."""
+    return tensors_fingerprint(net.state_dict())
+
+
+def tensors_fingerprint(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, 16 hex digits."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

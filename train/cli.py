@@ -59,16 +59,43 @@ def main() -> None:
 @click.option(
     "--weights", metavar="FILE", help="Label weights: a table of `train weigh`, visual, or idf (train.weights)."
 )
+@click.option(
+    "--init",
+    metavar="SPEC",
+    help="Begin with the trunk of run:RUN, ema:RUN, or timm:NAME or open_clip:NAME with --init-weights; positions are "
+    "resampled.",
+)
+@click.option("--init-weights", metavar="FILE", help="Weight file of a timm: or open_clip: --init.")
+@click.option("--init-head", is_flag=True, help="Take the head of --init too: a run with the same classes.")
 @options.configuration
-def run(synthetic: bool, weights: str | None, **arguments: Any) -> None:
+def run(
+    synthetic: bool,
+    weights: str | None,
+    init: str | None,
+    init_weights: str | None,
+    init_head: bool,
+    **arguments: Any,
+) -> None:
     """Pre-train by classification, or resume an interrupted run: the same command again."""
+    from train.encoders.encoder import EncoderSpec
+    from train.encoders.initial import initialised
     from train.loop import STOPPED_EXIT_CODE
     from train.trainer import synthetic_run, train_run
 
     if weights:
         arguments["overrides"] += (f"train.weights={json.dumps(weights)}",)
+    if init is None and (init_weights or init_head):
+        given = "--init-weights" if init_weights else "--init-head"
+        raise UserError(f"{given} was given without --init", fix=f"add --init SPEC, or omit {given}")
+    if init and synthetic:
+        raise UserError("--synthetic was given with --init: the speed does not depend on weights", fix="omit --init")
     if not synthetic:
-        return _pretrain("run", arguments, train_run, or_else=", or --synthetic")
+
+        def start(chosen: Any, folder: Path, pipeline: Pipeline) -> bool:
+            method = initialised(EncoderSpec(init, init_weights), folder, head=init_head) if init else None
+            return train_run(chosen, folder, pipeline, method=method)
+
+        return _pretrain("run", arguments, start, or_else=", or --synthetic")
     pipeline = _pipeline(arguments)
     folder = (arguments["run"] or local_path(pipeline.paths.run)) / "synthetic"
     vocabulary, label_limit, _ = head_size(pipeline, next(iter(arguments["betons"]), None))

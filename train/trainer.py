@@ -11,6 +11,7 @@ everything that determines the result are the same.
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,27 @@ class Method:
     facts: dict[str, Any] = field(default_factory=dict)  # for data.json
 
 
-def classification() -> Method:
-    """SuperClass: the tokens of a caption are the labels of its image."""
+def classification(
+    init: dict[str, Any] | None = None, initialise: Callable[[BetonSet, Classifier], None] | None = None
+) -> Method:
+    """SuperClass: the tokens of a caption are the labels of its image.
+
+    `initialise` changes the initial weights, `init` describes them: for data.json, with a `fingerprint` and `head`.
+    """
+
+    def build(settings: Train, betons: BetonSet, world: World) -> TrainState:
+        change = partial(initialise, betons) if initialise else None
+        return make_train_state(settings, torch.from_numpy(betons.weights), world, change)
+
+    kept = {"init": {key: init[key] for key in ("fingerprint", "head")}} if init else {}
     return Method(
         SUPERCLASS,
         "train run",
         "label_ids",
-        build=lambda settings, betons, world: make_train_state(settings, torch.from_numpy(betons.weights), world),
+        build,
         costs=lambda settings, betons: model_costs(settings.model, betons.vocabulary),
+        kept=kept,
+        facts={"kept": kept, "init": init} if init else {},
     )
 
 
@@ -331,10 +345,18 @@ class Trainer:
 # -- what is trained
 
 
-def make_train_state(settings: Train, idf: torch.Tensor, world: World) -> TrainState:
-    """Trunk, head and loss with the initial weights of `runtime.seed`, over all ranks; `idf` float32 [V]."""
+def make_train_state(
+    settings: Train, idf: torch.Tensor, world: World, initialise: Callable[[Classifier], None] | None = None
+) -> TrainState:
+    """Trunk, head and loss with the initial weights of `runtime.seed`, over all ranks; `idf` float32 [V].
+
+    `initialise` may change these weights.
+    """
     torch.manual_seed(settings.runtime.seed)
-    model = Classifier(build_trunk(settings.model), HeadLoss(settings.loss, idf)).to(world.device)
+    model = Classifier(build_trunk(settings.model), HeadLoss(settings.loss, idf))
+    if initialise is not None:
+        initialise(model)
+    model = model.to(world.device)
     set_up_trunk(model.trunk, settings.model)
     linear: nn.Linear = model.head[1]  # type: ignore[assignment]
     split = splits_vocabulary(linear.out_features, linear.in_features, settings, world.size, world.device)
