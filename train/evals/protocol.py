@@ -50,7 +50,8 @@ class Score:
     split: np.ndarray | None = None  # rows of the training part that were drawn, in order; None: all of it was used
     trials: int | None = None  # what the metrics are shares of, if not the test part's images
     standard_error: float | None = None  # from the size of the test part, of a metric that is no share
-    correct: np.ndarray | None = None  # bool, image by image, whether the first guess is right; None: does not apply
+    # bool, image by image, whether the first guess is right; None: does not apply
+    correct: np.ndarray | None = field(default=None, compare=False)
 
 
 class Evaluation:
