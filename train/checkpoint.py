@@ -150,7 +150,7 @@ def read_state(folder: Path) -> State:
         raise UserError(f"{path} is not valid: {'.'.join(map(str, fault['loc']))}: {fault['msg']}", fix=fix) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable: {error}", fix=fix) from None
-    if state.samples_seen != _samples_of(folder):
+    if state.samples_seen != samples_of(folder):
         raise UserError(f"{path} has {state.samples_seen} samples seen, its folder is {folder.name}", fix=fix)
     return state
 
@@ -196,15 +196,26 @@ _NOT_KEPT = marked_keys(Train, MAY_CHANGE, MACHINE)
 
 
 def resume_point(
-    run: Path, betons: BetonSet, settings: Train, *, name: str, command: str, kept: dict[str, Any]
+    run: Path,
+    betons: BetonSet,
+    settings: Train,
+    *,
+    name: str,
+    command: str,
+    kept: dict[str, Any],
+    branch: Path | None = None,
 ) -> tuple[Path | None, State]:
     """The newest checkpoint of `run` and its state; None and the state before the first step if there is none.
 
     UserError if the run was started by another method than `name`, with other data or another configuration, or if its
-    cooldown has begun and is now another. `kept` must not change either.
+    cooldown has begun and is now another. `kept` must not change either. `branch`: a checkpoint of another run,
+    which is taken, by the same rules, where `run` has none.
     """
     options = fingerprint(kept_settings(settings, kept))
     folders = checkpoint_folders(run)
+    branch = None if folders else branch
+    if branch:
+        run, folders = branch.parent.parent, [branch]
     if not folders:
         start = first_state(options, betons.vocabulary)
         return None, start.model_copy(update={"method": name} | betons.identity)
@@ -226,7 +237,7 @@ def resume_point(
     if state.options != options:
         _check_older(run, state, settings, kept)
     _check_cooldown(run, state, settings)
-    return folders[-1], state
+    return folders[-1], state.model_copy(update={"options": options}) if branch else state
 
 
 def _check_older(run: Path, state: State, settings: Train, kept_by_method: dict[str, Any]) -> None:
@@ -324,7 +335,7 @@ def _check_cooldown(run: Path, state: State, settings: Train) -> None:
             allowed="train.samples less the cooldown: as many samples as it has seen, or more",
             fix=f"--set train.samples={seen + now[1] - now[0]}, or another train.optimizer.cooldown_samples",
         )
-    earlier = [folder for folder in checkpoint_folders(run) if _samples_of(folder) <= min(before[0], now[0])]
+    earlier = [folder for folder in checkpoint_folders(run) if samples_of(folder) <= min(before[0], now[0])]
     again = f", or remove its checkpoints after {earlier[-1].name}: training goes on from there" if earlier else ""
     raise UserError(
         f"{run} has seen {seen:,} samples: its cooldown, from {before[0]:,} to {before[1]:,}, has begun; "
@@ -334,7 +345,15 @@ def _check_cooldown(run: Path, state: State, settings: Train) -> None:
     )
 
 
-def _samples_of(folder: Path) -> int:
+def recorded(run: Path, name: str) -> dict[str, Any]:
+    """An entry of data.json of a run with checkpoints, by its name; empty without it."""
+    file = run / "data.json"
+    facts = json.loads(file.read_bytes()) if checkpoint_folders(run) and file.is_file() else {}
+    return {name: facts[name]} if name in facts else {}
+
+
+def samples_of(folder: Path) -> int:
+    """The samples seen of a checkpoint, by its name."""
     return int(folder.name.removeprefix(_PREFIX))
 
 

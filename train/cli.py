@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,12 @@ def main() -> None:
 )
 @click.option("--init-weights", metavar="FILE", help="Weight file of a timm: or open_clip: --init.")
 @click.option("--init-head", is_flag=True, help="Take the head of --init too: a run with the same classes.")
+@click.option(
+    "--branch",
+    metavar="RUN@SAMPLES",
+    help="Cool down, in --out, from a checkpoint of a run of schedule wsd, with RUN's configuration "
+    "(train.optimizer.cooldown_samples; default: a fifth of the whole).",
+)
 @options.configuration
 def run(
     synthetic: bool,
@@ -74,11 +81,12 @@ def run(
     init: str | None,
     init_weights: str | None,
     init_head: bool,
+    branch: str | None,
     **arguments: Any,
 ) -> None:
     """Pre-train by classification, or resume an interrupted run: the same command again."""
     from train.encoders.encoder import EncoderSpec
-    from train.encoders.initial import initialised
+    from train.encoders.initial import branched, initialised
     from train.loop import STOPPED_EXIT_CODE
     from train.trainer import synthetic_run, train_run
 
@@ -87,8 +95,15 @@ def run(
     if init is None and (init_weights or init_head):
         given = "--init-weights" if init_weights else "--init-head"
         raise UserError(f"{given} was given without --init", fix=f"add --init SPEC, or omit {given}")
-    if init and synthetic:
-        raise UserError("--synthetic was given with --init: the speed does not depend on weights", fix="omit --init")
+    for other, given in (("--branch", branch and init), ("--synthetic", synthetic and (init or branch))):
+        if given:
+            raise UserError(f"{other} was given with {'--init' if init else '--branch'}", fix="omit one of them")
+    if branch:
+        if arguments["run"] is None:
+            raise UserError("--branch was given without --out", fix="add --out NEW, the folder of the branch")
+        cooldown = branched(branch, arguments["run"], arguments["config"], arguments["overrides"], arguments["recipe"])
+        arguments |= {"config": cooldown.config, "overrides": cooldown.overrides}
+        return _pretrain("run", arguments, partial(train_run, method=cooldown.method, branch=cooldown.checkpoint))
     if not synthetic:
 
         def start(chosen: Any, folder: Path, pipeline: Pipeline) -> bool:

@@ -8,6 +8,7 @@ The run folder holds config.yaml, data.json, metrics.jsonl and checkpoints. It i
 everything that determines the result are the same.
 """
 
+import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -26,10 +27,12 @@ from labels.terminal import count
 from train.checkpoint import (
     CheckpointWriter,
     State,
+    checkpoint_folders,
     first_state,
     is_finite,
     kept_settings,
     load_checkpoint,
+    recorded,
     resume_point,
     resume_point_of_model,
     snapshot,
@@ -93,13 +96,19 @@ def classification(
 
 
 def train_run(
-    data: Path | Chosen, run: Path, pipeline: Pipeline, labels: Path | None = None, method: Method | None = None
+    data: Path | Chosen,
+    run: Path,
+    pipeline: Pipeline,
+    labels: Path | None = None,
+    method: Method | None = None,
+    branch: Path | None = None,
 ) -> bool:
     """Pre-train in the folder `run`, or resume it; returns False if a signal stopped the run, after saving it.
 
     `data` is an output folder of build-labels, or what open_data opens; `labels` is such a folder with the same rows,
-    whose labels and IDF are used instead. `method` is classification of captions by default. Whatever does not fit is a
-    UserError, before anything expensive starts.
+    whose labels and IDF are used instead. `method` is classification of captions by default. `branch`: a checkpoint of
+    another run, which a run without any goes on from. Whatever does not fit is a UserError, before anything expensive
+    starts.
     """
     settings, method = pipeline.train, method or classification()
     with distributed_world(settings.runtime) as world, stop_signals() as stopping, ExitStack() as stack:
@@ -118,7 +127,7 @@ def train_run(
         # -- the resume point
         stack.enter_context(only_run(run, world))
         checkpoint, state = resume_point(
-            run, betons, settings, name=method.name, command=method.command, kept=method.kept
+            run, betons, settings, name=method.name, command=method.command, kept=method.kept, branch=branch
         )
         trainer = Trainer(run, settings, checkpoint, state, world, stopping)
         if trainer.finished:
@@ -138,7 +147,9 @@ def train_run(
                 kept_settings(settings, method.kept)
             ):  # else it has those of an older version
                 dump_yaml(run / "config.yaml", pipeline, exclude={"recipes": True})
-                write_json(run / "data.json", data_facts(betons) | method.facts)
+                write_json(run / "data.json", data_facts(betons) | recorded(run, "branch") | method.facts)
+                if branch and not checkpoint_folders(run):  # the curve from the first step on
+                    shutil.copyfile(branch.parent.parent / "metrics.jsonl", run / "metrics.jsonl")
             epochs = trainer.budget.steps * settings.batch_size / betons.samples
             line = (
                 f"{count(betons.samples, 'sample')} in {count(len(betons.paths), 'beton')}, "

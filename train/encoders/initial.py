@@ -1,21 +1,35 @@
-"""`train run --init SPEC`: the weights that a run begins with.
+"""`train run --init SPEC`: the weights that a run begins with; `--branch RUN@SAMPLES`: a cooldown of another run.
 
     run:RUN | ema:RUN | timm:NAME | open_clip:NAME -> tensors -> timm's filter of the trunk's family -> trunk
 
 The filter converts names, and resamples position embeddings and patch convolution where image size or patch differ. The
 head is taken on request, from a run of the same tokenizer. A resumed run does not read these weights again: they may
-have been removed, or the run that they came from may have a newer checkpoint.
+have been removed, or the run that they came from may have a newer checkpoint. A branch goes on from a checkpoint of
+schedule wsd with its weights, moments and data position: only the end of the schedule differs.
 """
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from labels.config import load_pipeline
+from labels.settings import parse_count
 from labels.storage import UserError, local_path
-from train.checkpoint import checkpoint_folders, copy_exactly, read_weights, tensors_fingerprint, weight_file
+from train.checkpoint import (
+    checkpoint_folders,
+    copy_exactly,
+    read_state,
+    read_weights,
+    recorded,
+    samples_of,
+    tensors_fingerprint,
+    weight_file,
+)
 from train.data.dataset import BetonSet
 from train.encoders.encoder import EncoderSpec
 from train.encoders.libraries import load_clip, load_timm
@@ -24,6 +38,7 @@ from train.model import Classifier
 from train.trainer import Method, classification
 
 _ALLOWED = "run:RUN (or the path of a run), ema:RUN; with --init-weights timm:NAME, open_clip:NAME"
+_LONG = 1000  # a budget for which no cooldown is too long
 
 
 def initialised(requested: EncoderSpec, run: Path, *, head: bool) -> Method:
@@ -32,7 +47,7 @@ def initialised(requested: EncoderSpec, run: Path, *, head: bool) -> Method:
     UserError: the spec is unknown, its weights are damaged, or do not fit (raised when the model is built).
     """
     given = {"spec": _absolute(requested.spec), "weights": requested.weights and _absolute(requested.weights)}
-    before = recorded_init(run)
+    before = recorded(run, "init").get("init")
     if before and {name: before.get(name) for name in given} == given:
         facts, source = {**before, "head": head}, None
     else:
@@ -51,12 +66,6 @@ def initialised(requested: EncoderSpec, run: Path, *, head: bool) -> Method:
             copy_exactly(model.head.state_dict(), source.head, Path(requested.spec), "the head")
 
     return classification(facts, initialise)
-
-
-def recorded_init(run: Path) -> dict[str, Any]:
-    """What data.json says about the first weights of a run with checkpoints; empty without any."""
-    file = run / "data.json"
-    return json.loads(file.read_bytes()).get("init", {}) if checkpoint_folders(run) and file.is_file() else {}
 
 
 class _Source(NamedTuple):
@@ -130,3 +139,76 @@ def _check_vocabulary(source: _Source, betons: BetonSet) -> None:
             allowed="a run with the same classes",
             fix="omit --init-head",
         )
+
+
+# -- branches
+
+
+class Branch(NamedTuple):
+    """What `train run --branch` trains with."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    method: Method
+    checkpoint: Path | None  # None: the branch has checkpoints of its own
+
+
+def branched(spec: str, run: Path, config: Path | None, overrides: Sequence[str], recipe: str | None) -> Branch:
+    """A cooldown in the folder `run` from the checkpoint that `spec`, RUN@SAMPLES, names.
+
+    The configuration is that of RUN, unless `config` is given; `train.samples` is SAMPLES and the cooldown, which is
+    optimizer.cooldown_samples, or a fifth of the whole. UserError: there is no such checkpoint, or it is none of a
+    constant rate.
+    """
+    named, _, text = spec.rpartition("@")
+    samples = int(text) if text.isdecimal() else parse_count(text)
+    if not named or not isinstance(samples, int):
+        raise UserError(f"--branch {spec!r} does not name a run and samples", allowed="RUN@SAMPLES, e.g. run@51.2M")
+    if any(override.partition("=")[0].strip() == "train.samples" for override in overrides):
+        raise UserError(
+            "--set train.samples was given with --branch: it is SAMPLES and the cooldown",
+            allowed="--set train.optimizer.cooldown_samples=N",
+            fix="omit --set train.samples",
+        )
+    source, begun = local_path(named).resolve(), bool(checkpoint_folders(run))
+    facts = {"branch": {"run": str(source), "samples": samples}}
+    if begun and recorded(run, "branch") != facts:
+        raise UserError(f"{run} holds another run than the branch {spec}", fix="give another --out")
+    checkpoint = None if begun else _constant_checkpoint(source, samples)
+    config = config or (run if begun else source) / "config.yaml"
+    settings = load_pipeline(config, [*overrides, f"train.samples={_LONG * samples}"], recipe).train
+    if settings.optimizer.schedule != "wsd" or settings.weights == "visual":
+        raise UserError(
+            f"--branch: train.optimizer.schedule is {settings.optimizer.schedule}, train.weights {settings.weights}",
+            allowed="wsd, and weights that are not measured after shares of the budget (idf, or a table)",
+            fix="branch a run that was trained so",
+        )
+    wanted, size = settings.optimizer.cooldown_samples, settings.batch_size
+    cooldown = max(1, round((samples / 4 if wanted is None else wanted) / size)) * size
+    end = (f"train.samples={samples + cooldown}", f"train.optimizer.cooldown_samples={cooldown}")
+    init = recorded(run if begun else source, "init").get("init")
+    method = classification(init)
+    return Branch(config, (*overrides, *end), replace(method, facts=method.facts | facts), checkpoint)
+
+
+def _constant_checkpoint(run: Path, samples: int) -> Path:
+    """The checkpoint of `samples`; UserError if the run has none, or it is none of schedule wsd before the cooldown."""
+    newest = newest_checkpoint(run)
+    kept = {samples_of(folder): folder for folder in checkpoint_folders(run)}
+    cooldown = read_state(newest).cooldown
+    if cooldown is None:
+        raise UserError(
+            f"{run} was trained with train.optimizer.schedule cosine: its rate has fallen from the warm-up on",
+            allowed="a run of schedule wsd",
+            fix="train with --set train.optimizer.schedule=wsd",
+        )
+    constant = {number: folder for number, folder in kept.items() if number <= cooldown[0]}
+    if samples not in constant:
+        why = "that is in its cooldown" if samples in kept else "it has no such checkpoint"
+        allowed = ", ".join(f"{number}" for number in constant) or "none: all that are kept are in its cooldown"
+        raise UserError(
+            f"{run}@{samples}: {why}",
+            allowed=f"samples before the cooldown, at {cooldown[0]}, of a kept checkpoint: {allowed}",
+            fix=f"--branch {run}@{max(constant)}" if constant else "keep more: train.checkpoint.keep and keep_every",
+        )
+    return constant[samples]
