@@ -18,7 +18,7 @@ import click
 from labels import __version__
 from labels.config import load_pipeline
 from labels.manifest import read_manifest
-from labels.settings import Pipeline
+from labels.settings import Pipeline, parse_size
 from labels.storage import UserError, local_path, user_path, write_whole
 from labels.terminal import run_command
 from train import options
@@ -30,6 +30,16 @@ _weights = click.option("--weights", metavar="FILE", help="Weight file of a timm
 _top = click.IntRange(min=1)
 _seconds = click.FloatRange(min=0.1)
 _rate = click.FloatRange(min=0, min_open=True)
+
+
+class _Bytes(click.ParamType):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        size = parse_size(value)
+        if not isinstance(size, int) or size <= 0:
+            self.fail(f"{value!r} is no size. Allowed: a number with KiB, MiB, GiB or TiB, e.g. 80GiB", param, ctx)
+        return size
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -225,6 +235,12 @@ def weigh_command(run: Path, on: str | None, out: Path | None, samples: int) -> 
     "Nothing is kept.",
 )
 @click.option("--price-per-device-hour", "price", type=click.FloatRange(min=0), help="Price, in any currency.")
+@click.option(
+    "--device-memory",
+    type=_Bytes(),
+    help="Memory of each GPU, e.g. 80GiB, to say whether a step fits (default: of this machine's GPU, if it has one). "
+    "Precision auto is bf16 then.",
+)
 @options.configuration
 def plan(
     beton: str | None, method: str, devices: int, rates: tuple[float, ...], measure: float | None, **arguments: Any
@@ -235,6 +251,7 @@ def plan(
 
     from train.bench.estimate import measure_pace, plan_lines
     from train.clip import check_whole_batches
+    from train.memory import device_bytes
 
     pipeline = _pipeline(arguments)
     settings = pipeline.train
@@ -264,6 +281,7 @@ def plan(
         locked=method == "lit",
         pace=pace,
         price=arguments["price"],
+        device_memory=arguments["device_memory"] or device_bytes(device),
     )
     print("\n".join(lines))
 

@@ -1,5 +1,5 @@
-"""What training a model costs: parameters, operations and activations of a sample, and messages between ranks; for MFU,
-the first log lines and `train plan`.
+"""What training a model costs: parameters, operations of a sample, and messages between ranks; for MFU, the first log
+lines and `train plan`.
 
 Operations are counted by torch's FlopCounterMode over one forward pass on the meta device, times three for the backward
 pass (the counter's own backward is many times too high for grouped convolutions). A trained trunk is counted in
@@ -7,7 +7,6 @@ training mode, where timm's `patch_drop_rate` leaves out tokens. The head counts
 the loss computes it in.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,9 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from labels.settings import Model, TextTower, Train
 from train.distributed import can_split, check_split
-from train.model import build_head, build_trunk, set_up_trunk
+from train.model import build_head, build_trunk
 from train.optim import autocast_dtype
-from train.text_tower import build_text_tower
 
 # Dense bf16 matrix products, TFLOP/s, by a part of the device's name, longer names first (vendors' data sheets). TF32
 # is half of it.
@@ -42,7 +40,6 @@ _PEAK_TFLOPS = {
     "RTX 3090": 71,
 }
 _IMAGES = 2  # BatchNorm cannot be trained on one
-_FEW_TOKENS = 2  # an embedding keeps no more activations for a larger vocabulary
 
 
 @dataclass(frozen=True)
@@ -102,44 +99,6 @@ def tower_costs(trunk: Trunk, text: nn.Module, tower: TextTower, *, locked: bool
 
 def _device(net: nn.Module) -> torch.device:
     return next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
-
-
-def activation_bytes(
-    settings: Train, device: torch.device, text: TextTower | None = None, *, frozen: bool = False
-) -> int:
-    """Bytes kept of one sample for its backward pass, in the precision that `device` computes in, counted on the CPU.
-
-    A `frozen` trunk keeps nothing; `text` is trained with it.
-    """
-    size, total = settings.model.image_size, 0
-    if not frozen:
-        trunk = build_trunk(settings.model).train()
-        set_up_trunk(trunk, settings.model.model_copy(update={"compile": False}))
-        total += _kept_bytes(lambda samples: trunk(torch.zeros(samples, 3, size, size)), settings, device)
-    if text:
-        tower, shape = build_text_tower(text, _FEW_TOKENS).train(), (text.context,)
-        tower.set_grad_checkpointing(settings.model.grad_checkpointing)
-        total += _kept_bytes(lambda count: tower(torch.zeros(count, *shape, dtype=torch.int64)), settings, device)
-    return total
-
-
-def _kept_bytes(forward: Callable[[int], torch.Tensor], settings: Train, device: torch.device) -> int:
-    """Bytes kept of one more sample in a batch."""
-    dtype = autocast_dtype(settings.runtime.precision, device)
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    def of(samples: int) -> int:
-        kept.clear()
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", dtype, enabled=dtype is not None):
-            features = forward(samples)  # held until all is counted, so that no memory is used twice
-        return sum(kept.values()) if features.requires_grad else 0
-
-    return of(3) - of(2)  # weights, and autocast's copies of them, are in both
 
 
 def messages(costs: Costs, settings: Train, ranks: int, device: torch.device) -> str:

@@ -46,6 +46,7 @@ from train.held_out import BetweenSteps, hold_out
 from train.loop import Budget, Inputs, TrainState, run_loop, stop_signals
 from train.losses.head import HeadLoss
 from train.losses.kinds import check_accumulation
+from train.memory import out_of_memory
 from train.metrics import STABLE, Metrics, Speed, make_trackers
 from train.model import Classifier, build_trunk, check_single_images, set_up_trunk
 from train.optim import Ema, LossScale, autocast_dtype, by_decay, make_optimizer
@@ -317,6 +318,8 @@ class Trainer:
                     return run_loop(
                         iterator, inputs, train_state, settings, budget, world, metrics, save, self._stopping, after
                     )
+            except torch.OutOfMemoryError:
+                raise out_of_memory(settings, costs, world.size, world.device) from None
             finally:
                 metrics.close()
 

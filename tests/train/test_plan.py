@@ -1,5 +1,6 @@
 """`train plan`: its arithmetic, by hand."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,11 @@ from click.testing import CliRunner
 
 from beton_factory import build_out
 from labels.config import load_pipeline
-from labels.settings import Model, Train
 from labels.storage import UserError
 from train.bench.estimate import Pace, startup_seconds
 from train.bench.throughput import LoopRate
 from train.cli import cli
-from train.costs import Costs, activation_bytes, messages, splits_vocabulary
+from train.costs import Costs, messages, splits_vocabulary
 
 TINY = "trunk: vit_b16, trunk_args: {depth: 2, embed_dim: 64, num_heads: 1}, image_size: 32"
 
@@ -148,22 +148,33 @@ def test_more_ranks_than_the_classes_are_good_for() -> None:
     assert not splits_vocabulary(49_408, 768, by_itself, 512, torch.device("cpu"))
 
 
-def test_activations_grow_with_depth_and_shrink_with_checkpointing_and_bf16() -> None:
-    def kept(depth: int, precision: str = "fp32", grad_checkpointing: bool = False) -> int:
-        model = Model(trunk="vit_b16", trunk_args={"depth": depth, "embed_dim": 64, "num_heads": 1}, image_size=32)
-        model = model.model_copy(update={"grad_checkpointing": grad_checkpointing})
-        settings = Train(model=model).model_copy(
-            update={"runtime": load_pipeline(overrides=[f"train.runtime.precision={precision}"]).train.runtime}
-        )
-        return activation_bytes(settings, torch.device("cpu"))
+def test_whether_a_step_fits(tmp_path: Path) -> None:
+    text = f"train: {{batch_size: 65536, model: {{{TINY}}}, runtime: {{precision: bf16}}}}"
+    found = plan(tmp_path, text, "--rate", "100")
+    assert "fits" not in found or torch.cuda.is_available()
+    assert "for the activations of 65536 samples at a time (bfloat16)" in found["memory"]
+    total = float(found["memory"].split()[0])
+    assert sum(map(float, re.findall(r"([0-9.]+) for", found["memory"]))) == pytest.approx(total, abs=0.2)
 
-    one, two, four = kept(1), kept(2), kept(4)
-    assert four - two == 2 * (two - one)
-    # A block keeps at least its input, both norms' outputs, query, key, value, attention's output and the MLP's two
-    # widths of four.
-    assert two - one >= 4 * 5 * 64 * (1 + 2 + 3 + 1 + 8)
-    assert kept(4, grad_checkpointing=True) < four / 2
-    assert kept(4, precision="bf16") < 0.8 * four
+    found = plan(tmp_path, text, "--rate", "100", "--device-memory", "2GiB")
+    assert found["fits"].startswith(f"no: {total:.1f} of 2.0 GiB, 1.8 of which are for the step; ")
+    option, _, change = found["fits"].rpartition(": ")[2].partition(" ")
+    assert option == "--set" and change.startswith("train.runtime.accumulation=")
+    found = plan(tmp_path, text, "--rate", "100", "--device-memory", "2GiB", option, change)
+    assert found["fits"].startswith("yes: ") and "at most about" in found["fits"]
+    found = plan(tmp_path, text, "--rate", "100", "--device-memory", "80GiB")
+    assert found["fits"].startswith(f"yes: {total:.1f} of 80.0 GiB, 72.0 of which are for the step; ")
+
+
+def test_a_gpu_that_is_not_here_computes_in_bf16(tmp_path: Path) -> None:
+    text = f"train: {{model: {{{TINY}}}}}"
+    assert "(bfloat16)" in plan(tmp_path, text, "--rate", "100", "--device-memory", "2GiB")["memory"]
+
+
+@pytest.mark.parametrize("size", ["80", "-1GiB", "80GB", "0GiB", "nanGiB", "infGiB", "much"])
+def test_a_device_memory_that_is_no_size(size: str) -> None:
+    result = CliRunner().invoke(cli, ["plan", "--device-memory", size])
+    assert result.exit_code == 2 and "e.g. 80GiB" in result.output
 
 
 def test_two_towers_and_a_frozen_one() -> None:

@@ -9,7 +9,7 @@ Nothing is kept. V vocabulary, the head's width.
 import sys
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,10 +17,11 @@ from labels.html import format_seconds
 from labels.settings import TextTower, Train
 from train.bench.throughput import LoopRate, loop_rate, without_logs_and_checkpoints
 from train.checkpoint import snapshot
-from train.costs import Costs, activation_bytes, messages, model_costs, peak_flops, tower_costs, trunk_costs
+from train.costs import Costs, messages, model_costs, peak_flops, tower_costs, trunk_costs
 from train.data.inputs import ImageInput
 from train.data.open import Chosen, make_loader, open_data
 from train.distributed import World, distributed_world
+from train.memory import Planned, step_memory, verdict
 from train.metrics import peak_memory_gib
 from train.model import build_trunk
 from train.optim import autocast_dtype
@@ -57,13 +58,15 @@ def plan_lines(
     locked: bool = False,
     pace: Pace | None = None,
     price: float | None = None,
+    device_memory: int | None = None,
 ) -> list[str]:
     """Steps, epochs, parameters, operations, memory, disk, messages, hours, cost and what is assumed, each a line.
 
     `rates` are samples/s over all devices, to compute the time for; `device` is of this machine, whose precision is
     taken where it is `auto`; `tower` is that of `train clip` and `train lit`; `locked`, for `train lit`, assumes an
-    encoder like `train.model`; `price` is of a device for an hour, in any currency. UserError as `train run`, for a
-    model that cannot be built and a batch that does not divide.
+    encoder like `train.model`; `price` is of a device for an hour, in any currency; with `device_memory`, bytes of each
+    device, a line says whether a step fits. UserError as `train run`, for a model that cannot be built and a batch that
+    does not divide.
     """
     check_batch_divides(settings, devices)
     batch = settings.batch_size
@@ -81,7 +84,7 @@ def plan_lines(
         f"epochs       {epochs}",
         f"parameters   {trunk} + {head}",
         f"operations   {costs.flops / 1e9:.1f} GFLOP a sample, {costs.flops * samples:.3g} FLOP in all",
-        *_memory_and_disk(settings, costs, samples, devices, device, tower, locked),
+        *_memory_and_disk(settings, Planned(costs, devices, device, tower, locked), samples, device_memory),
     ]
     if devices > 1:
         lines.append(f"messages     {messages(costs, settings, devices, device)}")
@@ -103,31 +106,28 @@ def plan_lines(
     return lines + [f"assumed      {line}" for line in _assumptions(pace, devices, bool(rates))]
 
 
-def _memory_and_disk(
-    settings: Train,
-    costs: Costs,
-    samples: int,
-    devices: int,
-    device: torch.device,
-    tower: TextTower | None,
-    locked: bool,
-) -> list[str]:
-    micro_batch = settings.batch_size // devices // settings.runtime.accumulation
+def _memory_and_disk(settings: Train, planned: Planned, samples: int, device_memory: int | None) -> list[str]:
+    if device_memory is not None and planned.device.type == "cpu":  # a GPU that is not in this machine
+        planned = replace(planned, device=torch.device("cuda"))
+        if settings.runtime.precision == "auto":
+            runtime = settings.runtime.model_copy(update={"precision": "bf16"})
+            settings = settings.model_copy(update={"runtime": runtime})
+    costs, memory = planned.costs, step_memory(settings, planned)
     averaged = settings.optimizer.ema_decay is not None
-    frozen_bytes = 4 * costs.trunk if costs.frozen else 0
-    fixed = costs.parameters * (20 if averaged else 16) / (devices if settings.runtime.parallel == "fsdp" else 1)
-    fixed = (fixed + frozen_bytes) / _GIB
-    activations = micro_batch * activation_bytes(settings, device, tower, frozen=locked) / _GIB
-    checkpoint = (costs.parameters * (16 if averaged else 12) + frozen_bytes) / _GIB
-    precision = str(autocast_dtype(settings.runtime.precision, device) or "fp32").removeprefix("torch.")
+    checkpoint = (costs.parameters * (16 if averaged else 12) + (4 * costs.trunk if costs.frozen else 0)) / _GIB
+    precision = str(autocast_dtype(settings.runtime.precision, planned.device) or "fp32").removeprefix("torch.")
     kept, written = _checkpoints(settings, samples)
     states = f"weights, gradients and moments{' and average' if averaged else ''}"
-    return [
-        f"memory       about {fixed + activations:.1f} GiB on each of {devices}: {fixed:.1f} for {states}, "
-        f"{activations:.1f} for the activations of {micro_batch} samples at a time ({precision}); "
-        "the loss comes on top",
+    lines = [
+        f"memory       {memory.total / _GIB:.1f} GiB on each of {planned.ranks}: "
+        f"{memory.states / _GIB:.1f} for {states}, "
+        f"{memory.activations / _GIB:.1f} for the activations of {memory.samples} samples at a time ({precision}), "
+        f"{memory.loss / _GIB:.1f} for the loss",
         f"disk         {kept * checkpoint:.1f} GiB: {kept} of {written} checkpoints of {checkpoint:.2f} GiB are kept",
     ]
+    if device_memory is not None:
+        lines.insert(1, f"fits         {verdict(settings, planned, device_memory)}")
+    return lines
 
 
 def _assumptions(pace: Pace | None, devices: int, rate_given: bool) -> list[str]:
