@@ -246,6 +246,8 @@ class Loss(Section):
 
 
 class Optimizer(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    muon_lr: PositiveFloat | None = None
     schedule: Literal["cosine", "wsd"] = "cosine"
     cooldown_samples: Count | None = None
     lr: PositiveFloat = 5e-4
@@ -302,6 +304,9 @@ class Train(Section):
         if self.optimizer.warmup_samples >= self.samples:
             given = f"optimizer.warmup_samples is {self.optimizer.warmup_samples}"
             raise ValueError(f"{given}, the whole run only {self.samples} samples; allowed: less than train.samples")
+        if self.optimizer.name == "adamw" and self.optimizer.muon_lr is not None:
+            given = f"optimizer.muon_lr is {self.optimizer.muon_lr}, optimizer.name adamw"
+            raise ValueError(f"{given}; allowed: null, or optimizer.name muon")
         if self.optimizer.schedule == "cosine" and self.optimizer.cooldown_samples is not None:
             given = f"optimizer.cooldown_samples is {self.optimizer.cooldown_samples}, optimizer.schedule cosine"
             raise ValueError(f"{given}; allowed: null, or optimizer.schedule wsd")

@@ -5,7 +5,7 @@ resumes.
         trunk.safetensors      the encoder, keys as timm names them
         head.safetensors       the classification head; of two towers: text.safetensors, joint.safetensors
         trunk_ema.safetensors, head_ema.safetensors   their moving averages, if configured
-        optimizer.safetensors  first and second moments and step, by parameter name
+        optimizer.safetensors  first and second moments and step (of Muon its momentum), by parameter name
         state.json             samples seen, counts, loss scale, and the fingerprints that must match on resume
 
 TrainState -> snapshot (whole tensors, also of FSDP, gathered one by one on rank 0) -> CheckpointWriter (a thread); and
@@ -36,7 +36,6 @@ from train.distributed import local, split_like, whole
 from train.loop import TrainState
 
 _PREFIX = "samples-"
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 Tensors = dict[str, dict[str, Tensor]]
 """File name without .safetensors -> tensors by name."""
 
@@ -187,7 +186,7 @@ def _moments(train_state: TrainState) -> dict[str, Tensor]:
     """The optimizer's tensors by their names in a checkpoint; train/optim.py made them for every trained parameter."""
     states = train_state.optimizer.state
     trained = {name: weight for name, weight in train_state.model.named_parameters() if weight.requires_grad}
-    return {f"{moment}.{name}": states[weight][moment] for name, weight in trained.items() for moment in _MOMENTS}
+    return {f"{key}.{name}": moment for name, weight in trained.items() for key, moment in states[weight].items()}
 
 
 # -- where a run resumes

@@ -69,7 +69,7 @@ class TrainState:
     ddp_model: (
         nn.Module
     )  # `model` spread over the ranks (train/distributed.py): images, targets -> this rank's mean loss
-    optimizer: torch.optim.Optimizer  # fused, over the parameters of `model`
+    optimizer: torch.optim.Optimizer  # over the parameters of `model`; honours found_inf
     scale: LossScale | None = None  # with fp16
     ema: Ema | None = None
 

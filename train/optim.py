@@ -1,6 +1,7 @@
-"""How a step changes the weights: AdamW with the reference's weight-decay exemptions, linear warm-up, then cosine or
-cooldown, the type that autocast computes in, fp16's loss scale, and a moving average of the weights (off by default, as
-in the paper). The finite test and the skipped step are the loop's (`_update` in train/loop.py).
+"""How a step changes the weights: AdamW with the reference's weight-decay exemptions, or Muon for the trunk's matrices;
+linear warm-up, then cosine or cooldown; the type that autocast computes in, fp16's loss scale, and a moving average of
+the weights (off by default, as in the paper). The finite test and the skipped step are the loop's (`_update` in
+train/loop.py).
 """
 
 import math
@@ -11,27 +12,109 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from labels.settings import Optimizer
+from labels.storage import UserError
 from train.distributed import local
 
 _FIRST_SCALE, _GROW_EVERY_STEPS = 2.0**16, 2000
+_MUON_MOMENTUM = 0.95  # of all published runs: arXiv 2502.16982, 2509.02046
 
 
-def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
-    """AdamW over decayed and exempt parameters (biases, norms, tokens: all single vectors).
+def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+    """AdamW over decayed and exempt parameters (biases, norms, tokens: all single vectors); with `name: muon`, Muon
+    over the trunk's matrices, which are decayed, and AdamW over all else.
 
     Source: x-cls/superclass, training/main.py (`exclude`: ndim < 2, bn, ln, bias).
     """
-    decayed, exempt = (list(named.values()) for named in by_decay(model))
+    decayed, exempt = by_decay(model)
+    matrices = muon_matrices(model) if settings.name == "muon" else {}
+    members = [
+        ([parameter for name, parameter in decayed.items() if name not in matrices], settings.weight_decay),
+        (list(exempt.values()), 0.0),
+    ]
     # The fused step takes only split or only whole tensors in a group.
     groups = [
         {
-            "params": [parameter for parameter in members if isinstance(parameter, DTensor) == split],
+            "params": [parameter for parameter in parameters if isinstance(parameter, DTensor) == split],
             "weight_decay": decay,
         }
-        for members, decay in ((decayed, settings.weight_decay), (exempt, 0.0))
+        for parameters, decay in members
         for split in (False, True)
     ]
-    return adamw([group for group in groups if group["params"]], settings)
+    others = adamw([group for group in groups if group["params"]], settings)
+    return MuonAndAdamW(list(matrices.values()), others, settings) if settings.name == "muon" else others
+
+
+def muon_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What Muon trains, by name: the weights of the trunk's linear layers, without those of its patch embedding.
+
+    UserError if torch has no Muon, or the trunk no such layer.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(
+            f"train.optimizer.name is muon, but torch {torch.__version__} has no Muon",
+            allowed="torch 2.9 or newer",
+            fix="pip install 'torch>=2.9', or --set train.optimizer.name=adamw",
+        )
+    matrices = {
+        name: parameter
+        for name, parameter in by_decay(model)[0].items()
+        if name.startswith("trunk.") and name.endswith(".weight") and "patch_embed" not in name
+        if isinstance(model.get_submodule(name.removesuffix(".weight")), nn.Linear)
+    }
+    if not matrices:
+        raise UserError(
+            "train.optimizer.name is muon, but the trunk has no linear layer that is trained",
+            allowed="a trunk such as a ViT or ConvNeXt that is not frozen",
+            fix="--set train.optimizer.name=adamw",
+        )
+    return matrices
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon over matrices and AdamW over all else, as one optimizer with the loop's `found_inf`.
+
+    Muon's steps are scaled to the size of AdamW's (`match_rms_adamw`, arXiv 2502.16982), so that learning rate and
+    weight decay have the meaning that they have there. torch's Muon does not know `grad_scale` and `found_inf`: here
+    the gradients are divided before; on a device, which must not be waited for, a skipped step is taken back after.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], others: torch.optim.AdamW, settings: Optimizer) -> None:
+        self._adamw = others
+        self._muon = torch.optim.Muon(  # type: ignore[reportAttributeAccessIssue]
+            matrices,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=_MUON_MOMENTUM,
+            nesterov=True,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        for group in self._muon.param_groups:
+            group["lr_scale"] = (settings.muon_lr or settings.lr) / settings.lr
+        for matrix in matrices:
+            self._muon.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
+        super().__init__([*self._adamw.param_groups, *self._muon.param_groups], {})
+        self.state.update(self._adamw.state)
+        self.state.update(self._muon.state)
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both; nothing changes where `found_inf` is 1.0."""
+        self._adamw.grad_scale, self._adamw.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
+        self._adamw.step()
+        matrices = [matrix for matrix in self._muon.param_groups[0]["params"] if matrix.grad is not None]
+        if self.grad_scale is not None:
+            for matrix in matrices:
+                local(matrix.grad).div_(self.grad_scale)
+        if self.found_inf is None:
+            self._muon.step()
+            return
+        changing = [local(tensor) for each in matrices for tensor in (each, self.state[each]["momentum_buffer"])]
+        before = [tensor.clone() for tensor in changing]
+        self._muon.step()
+        for tensor, old in zip(changing, before, strict=True):
+            torch.where(self.found_inf > 0, old, tensor, out=tensor)
 
 
 def adamw(groups: list[dict[str, Any]], settings: Optimizer) -> torch.optim.AdamW:

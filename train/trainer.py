@@ -49,7 +49,7 @@ from train.losses.kinds import check_accumulation
 from train.memory import out_of_memory
 from train.metrics import STABLE, Metrics, Speed, make_trackers
 from train.model import Classifier, build_trunk, check_single_images, set_up_trunk
-from train.optim import Ema, LossScale, autocast_dtype, by_decay, make_optimizer
+from train.optim import Ema, LossScale, autocast_dtype, by_decay, make_optimizer, muon_matrices
 
 SUPERCLASS = "superclass"
 Batches = Callable[[int, int], Iterable[Any]]
@@ -264,6 +264,10 @@ class Trainer:
             f"weight decay {settings.optimizer.weight_decay:g} on {len(decayed)} tensors, none on {len(exempt)} single "
             f"vectors ({exempt_numbers:,} numbers: {kinds})",
         ]
+        if settings.optimizer.name == "muon":
+            matrices = muon_matrices(model).values()
+            numbers = sum(matrix.numel() for matrix in matrices) / 1e6
+            lines[-1] += f"; Muon on {len(matrices)} matrices ({numbers:.1f}M numbers), AdamW on all else"
         if self._world.size > 1:
             lines.append(messages(costs, settings, self._world.size, device))
         print("\n".join(lines), flush=True)

@@ -200,7 +200,7 @@ def _constant_checkpoint(run: Path, samples: int) -> Path:
         raise UserError(
             f"{run} was trained with train.optimizer.schedule cosine: its rate has fallen from the warm-up on",
             allowed="a run of schedule wsd",
-            fix="train with --set train.optimizer.schedule=wsd",
+            fix="--set train.optimizer.schedule=wsd, for a new run",
         )
     constant = {number: folder for number, folder in kept.items() if number <= cooldown[0]}
     if samples not in constant:
