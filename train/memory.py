@@ -35,7 +35,7 @@ from train.text_tower import build_text_tower
 _FEW_TOKENS = 2  # an embedding keeps no more activations for a larger vocabulary
 _USABLE = 0.9
 _GPU_BLOCK_BYTES = 32 << 20  # of the loss, in float32
-_PAIR_BYTES = 48  # of an image and a text of CLIP's loss: logits in float32, masks, gradients
+_PAIR_BYTES = 17  # of an image and a text of CLIP's loss: four numbers in float32, masks
 _ENOUGH_SAMPLES = 64  # at a time, to use a GPU well
 _GIB = 2**30
 

@@ -14,6 +14,7 @@ from train import trainer
 from train.cli import cli
 from train.costs import Costs, model_costs
 from train.distributed import World
+from train.losses.contrastive import contrastive_loss
 from train.memory import (
     LiveBytes,
     Memory,
@@ -132,7 +133,12 @@ def test_two_towers() -> None:
     locked = activation_bytes(settings, CPU, 32, tower, frozen=True)
     assert locked < both < locked + images + 1 and both > images
     costs = Costs(trunk=1000, head=2000, flops=1, head_name="text tower", frozen=True)
-    assert step_memory(settings, Planned(costs, 1, CPU, tower, True)).states == 4 * 1000 + 16 * 2000
+    memory = step_memory(settings, Planned(costs, 1, CPU, tower, True), samples=512)
+    assert memory.states == 4 * 1000 + 16 * 2000
+    images, texts = (torch.randn(512, 8, requires_grad=True) for _ in range(2))
+    with LiveBytes([]) as live:
+        contrastive_loss(images, texts, torch.ones(512, dtype=torch.bool), torch.tensor(1.0), None).backward()
+    assert memory.loss == pytest.approx(live.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("trunk", [VIT, CONVOLUTIONS], ids=["vit", "resnet"])
