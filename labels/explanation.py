@@ -4,8 +4,8 @@
     Sample.label_ids -> `Vocabulary`: idf.parquet -> Label: name, document frequency, IDF, target weight
     output folder, key or uid -> `explain_row` -> Explanation -> `show`: terminal, `to_html`, `to_svg`, `to_png`
 
-`preprocess explain` adds the caption as it was written, `train explain` a model's predictions. rich renders all four
-formats from the description of `describe`; files have the thumbnail instead of the terminal's block characters.
+`preprocess explain` adds the caption as it was written, `train explain` a model's predictions, both visual gains. rich
+renders all four formats from the description of `describe`; files have the thumbnail instead of block characters.
 """
 
 import base64
@@ -30,9 +30,9 @@ from rich.table import Table
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
-from labels import beton
+from labels import Combination, beton
 from labels.html import Html, Section, join, page, paragraph, picture, tag
-from labels.idf import target_weights
+from labels.idf import combined, read_gains, target_weights
 from labels.image_metadata import decode_leniently
 from labels.manifest import BetonPart, Manifest, ShardPart, Source, open_image_index, read_manifest, read_sources
 from labels.storage import Layout, UserError, is_remote, library_path, local_copy, write_whole
@@ -45,7 +45,6 @@ _PICTURE_COLUMNS, _PICTURE_LINES = 48, 20
 _THUMBNAIL_SIDE = 640
 _BAR_COLUMNS = 20
 
-# Control characters, and characters that break lines, reorder text or are not allowed in XML.
 _WHITE, _INK, _GREY, _BLUE = (253, 253, 252), (28, 29, 31), (93, 97, 103), (31, 95, 168)
 _MUTED = "#8c8d8d"  # what rich makes of `dim`
 _ANSI = [_INK, (179, 38, 30), (44, 122, 63), (138, 90, 0), _BLUE, (122, 62, 157), (0, 116, 124), _GREY]
@@ -167,8 +166,7 @@ def _from_tar(source: Source, span: np.void) -> bytes | None:
 def _from_beton(file: Path, part: BetonPart, index: int) -> bytes | None:
     data = np.memmap(file, np.uint8, mode="r")
     header = data[: beton.HEADER.itemsize].view(beton.HEADER)[0]
-    table_bytes = part.samples * beton.METADATA.itemsize
-    metadata = data[beton.METADATA_OFFSET :][:table_bytes].view(beton.METADATA)
+    metadata = data[beton.METADATA_OFFSET :][: part.samples * beton.METADATA.itemsize].view(beton.METADATA)
     positions = np.flatnonzero(metadata["index"] == index)
     if not len(positions):
         return None
@@ -223,6 +221,8 @@ class Label:
     document_frequency: int  # captions
     idf: float  # w_c
     weight: float  # t_c, its share of the loss's target
+    visual_gain: float | None = None  # nats, calibrated; None without a table of visual weights
+    visual_weight: float | None = None  # t_c with visual weights; None likewise, and where it is no label
 
 
 class Vocabulary:
@@ -323,6 +323,19 @@ def with_guesses(
     return replace(explanation, checkpoint=checkpoint, guesses=tuple(guesses))
 
 
+def with_visual(
+    explanation: Explanation, out: Path, visual: Path, combination: Combination = "idf*gain", floor: float = 0.01
+) -> Explanation:
+    """The explanation with the gains of a visual.parquet, and targets with its weights; the rest as for `combined`."""
+    gains, labels = read_gains(visual, read_manifest(out).tokenizer, out), explanation.labels
+    ids, idf = [label.token_id for label in labels], np.array([label.idf for label in labels])
+    shares = dict(zip(ids, target_weights(combined(idf, gains[np.array(ids, int)], combination, floor)), strict=True))
+    seen = lambda label, token: replace(label, visual_gain=float(gains[token]), visual_weight=shares.get(token))  # noqa: E731
+    guesses = tuple(replace(guess, label=seen(guess.label, guess.label.token_id)) for guess in explanation.guesses)
+    note = f"visual gain in nats of {visual}; visual t_c: the target with visual weights ({combination})"
+    return replace(explanation, labels=list(map(seen, labels, ids)), guesses=guesses, notes=(*explanation.notes, note))
+
+
 def show(explanation: Explanation, *, html: Path | None, svg: Path | None, png: Path | None) -> None:
     """Print the explanation, and write the files that are not None."""
     console = Console(**_PLAIN)
@@ -352,7 +365,7 @@ def describe(explanation: Explanation, image: RenderableType = "") -> Group:
     if explanation.labels:
         corpus = f"{explanation.tokenizer}, IDF {explanation.formula} over {count(explanation.captions, 'caption')}"
         labels = explanation.labels
-        rows = [(label.name, label, f"{label.idf:.3f}", f"{label.weight:.4f}", label.weight) for label in labels]
+        rows = [(label.name, label, [f"{label.idf:.3f}", f"{label.weight:.4f}"], label.weight) for label in labels]
         parts.append(_table(f"labels: {corpus}; t_c is the target of the loss", ("IDF", "t_c"), rows))
     else:
         parts.append(_text("labels: none, the loss of this sample is 0"))
@@ -360,7 +373,7 @@ def describe(explanation: Explanation, image: RenderableType = "") -> Group:
         hits, rows = sum(guess.hit for guess in explanation.guesses), []
         for guess in explanation.guesses:
             mark, weight = ("* ", f"{guess.label.weight:.4f}") if guess.hit else ("  ", "-")
-            rows.append((mark + guess.label.name, guess.label, f"{guess.probability:.4f}", weight, guess.probability))
+            rows.append((mark + guess.label.name, guess.label, [f"{guess.probability:.4f}", weight], guess.probability))
         title = f"likeliest tokens by {explanation.checkpoint}; * marks the {count(hits, 'label')} of this caption"
         parts += [Text(), _table(title, ("prob.", "t_c"), rows)]
     return Group(*parts, *(_text(f"note: {note}", "yellow") for note in explanation.notes))
@@ -371,17 +384,21 @@ def _text(text: str, style: str = "") -> Text:
     return Text(visible(text), style, overflow="fold")
 
 
-def _table(title: str, columns: tuple[str, str], rows: Sequence[tuple[str, Label, str, str, float]]) -> Group:
-    """`rows`: name, label, a cell for each of `columns`, and the value of the bar."""
+def _table(title: str, columns: tuple[str, str], rows: Sequence[tuple[str, Label, list[str], float]]) -> Group:
+    """`rows`: name, label, a cell for each of `columns`, and the value of the bar; with visual gains, these too."""
+    visual = [] if rows[0][1].visual_gain is None else ["gain", "visual t_c"]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("token", overflow="fold", min_width=12)
-    for name in ("id", "captions", *columns):
+    for name in ("id", "captions", *columns, *visual):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", max_width=_BAR_COLUMNS)
     largest = max(value for *_, value in rows) or 1.0
-    for name, label, *cells, value in rows:
+    for name, label, cells, value in rows:
+        if visual:
+            share = label.visual_weight
+            cells = [*cells, f"{label.visual_gain:.3f}", "-" if share is None else f"{share:.4f}"]
         bar = Bar(largest, 0, value, color="blue")
-        table.add_row(_text(name), str(label.token_id), f"{label.document_frequency:,}", *map(str, cells), bar)
+        table.add_row(_text(name), str(label.token_id), f"{label.document_frequency:,}", *cells, bar)
     return Group(_text(title, "dim"), table)
 
 
@@ -412,7 +429,8 @@ def to_html(explanation: Explanation) -> str:
     data = thumbnail(explanation.image, _THUMBNAIL_SIDE) if explanation.image else None
     alt = visible(explanation.caption) or "no caption"
     parts = [picture(data, alt=alt, large=True) if data else paragraph("No image.", muted=True)]
-    for kind, columns in (("wide", _COLUMNS), ("narrow", _NARROW_COLUMNS)):
+    narrow = _NARROW_COLUMNS + 17 * any(label.visual_gain is not None for label in explanation.labels)  # it scrolls
+    for kind, columns in (("wide", _COLUMNS), ("narrow", narrow)):
         code = _recorded(explanation, columns).export_html(theme=_THEME, inline_styles=True, code_format="{code}")
         code = re.sub('style="[^"]*"', _with_page_colours, code)  # rich has escaped the quotation marks of texts
         parts.append(tag("pre", Html(code), class_=kind, tabindex="0"))

@@ -148,7 +148,7 @@ class Series:
 
     xs: Sequence[float]
     ys: Sequence[float]
-    kind: Literal["", "faint"] = ""  # faint: raw values behind their mean
+    kind: Literal["", "faint", "dots"] = ""  # faint: raw values behind their mean; dots: points without a line
     name: str = ""  # in the legend
     hue: int = 0  # number of its colour in page.css
 
@@ -190,6 +190,10 @@ def line_chart(
         across, up = _scales(width, height, x, y, xs, ys)
         parts = [_frame(across, up, width, height)]
         for line in series:
+            if line.kind == "dots":
+                pairs = zip(line.xs, line.ys, strict=True)
+                parts += [Html(f'<circle class="dot" cx="{across(a):.1f}" cy="{up(b):.1f}" r="2"/>') for a, b in pairs]
+                continue
             points = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in zip(line.xs, line.ys, strict=True))
             parts.append(Html(f'<polyline class="{_style(line)}" points="{points}"/>'))
         shown = marks if width == WIDE else marks[::2]

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from labels import Combination, Formula
-from labels.manifest import TOKENS
+from labels.manifest import TOKENS, TokenizerPart
 from labels.storage import UserError, local_copy, write_whole
 
 VISUAL = pa.schema(
@@ -41,6 +41,7 @@ VISUAL = pa.schema(
 )
 _FACTS = b"superclass.visual"
 _BAND_TOKENS = 32
+FREQUENT_SHARE = 0.002  # of the captions: a token in more of them is called frequent where the extremes are shown
 
 
 def idf_weights(document_frequency: np.ndarray, captions: int, formula: Formula) -> np.ndarray:
@@ -188,6 +189,23 @@ def read_visual(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     if table.schema.names != VISUAL.names:
         raise UserError(f"{path} has the columns {table.schema.names}", allowed=f"{VISUAL.names}", fix=fix)
     return table, json.loads((table.schema.metadata or {}).get(_FACTS, b"{}"))
+
+
+def read_gains(path: Path, tokenizer: TokenizerPart, out: Path) -> np.ndarray:
+    """The `visual_gain` column, float64 [V]; UserError where the table is of another vocabulary than that of `out`."""
+    table, facts = read_visual(path)
+    if facts.get("tokenizer_fingerprint") != tokenizer.fingerprint or len(table) != tokenizer.vocabulary:
+        raise UserError(
+            f"{path} has the weights of {len(table):,} other tokens than the {tokenizer.vocabulary:,} of {out} "
+            f"({tokenizer.name})",
+            fix="run `train weigh` with a run on these labels",
+        )
+    return table["visual_gain"].to_numpy()
+
+
+def newest_visual(run: Path) -> Path | None:
+    """The newest table that a run with `train.weights: visual` has made of its own gains; None if there is none."""
+    return max((run / "visual").glob("samples-*.parquet"), default=None)
 
 
 def combined(idf: np.ndarray, visual_gain: np.ndarray, combination: Combination, floor: float) -> np.ndarray:

@@ -80,6 +80,7 @@ def _count(_context: click.Context, _option: click.Parameter, value: str | None)
     help="Add a run's predictions: `train explain` does it, with the same arguments.",
 )
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Predictions, for --checkpoint.")
+@click.option("--visual", type=_path, help="A table of `train weigh`: adds visual gains and the target with them.")
 @click.option("--html", type=_file, help="Write a page that opens without a network.")
 @click.option("--svg", type=_file, help="Write a vector picture.")
 @click.option("--png", type=_file, help="Write a picture, 1200 pixels wide.")
@@ -87,6 +88,7 @@ def explain_command(
     out: Path,
     sample: str,
     shard: str | None,
+    visual: Path | None,
     run: str | None,
     top: int,
     html: Path | None,
@@ -94,7 +96,7 @@ def explain_command(
     png: Path | None,
 ) -> None:
     """Show one sample from caption to target: image, cleaned caption, tokens, frequencies, IDF, weights."""
-    from labels.explanation import show
+    from labels.explanation import show, with_visual
     from preprocess.inspect.explain import explain
 
     if run is not None:
@@ -102,7 +104,8 @@ def explain_command(
             f"preprocess explain loads no model: --checkpoint {run}",
             fix=f"run `train explain {out} {sample} --checkpoint {run} --top {top}` with the other options as they are",
         )
-    show(explain(out, sample, shard=shard), html=html, svg=svg, png=png)
+    explanation = explain(out, sample, shard=shard)
+    show(with_visual(explanation, out, visual) if visual else explanation, html=html, svg=svg, png=png)
 
 
 @cli.command("report")

@@ -382,15 +382,18 @@ def predict(run: str, images: tuple[Path, ...], top: int) -> None:
 @click.option("--checkpoint", "run", metavar="RUN", required=True, help="A run, ema:RUN, or one checkpoint's folder.")
 @click.option("--shard", metavar="NAME", help="The shard to search, if several have the key.")
 @click.option("--top", type=_top, default=10, show_default=True, help="Predicted tokens to show.")
+@click.option("--visual", type=options.FILE, help="A table of `train weigh` (default: the run's own, if it has one).")
 @click.option("--html", type=options.FILE, help="Write a page that opens without a network.")
 @click.option("--svg", type=options.FILE, help="Write a vector picture.")
 @click.option("--png", type=options.FILE, help="Write a picture, 1200 pixels wide.")
-def explain(out: str, sample: str, run: str, shard: str | None, top: int, **pages: Path | None) -> None:
+def explain(
+    out: str, sample: str, run: str, shard: str | None, top: int, visual: Path | None, **pages: Path | None
+) -> None:
     """Show one sample of a dataset with a run's predictions: image, tokens, labels, weights, likeliest tokens."""
     from labels.explanation import show
     from train.evals.predict import explain_with_predictions
 
-    show(explain_with_predictions(user_path(out), sample, run, shard=shard, top=top), **pages)
+    show(explain_with_predictions(user_path(out), sample, run, shard=shard, top=top, visual=visual), **pages)
 
 
 @cli.command("export")

@@ -349,7 +349,7 @@ def test_a_class_key_that_is_not_there(tmp_path: Path, held_out: Path) -> None:
         load_data(f"shards:{folder}", None, "color")
     text = str(caught.value)
     assert "`color` is None, the json holds ['class', 'colour', 'count']" in text
-    assert "fix: --class-key class, or another of class, colour, count" in text
+    assert "this json has class, colour, count" in text and "fix: --class-key colour" in text
     write_tar(tmp_path / "cls" / "0.tar", [("a.jpg", encoded(kind="JPEG")), ("a.cls", b"cat")])
     for load in (
         lambda: load_pair(tmp_path / "cls", held_out, None, "class"),  # a json is asked for, and there is a cls alone

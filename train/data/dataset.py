@@ -18,7 +18,7 @@ import numpy as np
 
 from labels import Combination, beton
 from labels.arrays import Column, rows_file, shards_needed
-from labels.idf import combined, read_visual
+from labels.idf import combined, read_gains
 from labels.manifest import BetonPart, Manifest, read_sources
 from labels.storage import Layout, UserError, fingerprint, is_remote, sha256_file
 from train.data.files import Cache, OpenFiles, Staging, allow_open_files
@@ -85,15 +85,8 @@ class BetonSet:
 
     def weigh(self, path: Path, combination: Combination, floor: float) -> None:
         """Take the label weights of a visual.parquet; UserError where it is another vocabulary's."""
-        table, facts = read_visual(path)
-        tokenizer = self.labels.tokenizer
-        if facts.get("tokenizer_fingerprint") != tokenizer.fingerprint or len(table) != self.vocabulary:
-            raise UserError(
-                f"{path} has the weights of {len(table):,} other tokens than the {self.vocabulary:,} of "
-                f"{self.labels_out} ({tokenizer.name})",
-                fix="run `train weigh` with a run on these labels",
-            )
-        self.weights = combined(self.idf, table["visual_gain"].to_numpy(), combination, floor)
+        gains = read_gains(path, self.labels.tokenizer, self.labels_out)
+        self.weights = combined(self.idf, gains, combination, floor)
         self.idf_sha256 = fingerprint([self.idf_sha256, sha256_file(path)])
 
     def restrict(self, samples: np.ndarray, name: str) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from labels.config import load_pipeline
-from labels.explanation import Explanation, explain_row, with_guesses
+from labels.explanation import Explanation, explain_row, with_guesses, with_visual
+from labels.idf import newest_visual
 from labels.manifest import read_manifest
 from labels.storage import UserError
 from train.checkpoint import load_exactly, read_state, read_weights
@@ -31,8 +32,9 @@ def predict_tokens(run: Path | str, images: Iterable[tuple[str, bytes]], top: in
     """The `top` likeliest tokens of each image, by the newest checkpoint of a run folder, or one checkpoint's folder;
     `ema:RUN`: by the moving average of its weights.
 
-    `images`: name and file content of each. Returns checkpoint, samples_seen, vocabulary, tokenizer_fingerprint and
-    images: file, tokens (token_id, probability: softmax over V, or sigmoid for a loss that takes each token alone).
+    `images`: name and file content of each. Returns run, checkpoint, samples_seen, vocabulary,
+    tokenizer_fingerprint and images: file, tokens
+    (token_id, probability: softmax over V, or sigmoid for a loss that takes each token alone).
     """
     encoder = load_encoder(str(run) if str(run).startswith("ema:") else f"run:{run}")
     assert encoder.checkpoint is not None
@@ -54,6 +56,7 @@ def predict_tokens(run: Path | str, images: Iterable[tuple[str, bytes]], top: in
         for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
     return {
+        "run": str(run_folder),
         "checkpoint": encoder.description["checkpoint"],
         "samples_seen": state.samples_seen,
         "vocabulary": state.vocabulary,
@@ -80,11 +83,12 @@ def _decode(name: str, data: bytes, side: int) -> np.ndarray:
 
 
 def explain_with_predictions(
-    out: Path, name: str, run: Path | str, *, shard: str | None = None, top: int = 10
+    out: Path, name: str, run: Path | str, *, shard: str | None = None, top: int = 10, visual: Path | None = None
 ) -> Explanation:
     """The sample with the key or uid `name`, with the `top` likeliest tokens by a run that was trained on `out`.
 
-    `shard`: the shard to search, if several have the key.
+    `shard`: the shard to search, if several have the key. `visual`: a table of `train weigh`, whose gains are shown;
+    None: the newest that the run has made itself, if any.
     """
     explanation, tokenizer = explain_row(out, name, shard), read_manifest(out).tokenizer
     if explanation.image is None:
@@ -98,4 +102,9 @@ def explain_with_predictions(
             fix="give the output folder whose labels the run was trained on",
         )
     tokens = [(row["token_id"], row["probability"]) for row in predicted["images"][0]["tokens"]]
-    return with_guesses(explanation, out, predicted["checkpoint"], tokens)
+    explanation = with_guesses(explanation, out, predicted["checkpoint"], tokens)
+    visual = visual or newest_visual(Path(predicted["run"]))
+    if visual is None:
+        return explanation
+    settings = load_pipeline(Path(predicted["run"]) / "config.yaml").train.visual
+    return with_visual(explanation, out, visual, settings.combination, settings.floor)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from labels.config import load_pipeline
-from labels.idf import calibrate, write_visual
+from labels.idf import FREQUENT_SHARE, calibrate, write_visual
 from labels.storage import UserError
 from train.checkpoint import checkpoint_folders, load_exactly, read_state, read_weights
 from train.data.dataset import BetonSet
@@ -25,7 +25,6 @@ from train.model import Classifier, build_trunk
 from train.trainer import SUPERCLASS
 
 _SHOWN = 10
-_FREQUENT_SHARE = 0.002
 
 
 def weigh(run: Path, out: Path, *, on: str | None, samples: int, stopping: Callable[[], bool]) -> dict[str, Any]:
@@ -96,5 +95,5 @@ def _extremes(betons: BetonSet, tokens: Any, visual_gain: Any) -> dict[str, list
         visual_gain.tolist(),
         strict=True,
     )
-    frequent = sorted((row for row in rows if row[1] >= _FREQUENT_SHARE * captions), key=lambda row: -row[3])
+    frequent = sorted((row for row in rows if row[1] >= FREQUENT_SHARE * captions), key=lambda row: -row[3])
     return {"most": frequent[:_SHOWN], "least": frequent[-_SHOWN:]}

@@ -20,7 +20,8 @@ from labels.terminal import count
 from train.evals.measure import Row
 from train.evals.paired import HEADER, compare
 from train.evals.protocol import format_metric
-from train.report.runs import Run, differences, loss_curves, throughput_curves
+from train.report.runs import Run, differences, loss_curves, throughput_curves, validation_curves
+from train.report.visual import visual_sections
 
 _LINES_NAMED = 10
 
@@ -32,6 +33,7 @@ def report_page(runs: Sequence[Run], results: Sequence[Row]) -> str:
     sections = [
         Section("loss", "Loss", _loss(runs)),
         Section("speed", "Throughput", _speed(runs)),
+        *visual_sections(runs),
         Section("recipe", "Recipe", _recipe(runs)),
         Section("results", "Results", measured_tables(results, paper)),
         Section("paper", "The paper's tables", paper_tables(runs, results, paper)),
@@ -89,13 +91,19 @@ def _loss(runs: Sequence[Run]) -> Html:
     """A chart for each kind of loss, since values of different losses cannot be compared."""
     note = "The mean of neighbouring steps" + (", and each step (faint)" if len(runs) == 1 else "")
     kinds = dict.fromkeys(run.recipe["train.loss.name"] for run in runs)
-    charts = []
+    charts, x = [], Axis("samples seen", low=0.0)
     for kind in kinds:
-        curves = loss_curves(runs, [run for run in runs if run.recipe["train.loss.name"] == kind])
-        if curves:
-            title = "Loss over samples seen" + (f": {kind}" if len(kinds) > 1 else "")
-            axes = Axis("samples seen", low=0.0), Axis("loss (nats)")
-            charts.append(html.line_chart(title, *axes, curves, note=note))
+        suffix = f": {kind}" if len(kinds) > 1 else ""
+        of_kind = [run for run in runs if run.recipe["train.loss.name"] == kind]
+        if curves := loss_curves(runs, of_kind):
+            charts.append(html.line_chart(f"Loss over samples seen{suffix}", x, Axis("loss (nats)"), curves, note=note))
+        if curves := validation_curves(runs, of_kind, "validation_loss"):
+            title, y = f"Validation loss over samples seen{suffix}", Axis("validation loss (nats)")
+            charts.append(html.line_chart(title, x, y, curves, note="Of held-out samples, with IDF as the weights."))
+    if curves := validation_curves(runs, runs, "validation_gain"):
+        title, y = "Validation gain over samples seen", Axis("nats below the best constant")
+        note = "How much lower the validation loss is than that of the best constant prediction."
+        charts.append(html.line_chart(title, x, y, curves, note=note))
     return join(charts) if charts else paragraph("No step is logged yet.")
 
 

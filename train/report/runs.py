@@ -30,6 +30,7 @@ class Run:
     steps: list[dict[str, Any]]  # lines of metrics.jsonl with a loss, in order of samples
     throughput: list[dict[str, Any]]  # its lines with a rate, in order of samples
     damaged: list[int]  # numbers of its lines that cannot be read
+    validation: list[dict[str, Any]]  # its lines with a loss of the held-out samples, in order of samples
 
     @property
     def samples(self) -> int:
@@ -92,9 +93,10 @@ def _read(path: Path, name: str) -> Run:
             written = "a folder written by `train run --out`"
             raise UserError(f"{path} is not a run: {reason}", allowed=written, fix="correct the path")
     lines, damaged = read_metrics(path / "metrics.jsonl")
-    steps, throughput = ([line for line in lines if key in line] for key in ("loss", "samples_per_s"))
-    keys = recipe(load_pipeline(path / "config.yaml")) | _data_recipe(path / "data.json")
-    return Run(path, name, keys, steps, throughput, damaged)
+    keys = ("loss", "samples_per_s", "validation_loss")
+    steps, throughput, validation = ([line for line in lines if key in line] for key in keys)
+    recipe_keys = recipe(load_pipeline(path / "config.yaml")) | _data_recipe(path / "data.json")
+    return Run(path, name, recipe_keys, steps, throughput, damaged, validation)
 
 
 def recipe(pipeline: Pipeline) -> dict[str, Any]:
@@ -159,6 +161,16 @@ def throughput_curves(runs: Sequence[Run], key: str, factor: float = 1.0) -> lis
         samples, values = _columns([line for line in run.throughput if key in line], key)
         if len(samples):
             curves.append(_series(samples, values * factor, run.name if len(runs) > 1 else "", hue))
+    return curves
+
+
+def validation_curves(runs: Sequence[Run], shown: Sequence[Run], key: str) -> list[Series]:
+    """One curve for each run in `shown` that has `key` in its validation lines: every measurement."""
+    curves = []
+    for hue, run in enumerate(runs):
+        samples, values = _columns([line for line in run.validation if key in line], key)
+        if run in shown and len(samples):
+            curves.append(Series(samples.tolist(), values.tolist(), name=run.name if len(runs) > 1 else "", hue=hue))
     return curves
 
 

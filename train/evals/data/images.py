@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -349,10 +350,12 @@ def _class_of(path: Path, key: str, fields: dict[str, FileSpan], class_key: str 
     if not is_class(label):
         keys = sorted(content) if isinstance(content, dict) else type(content).__name__
         classes = [other for other, value in content.items() if is_class(value)] if isinstance(content, dict) else []
+        close = get_close_matches(name, classes, 1)
         raise UserError(
             f"{where} has no class in its json: `{name}` is {label!r}, the json holds {keys}",
-            allowed=f"a key `{name}` with a name or a whole number",
-            fix=f"--class-key {classes[0]}, or another of {shorten(classes)}" if classes else _CLASS_FIX,
+            allowed=f"a key `{name}` with a name or a whole number"
+            + (f"; this json has {', '.join(classes)}" if classes else ""),
+            fix=f"--class-key {close[0]}" if close else f"{_CLASS_FIX}; or name another key: --class-key NAME",
         )
     return str(label)
 
