@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from labels.show.terminal import visible
 from labels.storage import UserError, disk_errors, is_remote, make_folder
-from labels.terminal import visible
 
 REFRESH_S = 20.0
 STALE_S = 120.0

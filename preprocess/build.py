@@ -35,9 +35,9 @@ from labels.manifest import (
     write_sources,
 )
 from labels.settings import Pipeline
+from labels.show.terminal import count, visible
 from labels.storage import Layout, UserError, fingerprint, is_remote, own_partials, printable, sha256_file, write_whole
 from labels.subset import resolve_subset
-from labels.terminal import count, visible
 from labels.tokenizers.tokenizer import make_tokenizer
 from preprocess.betons.plan import Group, Member, image_folder, plan_groups
 from preprocess.betons.write import GroupTask, group_stage

@@ -13,8 +13,8 @@ from typing import Any, get_args
 import click
 
 from labels import Formula, TokenizerKind, __version__
+from labels.show.terminal import count, run_command, visible
 from labels.storage import UserError, is_remote, local_path, user_path, write_whole
-from labels.terminal import count, run_command, visible
 from preprocess.engine import start_server
 
 # -- arguments and options of several commands
@@ -96,7 +96,7 @@ def explain_command(
     png: Path | None,
 ) -> None:
     """Show one sample from caption to target: image, cleaned caption, tokens, frequencies, IDF, weights."""
-    from labels.explanation import show, with_visual
+    from labels.show.explanation import show, with_visual
     from preprocess.inspect.explain import explain
 
     if run is not None:

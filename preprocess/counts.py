@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 from labels import Formula
 from labels.idf import idf_weights, read_idf
 from labels.manifest import COUNTS, TOKENS, Manifest, ShardPart, read_manifest
+from labels.show.terminal import count
 from labels.storage import Layout, UserError, atomic_write, is_remote, library_path, local_copy, write_whole
 from labels.subset import quoted
-from labels.terminal import count
 
 # With the fingerprint, what decides the labels of a caption: only counts that agree in these can be summed.
 _SAME_OPTIONS = ("context", "stop_words", "ngrams")

@@ -22,8 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
+from labels.show.terminal import count
 from labels.storage import UserError
-from labels.terminal import count
 
 if TYPE_CHECKING:
     from rich.progress import Progress

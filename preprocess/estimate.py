@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Column, Table
 
-from labels.html import format_seconds
 from labels.settings import Pipeline
+from labels.show.html import format_seconds
+from labels.show.terminal import count
 from labels.storage import Layout, UserError, is_remote
-from labels.terminal import count
 from preprocess.betons.plan import plan_groups
 from preprocess.betons.write import GroupTask, write_group
 from preprocess.build import make_build, members, shard_parts, write_idf

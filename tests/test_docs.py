@@ -100,7 +100,7 @@ def run(words: list[str]) -> None:
 
 
 def test_the_tutorial_leaves_what_it_promises(folder: Path) -> None:
-    for name in ("labels.html", "run.html", "both.html"):
+    for name in ("labels.show.html", "run.html", "both.html"):
         assert (folder / name).read_text("utf8").startswith("<!DOCTYPE html>"), name
     assert "labels.stop_words" in (folder / "both.html").read_text("utf8").replace("<wbr>", "")
     assert (folder / "results" / "probe.json").is_file() and (folder / "results" / "suite" / "table.md").is_file()

@@ -19,8 +19,8 @@ from labels import __version__
 from labels.config import load_pipeline
 from labels.manifest import read_manifest
 from labels.settings import Pipeline, parse_size
+from labels.show.terminal import run_command
 from labels.storage import UserError, local_path, user_path, write_whole
-from labels.terminal import run_command
 from train import options
 from train.evals.commands import register
 
@@ -390,7 +390,7 @@ def explain(
     out: str, sample: str, run: str, shard: str | None, top: int, visual: Path | None, **pages: Path | None
 ) -> None:
     """Show one sample of a dataset with a run's predictions: image, tokens, labels, weights, likeliest tokens."""
-    from labels.explanation import show
+    from labels.show.explanation import show
     from train.evals.predict import explain_with_predictions
 
     show(explain_with_predictions(user_path(out), sample, run, shard=shard, top=top, visual=visual), **pages)

@@ -22,8 +22,8 @@ from torch import nn
 from labels.arrays import Column
 from labels.config import dump_yaml
 from labels.settings import Optimizer, Pipeline, Train
+from labels.show.terminal import count
 from labels.storage import UserError, fingerprint, local_path, make_folder, write_json
-from labels.terminal import count
 from train.checkpoint import (
     CheckpointWriter,
     State,

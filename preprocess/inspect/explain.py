@@ -1,6 +1,6 @@
 """`preprocess explain`: one sample with the caption as it was written, read from its shard, and the cleaned caption.
 
-key or uid -> labels/explanation.py -> + caption of the shard, if that is unchanged -> + the cleaned caption
+key or uid -> labels/show/explanation.py -> + caption of the shard, if that is unchanged -> + the cleaned caption
 """
 
 from collections.abc import Collection
@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from labels.config import load_pipeline
-from labels.explanation import DECODED, Explanation, explain_row
 from labels.manifest import Manifest, read_manifest
 from labels.settings import Pipeline
+from labels.show.explanation import DECODED, Explanation, explain_row
 from labels.storage import Layout, UserError, local_copy, printable
 from labels.tokenizers.tokenizer import Tokenizer, make_tokenizer
 from preprocess.readers import read_rows

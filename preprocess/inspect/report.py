@@ -11,8 +11,9 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
-from labels.explanation import Label, Sample, Vocabulary, read_image, spread_samples, thumbnail
-from labels.html import (
+from labels.manifest import Manifest, ShardPart, read_manifest
+from labels.show.explanation import Label, Sample, Vocabulary, read_image, spread_samples, thumbnail
+from labels.show.html import (
     Axis,
     Html,
     Mark,
@@ -31,7 +32,6 @@ from labels.html import (
     tiles,
     weights,
 )
-from labels.manifest import Manifest, ShardPart, read_manifest
 from labels.storage import Layout, is_remote, library_path, printable
 from labels.subset import quoted
 from preprocess.inspect.explain import source_captions

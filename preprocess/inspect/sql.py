@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from labels.idf import read_visual
+from labels.show.terminal import visible
 from labels.storage import Layout, UserError, is_remote, library_path, local_copy
 from labels.subset import quoted
-from labels.terminal import visible
 
 Format = Literal["table", "csv", "json"]
 _ROWS_AT_ONCE = 10_000

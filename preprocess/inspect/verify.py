@@ -30,8 +30,8 @@ from labels.manifest import (
     read_manifest,
     read_sources,
 )
+from labels.show.terminal import count
 from labels.storage import Layout, UserError, local_copy, sha256_file
-from labels.terminal import count
 from preprocess.betons.plan import image_folder
 from preprocess.inspect.sql import open_tables
 from preprocess.stage import CorpusMarker, read_inputs, read_marker

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from labels.show.terminal import count, run_command, visible
 from labels.storage import UserError, atomic_write
-from labels.terminal import count, run_command, visible
 from shard_factory import Built, build, healthy, preprocess, sample, write_tar
 
 HOSTILE = "red\x1b[31m \x1b]0;title\x07 \rcat\x08\x08 \x9b2J \x7f \u202etxt\u2066 \u2028end"

@@ -13,9 +13,9 @@ from PIL import Image
 
 from fuzz_images import fuzz_images, png_chunk
 from image_cases import EXIF_TURNED
-from labels.explanation import thumbnail
 from labels.image_metadata import read_orientation
 from labels.settings import Build
+from labels.show.explanation import thumbnail
 from preprocess.betons.images import BadImage, check_in_place, image_size, prepare
 from shard_factory import encode, healthy, jpeg, preprocess, quarantined, sample, write_tar
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labels.config import load_pipeline
-from labels.html import format_seconds
+from labels.show.html import format_seconds
 from preprocess import estimate as module
 from preprocess.estimate import Pass, Sample, choose_shards, elapsed, extrapolate, measure
 from preprocess.readers.shards import Shard

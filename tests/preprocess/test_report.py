@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labels.html import Axis, Html, Series, html, line_chart, linear_ticks, log_ticks, table, tag
+from labels.show.html import Axis, Html, Series, html, line_chart, linear_ticks, log_ticks, table, tag
 from page_checks import CHROMIUM, check_page, shown_in_chromium
 from preprocess.inspect.report import summarise
 from shard_factory import Built, preprocess, rows, write_shards

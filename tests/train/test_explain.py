@@ -19,9 +19,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from labels.config import dump_yaml, load_pipeline
-from labels.explanation import _blocks, describe, to_html, to_png, to_svg
 from labels.idf import read_idf, target_weights
 from labels.manifest import read_manifest
+from labels.show.explanation import _blocks, describe, to_html, to_png, to_svg
 from labels.storage import UserError, write_json
 from labels.tokenizers.tokenizer import name_of, text_of
 from page_checks import CHROMIUM, check_page, shown_in_chromium
@@ -246,7 +246,5 @@ def test_the_terminal_shows_the_picture_in_blocks(finished: Built) -> None:
 
 
 def test_explain_loads_no_torch() -> None:
-    code = (
-        "import preprocess.inspect.explain, labels.explanation, preprocess.cli, sys; sys.exit('torch' in sys.modules)"
-    )
+    code = "import preprocess.inspect.explain, labels.show.explanation, preprocess.cli, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

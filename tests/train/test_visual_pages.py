@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from labels.config import load_pipeline
-from labels.explanation import with_visual
 from labels.idf import combined, newest_visual, read_visual, target_weights
+from labels.show.explanation import with_visual
 from page_checks import CHROMIUM, check_page, shown_in_chromium
 from preprocess.inspect.explain import explain
 from shard_factory import preprocess

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from labels.html import format_seconds
 from labels.settings import TextTower, Train
+from labels.show.html import format_seconds
 from train.bench.throughput import LoopRate, loop_rate, without_logs_and_checkpoints
 from train.checkpoint import snapshot
 from train.costs import Costs, messages, model_costs, peak_flops, tower_costs, trunk_costs

@@ -24,8 +24,8 @@ import torch
 
 from labels.native import Decompressor
 from labels.settings import Data
+from labels.show.terminal import visible
 from labels.storage import UserError
-from labels.terminal import visible
 from train.data import decode
 from train.data.dataset import BetonSet
 from train.data.decode import BOX, Crops, Rows

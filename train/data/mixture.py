@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from labels.arrays import check_same_rows
 from labels.idf import read_idf
 from labels.manifest import BetonPart, Manifest, read_manifest
+from labels.show.terminal import count
 from labels.storage import Layout, UserError, is_remote, is_url, local_copy, sha256_file, user_path
-from labels.terminal import count
 
 _FORMS = (
     "an output folder, its manifest.json, its beton/*.beton, or a glob of these; each may end in =SHARE, e.g. out=0.3"

@@ -23,6 +23,7 @@ from labels import beton
 from labels.arrays import Column, check_same_rows, open_rows, shards_needed, write_rows
 from labels.manifest import IMAGE_SPAN, read_manifest
 from labels.settings import Data, Train
+from labels.show.terminal import count
 from labels.storage import Layout, UserError, fingerprint, is_remote, library_path, local_path, sha256_file
 from labels.subset import (
     ROWS_AT_ONCE,
@@ -36,7 +37,6 @@ from labels.subset import (
     quoted,
     where,
 )
-from labels.terminal import count
 from train.data.dataset import BetonSet
 from train.data.files import Cache
 from train.data.inputs import resamples

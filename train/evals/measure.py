@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from labels.settings import Pipeline
+from labels.show.terminal import visible
 from labels.storage import UserError, fingerprint, printable, write_json, write_whole
-from labels.terminal import visible
 from train.encoders.encoder import Encoder, EncoderSpec
 from train.encoders.load import load_encoder
 from train.evals.data.captions import CaptionSet

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from labels.config import load_pipeline
-from labels.explanation import Explanation, explain_row, with_guesses, with_visual
 from labels.idf import newest_visual
 from labels.manifest import read_manifest
+from labels.show.explanation import Explanation, explain_row, with_guesses, with_visual
 from labels.storage import UserError
 from train.checkpoint import load_exactly, read_state, read_weights
 from train.encoders.load import load_encoder

@@ -23,8 +23,8 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from labels.config import load_pipeline, read_yaml
 from labels.settings import Pipeline, Section
+from labels.show.terminal import visible
 from labels.storage import UserError, fingerprint, printable, user_path, write_json, write_whole
-from labels.terminal import visible
 from train.encoders.encoder import Encoder, EncoderSpec, with_unique_names
 from train.encoders.load import load_encoder
 from train.evals.data.captions import CAPTION_KINDS, CaptionSet, load_caption_set

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from labels.show.terminal import count
 from labels.storage import UserError, local_path
-from labels.terminal import count
 from train.data.inputs import feed_batches, pinned, rows_of_steps, stack_pinned
 from train.distributed import World
 from train.encoders.encoder import ImageForm

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, NamedTuple
 
-from labels import html
-from labels.html import Axis, Html, Section, format_seconds, join, key_name, paragraph, short_number, table, tag
-from labels.terminal import count
+from labels.show import html
+from labels.show.html import Axis, Html, Section, format_seconds, join, key_name, paragraph, short_number, table, tag
+from labels.show.terminal import count
 from train.evals.measure import Row
 from train.evals.paired import HEADER, compare
 from train.evals.protocol import format_metric

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from labels.config import dotted, load_pipeline
-from labels.html import Series
 from labels.settings import MACHINE, Pipeline, Train, marked_keys
+from labels.show.html import Series
 from labels.storage import UserError
 from train.metrics import read_metrics
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from labels.html import Axis, Html, Mark, Section, Series, join, line_chart, paragraph, table, tag
 from labels.idf import FREQUENT_SHARE, newest_visual, read_visual
+from labels.show.html import Axis, Html, Mark, Section, Series, join, line_chart, paragraph, table, tag
 from labels.tokenizers.tokenizer import name_of
 from train.report.runs import Run
 

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
+from labels.show.terminal import visible
 from labels.storage import UserError, fingerprint, printable, write_json
 from labels.tars import ADJACENT, SORT_FIX, TarFault, split_name, tar_members
-from labels.terminal import visible
 
 IMAGE_SUFFIXES = ("bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
 _NAMES_SHOWN = 5

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from labels.show.terminal import count
 from labels.storage import UserError, local_path, printable, read_text
-from labels.terminal import count
 from train.evals.data.images import (
     FileSpan,
     LabelledImages,

@@ -31,12 +31,12 @@ from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 from labels import Combination, beton
-from labels.html import Html, Section, join, page, paragraph, picture, tag
 from labels.idf import combined, read_gains, target_weights
 from labels.image_metadata import decode_leniently
 from labels.manifest import BetonPart, Manifest, ShardPart, Source, open_image_index, read_manifest, read_sources
+from labels.show.html import Html, Section, join, page, paragraph, picture, tag
+from labels.show.terminal import count, visible
 from labels.storage import Layout, UserError, is_remote, library_path, local_copy, write_whole
-from labels.terminal import count, visible
 from labels.tokenizers.tokenizer import name_of, text_of
 
 DECODED = "decoded from the tokens"

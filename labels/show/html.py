@@ -54,7 +54,7 @@ class Section:
 
 def page(title: str, lead: Any, sections: Sequence[Section]) -> str:
     """The HTML file: heading, `lead` (text or markup), links to two or more sections, and the sections."""
-    style = resources.files("labels").joinpath("page.css").read_text("utf8")
+    style = resources.files("labels.show").joinpath("page.css").read_text("utf8")
     links = join(tag("li", tag("a", section.title, href=f"#{section.name}")) for section in sections)
     contents = ((section.name, join([tag("h2", section.title), section.content])) for section in sections)
     body = join(tag("section", content, id=name) for name, content in contents)
