@@ -246,5 +246,6 @@ def test_the_terminal_shows_the_picture_in_blocks(finished: Built) -> None:
 
 
 def test_explain_loads_no_torch() -> None:
-    code = "import preprocess.inspect.explain, labels.show.explanation, preprocess.cli, sys; sys.exit('torch' in sys.modules)"
+    modules = "preprocess.inspect.explain, labels.show.explanation, preprocess.cli"
+    code = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
