@@ -248,9 +248,12 @@ def _check_older(run: Path, state: State, settings: Train, kept_by_method: dict[
     facts = json.loads(facts_file.read_bytes()) if facts_file.is_file() else {}
     kept = facts.get("kept", {})
     filled = kept | ({"text_tower": pipeline.text_tower.model_dump()} if "text_tower" in kept else {})
+    sections = [given.model_dump(exclude=_NOT_KEPT) for given in (pipeline.train, settings)]
+    if pipeline.train.optimizer.schedule == settings.optimizer.schedule:
+        sections = [_without_end(section) for section in sections]
     before, now = (
-        {key: value for key, value in dotted({"train": kept_settings(given[0], {}), **given[1]}).items() if value != {}}
-        for given in ((pipeline.train, filled), (settings, kept_by_method))
+        {key: value for key, value in dotted({"train": section, **kept}).items() if value != {}}
+        for section, kept in zip(sections, (filled, kept_by_method), strict=True)
     )
     changed = [
         f"{key} was {_shown(before, key)}, is now {_shown(now, key)}"
@@ -262,15 +265,17 @@ def _check_older(run: Path, state: State, settings: Train, kept_by_method: dict[
             f"{run} was begun with another configuration"
             + (f": {'; '.join(changed)}" if changed else f", and {file} was changed since"),
             allowed="the configuration it was begun with",
-            fix=f"take --config {file} without --set and --recipe{_init_option(facts)}, or another --out"
+            fix=f"take --config {file} without --set and --recipe{_init_option(facts, changed)}, or another --out"
             if changed
             else f"undo the change of {file}, or take another --out",
         )
 
 
-def _init_option(facts: dict[str, Any]) -> str:
-    """The options of `train run` for the weights that a run was begun with."""
+def _init_option(facts: dict[str, Any], changed: list[str]) -> str:
+    """The options of `train run` for the weights that a run was begun with, if others are among what has changed."""
     init = facts.get("init")
+    if not any(line.startswith("init.") for line in changed):
+        return ""
     if not init:
         return ", without --init"
     weights = f" --init-weights {shlex.quote(init['weights'])}" if init["weights"] else ""

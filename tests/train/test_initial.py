@@ -172,6 +172,21 @@ def test_the_command(out: Path, config: Path, source: Path, tmp_path: Path) -> N
             cli.main([*given, *options], standalone_mode=False)
 
 
+def test_a_run_without_first_weights_does_not_take_them_later(
+    out: Path, config: Path, source: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(source, run)
+    assert ", without --init," in str(refusal(out, run, config, f"run:{source}", *SHORT).fix)
+    assert "--init" not in str(refusal_without_init(out, run, config).fix)
+
+
+def refusal_without_init(out: Path, run: Path, config: Path) -> UserError:
+    with pytest.raises(UserError) as caught:
+        train_run(out, run, load_pipeline(config, [*SHORT, "train.optimizer.lr=1e-2"]))
+    return caught.value
+
+
 def test_what_cannot_be_taken_is_refused(out: Path, config: Path, source: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert "no folder" in refusal(out, run, config, "run:nowhere", *STILL).problem

@@ -221,5 +221,6 @@ def test_other_keys_of_the_run_still_may_not_change(out: Path, config: Path, sho
         (["train.optimizer.lr=1e-3"], "train.optimizer.lr was 0.004, is now 0.001"),
         (["train.optimizer.schedule=cosine", "train.optimizer.cooldown_samples=null"], "schedule was 'wsd', is now"),
     ):
-        with pytest.raises(UserError, match=problem):
+        with pytest.raises(UserError, match=problem) as caught:
             train_run(out, run, load_pipeline(config, [*LONG, *keys]))
+        assert "not set" not in caught.value.problem
