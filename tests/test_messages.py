@@ -18,7 +18,8 @@ from train.evals.protocol import load_protocol, protocol_names
 _OPTION = re.compile(r"(?<![\w(-])--[a-z][a-z_-]*")
 _COMMAND = re.compile(r"(`?)\b(train|preprocess) ([a-z][a-z-]*)((?:[ \n]+[^\s`,;:()]+)*)")
 _SET = re.compile(r"--set ([a-z_.]+)(?==)")
-_OTHERS = {"--nproc-per-node", "--head"}  # of torchrun and ray
+_TAR = {"--sort", "--transform", "--sparse", "--dereference", "--hard-dereference", "--multi-volume"}
+_OTHERS = {"--nproc-per-node", "--head", *_TAR}  # of torchrun, ray and tar
 
 
 def strings(source: str) -> Iterator[tuple[int, str]]:

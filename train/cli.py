@@ -251,7 +251,7 @@ def plan(
 
     from train.bench.estimate import measure_pace, plan_lines
     from train.clip import check_whole_batches
-    from train.memory import device_bytes
+    from train.costs.memory import device_bytes
 
     pipeline = _pipeline(arguments)
     settings = pipeline.train

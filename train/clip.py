@@ -11,7 +11,7 @@ from torch import nn
 
 from labels.settings import Pipeline, TextTower, Train
 from labels.storage import UserError
-from train.costs import Costs, tower_costs, trunk_costs
+from train.costs.flops import Costs, tower_costs, trunk_costs
 from train.data.dataset import BetonSet
 from train.data.open import Chosen
 from train.distributed import World, spread

@@ -37,7 +37,8 @@ from train.checkpoint import (
     resume_point_of_model,
     snapshot,
 )
-from train.costs import Costs, messages, model_costs, peak_flops, splits_vocabulary
+from train.costs.flops import Costs, messages, model_costs, peak_flops, splits_vocabulary
+from train.costs.memory import out_of_memory
 from train.data.dataset import BetonSet
 from train.data.inputs import ImageInput, synthetic_batches, synthetic_inputs
 from train.data.open import Chosen, data_facts, make_loader, open_data
@@ -46,7 +47,6 @@ from train.held_out import BetweenSteps, hold_out
 from train.loop import Budget, Inputs, TrainState, run_loop, stop_signals
 from train.losses.head import HeadLoss
 from train.losses.kinds import check_accumulation
-from train.memory import out_of_memory
 from train.metrics import STABLE, Metrics, Speed, make_trackers
 from train.model import Classifier, build_trunk, check_single_images, set_up_trunk
 from train.optim import Ema, LossScale, autocast_dtype, by_decay, make_optimizer, muon_matrices

@@ -1,6 +1,6 @@
 """Phase c: a training step of ViT-B/16 and L/16 at 224 pixels, bf16, compiled and not.
 
-random batches on the device -> the project's loop -> samples/s, MFU (train/costs.py), memory
+random batches on the device -> the project's loop -> samples/s, MFU (train/costs/flops.py), memory
 loss alone, optimiser alone -> their shares of a step      torch.profiler -> profile-<trunk>.txt, .json.gz
 open_clip's CLIP step with its own ViT of that size, if open_clip is installed
 """
@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from labels.settings import Train
 from train.bench.throughput import loop_rate, without_logs_and_checkpoints
-from train.costs import model_costs, peak_flops
+from train.costs.flops import model_costs, peak_flops
 from train.data.inputs import SyntheticBatch, synthetic_batches, synthetic_inputs
 from train.loop import TrainState
 from train.metrics import Speed

@@ -12,10 +12,8 @@ from labels.settings import TextTower, Train
 from labels.storage import UserError
 from train import trainer
 from train.cli import cli
-from train.costs import Costs, model_costs
-from train.distributed import World
-from train.losses.contrastive import contrastive_loss
-from train.memory import (
+from train.costs.flops import Costs, model_costs
+from train.costs.memory import (
     LiveBytes,
     Memory,
     Planned,
@@ -28,6 +26,8 @@ from train.memory import (
     usable,
     verdict,
 )
+from train.distributed import World
+from train.losses.contrastive import contrastive_loss
 from train.trainer import make_train_state
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

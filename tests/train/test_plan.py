@@ -13,7 +13,7 @@ from labels.storage import UserError
 from train.bench.estimate import Pace, startup_seconds
 from train.bench.throughput import LoopRate
 from train.cli import cli
-from train.costs import Costs, messages, splits_vocabulary
+from train.costs.flops import Costs, messages, splits_vocabulary
 
 TINY = "trunk: vit_b16, trunk_args: {depth: 2, embed_dim: 64, num_heads: 1}, image_size: 32"
 

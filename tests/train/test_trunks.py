@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from labels.settings import Loss, Model, Optimizer
 from labels.storage import UserError
-from train.costs import model_costs, trunk_costs
+from train.costs.flops import model_costs, trunk_costs
 from train.losses.head import HeadLoss
 from train.model import Classifier, build_trunk, feature_width, set_up_trunk
 from train.optim import by_decay, make_optimizer

@@ -17,11 +17,11 @@ from labels.settings import TextTower, Train
 from labels.show.html import format_seconds
 from train.bench.throughput import LoopRate, loop_rate, without_logs_and_checkpoints
 from train.checkpoint import snapshot
-from train.costs import Costs, messages, model_costs, peak_flops, tower_costs, trunk_costs
+from train.costs.flops import Costs, messages, model_costs, peak_flops, tower_costs, trunk_costs
+from train.costs.memory import Planned, step_memory, verdict
 from train.data.inputs import ImageInput
 from train.data.open import Chosen, make_loader, open_data
 from train.distributed import World, distributed_world
-from train.memory import Planned, step_memory, verdict
 from train.metrics import peak_memory_gib
 from train.model import build_trunk
 from train.optim import autocast_dtype

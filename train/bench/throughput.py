@@ -23,7 +23,7 @@ import torch
 from labels.native import Decompressor, njit
 from labels.settings import Checkpoint, Train
 from labels.storage import UserError
-from train.costs import model_costs, peak_flops, peak_tflops
+from train.costs.flops import model_costs, peak_flops, peak_tflops
 from train.data import decode
 from train.data.dataset import BetonSet
 from train.data.decode import Crops, decompress, shrunk, window_of

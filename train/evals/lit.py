@@ -13,7 +13,7 @@ import torch
 from labels.settings import Pipeline, Train
 from labels.storage import local_path
 from train.clip import LIT, check_whole_batches, make_two_tower_state, text_side, two_tower_method
-from train.costs import Costs, tower_costs, trunk_costs
+from train.costs.flops import Costs, tower_costs, trunk_costs
 from train.data.dataset import BetonSet
 from train.data.open import Chosen
 from train.distributed import World

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from labels.settings import Model, TextTower, Train
 from labels.storage import UserError
-from train.costs import Costs, splits_vocabulary
+from train.costs.flops import Costs, splits_vocabulary
 from train.distributed import repeated_blocks
 from train.losses.kinds import kind
 from train.metrics import peak_memory_gib

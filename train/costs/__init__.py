@@ -1,0 +1,1 @@
+"""What a model needs: operations, parameters, messages; memory."""
