@@ -165,7 +165,7 @@ class Build(Section):
     beton_samples: PositiveCount = 10_000
     beton_size: PositiveFloat = 4.0
     shuffle_window: Positive = 1
-    shuffle_seed: Seed = 0
+    shuffle_seed: NotNegative = 0
 
 
 class Model(Section):

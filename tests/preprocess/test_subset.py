@@ -199,7 +199,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert "no.npy does not exist" in refused(f"{tmp_path}/no.npy", tmp_path)
     assert "--subset: " in (message := refused(f"{tmp_path}/no.parquet", tmp_path)) and "does not exist" in message
     message = refused("score > 1", tmp_path)
-    assert "there are no metadata/*.parquet in or next to" in message and "give --metadata FOLDER" in message
+    assert "there are no metadata/*.parquet in or next to" in message and "--set build.metadata=FOLDER" in message
 
 
 def test_a_parquet_without_good_uids_is_refused(tmp_path: Path) -> None:

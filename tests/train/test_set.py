@@ -312,7 +312,7 @@ def test_a_copy_may_be_finished_while_the_cache_is_counted(
 
 def test_the_command_takes_several_and_paths_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Chosen] = []
-    monkeypatch.setattr("train.trainer.train_run", lambda chosen, run, pipeline: taken.append(chosen) or True)
+    monkeypatch.setattr("train.trainer.train_run", lambda chosen, run, pipeline, **_: taken.append(chosen) or True)
     monkeypatch.chdir(tmp_path)
     for words in (["--beton"], ["--beton", "a=0.5", "--beton", "b=0.5", "--idf", "x.parquet"]):
         result = CliRunner().invoke(train.cli.cli, ["run", *words], catch_exceptions=False)
