@@ -42,11 +42,10 @@ def test_values_that_are_refused_at_once(key: str, value: Any) -> None:
     assert key in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["train.runtime.seed", "build.shuffle_seed"])
-def test_seeds_of_63_bits(key: str) -> None:
-    load_pipeline(overrides=[f"{key}={HUGE - 1}"])
-    with pytest.raises(UserError, match=key):
-        load_pipeline(overrides=[f"{key}={HUGE}"])
+def test_seeds_of_63_bits() -> None:
+    load_pipeline(overrides=[f"train.runtime.seed={HUGE - 1}"])
+    with pytest.raises(UserError, match=r"train\.runtime\.seed"):
+        load_pipeline(overrides=[f"train.runtime.seed={HUGE}"])
 
 
 @pytest.mark.parametrize("width", [1, 64, 130, 200, 250])
