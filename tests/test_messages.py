@@ -91,9 +91,9 @@ def test_messages_name_commands_and_options_that_exist(file: Path) -> None:
     ("text", "fault"),
     [
         ("train a text tower (train lit --encoder run:X), or", "`train lit` has no --encoder"),
-        ("run `preprocess mend OUT`", "`preprocess` has no command mend"),
+        ("run `preprocess repair OUT`", "`preprocess` has no command repair"),
         ("take train clips --out X", "`train` has no command clips"),
-        ("add --mend", "no command has --mend"),
+        ("add --repair", "no command has --repair"),
         ("--set train.optimizer.rate=1", "--set has no key train.optimizer.rate"),
         ("--set knn.neighbours=[1]", "--set has no key knn.neighbours"),
         ("--set knn.k=[1]", None),

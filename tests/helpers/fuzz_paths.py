@@ -211,7 +211,7 @@ def check_build(draw: random.Random, base: Path, data: str, below: list[str]) ->
 
 
 def fuzz_paths(inputs: int, builds: int, seed: int, folder: Path) -> Counter[str]:
-    """Check `inputs` inputs, and `builds` whole builds: numbers of tars by what became of them."""
+    """Check `inputs` inputs, and `builds` whole builds: numbers of tars by outcome."""
     total: Counter[str] = Counter()
     for number in range(inputs + builds):
         draw = random.Random(f"{seed}-{number}")

@@ -271,4 +271,6 @@ def test_patches_that_are_padded_and_windows_that_overlap_cover_the_image() -> N
     for name, arguments in ((VIT, {**DEPTH, "dynamic_img_pad": True, "dynamic_img_size": True}), ("resnet18", {})):
         model = Model(trunk=name, trunk_args=arguments, image_size=70)
         with torch.device("meta"):
-            set_up_trunk(build_trunk(model), model)
+            trunk = build_trunk(model)
+            set_up_trunk(trunk, model)
+            assert trunk(torch.empty(1, 3, 70, 70)).shape == (1, trunk.num_features)

@@ -115,7 +115,7 @@ class LabelledImages(Images):
             repeated = sorted(name for name, count in Counter(classes).items() if count > 1)
             raise UserError(
                 f"{len(repeated)} names stand for several classes of {directory}: {shorten(repeated)}",
-                allowed="one name per class: images of classes with one name could not be told apart",
+                allowed="one name per class: images of classes with one name would be one class",
                 fix="rename the class in the data's list of classes (Parquet: `names` in the metadata `huggingface`)",
             )
         targets = np.array([number[printable(sample.label)] for sample in samples], dtype=np.int64)
