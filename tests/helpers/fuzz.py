@@ -7,23 +7,18 @@ sample of that walk either labelled or counted by a reason. One input in 50 goes
 and marker included.
 """
 
-import argparse
 import io
 import json
 import random
-import signal
-import sys
 import tarfile
-import tempfile
-import time
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from fuzz_runs import check_all, main
 from labels.settings import Labels
 from labels.storage import Layout
 from labels.tars import TAR_REASONS
@@ -35,7 +30,6 @@ from preprocess.shard import LabelTask, label_shard
 from shard_factory import Member, healthy, sample, tar_bytes
 
 CHOICES = parse_caption_key(["txt", "json:caption"])
-SECONDS = 20
 WHOLE_JOB_EVERY = 50
 _PIECES = [
     *[
@@ -142,21 +136,6 @@ def mutated(draw: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
-@contextmanager
-def within_seconds() -> Any:
-    """TimeoutError if the block takes longer."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"an input took more than {SECONDS} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-
-
 def check(data: bytes, folder: Path, whole_job: bool) -> Counter[str]:
     """Numbers of labelled and rejected samples of one input; AssertionError if the readers differ or one is lost."""
     path = folder / "fuzz.tar"
@@ -196,38 +175,15 @@ def check(data: bytes, folder: Path, whole_job: bool) -> Counter[str]:
 
 
 def fuzz(inputs: int, seed: int, folder: Path) -> Counter[str]:
-    """Check `inputs` inputs: numbers of labelled and rejected samples. A failing input is kept as fuzz-failed.tar."""
-    total: Counter[str] = Counter()
-    for number in range(inputs):
-        draw = random.Random(f"{seed}-{number}")
-        data = mutated(draw, made(draw))
-        try:
-            with within_seconds():
-                total += check(data, folder, number % WHOLE_JOB_EVERY == 0)
-        except BaseException:
-            Path("fuzz-failed.tar").write_bytes(data)
-            print(f"input {number} of seed {seed}: see fuzz-failed.tar", file=sys.stderr)
-            raise
-        if number % 10_000 == 9_999:
-            print(f"{number + 1:,} inputs", flush=True)
-    return total
-
-
-def main() -> None:
-    """Run and print the count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    start = time.monotonic()
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        total = fuzz(arguments.inputs, arguments.seed, Path(folder))
-    seconds = time.monotonic() - start
-    print(f"{arguments.inputs:,} inputs, {total.total():,} samples in {seconds:,.0f} s: no crash, no hang, none lost")
-    for reason, count in total.most_common():
-        print(f"{count:9,}  {reason}")
+    """Check `inputs` inputs: numbers of labelled and rejected samples."""
+    return check_all(
+        inputs,
+        seed,
+        lambda draw: mutated(draw, made(draw)),
+        lambda data, number: check(data, folder, number % WHOLE_JOB_EVERY == 0),
+        lambda data: ("fuzz-failed.tar", data),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "no crash, no hang, none lost", lambda chosen, folder: fuzz(chosen.inputs, chosen.seed, folder))

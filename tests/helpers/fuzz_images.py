@@ -7,25 +7,21 @@ Pillow itself refuses the file; an image whose pixel data are cut or damaged is 
 of its pixels. Pillow with LOAD_TRUNCATED_IMAGES, which reads past damaged metadata, is the independent reader.
 """
 
-import argparse
 import ctypes
 import io
 import random
 import struct
-import sys
-import time
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
 
-from fuzz import within_seconds
+from fuzz_runs import check_all, main
 from labels.native import RGB, Decompressor
 from labels.settings import Build
 from preprocess.betons.images import BadImage, prepare
@@ -316,34 +312,11 @@ def check(image: Input) -> Counter[str]:
 
 
 def fuzz_images(inputs: int, seed: int, check: Callable[[Input], Counter[str]] = check) -> Counter[str]:
-    """Check `inputs` images; a failing one is kept as fuzz-failed.image."""
-    total: Counter[str] = Counter()
-    for number in range(inputs):
-        image = made(random.Random(f"{seed}-{number}"))
-        try:
-            with within_seconds():
-                total += check(image)
-        except BaseException:
-            Path("fuzz-failed.image").write_bytes(image.data)
-            print(f"input {number} of seed {seed}, {image.form}: see fuzz-failed.image", file=sys.stderr)
-            raise
-        if number % 10_000 == 9_999:
-            print(f"{number + 1:,} inputs", flush=True)
-    return total
-
-
-def main() -> None:
-    """Run and print the count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=25_000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    start = time.monotonic()
-    total = fuzz_images(arguments.inputs, arguments.seed)
-    print(f"{total.total():,} images in {time.monotonic() - start:,.0f} s: no crash, no hang, none lost")
-    for outcome, count in sorted(total.items()):
-        print(f"{count:9,}  {outcome}")
+    """Check `inputs` images."""
+    return check_all(
+        inputs, seed, made, lambda image, _: check(image), lambda image: (f"fuzz-failed.{image.form}", image.data)
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "no crash, no hang, none lost", lambda chosen, _: fuzz_images(chosen.inputs, chosen.seed))

@@ -8,12 +8,9 @@ whose name is a pattern, `0.tar` next to `0.TAR`. A build has a label row for ea
 do when it is run again.
 """
 
-import argparse
 import os
 import random
 import shutil
-import tempfile
-import time
 from collections import Counter
 from contextlib import chdir
 from functools import cache
@@ -23,6 +20,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fuzz_runs import main
 from labels.storage import Layout, UserError, atomic_write, library_path, user_path
 from preprocess.readers.shards import find_shards
 from shard_factory import healthy, preprocess, rows, tar_bytes
@@ -230,22 +228,10 @@ def fuzz_paths(inputs: int, builds: int, seed: int, folder: Path) -> Counter[str
     return total
 
 
-def main() -> None:
-    """Run and print the count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=25_000)
-    parser.add_argument("--builds", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    start, memory = time.monotonic(), Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        total = fuzz_paths(arguments.inputs, arguments.builds, arguments.seed, Path(folder))
-    seconds = time.monotonic() - start
-    count = f"{arguments.inputs:,} inputs and {arguments.builds:,} builds"
-    print(f"{count}, {total.total():,} tars in {seconds:,.0f} s: none lost")
-    for reason, number in total.most_common():
-        print(f"{number:9,}  {reason}")
-
-
 if __name__ == "__main__":
-    main()
+    main(
+        __doc__,
+        "none lost",
+        lambda chosen, folder: fuzz_paths(chosen.inputs, chosen.builds, chosen.seed, folder),
+        builds=300,
+    )

@@ -6,18 +6,15 @@ Every row that the csv module finds, in the dialect that was chosen, has its cap
 reason. A table that was written with or without quoting and is not mutated never has fewer rows than were written.
 """
 
-import argparse
 import csv
 import io
 import random
 import re
-import sys
-import tempfile
-import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from fuzz_runs import check_all, main
 from labels.storage import UserError
 from preprocess.readers import table as table_reader
 from preprocess.readers.base import parse_caption_key
@@ -139,53 +136,48 @@ def check(data: bytes, path: Path, least: int) -> Counter[str]:
     return reasons + Counter({"labelled": len(rows), "broken quotes": len(broken), f"read as quoted={table.quoted}": 1})
 
 
+class Table(NamedTuple):
+    """One input; `least` rows have to be found in it, in reads of `read_bytes` (0: as usual)."""
+
+    kind: str
+    suffix: str
+    data: bytes
+    least: int
+    read_bytes: int
+
+
+def made(draw: random.Random) -> Table:
+    kind, header = draw.choice(["quoted", "quoted", "unquoted", "unquoted", "mixed"]), draw.choice(HEADERS)
+    delimiter, suffix = draw.choice([(",", "csv"), ("\t", "tsv"), ("\t", "csv"), (";", "csv")])
+    if len(header) == 1:  # the header shows no other delimiter
+        delimiter = "\t" if suffix == "tsv" else ","
+    text = table_text(draw, kind, header, delimiter)
+    encoding = "latin1" if draw.random() < 0.1 else "utf8"
+    data = draw.choice([b"", b"", b"\xef\xbb\xbf"]) + text.encode(encoding, "replace")
+    least = 0
+    if draw.random() < 0.4:
+        data = mutated(draw, data)
+    elif kind != "mixed":
+        least = len(records(text.encode(), delimiter, quoted=kind == "quoted")) - 1
+    return Table(kind, suffix, data, least, draw.choice([1, 16, 200, 0]))
+
+
 def fuzz_tables(inputs: int, seed: int, folder: Path) -> Counter[str]:
     """Check `inputs` tables: numbers of labelled and rejected rows, and of refused tables by reason."""
-    total: Counter[str] = Counter()
-    read_bytes = table_reader._READ_BYTES
+    usual = table_reader._READ_BYTES
+
+    def check_table(table: Table, _: int) -> Counter[str]:
+        table_reader._READ_BYTES = table.read_bytes or usual  # type: ignore[misc]
+        found = check(table.data, folder / f"fuzz.{table.suffix}", table.least)
+        return Counter({f"{table.kind}, {reason}": count for reason, count in found.items()})
+
     try:
-        for number in range(inputs):
-            draw = random.Random(f"{seed}-{number}")
-            kind, header = draw.choice(["quoted", "quoted", "unquoted", "unquoted", "mixed"]), draw.choice(HEADERS)
-            delimiter, suffix = draw.choice([(",", "csv"), ("\t", "tsv"), ("\t", "csv"), (";", "csv")])
-            if len(header) == 1:  # the header shows no other delimiter
-                delimiter = "\t" if suffix == "tsv" else ","
-            text = table_text(draw, kind, header, delimiter)
-            data = draw.choice([b"", b"", b"\xef\xbb\xbf"]) + text.encode(
-                "latin1" if draw.random() < 0.1 else "utf8", "replace"
-            )
-            least = 0
-            if draw.random() < 0.4:
-                data = mutated(draw, data)
-            elif kind != "mixed":
-                least = len(records(text.encode(), delimiter, quoted=kind == "quoted")) - 1
-            table_reader._READ_BYTES = draw.choice([1, 16, 200, read_bytes])  # type: ignore[misc]
-            path = folder / f"fuzz.{suffix}"
-            try:
-                total += Counter({f"{kind}, {reason}": n for reason, n in check(data, path, least).items()})
-            except BaseException:
-                Path(f"fuzz-failed.{suffix}").write_bytes(data)
-                print(f"input {number} of seed {seed}: see fuzz-failed.{suffix}", file=sys.stderr)
-                raise
+        return check_all(inputs, seed, made, check_table, lambda table: (f"fuzz-failed.{table.suffix}", table.data))
     finally:
-        table_reader._READ_BYTES = read_bytes
-    return total
-
-
-def main() -> None:
-    """Run and print the count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=25_000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    start = time.monotonic()
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        total = fuzz_tables(arguments.inputs, arguments.seed, Path(folder))
-    print(f"{arguments.inputs:,} tables in {time.monotonic() - start:,.0f} s: no row lost without a reason")
-    for reason, count in sorted(total.items()):
-        print(f"{count:9,}  {reason}")
+        table_reader._READ_BYTES = usual
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        __doc__, "no row lost without a reason", lambda chosen, folder: fuzz_tables(chosen.inputs, chosen.seed, folder)
+    )

@@ -7,18 +7,14 @@ the tar is; the sum is equal, and so are the captions and the image bytes of the
 is never rejected.
 """
 
-import argparse
 import io
 import random
-import sys
 import tarfile
-import tempfile
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuzz import within_seconds
+from fuzz_runs import check_all, main
 from preprocess.readers.base import parse_caption_key
 from preprocess.readers.images import find_images
 from preprocess.readers.shards import Shard
@@ -207,39 +203,13 @@ def check(data: bytes, folder: Path) -> Counter[str]:
 
 
 def fuzz_tars(inputs: int, seed: int, folder: Path) -> Counter[str]:
-    """Check `inputs` inputs: numbers of labelled and rejected samples. A failing input is kept as fuzz-failed.tar."""
-    total: Counter[str] = Counter()
-    for number in range(inputs):
-        data = made(random.Random(f"{seed}-{number}"))
-        try:
-            with within_seconds():
-                total += check(data, folder)
-        except BaseException:
-            Path("fuzz-failed.tar").write_bytes(data)
-            print(f"input {number} of seed {seed}: see fuzz-failed.tar", file=sys.stderr)
-            raise
-        if number % 10_000 == 9_999:
-            print(f"{number + 1:,} inputs", flush=True)
-    return total
-
-
-def main() -> None:
-    """Run and print the count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    start = time.monotonic()
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        total = fuzz_tars(arguments.inputs, arguments.seed, Path(folder))
-    seconds = time.monotonic() - start
-    print(
-        f"{arguments.inputs:,} inputs, {total.total():,} samples in {seconds:,.0f} s: as tarfile finds them, none lost"
-    )
-    for reason, count in total.most_common():
-        print(f"{count:9,}  {reason}")
+    """Check `inputs` inputs: numbers of labelled and rejected samples."""
+    return check_all(inputs, seed, made, lambda data, _: check(data, folder), lambda data: ("fuzz-failed.tar", data))
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        __doc__,
+        "as tarfile finds them, none lost",
+        lambda chosen, folder: fuzz_tars(chosen.inputs, chosen.seed, folder),
+    )
