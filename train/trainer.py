@@ -116,14 +116,10 @@ def train_run(
         # -- the data
         check_batch_divides(settings, world.size)
         chosen = data if isinstance(data, Chosen) else Chosen([str(data)], [labels] if labels else [])
-        betons = open_data(chosen, settings.data, world, stopping, method.column)
-        if betons is None:
+        opened = _open_sets(chosen, settings, method, world, stopping)
+        if opened is None:
             return False
-        held = hold_out(betons, settings, world, stopping)
-        if settings.validation.held_out is not None and held is None:
-            return False
-        if settings.weights not in ("idf", "visual"):
-            betons.weigh(local_path(settings.weights), settings.visual.combination, settings.visual.floor)
+        betons, held = opened
 
         # -- the resume point
         stack.enter_context(only_run(run, world))
@@ -167,6 +163,29 @@ def train_run(
         images = ImageInput(settings.data, world.device, image_size=size, seed=seed)
         shown = pipeline.model_dump(exclude={"recipes"})
         return trainer.train(train_state, batches, method.inputs(images, betons), shown, costs, between=between)
+
+
+def _open_sets(
+    chosen: Chosen, settings: Train, method: Method, world: World, stopping: Callable[[], bool]
+) -> tuple[BetonSet, BetonSet | None] | None:
+    """The training set with its label weights, and the held-out set if there is one; None if it was stopped."""
+    own = settings.validation.held_out is not None, settings.weights != "idf"
+    if method.name != SUPERCLASS and any(own):
+        key = "train.validation.held_out" if own[0] else "train.weights"
+        raise UserError(
+            f"{key} is set, but `{method.command}` has no classification head",
+            allowed="`train run` alone has held-out samples and label weights",
+            fix=f"omit {key}",
+        )
+    betons = open_data(chosen, settings.data, world, stopping, method.column)
+    if betons is None:
+        return None
+    held = hold_out(betons, settings, world, stopping)
+    if own[0] and held is None:
+        return None
+    if settings.weights not in ("idf", "visual"):
+        betons.weigh(local_path(settings.weights), settings.visual.combination, settings.visual.floor)
+    return betons, held
 
 
 def synthetic_run(run: Path, pipeline: Pipeline, vocabulary: int, label_limit: int) -> bool:

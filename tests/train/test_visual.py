@@ -241,3 +241,22 @@ def test_weigh_measures_the_held_out_samples_and_a_run_takes_the_table(
 def test_visual_weights_without_held_out_samples_are_refused(config: Path) -> None:
     with pytest.raises(UserError, match=r"validation\.held_out is null"):
         load_pipeline(config, ["train.weights=visual"])
+
+
+@pytest.mark.parametrize(("key", "value"), [("train.validation.held_out", "0.2"), ("train.weights", "visual.parquet")])
+def test_held_out_samples_and_weights_are_those_of_classification(
+    out: Path, config: Path, tmp_path: Path, key: str, value: str
+) -> None:
+    code, said = train(
+        "clip",
+        "--beton",
+        out,
+        "--out",
+        tmp_path / "run",
+        "--config",
+        config,
+        "--set",
+        f"{key}={value}",
+        output=tmp_path / "said",
+    )
+    assert code == 2 and f"{key} is set, but `train clip` has no classification head" in said, said
